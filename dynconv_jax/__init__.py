@@ -1,0 +1,1 @@
+"""Networks that compute only where it matters, in JAX."""
