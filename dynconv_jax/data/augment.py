@@ -1,0 +1,270 @@
+"""Augmentation: the crop boxes, and all that follows the crop, under jit."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import dm_pix as pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+CROPS = ('resized', 'pad', 'none')
+
+# Per-channel statistics of ImageNet's training images scaled to [0, 1]: what
+# published weights expect.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# Zhong et al., 'Random Erasing Data Augmentation' (AAAI 2020), section 4.
+_ERASED_AREA = (0.02, 0.33)
+_ERASED_RATIO = (0.3, 1 / 0.3)
+
+# Colour jitter turns the hue by a quarter of the strength of the rest: Chen
+# et al., 'SimCLR' (ICML 2020), appendix A.
+_HUE_SHARE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+  """How training images and labels are varied. The defaults crop and flip.
+
+  Attributes:
+    crop: 'resized', a box of random area and aspect ratio, resized (Szegedy
+      et al., CVPR 2015, section 6); 'pad', pad by `crop_padding` and cut out
+      at random (CIFAR); or 'none', the crop of evaluation.
+    crop_scale: range of the box's area as a share of the image's ('resized').
+    crop_ratio: range of the box's width over height ('resized').
+    crop_padding: black pixels on each side ('pad').
+    flip: mirror every second image, on average, left to right.
+    color_jitter: strength s in [0, 1]: brightness shifted by up to s, contrast
+      and saturation scaled by [1 - s, 1 + s], hue turned by up to s / 4.
+    mixup: alpha of the Beta(alpha, alpha) share with which each image and its
+      label are blended with another's (Zhang et al., ICLR 2018); 0: never.
+    cutmix: alpha of the area share with which a box of another image is pasted
+      into each (Yun et al., ICCV 2019); 0: never. If mixup is on as well, each
+      image gets one of the two.
+    random_erasing: probability that a box of an image is blanked.
+    label_smoothing: share of the label that is spread over all classes.
+  """
+
+  crop: str = 'resized'
+  crop_scale: tuple[float, float] = (0.25, 1.0)
+  crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+  crop_padding: int = 4
+  flip: bool = True
+  color_jitter: float = 0.0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  random_erasing: float = 0.0
+  label_smoothing: float = 0.0
+
+  def __post_init__(self):
+    errors = []
+    if self.crop not in CROPS:
+      errors.append(f'crop must be one of {CROPS}; got {self.crop!r}')
+    low, high = self.crop_scale
+    if not 0 < low <= high <= 1:
+      errors.append(
+        f'crop_scale must be 0 < low <= high <= 1; got {self.crop_scale}'
+      )
+    low, high = self.crop_ratio
+    if not 0 < low <= high:
+      errors.append(
+        f'crop_ratio must be 0 < low <= high; got {self.crop_ratio}'
+      )
+    if self.crop_padding < 0:
+      errors.append(f'crop_padding must be >= 0; got {self.crop_padding}')
+    for name in ('color_jitter', 'random_erasing'):
+      if not 0 <= getattr(self, name) <= 1:
+        errors.append(f'{name} must be in [0, 1]; got {getattr(self, name)}')
+    for name in ('mixup', 'cutmix'):
+      if not getattr(self, name) >= 0:
+        errors.append(f'{name} must be >= 0; got {getattr(self, name)}')
+    if not 0 <= self.label_smoothing < 1:
+      errors.append(
+        f'label_smoothing must be in [0, 1); got {self.label_smoothing}'
+      )
+    if errors:
+      raise ValueError('; '.join(errors))
+
+
+def normalize(images: jax.Array | np.ndarray) -> jax.Array:
+  """Returns float32[..., 3] with ImageNet's mean taken off, over its deviation.
+
+  Args:
+    images: [..., 3], uint8 in 0 ... 255 or float in [0, 1].
+  """
+  mean, std = jnp.array(MEAN), jnp.array(STD)
+  return (_to_float(jnp.asarray(images)) - mean) / std
+
+
+def augment(
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  *,
+  augmentation: Augmentation,
+  num_classes: int,
+) -> dict[str, jax.Array]:
+  """Returns a training batch: all of the augmentation but the resized crop.
+
+  Pure and shape-static: call it under jit. The order is padded crop, flip,
+  colour jitter, normalisation, erasing, mixup or cutmix.
+
+  Args:
+    key: the batch's random key.
+    images: [N, S, S, 3], uint8 in 0 ... 255 or float in [0, 1].
+    labels: int[N].
+    augmentation: what to do.
+    num_classes: length of the label vectors.
+
+  Returns:
+    'image': float32[N, S, S, 3], normalised; 'label': float32[N, num_classes],
+    each row of sum 1.
+  """
+  keys = dict(zip(('crop', 'flip', 'color', 'erase', 'mix'),
+                  jax.random.split(key, 5), strict=True))  # fmt: skip
+  n = images.shape[0]
+  if augmentation.crop == 'pad' and augmentation.crop_padding:
+    images = _pad_crop(keys['crop'], images, augmentation.crop_padding)
+  if augmentation.flip:
+    flipped = jax.random.bernoulli(keys['flip'], shape=(n, 1, 1, 1))
+    images = jnp.where(flipped, images[:, :, ::-1], images)
+  images = _to_float(images)
+  if augmentation.color_jitter:
+    images = jax.vmap(_jitter, (0, 0, None))(
+      jax.random.split(keys['color'], n), images, augmentation.color_jitter
+    )
+  images = normalize(images)
+  if augmentation.random_erasing:
+    erased = _erased(keys['erase'], images.shape, augmentation.random_erasing)
+    images = jnp.where(erased[..., None], 0.0, images)
+  labels = optax.smooth_labels(
+    jax.nn.one_hot(labels, num_classes), augmentation.label_smoothing
+  )
+  if augmentation.mixup or augmentation.cutmix:
+    images, labels = _mix(keys['mix'], images, labels, augmentation)
+  return {'image': images, 'label': labels}
+
+
+def crop_boxes(uniform, width, height, augmentation: Augmentation, xp=np):
+  """Returns [..., 4] of (left, top, right, bottom): boxes of random crops.
+
+  The area's share of the image is uniform in `crop_scale`, the log of the
+  aspect ratio uniform in that part of `crop_ratio` where a box of that area
+  fits. In an image too elongated for any, the box is the largest of the
+  nearest allowed ratio. Unlike resampling until a box fits, this draws areas
+  without a bias to small ones, and always succeeds.
+
+  Args:
+    uniform: [..., 4], random in [0, 1).
+    width: [...] of the images, in pixels.
+    height: [...] of the images, in pixels.
+    augmentation: gives `crop_scale` and `crop_ratio`.
+    xp: numpy, or jax.numpy under jit.
+  """
+  low, high = augmentation.crop_scale
+  area = low + (high - low) * uniform[..., 0]
+  aspect = width / height
+  low = xp.log(xp.clip(area * aspect, *augmentation.crop_ratio))
+  high = xp.log(xp.clip(aspect / area, *augmentation.crop_ratio))
+  ratio = xp.exp(low + (high - low) * uniform[..., 1])
+  box_width = xp.sqrt(area * width * height * ratio)
+  box_height = box_width / ratio
+  shrink = xp.minimum(1.0, xp.minimum(width / box_width, height / box_height))
+  box_width, box_height = shrink * box_width, shrink * box_height
+  left = uniform[..., 2] * (width - box_width)
+  top = uniform[..., 3] * (height - box_height)
+  return xp.stack([left, top, left + box_width, top + box_height], axis=-1)
+
+
+def _to_float(images: jax.Array) -> jax.Array:
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 255
+  return images.astype(jnp.float32)
+
+
+def _pad_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
+  pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+  padded = jnp.pad(images, pads)
+  starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * padding + 1)
+  return jax.vmap(
+    lambda image, start: jax.lax.dynamic_slice(
+      image, (start[0], start[1], 0), images.shape[1:]
+    )
+  )(padded, starts)
+
+
+def _jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
+  brightness, contrast, saturation, hue = jax.random.split(key, 4)
+  low, high = 1 - strength, 1 + strength
+  image = pix.random_brightness(brightness, image, strength)
+  image = pix.random_contrast(contrast, image, low, high)
+  # HSV is undefined outside the unit cube.
+  image = jnp.clip(image, 0.0, 1.0)
+  image = pix.random_saturation(saturation, image, low, high)
+  image = pix.random_hue(hue, image, _HUE_SHARE * strength)
+  return jnp.clip(image, 0.0, 1.0)
+
+
+def _inside(box: jax.Array, height: int, width: int) -> jax.Array:
+  """Returns bool[N, height, width] of boxes [N, 4] on the pixel grid."""
+  left, top, right, bottom = (box[:, i, None] for i in range(4))
+  x, y = jnp.arange(width), jnp.arange(height)
+  columns = (x >= left) & (x < right)
+  rows = (y >= top) & (y < bottom)
+  return rows[:, :, None] & columns[:, None, :]
+
+
+def _erased(key: jax.Array, shape, probability: float) -> jax.Array:
+  """Returns bool[N, H, W]: the boxes to blank."""
+  n, height, width, _ = shape
+  box_key, chosen_key = jax.random.split(key)
+  shape_of_boxes = Augmentation(
+    crop_scale=_ERASED_AREA, crop_ratio=_ERASED_RATIO
+  )
+  uniform = jax.random.uniform(box_key, (n, 4))
+  boxes = crop_boxes(uniform, width, height, shape_of_boxes, jnp)
+  chosen = jax.random.bernoulli(chosen_key, probability, (n, 1, 1))
+  return _inside(jnp.round(boxes), height, width) & chosen
+
+
+def _mix(key, images, labels, augmentation: Augmentation):
+  """Returns the batch mixed with itself moved on by one image."""
+  n, height, width, _ = images.shape
+  share_key, choice_key, box_key = jax.random.split(key, 3)
+  others, other_labels = (
+    jnp.roll(images, 1, axis=0),
+    jnp.roll(labels, 1, axis=0),
+  )
+
+  if augmentation.mixup and augmentation.cutmix:
+    use_cutmix = jax.random.bernoulli(choice_key, shape=(n,))
+  else:
+    use_cutmix = jnp.full((n,), bool(augmentation.cutmix))
+  alpha = jnp.where(use_cutmix, augmentation.cutmix, augmentation.mixup)
+  share = jax.random.beta(share_key, alpha, alpha)  # of the image itself
+
+  # Yun et al., equation 2: a box of area 1 - share around a uniform centre,
+  # cut off at the border, and the label's share corrected for that.
+  side = jnp.sqrt(1 - share)
+  half = jnp.stack([width * side, height * side], axis=1) / 2
+  centre = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])
+  limits = jnp.array([width, height])
+  boxes = jnp.concatenate(
+    [
+      jnp.clip(jnp.round(centre - half), 0, limits),
+      jnp.clip(jnp.round(centre + half), 0, limits),
+    ],
+    axis=1,
+  )
+  pasted = _inside(boxes, height, width)
+  share = jnp.where(use_cutmix, 1 - pasted.mean(axis=(1, 2)), share)
+  weight = jnp.where(use_cutmix[:, None, None], ~pasted, share[:, None, None])[
+    ..., None
+  ]
+  images = weight * images + (1 - weight) * others
+  labels = share[:, None] * labels + (1 - share[:, None]) * other_labels
+  return images, labels

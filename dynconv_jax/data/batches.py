@@ -1,0 +1,340 @@
+"""Batches for training and evaluation: order, skipping, caches, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from absl import logging
+
+from dynconv_jax.data import augment, decode, device_cache, readers
+
+CACHES = ('none', 'device')
+
+
+class TrainBatches:
+  """Endless, reshuffled, augmented batches; an iterator with a state.
+
+  The batch of a step is a function of the seed and the step alone: not of the
+  number of workers, nor of where the iteration began. Each epoch visits the
+  examples in an order of its own and drops the last partial batch.
+
+  Attributes:
+    steps_per_epoch: whole batches in one pass over the source.
+    step: number of the batch that comes next, from 0.
+    skipped: names of the corrupt images met so far.
+  """
+
+  def __init__(
+    self,
+    source,
+    *,
+    image_size: int,
+    batch_size: int,
+    augmentation: augment.Augmentation | None = None,
+    seed: int = 0,
+    cache: str = 'none',
+    cache_size: int | None = None,
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+  ):
+    """Checks the arguments and, for `cache='device'`, decodes the source.
+
+    Args:
+      source: the encoded examples; picklable, and safe to read from threads.
+      image_size: side of the images, in pixels.
+      batch_size: images a batch, over all devices.
+      augmentation: how to vary the images; None: `Augmentation()`.
+      seed: of order and augmentation.
+      cache: 'none' decodes every image anew, on the host; 'device' decodes
+        once into device memory and crops there.
+      cache_size: side of the cached images, in pixels; only for a resized
+        crop. None: just so large that no crop is enlarged.
+      num_workers: processes that decode; 0: threads of this process, one a
+        core. Processes need parsed absl flags. The device cache is filled by
+        threads.
+      skip_corrupt: replace corrupt images by the next good ones in the
+        epoch's order and log their names, instead of stopping.
+      sharding: where the batch's arrays go, split along the batch axis; None:
+        the default device.
+
+    Raises:
+      ValueError: an argument, or a source smaller than one batch.
+      CorruptImageError: by the constructor with a cache, else by `next`.
+    """
+    _check(source, image_size, batch_size, cache, num_workers, sharding)
+    if batch_size > len(source):
+      raise ValueError(
+        f'batch_size {batch_size} exceeds the {len(source)} training examples'
+      )
+    if seed < 0:
+      raise ValueError(f'seed must be >= 0; got {seed}')
+    augmentation = augmentation or augment.Augmentation()
+    resized = augmentation.crop == 'resized'
+    if cache_size is not None and not (cache == 'device' and resized):
+      raise ValueError(
+        'cache_size needs cache=device and crop=resized; got cache='
+        f'{cache}, crop={augmentation.crop}'
+      )
+    if cache_size is not None and cache_size < 1:
+      raise ValueError(f'cache_size must be >= 1; got {cache_size}')
+
+    self._order = readers.EpochOrder(len(source), batch_size, seed)
+    self.steps_per_epoch = self._order.steps_per_epoch
+    self.step = 0
+    self.skipped: list[str] = []
+    self._sharding = sharding
+    self._host = None
+    self._read = readers.TrainReader(
+      source, self._order, image_size, augmentation, skip_corrupt
+    )
+    self._num_workers = num_workers
+    self._cached = None
+    augment_fn = functools.partial(
+      augment.augment,
+      augmentation=augmentation,
+      num_classes=len(source.class_names),
+    )
+    root_key = jax.random.key(seed)
+
+    if cache == 'device':
+      decoded = device_cache.decode_all(
+        source,
+        cache_size or device_cache.default_cache_size(image_size, augmentation),
+        box_fn=decode.whole_image
+        if resized
+        else functools.partial(
+          decode.evaluation_box, image_size=image_size, resize_ratio=1.0
+        ),
+        skip_corrupt=skip_corrupt,
+        num_threads=num_workers or None,
+      )
+      self._good = np.ones(len(source), bool)
+      self._good[list(decoded.corrupt)] = False
+      self._note_skipped(decoded.corrupt.values())
+      self._cached = jax.device_put(
+        (decoded.image, decoded.label, decoded.aspect), _replicated(sharding)
+      )
+
+    def from_cache(cached, indices, step):
+      crop_key, key = jax.random.split(jax.random.fold_in(root_key, step))
+      images, labels, aspects = (array[indices] for array in cached)
+      if resized:
+        images = device_cache.random_crops(
+          crop_key,
+          images,
+          aspects,
+          image_size=image_size,
+          augmentation=augmentation,
+        )
+      return augment_fn(key, images, labels)
+
+    def from_host(images, labels, step):
+      _, key = jax.random.split(jax.random.fold_in(root_key, step))
+      return augment_fn(key, images, labels)
+
+    self._from_cache = jax.jit(from_cache, out_shardings=sharding)
+    self._from_host = jax.jit(from_host, out_shardings=sharding)
+
+  @property
+  def num_skipped(self) -> int:
+    """Corrupt images met so far, each counted once."""
+    return len(self.skipped)
+
+  def __iter__(self) -> TrainBatches:
+    return self
+
+  def __next__(self) -> dict[str, jax.Array]:
+    """Returns 'image': float32[N, S, S, 3] and 'label': float32[N, classes]."""
+    step = np.int32(self.step)
+    if self._cached is not None:
+      candidates = self._order.candidates(self.step)
+      indices = candidates[self._good[candidates]][: self._order.batch_size]
+      readers.check_full(len(indices), self._order)
+      indices = jax.device_put(indices.astype(np.int32), self._sharding)
+      batch = self._from_cache(self._cached, indices, step)
+    else:
+      if self._host is None:
+        self._host = readers.prefetch(
+          self._read, self.step, None, self._num_workers
+        )
+      read = next(self._host)
+      self._note_skipped(read['skipped'])
+      images, labels = jax.device_put(
+        (read['image'], read['label']), self._sharding
+      )
+      batch = self._from_host(images, labels, step)
+    self.step += 1
+    return batch
+
+  def get_state(self) -> dict:
+    """Returns what `set_state` needs to go on from here, fit for JSON."""
+    return {
+      'step': self.step,
+      'skipped': list(self.skipped),
+      **dataclasses.asdict(self._order),
+    }
+
+  def set_state(self, state: dict) -> None:
+    """Goes on from where `get_state` was called.
+
+    Raises:
+      ValueError: the state is of another data set, seed or batch size.
+    """
+    differing = [
+      f'{name}: {state.get(name)} in the state, {value} here'
+      for name, value in dataclasses.asdict(self._order).items()
+      if state.get(name) != value
+    ]
+    if differing:
+      raise ValueError(f'cannot resume the batches; {"; ".join(differing)}')
+    self.close()
+    self.step = state['step']
+    self.skipped = list(state['skipped'])
+
+  def close(self) -> None:
+    """Stops the workers; the next batch starts them again."""
+    if self._host is not None:
+      self._host.close()
+      self._host = None
+
+  def _note_skipped(self, names) -> None:
+    for name in names:
+      if name not in self.skipped:
+        logging.warning('skipping the corrupt image %r', name)
+        self.skipped.append(name)
+
+
+class EvalBatches:
+  """Every example once, in order; the last batch padded. Iterate it again.
+
+  Attributes:
+    num_examples: length of the source.
+    skipped: names of the corrupt images met so far.
+  """
+
+  def __init__(
+    self,
+    source,
+    *,
+    image_size: int,
+    batch_size: int,
+    resize_ratio: float = decode.RESIZE_RATIO,
+    cache: str = 'none',
+    num_workers: int = 0,
+    skip_corrupt: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
+  ):
+    """Checks the arguments; with `cache='device'` the first pass fills it.
+
+    Args:
+      source: the encoded examples; picklable, and safe to read from threads.
+      image_size: side of the images, in pixels.
+      batch_size: images a batch, over all devices.
+      resize_ratio: short side of the resized image over `image_size`; the
+        centre is kept.
+      cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
+        device memory.
+      num_workers: see `TrainBatches`.
+      skip_corrupt: give corrupt images weight 0 and log their names, instead
+        of stopping.
+      sharding: see `TrainBatches`.
+
+    Raises:
+      ValueError: an argument.
+    """
+    _check(source, image_size, batch_size, cache, num_workers, sharding)
+    decode.evaluation_box(1, 1, image_size, resize_ratio)
+    self.num_examples = len(source)
+    self.skipped: list[str] = []
+    self._batch_size = batch_size
+    self._num_workers = num_workers
+    self._sharding = sharding
+    self._read = readers.EvalReader(
+      source,
+      batch_size,
+      image_size,
+      resize_ratio,
+      skip_corrupt,
+      has_mask='object_mask' in source[0],
+    )
+    self._keep = cache == 'device'
+    self._kept: list[dict[str, jax.Array]] | None = None
+    self._normalize = jax.jit(augment.normalize, out_shardings=sharding)
+
+  @property
+  def num_skipped(self) -> int:
+    """Corrupt images met so far, each counted once."""
+    return len(self.skipped)
+
+  def __len__(self) -> int:
+    return -(-self.num_examples // self._batch_size)
+
+  def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+    """Yields batches of N = batch_size.
+
+    'image': float32[N, S, S, 3], normalised; 'label': int32[N]; 'weight':
+    float32[N], 1 for an example, 0 for padding and for a corrupt image;
+    'object_mask': bool[N, S, S], in the image's geometry, if the source has it.
+    """
+    for batch in self._uint8_batches():
+      yield {**batch, 'image': self._normalize(batch['image'])}
+
+  def _uint8_batches(self) -> Iterator[dict[str, jax.Array]]:
+    if self._kept is not None:
+      yield from self._kept
+      return
+    kept = []
+    host = readers.prefetch(self._read, 0, len(self), self._num_workers)
+    try:
+      for batch in host:
+        for name in batch.pop('skipped'):
+          if name not in self.skipped:
+            logging.warning('skipping the corrupt image %r', name)
+            self.skipped.append(name)
+        batch = jax.device_put(batch, self._sharding)
+        if self._keep:
+          kept.append(batch)
+        yield batch
+    finally:
+      host.close()
+    if self._keep:
+      self._kept = kept
+
+
+# The names under which the programs build them.
+train_batches = TrainBatches
+eval_batches = EvalBatches
+
+
+def _replicated(sharding):
+  if isinstance(sharding, jax.sharding.NamedSharding):
+    return jax.sharding.NamedSharding(
+      sharding.mesh, jax.sharding.PartitionSpec()
+    )
+  return sharding
+
+
+def _check(source, image_size, batch_size, cache, num_workers, sharding):
+  if not len(source):
+    raise ValueError('the data set has no examples')
+  if image_size < 1:
+    raise ValueError(f'image_size must be >= 1; got {image_size}')
+  if batch_size < 1:
+    raise ValueError(f'batch_size must be >= 1; got {batch_size}')
+  if cache not in CACHES:
+    raise ValueError(f'cache must be one of {CACHES}; got {cache!r}')
+  if num_workers < 0:
+    raise ValueError(f'num_workers must be >= 0; got {num_workers}')
+  if sharding is not None:
+    try:
+      sharding.shard_shape((batch_size,))
+    except ValueError as error:
+      raise ValueError(
+        f'batch_size {batch_size} cannot be split evenly over '
+        f'{len(sharding.device_set)} devices'
+      ) from error

@@ -1,0 +1,179 @@
+"""A training set held on the device as uint8, and random crops from it.
+
+Every image is resized to one square of `cache_size` pixels, its aspect ratio
+kept beside it: the crop undoes the squash. Against padding to a square, no
+memory is wasted and the short side keeps more pixels; against cutting out the
+centre, nothing is lost.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import math
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dynconv_jax.data import augment, decode
+
+# Pixels that the JPEG decoder leaves for each pixel of the cached image.
+REDUCING_GAP = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedImages:
+  """A data set's images, decoded and resized to one size.
+
+  Attributes:
+    image: uint8[n, C, C, 3]; rows of corrupt images are zero.
+    label: int32[n].
+    aspect: float32[n], width over height of the image itself.
+    corrupt: {index: name} of the images that could not be decoded.
+  """
+
+  image: np.ndarray
+  label: np.ndarray
+  aspect: np.ndarray
+  corrupt: dict[int, str]
+
+
+def default_cache_size(
+  image_size: int, augmentation: augment.Augmentation
+) -> int:
+  """Returns the side at which not even the smallest crop is enlarged."""
+  if augmentation.crop != 'resized':
+    return image_size
+  return math.ceil(image_size / math.sqrt(augmentation.crop_scale[0]))
+
+
+def decode_all(
+  source,
+  cache_size: int,
+  *,
+  box_fn=decode.whole_image,
+  skip_corrupt: bool = False,
+  num_threads: int | None = None,
+) -> DecodedImages:
+  """Decodes every image of a source, in parallel, into one array.
+
+  Args:
+    source: the encoded examples.
+    cache_size: side of the cached images, in pixels.
+    box_fn: what to keep of an image, from its (width, height).
+    skip_corrupt: note corrupt images instead of stopping at the first.
+    num_threads: Pillow decodes outside the interpreter's lock; None: one a
+      core.
+
+  Raises:
+    CorruptImageError: an image cannot be decoded, without `skip_corrupt`.
+    ValueError: the array is larger than the memory.
+  """
+  n = len(source)
+  shape = (n, cache_size, cache_size, 3)
+  _check_memory(shape)
+  images = np.zeros(shape, np.uint8)
+  labels, aspects = np.zeros(n, np.int32), np.ones(n, np.float32)
+  corrupt = {}
+
+  def decode_one(index: int) -> None:
+    example = source[index]
+    labels[index] = example['label']
+
+    def note_aspect(width: int, height: int) -> decode.Box:
+      aspects[index] = width / height
+      return box_fn(width, height)
+
+    try:
+      images[index] = decode.decode_resized(
+        example['image'],
+        example['name'],
+        cache_size,
+        note_aspect,
+        reducing_gap=REDUCING_GAP,
+      )
+    except decode.CorruptImageError:
+      if not skip_corrupt:
+        raise
+      corrupt[index] = example['name']
+
+  num_threads = num_threads or os.cpu_count()
+  with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
+    for done, _ in enumerate(executor.map(decode_one, range(n)), start=1):
+      logging.log_every_n_seconds(
+        logging.INFO, 'decoded %d of %d images', 10, done, n
+      )
+  logging.info('cached %d images, %.0f MiB', n, images.nbytes / 2**20)
+  return DecodedImages(images, labels, aspects, corrupt)
+
+
+def random_crops(
+  key: jax.Array,
+  images: jax.Array,
+  aspects: jax.Array,
+  *,
+  image_size: int,
+  augmentation: augment.Augmentation,
+) -> jax.Array:
+  """Returns float32[N, image_size, image_size, 3] in [0, 1]: random crops.
+
+  Args:
+    key: the batch's random key.
+    images: uint8[N, C, C, 3] of the cache.
+    aspects: float32[N], width over height of the images before the squash.
+    image_size: side of the crops, in pixels.
+    augmentation: gives the range of the boxes.
+  """
+  uniform = jax.random.uniform(key, (images.shape[0], 4))
+  boxes = augment.crop_boxes(
+    uniform, aspects, jnp.ones_like(aspects), augmentation, jnp
+  )
+  # From the image's own proportions to the square.
+  to_square = jnp.stack([1 / aspects, jnp.ones_like(aspects)], axis=1)
+  boxes *= images.shape[1] * jnp.tile(to_square, 2)
+  return crop_and_resize(images, boxes, image_size)
+
+
+def crop_and_resize(
+  images: jax.Array, boxes: jax.Array, image_size: int
+) -> jax.Array:
+  """Returns float32[N, image_size, image_size, 3] in [0, 1]: boxes, resampled.
+
+  Bilinear and antialiased, as Pillow's `resize(box=...)` on the host.
+
+  Args:
+    images: uint8[N, H, W, 3].
+    boxes: float32[N, 4] of (left, top, right, bottom), in pixels.
+    image_size: side of the result, in pixels.
+  """
+
+  def crop(image: jax.Array, box: jax.Array) -> jax.Array:
+    start, stop = box[1::-1], box[:1:-1]  # (top, left), (bottom, right)
+    scale = image_size / (stop - start)
+    return jax.image.scale_and_translate(
+      image,
+      (image_size, image_size, 3),
+      (0, 1),
+      scale,
+      -start * scale,
+      'linear',
+    )
+
+  return jax.vmap(crop)(images.astype(jnp.float32) / 255, boxes)
+
+
+def _check_memory(shape: tuple[int, ...]) -> None:
+  num_bytes = math.prod(shape)
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get('bytes_limit')
+  if limit is None:  # a CPU: the host's memory is the device's
+    limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if num_bytes > limit:
+    raise ValueError(
+      f'cache=device needs {num_bytes / 2**30:.1f} GiB for {shape[0]} images '
+      f'of {shape[1]} x {shape[2]} pixels; the device has '
+      f'{limit / 2**30:.1f} GiB: use a smaller cache_size, or cache=none'
+    )

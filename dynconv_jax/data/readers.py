@@ -1,0 +1,180 @@
+"""Host side of the batches: which examples, and reading them ahead."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from dynconv_jax.data import augment, decode, device_cache
+
+_FOREVER = 2**62
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochOrder:
+  """Which examples make up which batch."""
+
+  num_examples: int
+  batch_size: int
+  seed: int
+
+  @property
+  def steps_per_epoch(self) -> int:
+    return self.num_examples // self.batch_size
+
+  def candidates(self, step: int) -> np.ndarray:
+    """Returns int64[num_examples], of which the first good ones are the batch.
+
+    That is the epoch's order from the batch's start on, and then around.
+    """
+    epoch, batch = divmod(step, self.steps_per_epoch)
+    order = _permutation(self.num_examples, self.seed, epoch)
+    return np.roll(order, -batch * self.batch_size)
+
+  def rng(self, step: int) -> np.random.Generator:
+    """Returns the generator of a batch's crops."""
+    return np.random.default_rng((self.seed, 1, step))
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+  return np.random.default_rng((seed, 0, epoch)).permutation(n)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainReader:
+  """Reads the batch of a step on the host: decoded, cropped, uint8."""
+
+  source: object
+  order: EpochOrder
+  image_size: int
+  augmentation: augment.Augmentation
+  skip_corrupt: bool
+
+  def __call__(self, step: int) -> dict:
+    size, batch_size = self.image_size, self.order.batch_size
+    images = np.empty((batch_size, size, size, 3), np.uint8)
+    labels = np.empty(batch_size, np.int32)
+    uniform = self.order.rng(step).random((batch_size, 4))
+    skipped, count = [], 0
+    for index in self.order.candidates(step):
+      example = self.source[int(index)]
+      try:
+        images[count] = self._crop(example, uniform[count])
+      except decode.CorruptImageError:
+        if not self.skip_corrupt:
+          raise
+        skipped.append(example['name'])
+        continue
+      labels[count] = example['label']
+      count += 1
+      if count == batch_size:
+        break
+    check_full(count, self.order)
+    return {'image': images, 'label': labels, 'skipped': skipped}
+
+  def _crop(self, example: dict, uniform: np.ndarray) -> np.ndarray:
+    if self.augmentation.crop == 'resized':
+
+      def box_fn(width: int, height: int) -> decode.Box:
+        return augment.crop_boxes(uniform, width, height, self.augmentation)
+    else:
+      box_fn = functools.partial(
+        decode.evaluation_box, image_size=self.image_size, resize_ratio=1.0
+      )
+    return decode.decode_resized(
+      example['image'],
+      example['name'],
+      self.image_size,
+      box_fn,
+      reducing_gap=device_cache.REDUCING_GAP,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalReader:
+  """Reads one evaluation batch on the host: decoded, centred, uint8."""
+
+  source: object
+  batch_size: int
+  image_size: int
+  resize_ratio: float
+  skip_corrupt: bool
+  has_mask: bool
+
+  def __call__(self, number: int) -> dict:
+    n, size = self.batch_size, self.image_size
+    batch = {
+      'image': np.zeros((n, size, size, 3), np.uint8),
+      'label': np.zeros(n, np.int32),
+      'weight': np.zeros(n, np.float32),
+      'skipped': [],
+    }
+    if self.has_mask:
+      batch['object_mask'] = np.zeros((n, size, size), bool)
+    box_fn = functools.partial(
+      decode.evaluation_box, image_size=size, resize_ratio=self.resize_ratio
+    )
+    first = number * n
+    for row in range(min(n, len(self.source) - first)):
+      example = self.source[first + row]
+      name = example['name']
+      batch['label'][row] = example['label']
+      try:
+        batch['image'][row] = decode.decode_resized(
+          example['image'], name, size, box_fn
+        )
+        if self.has_mask:
+          batch['object_mask'][row] = decode.decode_mask(
+            example['object_mask'], name, size, self.resize_ratio
+          )
+        batch['weight'][row] = 1
+      except decode.CorruptImageError:
+        if not self.skip_corrupt:
+          raise
+        batch['skipped'].append(name)
+    return batch
+
+
+def prefetch(
+  read: Callable[[int], dict], start: int, stop: int | None, num_workers: int
+) -> grain.DatasetIterator:
+  """Returns an iterator over read(start), read(start + 1), ..., read ahead.
+
+  Args:
+    read: picklable; gives the batch of a number.
+    start: the first number.
+    stop: the number after the last; None: endless.
+    num_workers: processes that read; 0: threads of this process, one a core.
+      The order of the batches is the same for any.
+  """
+  num_threads = 1 if num_workers else os.cpu_count()
+  dataset = (
+    grain.MapDataset.range(start, _FOREVER if stop is None else stop)
+    .map(read)
+    .to_iter_dataset(
+      grain.ReadOptions(
+        num_threads=num_threads, prefetch_buffer_size=num_threads + 1
+      )
+    )
+  )
+  if num_workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=2
+      )
+    )
+  return iter(dataset)
+
+
+def check_full(count: int, order: EpochOrder) -> None:
+  if count < order.batch_size:
+    raise ValueError(
+      f'only {count} of the {order.num_examples} images can be decoded, fewer '
+      f'than the batch size {order.batch_size}'
+    )
