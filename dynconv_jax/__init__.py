@@ -1,1 +1,17 @@
 """Networks that compute only where it matters, in JAX."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+  from dynconv_jax.models.resnet import create_model as create_model
+
+__all__ = ['create_model']
+
+
+def __getattr__(name):
+  # Imported on demand: `dynconv_jax.macs` serves without a training stack.
+  if name == 'create_model':
+    from dynconv_jax.models.resnet import create_model
+
+    return create_model
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -66,3 +66,31 @@ class ExecutionMask:
   def density(self) -> jax.Array:
     """Returns float32[N]: share of active positions of `hard`."""
     return jnp.mean(self.hard, axis=(1, 2))
+
+
+def dilate(mask: jax.Array, strides: int = 1) -> jax.Array:
+  """Returns where a 3x3 convolution's inputs are needed, without gradient.
+
+  A padded 3x3 convolution of stride s that is evaluated at the positions of
+  `mask` reads its input at these positions (Verelst and Tuytelaars, CVPR 2020,
+  section 3.3). As in the authors' code no gradient passes the dilation.
+
+  Args:
+    mask: float[N, h, w] of {0, 1} at the convolution's output resolution.
+    strides: s of that convolution.
+
+  Returns:
+    float[N, h * s, w * s] of {0, 1}. Where the input is one row or column
+    shorter (odd sizes), slice it.
+  """
+  # Zero-stuffing by s puts output position i at input position i * s, the
+  # centre of its 3x3 window under padding 1.
+  return jax.lax.reduce_window(
+    jax.lax.stop_gradient(mask),
+    0.0,
+    jax.lax.max,
+    window_dimensions=(1, 3, 3),
+    window_strides=(1, 1, 1),
+    padding=((0, 0), (1, strides), (1, strides)),
+    base_dilation=(1, strides, strides),
+  )
