@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from dynconv_jax.data import augment, decode, device_cache, readers
 
@@ -83,62 +83,21 @@ class TrainBatches:
     if cache_size is not None and cache_size < 1:
       raise ValueError(f'cache_size must be >= 1; got {cache_size}')
 
-    self._order = readers.EpochOrder(len(source), batch_size, seed)
-    self.steps_per_epoch = self._order.steps_per_epoch
     self.step = 0
     self.skipped: list[str] = []
+    self._order = readers.EpochOrder(len(source), batch_size, seed)
+    self.steps_per_epoch = self._order.steps_per_epoch
+    self._image_size = image_size
+    self._augmentation = augmentation
+    self._num_classes = len(source.class_names)
+    self._num_workers = num_workers
+    self._skip_corrupt = skip_corrupt
     self._sharding = sharding
     self._host = None
-    self._read = readers.TrainReader(
-      source, self._order, image_size, augmentation, skip_corrupt
-    )
-    self._num_workers = num_workers
-    self._cached = None
-    augment_fn = functools.partial(
-      augment.augment,
-      augmentation=augmentation,
-      num_classes=len(source.class_names),
-    )
-    root_key = jax.random.key(seed)
-
     if cache == 'device':
-      decoded = device_cache.decode_all(
-        source,
-        cache_size or device_cache.default_cache_size(image_size, augmentation),
-        box_fn=decode.whole_image
-        if resized
-        else functools.partial(
-          decode.evaluation_box, image_size=image_size, resize_ratio=1.0
-        ),
-        skip_corrupt=skip_corrupt,
-        num_threads=num_workers or None,
-      )
-      self._good = np.ones(len(source), bool)
-      self._good[list(decoded.corrupt)] = False
-      self._note_skipped(decoded.corrupt.values())
-      self._cached = jax.device_put(
-        (decoded.image, decoded.label, decoded.aspect), _replicated(sharding)
-      )
-
-    def from_cache(cached, indices, step):
-      crop_key, key = jax.random.split(jax.random.fold_in(root_key, step))
-      images, labels, aspects = (array[indices] for array in cached)
-      if resized:
-        images = device_cache.random_crops(
-          crop_key,
-          images,
-          aspects,
-          image_size=image_size,
-          augmentation=augmentation,
-        )
-      return augment_fn(key, images, labels)
-
-    def from_host(images, labels, step):
-      _, key = jax.random.split(jax.random.fold_in(root_key, step))
-      return augment_fn(key, images, labels)
-
-    self._from_cache = jax.jit(from_cache, out_shardings=sharding)
-    self._from_host = jax.jit(from_host, out_shardings=sharding)
+      self._feed = self._cached_feed(source, cache_size)
+    else:
+      self._feed = self._host_feed(source)
 
   @property
   def num_skipped(self) -> int:
@@ -150,24 +109,7 @@ class TrainBatches:
 
   def __next__(self) -> dict[str, jax.Array]:
     """Returns 'image': float32[N, S, S, 3] and 'label': float32[N, classes]."""
-    step = np.int32(self.step)
-    if self._cached is not None:
-      candidates = self._order.candidates(self.step)
-      indices = candidates[self._good[candidates]][: self._order.batch_size]
-      readers.check_full(len(indices), self._order)
-      indices = jax.device_put(indices.astype(np.int32), self._sharding)
-      batch = self._from_cache(self._cached, indices, step)
-    else:
-      if self._host is None:
-        self._host = readers.prefetch(
-          self._read, self.step, None, self._num_workers
-        )
-      read = next(self._host)
-      self._note_skipped(read['skipped'])
-      images, labels = jax.device_put(
-        (read['image'], read['label']), self._sharding
-      )
-      batch = self._from_host(images, labels, step)
+    batch = self._feed(np.int32(self.step))
     self.step += 1
     return batch
 
@@ -202,11 +144,88 @@ class TrainBatches:
       self._host.close()
       self._host = None
 
-  def _note_skipped(self, names) -> None:
-    for name in names:
-      if name not in self.skipped:
-        logging.warning('skipping the corrupt image %r', name)
-        self.skipped.append(name)
+  def _host_feed(self, source):
+    """Returns the function from a step to its batch, read on the host."""
+    read = readers.TrainReader(
+      source,
+      self._order,
+      self._image_size,
+      self._augmentation,
+      self._skip_corrupt,
+    )
+
+    @functools.partial(jax.jit, out_shardings=self._sharding)
+    def finish(images, labels, step):
+      return self._augment(self._keys(step)[1], images, labels)
+
+    def feed(step):
+      if self._host is None:
+        self._host = readers.prefetch(read, int(step), None, self._num_workers)
+      batch = next(self._host)
+      _note_skipped(self.skipped, batch['skipped'])
+      images, labels = batch['image'], batch['label']
+      return finish(*jax.device_put((images, labels), self._sharding), step)
+
+    self._jitted = finish
+    return feed
+
+  def _cached_feed(self, source, cache_size: int | None):
+    """Returns the function from a step to its batch, cut from the cache."""
+    size, augmentation = self._image_size, self._augmentation
+    resized = augmentation.crop == 'resized'
+    decoded = device_cache.decode_all(
+      source,
+      cache_size or device_cache.default_cache_size(size, augmentation),
+      box_fn=decode.whole_image if resized else readers.fitted_box(size),
+      skip_corrupt=self._skip_corrupt,
+      num_threads=self._num_workers or None,
+    )
+    _note_skipped(self.skipped, decoded.corrupt.values())
+    good = np.ones(len(source), bool)
+    good[list(decoded.corrupt)] = False
+    # Whole on each device: a batch's rows come from anywhere.
+    cache = jax.device_put(
+      (decoded.image, decoded.label, decoded.aspect),
+      _replicated(self._sharding),
+    )
+
+    @functools.partial(jax.jit, out_shardings=self._sharding)
+    def draw(cache, indices, step):
+      crop_key, key = self._keys(step)
+      images, labels, aspects = (array[indices] for array in cache)
+      if resized:
+        images = device_cache.random_crops(
+          crop_key,
+          images,
+          aspects,
+          image_size=size,
+          augmentation=augmentation,
+        )
+      return self._augment(key, images, labels)
+
+    def feed(step):
+      candidates = self._order.candidates(step)
+      indices = candidates[good[candidates]][: self._order.batch_size]
+      readers.check_full(len(indices), self._order)
+      indices = jax.device_put(indices.astype(np.int32), self._sharding)
+      return draw(cache, indices, step)
+
+    self._jitted = draw
+    return feed
+
+  def _keys(self, step: jax.Array) -> jax.Array:
+    """Returns the keys of a step: of its crops, of all the rest."""
+    key = jax.random.key(self._order.seed)
+    return jax.random.split(jax.random.fold_in(key, step))
+
+  def _augment(self, key, images, labels) -> dict[str, jax.Array]:
+    return augment.augment(
+      key,
+      images,
+      labels,
+      augmentation=self._augmentation,
+      num_classes=self._num_classes,
+    )
 
 
 class EvalBatches:
@@ -248,7 +267,9 @@ class EvalBatches:
       ValueError: an argument.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
-    decode.evaluation_box(1, 1, image_size, resize_ratio)
+    decode.evaluation_box(1, 1, image_size, resize_ratio)  # raises
+    if cache == 'device':
+      device_cache.check_memory((len(source), image_size, image_size, 3))
     self.num_examples = len(source)
     self.skipped: list[str] = []
     self._batch_size = batch_size
@@ -292,10 +313,7 @@ class EvalBatches:
     host = readers.prefetch(self._read, 0, len(self), self._num_workers)
     try:
       for batch in host:
-        for name in batch.pop('skipped'):
-          if name not in self.skipped:
-            logging.warning('skipping the corrupt image %r', name)
-            self.skipped.append(name)
+        _note_skipped(self.skipped, batch.pop('skipped'))
         batch = jax.device_put(batch, self._sharding)
         if self._keep:
           kept.append(batch)
@@ -309,6 +327,13 @@ class EvalBatches:
 # The names under which the programs build them.
 train_batches = TrainBatches
 eval_batches = EvalBatches
+
+
+def _note_skipped(skipped: list[str], names: Iterable[str]) -> None:
+  for name in names:
+    if name not in skipped:
+      logging.warning('skipping the corrupt image %r', name)
+      skipped.append(name)
 
 
 def _replicated(sharding):
@@ -330,6 +355,11 @@ def _check(source, image_size, batch_size, cache, num_workers, sharding):
     raise ValueError(f'cache must be one of {CACHES}; got {cache!r}')
   if num_workers < 0:
     raise ValueError(f'num_workers must be >= 0; got {num_workers}')
+  if num_workers and not flags.FLAGS.is_parsed():
+    raise ValueError(
+      f'num_workers={num_workers} needs parsed absl flags, for grain: start '
+      'the program by absl.app.run'
+    )
   if sharding is not None:
     try:
       sharding.shard_shape((batch_size,))

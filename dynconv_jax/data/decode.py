@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 # ImageNet's own protocol: short side 256, central 224.
 RESIZE_RATIO = 256 / 224
@@ -16,8 +16,18 @@ RESIZE_RATIO = 256 / 224
 # (left, top, right, bottom) in pixels, fractions allowed.
 Box = tuple[float, float, float, float]
 
-# MPO is what phones write as .jpg when a file holds several pictures.
-_FORMATS = ('JPEG', 'MPO', 'PNG', 'WEBP')
+_FORMATS = ('JPEG', 'PNG', 'WEBP')
+
+# By EXIF orientation; 5 and above swap width and height.
+_UPRIGHT = {
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 
 class CorruptImageError(ValueError):
@@ -77,7 +87,7 @@ def decode_resized(
     CorruptImageError: see `decode_image`.
   """
   image = _open(data, name)
-  size = _upright_size(image, name)
+  size = image.size[::-1] if _orientation(image) >= 5 else image.size
   box = np.asarray(box_fn(*size), np.float64)
   if reducing_gap is not None:
     side = min(box[2] - box[0], box[3] - box[1])
@@ -168,19 +178,30 @@ def _open(data: bytes, name: str) -> Image.Image:
   if not data:
     raise CorruptImageError(name, 'the file is empty (0 bytes)')
   with _naming(name):
-    return Image.open(io.BytesIO(data), formats=_FORMATS)
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.format == 'PNG':
+      # Checks the checksums, which decoding does not, and spends the object.
+      image.verify()
+      image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    return image
 
 
-def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-  with _naming(name):
-    transposed = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-  return image.size[::-1] if transposed else image.size
+def _orientation(image: Image.Image) -> int:
+  """Returns the EXIF orientation, 1 (upright) to 8."""
+  try:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # damaged metadata around sound pixels
+    return 1
 
 
 def _load(image: Image.Image, name: str) -> Image.Image:
+  orientation = _orientation(image)
   with _naming(name):
     image.load()
-    return _to_rgb(ImageOps.exif_transpose(image))
+    image = _to_rgb(image)
+  if orientation in _UPRIGHT:
+    image = image.transpose(_UPRIGHT[orientation])
+  return image
 
 
 @contextlib.contextmanager

@@ -50,6 +50,25 @@ def default_cache_size(
   return math.ceil(image_size / math.sqrt(augmentation.crop_scale[0]))
 
 
+def check_memory(shape: tuple[int, ...]) -> None:
+  """Raises ValueError if uint8 images of this shape exceed the memory.
+
+  Args:
+    shape: (n, height, width, channels).
+  """
+  num_bytes = math.prod(shape)
+  stats = jax.local_devices()[0].memory_stats() or {}
+  limit = stats.get('bytes_limit')
+  if limit is None:  # a CPU: the host's memory is the device's
+    limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  if num_bytes > limit:
+    raise ValueError(
+      f'cache=device needs {num_bytes / 2**30:.1f} GiB for {shape[0]} images '
+      f'of {shape[1]} x {shape[2]} pixels; the device has '
+      f'{limit / 2**30:.1f} GiB: use a smaller cache_size, or cache=none'
+    )
+
+
 def decode_all(
   source,
   cache_size: int,
@@ -74,7 +93,7 @@ def decode_all(
   """
   n = len(source)
   shape = (n, cache_size, cache_size, 3)
-  _check_memory(shape)
+  check_memory(shape)
   images = np.zeros(shape, np.uint8)
   labels, aspects = np.zeros(n, np.int32), np.ones(n, np.float32)
   corrupt = {}
@@ -163,17 +182,3 @@ def crop_and_resize(
     )
 
   return jax.vmap(crop)(images.astype(jnp.float32) / 255, boxes)
-
-
-def _check_memory(shape: tuple[int, ...]) -> None:
-  num_bytes = math.prod(shape)
-  stats = jax.local_devices()[0].memory_stats() or {}
-  limit = stats.get('bytes_limit')
-  if limit is None:  # a CPU: the host's memory is the device's
-    limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-  if num_bytes > limit:
-    raise ValueError(
-      f'cache=device needs {num_bytes / 2**30:.1f} GiB for {shape[0]} images '
-      f'of {shape[1]} x {shape[2]} pixels; the device has '
-      f'{limit / 2**30:.1f} GiB: use a smaller cache_size, or cache=none'
-    )

@@ -14,6 +14,9 @@ from dynconv_jax.data import augment, decode, device_cache
 
 _FOREVER = 2**62
 
+# Each thread reads a whole batch, which takes memory.
+_MAX_THREADS = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
@@ -80,13 +83,11 @@ class TrainReader:
 
   def _crop(self, example: dict, uniform: np.ndarray) -> np.ndarray:
     if self.augmentation.crop == 'resized':
-
-      def box_fn(width: int, height: int) -> decode.Box:
-        return augment.crop_boxes(uniform, width, height, self.augmentation)
-    else:
       box_fn = functools.partial(
-        decode.evaluation_box, image_size=self.image_size, resize_ratio=1.0
+        augment.crop_boxes, uniform, augmentation=self.augmentation
       )
+    else:
+      box_fn = fitted_box(self.image_size)
     return decode.decode_resized(
       example['image'],
       example['name'],
@@ -117,9 +118,7 @@ class EvalReader:
     }
     if self.has_mask:
       batch['object_mask'] = np.zeros((n, size, size), bool)
-    box_fn = functools.partial(
-      decode.evaluation_box, image_size=size, resize_ratio=self.resize_ratio
-    )
+    box_fn = fitted_box(size, self.resize_ratio)
     first = number * n
     for row in range(min(n, len(self.source) - first)):
       example = self.source[first + row]
@@ -141,6 +140,13 @@ class EvalReader:
     return batch
 
 
+def fitted_box(image_size: int, resize_ratio: float = 1.0):
+  """Returns the function from (width, height) to evaluation's box."""
+  return functools.partial(
+    decode.evaluation_box, image_size=image_size, resize_ratio=resize_ratio
+  )
+
+
 def prefetch(
   read: Callable[[int], dict], start: int, stop: int | None, num_workers: int
 ) -> grain.DatasetIterator:
@@ -153,7 +159,7 @@ def prefetch(
     num_workers: processes that read; 0: threads of this process, one a core.
       The order of the batches is the same for any.
   """
-  num_threads = 1 if num_workers else os.cpu_count()
+  num_threads = 1 if num_workers else min(os.cpu_count(), _MAX_THREADS)
   dataset = (
     grain.MapDataset.range(start, _FOREVER if stop is None else stop)
     .map(read)
