@@ -1,0 +1,314 @@
+"""What each kind of operation costs, from its shape alone.
+
+Every front end (JAX, PyTorch, ONNX) describes its operations to these
+functions and nowhere computes a cost of its own, so that one network has one
+count. A function returns the `Work` of an operation: what a convention needs
+to price it. The formulas are written out in docs/macs.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+KINDS = (
+  'conv',
+  'matmul',
+  'norm',
+  'pool',
+  'activation',
+  'reduction',
+  'elementwise',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one operation, or several of the same layer, does.
+
+  Attributes:
+    kind: one of KINDS.
+    macs: multiply-accumulates, those on input padding included.
+    inside_macs: multiply-accumulates that read an element of the input; at
+      most `macs`.
+    bias: additions of a bias to the outputs of a convolution or matmul.
+    operations: arithmetic on elements that is neither of these, one each.
+    ptflops: what ptflops 0.7.5 charges for the module beyond `macs + bias`:
+      its norms, activations and pooling.
+    positions: output positions of a convolution over the batch, N * h * w,
+      which is what an execution mask selects from; 0 for other kinds.
+  """
+
+  kind: str
+  macs: int = 0
+  inside_macs: int = 0
+  bias: int = 0
+  operations: int = 0
+  ptflops: int = 0
+  positions: int = 0
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise ValueError(f'kind must be one of {KINDS}; got {self.kind!r}')
+
+  def __add__(self, other: Work) -> Work:
+    """Returns the sum; the kind is the one that comes first in KINDS."""
+    kind = min(self.kind, other.kind, key=KINDS.index)
+    return Work(
+      kind, *(a + b for a, b in zip(self._counts, other._counts, strict=True))
+    )
+
+  def __mul__(self, times: int) -> Work:
+    """Returns the work of doing this `times` times over."""
+    return Work(self.kind, *(count * times for count in self._counts))
+
+  @property
+  def _counts(self) -> tuple[int, ...]:
+    return dataclasses.astuple(self)[1:]
+
+
+def convolution(
+  *,
+  batch: int,
+  in_features: int,
+  out_features: int,
+  input_size: Sequence[int],
+  kernel_size: Sequence[int],
+  strides: Sequence[int] | None = None,
+  padding: Sequence[tuple[int, int]] | None = None,
+  input_dilation: Sequence[int] | None = None,
+  kernel_dilation: Sequence[int] | None = None,
+  feature_groups: int = 1,
+  batch_groups: int = 1,
+  bias: bool = False,
+) -> Work:
+  """Returns the work of a convolution of any number of spatial dimensions.
+
+  Args:
+    batch: images in the input.
+    in_features: channels of the input, over all groups.
+    out_features: channels of the output, over all groups.
+    input_size: spatial shape of the input.
+    kernel_size: spatial shape of the kernel, before dilation.
+    strides: step of the window in each dimension; 1 by default.
+    padding: (low, high) in each dimension; negative values crop; 0 by default.
+    input_dilation: factor by which zeros spread the input, which is the stride
+      of a transposed convolution; 1 by default.
+    kernel_dilation: spacing of the kernel's taps; 1 by default.
+    feature_groups: groups of channels; `in_features` for a depthwise one.
+    batch_groups: groups of the batch, as in gradients of grouped kernels.
+    bias: whether a bias is added to each output.
+  """
+  ones = (1,) * len(input_size)
+  strides = strides or ones
+  padding = padding or ((0, 0),) * len(input_size)
+  dims = [
+    _Dimension(*sizes)
+    for sizes in zip(
+      input_size,
+      kernel_size,
+      strides,
+      padding,
+      input_dilation or ones,
+      kernel_dilation or ones,
+      strict=True,
+    )
+  ]
+  positions = batch // batch_groups * math.prod(d.output_size for d in dims)
+  per_pair = batch // batch_groups * (in_features // feature_groups)
+  per_pair *= out_features
+  return Work(
+    'conv',
+    macs=per_pair * math.prod(d.pairs() for d in dims),
+    inside_macs=per_pair * math.prod(d.inside_pairs() for d in dims),
+    bias=positions * out_features if bias else 0,
+    positions=positions,
+  )
+
+
+def transposed_convolution(
+  *,
+  batch: int,
+  in_features: int,
+  out_features: int,
+  input_size: Sequence[int],
+  kernel_size: Sequence[int],
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  output_padding: Sequence[int],
+  kernel_dilation: Sequence[int] | None = None,
+  feature_groups: int = 1,
+  bias: bool = False,
+) -> Work:
+  """Returns the work of a transposed convolution as PyTorch and ONNX put it.
+
+  Args are those of `convolution`, but `strides` spreads the input, `padding`
+  is what (low, high) crops from the output, and `output_padding` is added at
+  its high end.
+  """
+  kernel_dilation = kernel_dilation or (1,) * len(input_size)
+  reaches = [
+    dilation * (taps - 1)
+    for dilation, taps in zip(kernel_dilation, kernel_size, strict=True)
+  ]
+  return convolution(
+    batch=batch,
+    in_features=in_features,
+    out_features=out_features,
+    input_size=input_size,
+    kernel_size=kernel_size,
+    padding=[
+      (reach - low, reach - high + extra)
+      for reach, (low, high), extra in zip(
+        reaches, padding, output_padding, strict=True
+      )
+    ],
+    input_dilation=strides,
+    kernel_dilation=kernel_dilation,
+    feature_groups=feature_groups,
+    bias=bias,
+  )
+
+
+def matmul(
+  rows: int, inner: int, columns: int, *, batch: int = 1, bias: bool = False
+) -> Work:
+  """Returns the work of [batch, rows, inner] times [batch, inner, columns].
+
+  A linear layer has its batch and positions in `rows`; `bias` adds one to
+  each output.
+  """
+  outputs = batch * rows * columns
+  macs = outputs * inner
+  return Work('matmul', macs, macs, bias=outputs if bias else 0)
+
+
+def attention(
+  batch: int, queries: int, keys: int, key_size: int, value_size: int
+) -> Work:
+  """Returns the work of softmax(Q K^T / scale) V over `batch` times heads."""
+  scores = matmul(queries, key_size, keys, batch=batch)
+  values = matmul(queries, keys, value_size, batch=batch)
+  size = batch * queries * keys
+  return scores + elementwise(size) + softmax(size, batch * queries) + values
+
+
+def softmax(elements: int, rows: int) -> Work:
+  """Returns the work of a softmax over each of `rows`: 5 an element - 2 a row.
+
+  Maximum, difference, exponential, sum and quotient.
+  """
+  return Work(
+    'activation', operations=5 * elements - 2 * rows, ptflops=elements
+  )
+
+
+def activation(elements: int, operations: int = 1) -> Work:
+  """Returns the work of an activation of `operations` steps an element."""
+  return Work('activation', operations=operations * elements, ptflops=elements)
+
+
+def norm(
+  elements: int,
+  features: int,
+  *,
+  affine: bool = True,
+  statistics_groups: int = 0,
+) -> Work:
+  """Returns the work of a normalisation.
+
+  (x - mean) * (scale * rsqrt(variance + epsilon)) + bias: 3 an element and 3
+  a feature; without scale and bias 2 and 2.
+
+  Args:
+    elements: size of the input.
+    features: statistics that the input is normalised by: channels of a batch
+      norm with running statistics, groups times batch of a group norm.
+    affine: whether scale and bias are applied.
+    statistics_groups: means computed from the input itself, 0 when they are
+      given: 3 an element (sum, square, sum of squares) and 2 a group (its two
+      divisions, square and difference, less the two first summands).
+  """
+  operations = (3 if affine else 2) * (elements + features)
+  if statistics_groups:
+    operations += 3 * elements + 2 * statistics_groups
+  return Work(
+    'norm', operations=operations, ptflops=(2 if affine else 1) * elements
+  )
+
+
+def pool(inputs: int, outputs: int, window: int, *, mean: bool = False) -> Work:
+  """Returns the work of pooling: window - 1 an output, and one for a mean.
+
+  Args:
+    inputs: size of the input, which is what ptflops charges.
+    outputs: size of the output.
+    window: elements in a window, padding included.
+    mean: whether the sum is divided.
+  """
+  return Work('pool', operations=outputs * (window - 1 + mean), ptflops=inputs)
+
+
+def reduction(inputs: int, outputs: int) -> Work:
+  """Returns the work of reducing: one for each element that disappears."""
+  return Work('reduction', operations=max(inputs - outputs, 0))
+
+
+def elementwise(elements: int) -> Work:
+  """Returns the work of one operation on each of `elements` outputs."""
+  return Work('elementwise', operations=elements)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dimension:
+  """One spatial dimension of a convolution; they are independent."""
+
+  input_size: int
+  taps: int
+  stride: int
+  padding: tuple[int, int]
+  input_dilation: int
+  kernel_dilation: int
+
+  @property
+  def output_size(self) -> int:
+    padded = sum(self.padding)
+    if self.input_size:
+      padded += self.input_dilation * (self.input_size - 1) + 1
+    window = self.kernel_dilation * (self.taps - 1) + 1
+    return max((padded - window) // self.stride + 1, 0)
+
+  def pairs(self) -> int:
+    """Returns the (output, tap) pairs that are work, padding included.
+
+    Zeros that spread an input are never work: there each input element meets
+    each tap once, whether its product is cropped or not, and no more than
+    each output once.
+    """
+    if self.input_dilation == 1:
+      return self.output_size * self.taps
+    step = self.stride // math.gcd(self.stride, self.kernel_dilation)
+    return self.input_size * min(-(-self.taps // step), self.output_size)
+
+  def inside_pairs(self) -> int:
+    """Returns the (output, tap) pairs that read an element of the input.
+
+    Output o reads element (o * stride + tap * kernel_dilation - low) /
+    input_dilation, where that is a whole number in [0, input_size).
+    """
+    divisor = math.gcd(self.stride, self.input_dilation)
+    period = self.input_dilation // divisor
+    inverse = pow(self.stride // divisor, -1, period)
+    last = (self.input_size - 1) * self.input_dilation
+    pairs = 0
+    for tap in range(self.taps):
+      offset = tap * self.kernel_dilation - self.padding[0]
+      if offset % divisor:
+        continue
+      first = max(-(offset // self.stride), 0)
+      stop = min((last - offset) // self.stride + 1, self.output_size)
+      residue = -offset // divisor * inverse % period
+      first += (residue - first) % period
+      pairs += len(range(first, stop, period))
+    return pairs
