@@ -38,8 +38,9 @@ class Augmentation:
     crop_ratio: range of the box's width over height ('resized').
     crop_padding: black pixels on each side ('pad').
     flip: mirror every second image, on average, left to right.
-    color_jitter: strength s in [0, 1]: brightness shifted by up to s, contrast
-      and saturation scaled by [1 - s, 1 + s], hue turned by up to s / 4.
+    color_jitter: strength s in [0, 1]: brightness, contrast and saturation are
+      scaled by factors in [1 - s, 1 + s], the hue turned by up to s / 4 of the
+      circle.
     mixup: alpha of the Beta(alpha, alpha) share with which each image and its
       label are blended with another's (Zhang et al., ICLR 2018); 0: never.
     cutmix: alpha of the area share with which a box of another image is pasted
@@ -61,6 +62,9 @@ class Augmentation:
   label_smoothing: float = 0.0
 
   def __post_init__(self):
+    # Flags give lists, which cannot be hashed.
+    object.__setattr__(self, 'crop_scale', tuple(self.crop_scale))
+    object.__setattr__(self, 'crop_ratio', tuple(self.crop_ratio))
     errors = []
     if self.crop not in CROPS:
       errors.append(f'crop must be one of {CROPS}; got {self.crop!r}')
@@ -200,7 +204,8 @@ def _pad_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 def _jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
   brightness, contrast, saturation, hue = jax.random.split(key, 4)
   low, high = 1 - strength, 1 + strength
-  image = pix.random_brightness(brightness, image, strength)
+  # torchvision's brightness is a factor; dm-pix's is a shift, far harsher.
+  image = image * jax.random.uniform(brightness, minval=low, maxval=high)
   image = pix.random_contrast(contrast, image, low, high)
   # HSV is undefined outside the unit cube.
   image = jnp.clip(image, 0.0, 1.0)

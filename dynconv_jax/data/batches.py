@@ -89,7 +89,10 @@ class TrainBatches:
     self.steps_per_epoch = self._order.steps_per_epoch
     self._image_size = image_size
     self._augmentation = augmentation
-    self._num_classes = len(source.class_names)
+    self._static = dict(
+      augmentation=augmentation, num_classes=len(source.class_names)
+    )
+    self._key = jax.random.key(seed)
     self._num_workers = num_workers
     self._skip_corrupt = skip_corrupt
     self._sharding = sharding
@@ -153,10 +156,7 @@ class TrainBatches:
       self._augmentation,
       self._skip_corrupt,
     )
-
-    @functools.partial(jax.jit, out_shardings=self._sharding)
-    def finish(images, labels, step):
-      return self._augment(self._keys(step)[1], images, labels)
+    finish = _compile(_finish, self._sharding, **self._static)
 
     def feed(step):
       if self._host is None:
@@ -164,9 +164,10 @@ class TrainBatches:
       batch = next(self._host)
       _note_skipped(self.skipped, batch['skipped'])
       images, labels = batch['image'], batch['label']
-      return finish(*jax.device_put((images, labels), self._sharding), step)
+      return finish(
+        self._key, step, *jax.device_put((images, labels), self._sharding)
+      )
 
-    self._jitted = finish
     return feed
 
   def _cached_feed(self, source, cache_size: int | None):
@@ -188,44 +189,16 @@ class TrainBatches:
       (decoded.image, decoded.label, decoded.aspect),
       _replicated(self._sharding),
     )
-
-    @functools.partial(jax.jit, out_shardings=self._sharding)
-    def draw(cache, indices, step):
-      crop_key, key = self._keys(step)
-      images, labels, aspects = (array[indices] for array in cache)
-      if resized:
-        images = device_cache.random_crops(
-          crop_key,
-          images,
-          aspects,
-          image_size=size,
-          augmentation=augmentation,
-        )
-      return self._augment(key, images, labels)
+    draw = _compile(_draw, self._sharding, image_size=size, **self._static)
 
     def feed(step):
       candidates = self._order.candidates(step)
       indices = candidates[good[candidates]][: self._order.batch_size]
       readers.check_full(len(indices), self._order)
       indices = jax.device_put(indices.astype(np.int32), self._sharding)
-      return draw(cache, indices, step)
+      return draw(self._key, step, cache, indices)
 
-    self._jitted = draw
     return feed
-
-  def _keys(self, step: jax.Array) -> jax.Array:
-    """Returns the keys of a step: of its crops, of all the rest."""
-    key = jax.random.key(self._order.seed)
-    return jax.random.split(jax.random.fold_in(key, step))
-
-  def _augment(self, key, images, labels) -> dict[str, jax.Array]:
-    return augment.augment(
-      key,
-      images,
-      labels,
-      augmentation=self._augmentation,
-      num_classes=self._num_classes,
-    )
 
 
 class EvalBatches:
@@ -258,7 +231,8 @@ class EvalBatches:
         centre is kept.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
-      num_workers: see `TrainBatches`.
+      num_workers: see `TrainBatches`; processes start anew at each pass,
+        which takes seconds: rather use threads (0) or the cache.
       skip_corrupt: give corrupt images weight 0 and log their names, instead
         of stopping.
       sharding: see `TrainBatches`.
@@ -285,7 +259,7 @@ class EvalBatches:
     )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
-    self._normalize = jax.jit(augment.normalize, out_shardings=sharding)
+    self._normalize = _compile(augment.normalize, sharding)
 
   @property
   def num_skipped(self) -> int:
@@ -327,6 +301,37 @@ class EvalBatches:
 # The names under which the programs build them.
 train_batches = TrainBatches
 eval_batches = EvalBatches
+
+
+def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
+  """Returns the batch of a step from the device cache."""
+  crop_key, key = jax.random.split(jax.random.fold_in(key, step))
+  images, labels, aspects = (array[indices] for array in cache)
+  if augmentation.crop == 'resized':
+    images = device_cache.random_crops(
+      crop_key,
+      images,
+      aspects,
+      image_size=image_size,
+      augmentation=augmentation,
+    )
+  return augment.augment(
+    key, images, labels, augmentation=augmentation, num_classes=num_classes
+  )
+
+
+def _finish(key, step, images, labels, *, augmentation, num_classes):
+  """Returns the batch of a step from images that the host has cropped."""
+  _, key = jax.random.split(jax.random.fold_in(key, step))
+  return augment.augment(
+    key, images, labels, augmentation=augmentation, num_classes=num_classes
+  )
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(function, sharding, **static):
+  """Returns the function under jit: one for all batches of a configuration."""
+  return jax.jit(functools.partial(function, **static), out_shardings=sharding)
 
 
 def _note_skipped(skipped: list[str], names: Iterable[str]) -> None:
