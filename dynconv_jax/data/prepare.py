@@ -10,10 +10,12 @@ import pathlib
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_module
+from google.protobuf import json_format
 
 FILE_FORMAT = 'array_record'
 
@@ -25,24 +27,38 @@ _INFO_FILE = 'dataset_info.json'
 _STALE_SECONDS = 24 * 3600
 
 
-def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
-  """Returns the folder of a prepared dataset, preparing it where need be.
+def prepare(
+  make_builder: Callable[..., tfds.core.DatasetBuilder],
+  data_dir: str | os.PathLike[str],
+) -> tfds.core.DatasetBuilder:
+  """Returns a reader of a prepared dataset, preparing it where need be.
 
   TFDS writes into a folder of another name and renames it when all is done, so
   a preparation that fails or is killed is never taken for whole.
 
   Args:
-    builder: a builder that was made with `file_format=FILE_FORMAT`.
-
-  Returns:
-    The folder that holds the array_record files.
+    make_builder: a builder's class; called with `data_dir` and `file_format`.
+    data_dir: the folder under which the builder prepares.
 
   Raises:
     OSError: the disk is full; nothing half-written is kept.
     ValueError: the prepared files are damaged or of another format.
   """
+  try:
+    builder = make_builder(data_dir=data_dir, file_format=FILE_FORMAT)
+  except (
+    ValueError,
+    json_format.ParseError,
+    tfds.core.dataset_info.DatasetInfoFileError,
+  ) as error:
+    raise ValueError(
+      f'a prepared dataset in {data_dir} cannot be read: {_first_line(error)}. '
+      'Delete it to prepare it again, or choose another folder by --data_dir'
+    ) from error
   directory = pathlib.Path(builder.data_dir)
   if not (directory / _INFO_FILE).exists():
+    if directory.exists():
+      raise _damaged(directory, f'{_INFO_FILE} is missing')
     _remove_stale(directory.parent)
     logging.info('Preparing %s in %s.', builder.name, directory)
     try:
@@ -53,13 +69,27 @@ def prepare(builder: tfds.core.DatasetBuilder) -> pathlib.Path:
       if not _is_occupied(error) or not (directory / _INFO_FILE).exists():
         _raise_if_full(error, builder.name, directory)
         raise
-  _check_files(directory)
-  return directory
+  # Read anew: it then refers to nothing but the prepared files.
+  builder = tfds.builder_from_directory(directory)
+  _check_files(builder.info, directory)
+  return builder
 
 
-def _check_files(directory: pathlib.Path) -> None:
+def _damaged(directory: pathlib.Path, what: str) -> ValueError:
+  return ValueError(
+    f'the prepared dataset in {directory} is damaged: {what}. Delete that '
+    'folder to prepare it again'
+  )
+
+
+def _check_files(info: tfds.core.DatasetInfo, directory: pathlib.Path) -> None:
   """Raises ValueError unless each file holds as many records as it should."""
-  info = tfds.builder_from_directory(directory).info
+  if info.file_format.value != FILE_FORMAT:
+    raise ValueError(
+      f'the prepared dataset in {directory} is of the format '
+      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
+      '--data_dir'
+    )
   for split in info.splits.values():
     for path, expected in zip(
       split.filepaths, split.shard_lengths, strict=True
@@ -69,23 +99,18 @@ def _check_files(directory: pathlib.Path) -> None:
         found = reader.num_records()
         reader.close()
       except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(
-          f'the prepared dataset in {directory} is damaged: {path.name} '
-          f'cannot be read ({_first_line(error)}). Delete that folder to '
-          'prepare it again.'
+        raise _damaged(
+          directory, f'{path.name} cannot be read ({_first_line(error)})'
         ) from error
       if found != expected:
-        raise ValueError(
-          f'the prepared dataset in {directory} is damaged: {path.name} holds '
-          f'{found} examples instead of {expected}. Delete that folder to '
-          'prepare it again.'
+        raise _damaged(
+          directory, f'{path.name} holds {found} of {expected} examples'
         )
 
 
 def _is_occupied(error: BaseException) -> bool:
-  return isinstance(error, OSError) and error.errno in (
-    errno.ENOTEMPTY,
-    errno.EEXIST,
+  return isinstance(error, FileExistsError) or (
+    getattr(error, 'errno', None) == errno.ENOTEMPTY
   )
 
 

@@ -120,8 +120,8 @@ class Dataset:
     food101_dir: str | os.PathLike[str] | None = None,
     cifar10_dir: str | os.PathLike[str] | None = None,
     image_folder_dir: str | os.PathLike[str] | None = None,
-    spots_size: int = 48,
-    spots_train: int = 4000,
+    spots_size: int = 32,
+    spots_train: int = 3000,
     spots_test: int = 1000,
     spots_seed: int = 0,
     classes: Sequence[str] = (),
@@ -166,15 +166,12 @@ class Dataset:
       'image_folder': lambda: _image_folder(image_folder_dir, skip_corrupt),
     }[dataset]()
     data_dir = pathlib.Path(data_dir).expanduser()
-    builder = make(
-      data_dir=data_dir / f'{dataset}-{key}' if key else data_dir,
-      file_format=prepare_lib.FILE_FORMAT,
+    self._builder = prepare_lib.prepare(
+      make, data_dir / f'{dataset}-{key}' if key else data_dir
     )
     self.name = dataset
     self.aliases = _ALIASES.get(dataset, {})
-    self.directory = prepare_lib.prepare(builder)
-    # Read anew: it then refers to nothing but the prepared files.
-    self._builder = tfds.builder_from_directory(self.directory)
+    self.directory = pathlib.Path(self._builder.data_dir)
     all_names = tuple(self._builder.info.features['label'].names)
     self.class_names = classes or all_names
     _check_classes(self.class_names, all_names, dataset)

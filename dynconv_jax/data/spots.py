@@ -18,9 +18,9 @@ from PIL import Image
 CLASS_NAMES = ('disc', 'ring', 'square', 'triangle', 'cross', 'bars')
 
 _SPLIT_IDS = {'train': 0, 'test': 1}
-# Radius of the object as a share of the image's side: a diameter of 9 to 14
-# of 48 pixels, 3 to 6 % of the image's area.
-_MIN_RADIUS, _MAX_RADIUS = 0.095, 0.145
+# Radius of the object as a share of the image's side: a diameter of 10 to 13
+# of 32 pixels, 3 to 10 % of the image's area.
+_MIN_RADIUS, _MAX_RADIUS = 0.15, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +34,8 @@ class SpotsConfig:
     seed: of all random choices.
   """
 
-  size: int = 48
-  num_train: int = 4000
+  size: int = 32
+  num_train: int = 3000
   num_test: int = 1000
   seed: int = 0
 
@@ -85,7 +85,7 @@ def draw(
   dy, dx = (y - center[0]) / radius, (x - center[1]) / radius
   u = np.cos(angle) * dx + np.sin(angle) * dy
   v = -np.sin(angle) * dx + np.cos(angle) * dy
-  inside = _SHAPES[CLASS_NAMES[label]](u, v)
+  inside = SHAPES[CLASS_NAMES[label]](u, v)
   # One pixel of linear ramp at the edge.
   cover = np.clip(0.5 - inside * radius, 0, 1)[..., None]
   around = image[np.hypot(dy, dx) < 1].mean(axis=0)
@@ -168,20 +168,20 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
   y, x = _grid(size)
   # Texture: two gratings of any direction over a plain colour.
   image = np.broadcast_to(
-    rng.uniform(0.25, 0.75, 3).astype(np.float32), (size, size, 3)
+    rng.uniform(0.3, 0.7, 3).astype(np.float32), (size, size, 3)
   ).copy()
   for _ in range(2):
     angle, phase = rng.uniform(0, 2 * np.pi, 2)
-    frequency = 2 * np.pi * rng.uniform(2, 10) / size
+    frequency = 2 * np.pi * rng.uniform(2, 8) / size
     wave = np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
-    image += wave[..., None] * rng.uniform(-0.1, 0.1, 3).astype(np.float32)
+    image += wave[..., None] * rng.uniform(-0.08, 0.08, 3).astype(np.float32)
   # Clutter: soft blobs and thin segments of any colour.
-  for _ in range(rng.integers(4, 9)):
+  for _ in range(rng.integers(2, 6)):
     cy, cx = rng.uniform(0, size, 2)
     sigma = size * rng.uniform(0.03, 0.1)
     d2 = ((y - cy) ** 2 + (x - cx) ** 2) / (2 * sigma**2)
     _paint(image, np.exp(-d2), rng.uniform(0, 1, 3))
-  for _ in range(rng.integers(3, 7)):
+  for _ in range(rng.integers(2, 5)):
     p, q = rng.uniform(0, size, (2, 2))
     d = (q - p) * min(1, 0.4 * size / max(1e-6, np.hypot(*(q - p))))
     t = ((y - p[0]) * d[0] + (x - p[1]) * d[1]) / (d @ d)
@@ -221,7 +221,7 @@ def _triangle(u, v):
   )
 
 
-_SHAPES = {
+SHAPES = {
   'disc': lambda u, v: np.hypot(u, v) - 0.9,
   'ring': lambda u, v: np.abs(np.hypot(u, v) - 0.75) - 0.22,
   'square': lambda u, v: _box(u, v, 0.75, 0.75),
