@@ -7,7 +7,6 @@ import difflib
 import functools
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
@@ -339,8 +338,12 @@ def _read_labels(
       (record['label'] for record in records), np.int32, info.num_examples
     )
   # A folder that cannot be written to is read again at the next start.
+  written = directory / f'labels.{os.getpid()}.tmp'
   with contextlib.suppress(OSError):
-    with tempfile.NamedTemporaryFile(dir=directory, delete=False) as f:
-      np.savez(f, **labels)
-    os.replace(f.name, path)
+    try:
+      with written.open('wb') as f:
+        np.savez(f, **labels)
+      written.replace(path)
+    finally:
+      written.unlink(missing_ok=True)
   return labels

@@ -158,6 +158,27 @@ def test_zero_byte_files_with_skip_corrupt(food101, food101_dir):
     sources.open_source(split='train', **food101)
 
 
+def test_labels_that_cannot_be_kept(food101, monkeypatch):
+  def full(file, **arrays):
+    raise OSError('No space left on device')
+
+  with monkeypatch.context() as patched:
+    patched.setattr(np, 'savez', full)
+    first = sources.open_source(split='train', **food101)
+  assert not list(food101['data_dir'].rglob('labels.*.tmp'))
+  assert not list(food101['data_dir'].rglob('labels.npz'))
+  second = sources.open_source(split='train', **food101)
+  assert len(list(food101['data_dir'].rglob('labels.npz'))) == 1
+  third = sources.open_source(split='train', **food101)
+  for source in (first, second, third):
+    np.testing.assert_array_equal(
+      source.labels, [example['label'] for example in source]
+    )
+    assert [source.class_names[i] for i in source.labels] == [
+      name.split('/')[0] for name in _names(source)
+    ]
+
+
 def test_behaves_as_a_sequence(food101):
   source = sources.open_source(split='train[:7]', **food101)
   assert source[-1] == source[6]
