@@ -1,0 +1,426 @@
+"""The work of PyTorch's operations, by their names in ATen."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from dynconv_jax.macs import formulas, recurrent, torch_ptflops
+
+
+def is_known(func: torch._ops.OpOverload) -> bool:
+  """Returns whether the operation has a formula of its own."""
+  name = _name(func)
+  if func.namespace != 'aten':
+    return False
+  if name in ('conv1d', 'conv2d', 'conv3d'):
+    return func._overloadname == 'padding'
+  return name in _FORMULAS or name in _ACTIVATIONS
+
+
+def work(
+  func: torch._ops.OpOverload,
+  args: tuple[Any, ...],
+  kwargs: dict[str, Any],
+  output: Any,
+  module: nn.Module,
+) -> formulas.Work | None:
+  """Returns what an operation does; None if that is not known.
+
+  Args:
+    func: the operation.
+    args: its arguments.
+    kwargs: its arguments by name.
+    output: its result.
+    module: the module that called it.
+  """
+  name = _name(func)
+  if is_known(func):
+    a = _bind(func, args, kwargs)
+    elements = math.prod(first_shape(output))
+    a.output = output[0] if isinstance(output, (tuple, list)) else output
+    if name in _FORMULAS:
+      done = _FORMULAS[name](a)
+    else:
+      done = formulas.activation(a.output.numel(), _ACTIVATIONS[name])
+    return torch_ptflops.charged(done, name, module, elements)
+  inputs = [
+    leaf
+    for leaf in pytree.tree_leaves((args, kwargs))
+    if isinstance(leaf, torch.Tensor)
+  ]
+  if func.namespace != 'aten':
+    return None
+  if func.is_view or not inputs or name in _FREE:
+    return formulas.elementwise(0)
+  elements = math.prod(first_shape(output))
+  if name in _SCANS:
+    return formulas.elementwise(elements)
+  if torch.Tag.pointwise in func.tags:
+    done = formulas.elementwise(elements * _STEPS.get(name, 1))
+    return torch_ptflops.charged(done, name, module, elements)
+  if torch.Tag.reduction in func.tags:
+    return formulas.reduction(
+      inputs[0].numel(), elements
+    ) + formulas.elementwise(elements if name == 'mean' else 0)
+  return None
+
+
+def first_shape(output: Any) -> tuple[int, ...]:
+  """Returns the shape of the first tensor of a result, () if there is none."""
+  for leaf in pytree.tree_leaves(output):
+    if isinstance(leaf, torch.Tensor):
+      return tuple(leaf.shape)
+  return ()
+
+
+def _name(func: torch._ops.OpOverload) -> str:
+  """Returns the operation's name; in place or not is the same."""
+  return func._schema.name.partition('::')[2].removesuffix('_')
+
+
+def _bind(func, args, kwargs) -> types.SimpleNamespace:
+  """Returns the arguments by the names that the operation's schema has."""
+  schema = func._schema.arguments
+  values = {argument.name: argument.default_value for argument in schema}
+  names = [argument.name for argument in schema]
+  values.update(zip(names, args, strict=False))
+  return types.SimpleNamespace(**(values | kwargs))
+
+
+def _per_dimension(value: Any, dimensions: int) -> list[int]:
+  """Returns one int for each dimension of an int or a list of one or more."""
+  values = [value] if isinstance(value, int) else list(value)
+  return values * dimensions if len(values) == 1 else values
+
+
+def _convolution(a) -> formulas.Work:
+  kernel_size = a.weight.shape[2:]
+  dimensions = len(kernel_size)
+  batch, in_features, *input_size = (
+    a.input.shape if a.input.dim() == dimensions + 2 else (1, *a.input.shape)
+  )
+  dilation = _per_dimension(a.dilation, dimensions)
+  transposed = getattr(a, 'transposed', False)
+  if a.padding == 'same':
+    reaches = [
+      step * (taps - 1)
+      for step, taps in zip(dilation, kernel_size, strict=True)
+    ]
+    padding = [(reach // 2, reach - reach // 2) for reach in reaches]
+  elif a.padding == 'valid':
+    padding = [(0, 0)] * dimensions
+  else:
+    padding = [(p, p) for p in _per_dimension(a.padding, dimensions)]
+  arguments = {
+    'batch': batch,
+    'in_features': in_features,
+    'input_size': input_size,
+    'kernel_size': kernel_size,
+    'strides': _per_dimension(a.stride, dimensions),
+    'padding': padding,
+    'kernel_dilation': dilation,
+    'feature_groups': a.groups,
+    'bias': a.bias is not None,
+  }
+  if transposed:
+    return formulas.transposed_convolution(
+      out_features=a.weight.shape[1] * a.groups,
+      output_padding=_per_dimension(a.output_padding, dimensions),
+      **arguments,
+    )
+  return formulas.convolution(out_features=a.weight.shape[0], **arguments)
+
+
+def _matmul(left: str, bias: str | None = None):
+  """Returns the formula of a product with an inner product an output."""
+
+  def formula(a) -> formulas.Work:
+    inner = getattr(a, left).shape[-1]
+    added = bias is not None and getattr(a, bias) is not None
+    return formulas.matmul(a.output.numel(), inner, 1, bias=added)
+
+  return formula
+
+
+def _addbmm(a) -> formulas.Work:
+  batch, _, inner = a.batch1.shape
+  return formulas.matmul(a.output.numel(), batch * inner, 1, bias=True)
+
+
+def _grouped_matmul(a) -> formulas.Work:
+  # Groups of columns of a 2-D left and rows of a 2-D right side: each output
+  # sees its own group only, and together they see all of the inner dimension.
+  outputs, inner = a.output.numel(), a.self.shape[-1]
+  if a.self.dim() == a.mat2.dim() == 2:
+    outputs //= a.output.shape[0]
+  return formulas.matmul(outputs, inner, 1, bias=a.bias is not None)
+
+
+def _bilinear(a) -> formulas.Work:
+  features, first, second = a.weight.shape
+  rows = a.output.numel() // features
+  return formulas.matmul(rows, first, features * second) + formulas.matmul(
+    rows * features, second, 1, bias=a.bias is not None
+  )
+
+
+def _attention(a) -> formulas.Work:
+  *batch, queries, key_size = a.query.shape
+  keys = a.key.shape[-2]
+  done = formulas.attention(
+    math.prod(batch), queries, keys, key_size, a.value.shape[-1]
+  )
+  if a.attn_mask is not None:
+    done += formulas.elementwise(math.prod(batch) * queries * keys)
+  return done
+
+
+def _recurrent(cell: recurrent.Cell):
+  """Returns the formula of recurrent layers, or of one step of their cell."""
+
+  def formula(a) -> formulas.Work:
+    if hasattr(a, 'w_ih'):
+      inputs, group, bias = a.input, 2, a.b_ih is not None
+      weights = [a.w_ih, a.w_hh]
+    else:
+      inputs = a.data if hasattr(a, 'data') else a.input
+      weights, bias = a.params, a.has_biases
+      group = len(weights) // (a.num_layers * (1 + a.bidirectional))
+    rows = inputs.numel() // inputs.shape[-1]
+    return sum(
+      (
+        recurrent.layer(
+          cell,
+          rows,
+          inputs=weights[start].shape[1],
+          hidden=weights[start].shape[0] // cell.gates,
+          # An odd weight is an LSTM's projection of what it feeds back.
+          projection=weights[start + 1].shape[1] if group % 2 else None,
+          bias=bias,
+        )
+        for start in range(0, len(weights), group)
+      ),
+      formulas.elementwise(0),
+    )
+
+  return formula
+
+
+def _batch_norm(a) -> formulas.Work:
+  features = a.input.shape[1]
+  given = a.running_mean is not None and not a.training
+  return formulas.norm(
+    a.input.numel(),
+    features,
+    affine=a.weight is not None,
+    statistics_groups=0 if given else features,
+  )
+
+
+def _instance_norm(a) -> formulas.Work:
+  groups = a.input.shape[0] * a.input.shape[1]
+  return formulas.norm(
+    a.input.numel(),
+    groups,
+    affine=a.weight is not None,
+    statistics_groups=groups if a.use_input_stats else 0,
+  )
+
+
+def _group_norm(a) -> formulas.Work:
+  groups = a.input.shape[0] * a.num_groups
+  return formulas.norm(
+    a.input.numel(),
+    groups,
+    affine=a.weight is not None,
+    statistics_groups=groups,
+  )
+
+
+def _layer_norm(a) -> formulas.Work:
+  elements = a.input.numel()
+  groups = elements // math.prod(a.normalized_shape)
+  return formulas.norm(
+    elements,
+    groups,
+    affine=a.weight is not None,
+    statistics_groups=groups,
+  )
+
+
+def _pool(dimensions: int, mean: bool):
+  """Returns the formula of a pooling over windows of one size."""
+
+  def formula(a) -> formulas.Work:
+    inputs = a.self
+    window = math.prod(_per_dimension(a.kernel_size, dimensions))
+    return formulas.pool(inputs.numel(), a.output.numel(), window, mean=mean)
+
+  return formula
+
+
+def _adaptive_pool(dimensions: int, mean: bool):
+  """Returns the formula of a pooling to a given size."""
+
+  def formula(a) -> formulas.Work:
+    inputs = a.self
+    window = math.prod(
+      -(-size // out)
+      for size, out in zip(
+        inputs.shape[-dimensions:], a.output.shape[-dimensions:], strict=True
+      )
+    )
+    return formulas.pool(inputs.numel(), a.output.numel(), window, mean=mean)
+
+  return formula
+
+
+def _softmax(a) -> formulas.Work:
+  elements = a.output.numel()
+  size = a.output.shape[a.dim] if a.output.dim() else 1
+  return formulas.softmax(elements, elements // size if size else 0)
+
+
+def _upsample(taps: int):
+  """Returns the formula of an interpolation of `taps` inputs an output."""
+
+  def formula(a) -> formulas.Work:
+    outputs = a.output.numel()
+    done = formulas.elementwise(outputs * (2 * taps - 1 if taps > 1 else 0))
+    return dataclasses.replace(done, ptflops=outputs)
+
+  return formula
+
+
+def _words(text: str) -> frozenset[str]:
+  return frozenset(text.split())
+
+
+_FORMULAS = {
+  'convolution': _convolution,
+  'conv1d': _convolution,
+  'conv2d': _convolution,
+  'conv3d': _convolution,
+  'linear': _matmul('input', 'bias'),
+  'mm': _matmul('self'),
+  'bmm': _matmul('self'),
+  'mv': _matmul('self'),
+  'dot': _matmul('self'),
+  'vdot': _matmul('self'),
+  'addmm': _matmul('mat1', 'self'),
+  'addmv': _matmul('mat', 'self'),
+  'baddbmm': _matmul('batch1', 'self'),
+  'addbmm': _addbmm,
+  '_int_mm': _matmul('self'),
+  '_scaled_mm': _matmul('self', 'bias'),
+  '_weight_int8pack_mm': _matmul('self'),
+  '_grouped_mm': _grouped_matmul,
+  'bilinear': _bilinear,
+  'scaled_dot_product_attention': _attention,
+  **dict.fromkeys(('lstm', 'lstm_cell'), _recurrent(recurrent.LSTM)),
+  **dict.fromkeys(('gru', 'gru_cell'), _recurrent(recurrent.GRU)),
+  **{
+    f'rnn_{kind}{suffix}': _recurrent(recurrent.RNN)
+    for kind in ('tanh', 'relu')
+    for suffix in ('', '_cell')
+  },
+  'batch_norm': _batch_norm,
+  'instance_norm': _instance_norm,
+  'group_norm': _group_norm,
+  'layer_norm': _layer_norm,
+  'softmax': _softmax,
+  '_softmax': _softmax,
+  'log_softmax': _softmax,
+  '_log_softmax': _softmax,
+  **{
+    f'{kind}_pool{dimensions}d{suffix}': _pool(dimensions, kind == 'avg')
+    for dimensions in (1, 2, 3)
+    for kind in ('avg', 'max')
+    for suffix in ('', '_with_indices')
+  },
+  **{
+    f'adaptive_{kind}_pool{dimensions}d': _adaptive_pool(
+      dimensions, kind == 'avg'
+    )
+    for dimensions in (1, 2, 3)
+    for kind in ('avg', 'max')
+  },
+  **{
+    f'upsample_{kind}': _upsample(taps)
+    for kind, taps in {
+      'nearest1d': 1,
+      'nearest2d': 1,
+      'nearest3d': 1,
+      'linear1d': 2,
+      'bilinear2d': 4,
+      'trilinear3d': 8,
+      'bicubic2d': 16,
+    }.items()
+  },
+}
+
+# Steps of an activation for each element.
+_ACTIVATIONS = {
+  'relu': 1,
+  'hardtanh': 2,
+  'relu6': 2,
+  'sigmoid': 1,
+  'tanh': 1,
+  'silu': 2,
+  'gelu': 5,
+  'elu': 3,
+  'celu': 4,
+  'selu': 4,
+  'leaky_relu': 2,
+  'prelu': 2,
+  'hardswish': 4,
+  'hardsigmoid': 3,
+  'softplus': 2,
+  'mish': 4,
+  'log_sigmoid': 3,
+  'threshold': 1,
+  'glu': 2,
+}
+
+# Operations on each element of more than one step, or of none: choices,
+# comparisons and logic.
+_STEPS = {'addcmul': 2, 'addcdiv': 2, 'lerp': 3, 'clamp': 2} | dict.fromkeys(
+  _words("""
+  clone where masked_fill eq ne lt le gt ge isnan isinf isposinf isneginf
+  logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
+  bitwise_xor bitwise_not signbit copysign sign sgn
+  """),
+  0,
+)
+
+_SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp', 'trace')
+
+# Operations that only make, move, choose or sort.
+_FREE = _words("""
+  _assert_async _assert_tensor_metadata _linalg_check_errors
+  _local_scalar_dense _pack_padded_sequence _pin_memory _reshape_copy
+  _to_copy _unique2 _unsafe_index _unsafe_index_put _unsafe_masked_index
+  _unsafe_view alias_copy all any argmax argmin argsort as_strided
+  as_strided_copy as_strided_scatter bernoulli block_diag bucketize cat
+  channel_shuffle complex constant_pad_nd copy detach diag_embed
+  diagonal_copy diagonal_scatter embedding empty_like expand_copy fill flip
+  full_like gather im2col index index_copy index_fill index_put index_select
+  is_same_size isin kthvalue lift lift_fresh lift_fresh_copy masked_scatter
+  masked_select median mode multinomial narrow_copy native_dropout new_empty
+  new_empty_strided new_full new_ones new_zeros nonzero nonzero_static
+  normal one_hot ones_like permute_copy pixel_shuffle pixel_unshuffle polar
+  rand_like randint_like randn_like random reflection_pad1d reflection_pad2d
+  reflection_pad3d repeat repeat_interleave replication_pad1d
+  replication_pad2d replication_pad3d resize roll rot90 scatter searchsorted
+  select_copy select_scatter set slice_copy slice_scatter sort split_copy
+  split_with_sizes_copy squeeze stack t take topk transpose tril triu
+  unbind_copy unfold_copy uniform unique_consecutive unique_dim unsafe_split
+  unsafe_split_with_sizes unsqueeze view_copy zero zeros_like
+""")
