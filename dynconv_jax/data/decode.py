@@ -58,7 +58,8 @@ def decode_image(data: bytes, name: str = '(unnamed)') -> np.ndarray:
 
   Raises:
     CorruptImageError: the data are empty, cut off, damaged or of another
-      format.
+      format. JPEG and WebP have no checksums: of damage in the middle, only
+      what breaks the decoder is seen.
   """
   return np.asarray(_load(_open(data, name), name))
 
@@ -189,7 +190,8 @@ def _open(data: bytes, name: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
   """Returns the EXIF orientation, 1 (upright) to 8."""
   try:
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if orientation in _UPRIGHT else 1
   except Exception:  # damaged metadata around sound pixels
     return 1
 
@@ -199,9 +201,9 @@ def _load(image: Image.Image, name: str) -> Image.Image:
   with _naming(name):
     image.load()
     image = _to_rgb(image)
-  if orientation in _UPRIGHT:
-    image = image.transpose(_UPRIGHT[orientation])
-  return image
+  if orientation == 1:
+    return image
+  return image.transpose(_UPRIGHT[orientation])
 
 
 @contextlib.contextmanager

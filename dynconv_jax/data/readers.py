@@ -179,6 +179,7 @@ def prefetch(
 
 
 def check_full(count: int, order: EpochOrder) -> None:
+  """Raises ValueError if too few images are good for a batch."""
   if count < order.batch_size:
     raise ValueError(
       f'only {count} of the {order.num_examples} images can be decoded, fewer '

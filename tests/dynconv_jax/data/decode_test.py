@@ -87,6 +87,13 @@ class DecodeImageTest(parameterized.TestCase):
     data = encode(smooth(8, 8), 'JPEG', exif=b'Exif\x00\x00damaged beyond use')
     self.assertEqual(decode.decode_image(data).shape, (8, 8, 3))
 
+  @parameterized.parameters(0, 9, 'up')
+  def test_unknown_orientation_is_ignored(self, tag):
+    image, exif = noise(6, 4), Image.Exif()
+    exif[0x0112] = tag
+    decoded = decode.decode_image(encode(image, exif=exif))
+    np.testing.assert_array_equal(decoded, image)
+
   def test_gray_and_bilevel(self):
     gray = noise(5, 6)[..., 0]
     decoded = decode.decode_image(encode(gray))
