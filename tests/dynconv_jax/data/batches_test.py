@@ -412,9 +412,8 @@ mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, P('data'))
 source = t.FakeSource(21, noise=True)
 for cache in t.CACHES:
-  options = dict(
-    batch_size=8, cache=cache,
-    augmentation=t.Augmentation(mixup=0.2, random_erasing=0.3))
+  mixup = t.Augmentation(mixup=0.2)
+  options = dict(batch_size=8, cache=cache, augmentation=mixup)
   one, four = t.train(source, **options), t.train(
     source, sharding=split, **options)
   for _ in range(3):
