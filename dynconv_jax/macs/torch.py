@@ -11,6 +11,7 @@ layer keeps its bias whatever the layout of its input.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -75,7 +76,7 @@ def count_macs(
     stack.enter_context(_left_as_it_was(module))
     stack.enter_context(torch.inference_mode())
     stack.enter_context(fake)
-    module.eval()
+    _empty(module.eval(), fake)
     fake_args, fake_kwargs = _fake_inputs(module, fake, args, kwargs or {})
     stack.enter_context(counter.named())
     stack.enter_context(counter)
@@ -87,8 +88,8 @@ def count_macs(
     ) as error:
       raise ValueError(
         f'{type(module).__name__} looks at the values of its tensors in'
-        f' {counter.layer or "its forward"} ({error.func}); a count sees only'
-        ' their shapes'
+        f' {counter.failed_in or "its forward"} ({error.func}); a count sees'
+        ' only their shapes'
       ) from error
     except Exception as error:
       shapes = [
@@ -98,7 +99,8 @@ def count_macs(
       ]
       raise ValueError(
         f'{type(module).__name__} does not run on inputs of shapes {shapes}:'
-        f' {type(error).__name__} in {counter.layer or "its forward"}: {error}'
+        f' {type(error).__name__} in {counter.failed_in or "its forward"}:'
+        f' {error}'
       ) from error
   counter.report_to(builder)
   for entry in counter.uncounted:
@@ -114,7 +116,11 @@ class _Counter(TorchDispatchMode):
   def __init__(self, module: nn.Module, convention: conventions.Convention):
     super().__init__()
     self.uncounted: list[report.Uncounted] = []
-    self._module = module
+    self.failed_in = ''
+    self._error: BaseException | None = None
+    self._sizes = {
+      name: weight.numel() for name, weight in module.named_parameters()
+    }
     self._convention = convention
     self._names = {child: name for name, child in module.named_modules()}
     self._running: list[tuple[str, nn.Module]] = [('', module)]
@@ -146,6 +152,9 @@ class _Counter(TorchDispatchMode):
 
   def _stop(self, module, args, output):
     del module, args, output
+    error = sys.exc_info()[1]
+    if error is not self._error:
+      self._error, self.failed_in = error, self.layer
     self._running.pop()
 
   def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -201,11 +210,11 @@ class _Counter(TorchDispatchMode):
     # Weights that a layer uses without calling the module that holds them, as
     # attention does its output projection, are that layer's.
     parameters = dict.fromkeys(totals, 0)
-    for path, weight in self._module.named_parameters():
+    for path, size in self._sizes.items():
       while path:
         path = path.rpartition('.')[0]
         if path in totals:
-          parameters[path] += weight.numel()
+          parameters[path] += size
           break
 
     for name, kinds in totals.items():
@@ -247,6 +256,16 @@ def _fake_inputs(module, fake, args, kwargs):
   return pytree.tree_map(to_fake, (args, dict(kwargs)), is_leaf=is_shape)
 
 
+def _empty(module: nn.Module, fake: fake_tensor.FakeTensorMode) -> None:
+  """Puts fake tensors in place of weights, so that no update reaches them."""
+  for child in module.modules():
+    if not isinstance(child, torch.jit.ScriptModule):
+      for tensors in (child._parameters, child._buffers):
+        for name, tensor in tensors.items():
+          if tensor is not None:
+            tensors[name] = fake.from_tensor(tensor)
+
+
 @contextlib.contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
   """Undoes what a forward pass leaves behind: modes, caches, buffers.
@@ -261,9 +280,12 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
   modes = {child: child.training for child in module.modules()}
   fused = torch.backends.mha.get_fastpath_enabled()
   torch.backends.mha.set_fastpath_enabled(False)
+  # It logs the errors that it raises.
+  silent, fake_tensor.log.disabled = fake_tensor.log.disabled, True
   try:
     yield
   finally:
+    fake_tensor.log.disabled = silent
     torch.backends.mha.set_fastpath_enabled(fused)
     for child, training in modes.items():
       child.training = training
