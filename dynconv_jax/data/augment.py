@@ -104,6 +104,16 @@ def normalize(images: jax.Array | np.ndarray) -> jax.Array:
   return (_to_float(jnp.asarray(images)) - mean) / std
 
 
+def denormalize(images: jax.Array) -> jax.Array:
+  """Returns uint8[..., 3], what `normalize` was given, to look at.
+
+  Args:
+    images: float32[..., 3], normalised.
+  """
+  images = images * jnp.array(STD) + jnp.array(MEAN)
+  return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
+
+
 def augment(
   key: jax.Array,
   images: jax.Array,

@@ -94,3 +94,20 @@ def dilate(mask: jax.Array, strides: int = 1) -> jax.Array:
     padding=((0, 0), (1, strides), (1, strides)),
     base_dilation=(1, strides, strides),
   )
+
+
+def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Returns [..., H, W]: the nearest of [..., h, w] at each of H x W pixels.
+
+  Pixel i of H takes the value at i * h // H, exact also where sizes do not
+  divide each other.
+
+  Args:
+    values: [..., h, w].
+    shape: (H, W).
+  """
+  rows, columns = (
+    np.arange(out) * size // out
+    for size, out in zip(values.shape[-2:], shape, strict=True)
+  )
+  return values[..., rows[:, None], columns]

@@ -137,6 +137,60 @@ class BatchNorm(nnx.BatchNorm):
     return self.momentum * old + (1 - self.momentum) * new
 
 
+@jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns the 3x3 maximum at stride 2, padding 1, of float[N, H, W, C]."""
+  """Returns the 3x3 maximum at stride 2, padding 1, of float[N, H, W, C].
+
+  The gradient goes to a window's first maximum, as in PyTorch. It is written
+  out because XLA's own, `select_and_scatter`, is slow on a CPU: 132 ms of CPU
+  time against 9 for 64 maps of 32x32x64.
+  """
   return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def _max_pool_forward(x):
+  n, h, w, c = x.shape
+  padding = ((0, 0), (1, 1 + h % 2), (1, 1 + w % 2), (0, 0))
+  padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+  # The nine positions of every window, in reading order.
+  windows = [
+    padded[:, i : i + h + h % 2 - 1 : 2, j : j + w + w % 2 - 1 : 2]
+    for i in range(3)
+    for j in range(3)
+  ]
+  largest, first = windows[0], jnp.zeros(windows[0].shape, jnp.int8)
+  for k, window in enumerate(windows[1:], start=1):
+    first = jnp.where(window > largest, jnp.int8(k), first)
+    largest = jnp.maximum(largest, window)
+  return largest, (first, x.shape)
+
+
+def _max_pool_backward(residuals, grad):
+  first, (n, h, w, c) = residuals
+
+  def sent(i, j):
+    return jnp.where(first == 3 * i + j, grad, 0)
+
+  def previous(t, axis):
+    """Aligns with each window what the next one sends back to it."""
+    rest = lax.slice_in_dim(t, 1, t.shape[axis], axis=axis)
+    return jnp.concatenate(
+      [rest, jnp.zeros_like(lax.slice_in_dim(t, 0, 1, axis=axis))], axis
+    )
+
+  def interleave(even, odd, axis):
+    shape = list(even.shape)
+    shape[axis] *= 2
+    return jnp.stack([even, odd], axis + 1).reshape(shape)
+
+  # Row 2a is the middle of window a alone; row 2a + 1 is the last of window a
+  # and the first of window a + 1. So are the columns.
+  rows = [
+    interleave(sent(1, j), sent(2, j) + previous(sent(0, j), 1), 1)
+    for j in range(3)
+  ]
+  full = interleave(rows[1], rows[2] + previous(rows[0], 2), 2)
+  return (full[:, :h, :w],)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -241,6 +241,16 @@ def create_model(
   )
 
 
+def check_image_size(name: str, image_size: int) -> None:
+  """Raises ValueError where the last stage would have no 2x2 map."""
+  least = 2 * ARCHITECTURES[name].total_stride
+  if image_size < least:
+    raise ValueError(
+      f'image_size must be at least {least} for {name}, whose total stride is '
+      f'{least // 2}; got {image_size}'
+    )
+
+
 def check_choice(what: str, given: str, allowed: Sequence[str]) -> None:
   """Raises ValueError naming what is allowed unless `given` is."""
   if given in allowed:

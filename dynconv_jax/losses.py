@@ -1,0 +1,106 @@
+"""What computing costs in training, and the classification losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dynconv_jax.gating.mask import ExecutionMask
+
+# Share of the training after which the per-block bounds are fully open
+# (authors' code, `SparsityCriterion`).
+_ANNEALED = 0.33
+
+
+def budget_bounds(
+  budget: float | jax.Array, progress: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the (lower, upper) bound of a block's executed fraction.
+
+  Both are the budget at the start and open to [0, 1] by a third of the
+  training (Verelst and Tuytelaars, CVPR 2020, section 3.4).
+
+  Args:
+    budget: target executed fraction, in [0, 1].
+    progress: share of the training that is done, in [0, 1].
+  """
+  q = jnp.cos(jnp.pi / 2 * jnp.minimum(1.0, progress / _ANNEALED)) ** 2
+  return q * budget, 1.0 - q * (1.0 - budget)
+
+
+def executed_fractions(
+  masks: Sequence[ExecutionMask],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns executed over dense MACs of the masked layers, over the batch.
+
+  Args:
+    masks: one a gated block.
+
+  Returns:
+    network: float32 scalar, of all masked layers together.
+    blocks: float32[blocks].
+  """
+  executed = jnp.stack([jnp.mean(mask.executed_macs()) for mask in masks])
+  dense = jnp.array([mask.dense_macs() for mask in masks], jnp.float32)
+  return jnp.sum(executed) / jnp.sum(dense), executed / dense
+
+
+def sparsity_loss(
+  masks: Sequence[ExecutionMask],
+  *,
+  budget: float | jax.Array,
+  progress: float | jax.Array,
+) -> jax.Array:
+  """Returns DynConv's loss on the executed fraction, unweighted.
+
+  The network's executed fraction is drawn to the budget, each block's into
+  bounds that open as training goes on (Verelst and Tuytelaars, CVPR 2020,
+  section 3.4; the authors weigh it by 10, by 0.01 for pose).
+
+  Args:
+    masks: one a gated block, with straight-through gradients.
+    budget: target executed fraction of the masked layers' MACs, in [0, 1].
+    progress: share of the training that is done, in [0, 1].
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or a constant budget is outside [0, 1].
+  """
+  if not masks:
+    raise ValueError(
+      'the sparsity loss needs at least one execution mask; got none: '
+      'a dense network has no budget'
+    )
+  if not isinstance(budget, jax.Array) and not 0 <= budget <= 1:
+    raise ValueError(f'budget must be in [0, 1]; got {budget}')
+  network, blocks = executed_fractions(masks)
+  lower, upper = budget_bounds(budget, progress)
+  outside = jax.nn.relu(blocks - upper) ** 2 + jax.nn.relu(lower - blocks) ** 2
+  return (network - budget) ** 2 + jnp.mean(outside)
+
+
+def distillation_loss(
+  logits: jax.Array, teacher_logits: jax.Array, temperature: float
+) -> jax.Array:
+  """Returns the divergence of the student from its teacher, a mean.
+
+  Hinton, Vinyals and Dean, 2015, section 2: KL(teacher || student) of the
+  softened probabilities, times the squared temperature.
+
+  Args:
+    logits: float32[N, classes] of the student.
+    teacher_logits: float32[N, classes]; no gradient flows to them.
+    temperature: softens both, > 0.
+  """
+  targets = jax.nn.log_softmax(
+    jax.lax.stop_gradient(teacher_logits) / temperature
+  )
+  divergence = optax.losses.kl_divergence_with_log_targets(
+    jax.nn.log_softmax(logits / temperature), targets
+  )
+  return temperature**2 * jnp.mean(divergence)

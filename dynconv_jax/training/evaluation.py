@@ -1,0 +1,178 @@
+"""Accuracy, compute and where it was spent, over a whole split."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
+
+Predict = Callable[[jax.Array], tuple[jax.Array, list[ExecutionMask]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What a network did on each of n examples.
+
+  Attributes:
+    correct: bool[n].
+    cross_entropy: float64[n].
+    executed_macs: float64[n], of the masked layers; empty if dense.
+    dense_macs: of the masked layers for one image, masks all ones.
+    densities: float64[n, blocks], share of active positions.
+    block_names: one a gated block.
+    macs: float64[n], of the whole network; empty without a MAC report.
+    object_recall: float64[n, blocks], share of object pixels at active
+      positions; empty where the data has no object masks.
+    background_density: float64[n, blocks], share of other pixels there.
+  """
+
+  correct: np.ndarray
+  cross_entropy: np.ndarray
+  executed_macs: np.ndarray
+  dense_macs: int
+  densities: np.ndarray
+  block_names: tuple[str, ...]
+  macs: np.ndarray
+  object_recall: np.ndarray
+  background_density: np.ndarray
+
+  def summary(self) -> dict[str, Any]:
+    """Returns means over the examples, fit for JSON.
+
+    'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
+    network 'executed_fraction' and 'block_density'; with a MAC report
+    'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
+    and 'background_density', means over the blocks.
+    """
+    n = len(self.correct)
+    low, high = wilson_interval(int(self.correct.sum()), n)
+    result = {
+      'accuracy': float(self.correct.mean()),
+      'accuracy_low': low,
+      'accuracy_high': high,
+      'loss': float(self.cross_entropy.mean()),
+      'num_examples': n,
+    }
+    if self.block_names:
+      fraction = self.executed_macs.mean() / self.dense_macs
+      result['executed_fraction'] = float(fraction)
+      result['block_density'] = dict(
+        zip(self.block_names, self.densities.mean(0).tolist(), strict=True)
+      )
+    if self.macs.size:
+      gmacs = self.macs / 1e9
+      result['gmacs_mean'] = float(gmacs.mean())
+      result['gmacs_p50'] = float(np.percentile(gmacs, 50))
+      result['gmacs_p95'] = float(np.percentile(gmacs, 95))
+    if self.object_recall.size:
+      result['object_recall'] = float(np.mean(self.object_recall))
+      result['background_density'] = float(np.mean(self.background_density))
+    return result
+
+
+def make_predict(graphdef: nnx.GraphDef):
+  """Returns the jitted (params, model_state, images) -> (logits, masks).
+
+  Args:
+    graphdef: of the evaluation view of the model.
+  """
+
+  @jax.jit
+  def predict(params, model_state, images):
+    return nnx.merge(graphdef, params, model_state)(images)
+
+  return predict
+
+
+def evaluate(
+  predict: Predict,
+  batches: Iterable[Mapping[str, jax.Array]],
+  report=None,
+) -> Evaluation:
+  """Returns what the network did, counting every example once.
+
+  Args:
+    predict: images -> (logits, masks).
+    batches: of 'image', 'label', 'weight' and perhaps 'object_mask', as
+      `EvalBatches` gives; examples of weight 0 are padding.
+    report: the MAC report of one image, or None.
+
+  Raises:
+    ValueError: there is no example.
+  """
+  rows = []
+  for batch in batches:
+    logits, masks = predict(batch['image'])
+    real = np.asarray(batch['weight']) > 0
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['label']
+    )
+    correct = jnp.argmax(logits, -1) == batch['label']
+    masks = jax.tree.map(np.asarray, masks)
+    row = {
+      'correct': np.asarray(correct),
+      'cross_entropy': np.asarray(loss, np.float64),
+    }
+    names = tuple(mask.name for mask in masks)
+    dense_macs = sum(mask.dense_macs() for mask in masks)
+    if masks:
+      executed = [np.asarray(m.executed_macs(), np.float64) for m in masks]
+      row['executed_macs'] = np.sum(executed, axis=0)
+      row['densities'] = np.stack([m.hard.mean((1, 2)) for m in masks], -1)
+      if 'object_mask' in batch:
+        found = [
+          _found(m.hard, np.asarray(batch['object_mask'])) for m in masks
+        ]
+        row['object_recall'], row['background_density'] = (
+          np.stack(values, -1) for values in zip(*found, strict=True)
+        )
+    if report is not None:
+      row['macs'] = (
+        report.executed(masks)
+        if masks
+        else np.full(len(real), float(report.total))
+      )
+    rows.append({name: value[real] for name, value in row.items()})
+  if not rows or not sum(len(row['correct']) for row in rows):
+    raise ValueError('there is no example to evaluate on')
+
+  def joined(name):
+    return np.concatenate([row.get(name, np.zeros(0)) for row in rows])
+
+  return Evaluation(
+    block_names=names,
+    dense_macs=dense_macs,
+    **{
+      field.name: joined(field.name)
+      for field in dataclasses.fields(Evaluation)
+      if field.name not in ('block_names', 'dense_macs')
+    },
+  )
+
+
+def _found(hard: np.ndarray, objects: np.ndarray):
+  """Returns (share of object pixels, share of others) at active positions."""
+  active = resize_nearest(hard, objects.shape[1:])
+  inside = objects.sum((1, 2))
+  outside = np.prod(objects.shape[1:]) - inside
+  hits = (active * objects).sum((1, 2))
+  rest = (active * ~objects).sum((1, 2))
+  return hits / np.maximum(inside, 1), rest / np.maximum(outside, 1)
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+  """Returns the 95 % interval of a proportion (Wilson, 1927)."""
+  z = 1.959963984540054  # 97.5 % point of the normal distribution.
+  share = successes / n
+  centre = share + z**2 / (2 * n)
+  spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+  scale = 1 + z**2 / n
+  return (centre - spread) / scale, (centre + spread) / scale

@@ -1,0 +1,77 @@
+"""The data of a run, opened as its configuration says."""
+
+from __future__ import annotations
+
+import jax
+
+from dynconv_jax.data import sources
+from dynconv_jax.data.batches import EvalBatches, TrainBatches
+from dynconv_jax.training.config import Config
+
+
+def open_splits(config: Config) -> sources.Splits:
+  """Returns the sources of the run, preparing the dataset where need be.
+
+  Raises:
+    ValueError, FileNotFoundError, ConnectionError, OSError: as
+      `sources.open_splits`.
+  """
+  splits = (config.train_split, config.validation_split, config.test_split)
+  return sources.open_splits(
+    config.dataset,
+    *(None if split == 'default' else split for split in splits),
+    data_dir=config.data_dir,
+    food101_dir=config.food101_dir or None,
+    cifar10_dir=config.cifar10_dir or None,
+    image_folder_dir=config.image_folder_dir or None,
+    spots_size=config.spots_size,
+    spots_train=config.spots_train,
+    spots_test=config.spots_test,
+    spots_seed=config.spots_seed,
+    classes=config.classes,
+    skip_corrupt=config.skip_corrupt,
+  )
+
+
+def train_batches(
+  config: Config,
+  source: sources.ImageSource,
+  sharding: jax.sharding.Sharding | None = None,
+) -> TrainBatches:
+  """Returns the endless augmented batches of the run."""
+  return TrainBatches(
+    source,
+    image_size=config.image_size,
+    batch_size=config.batch_size,
+    augmentation=config.augmentation(),
+    seed=config.seed,
+    cache=config.cache,
+    cache_size=config.cache_size or None,
+    num_workers=config.num_workers,
+    skip_corrupt=config.skip_corrupt,
+    sharding=sharding,
+  )
+
+
+def eval_batches(
+  config: Config,
+  source: sources.ImageSource,
+  sharding: jax.sharding.Sharding | None = None,
+) -> EvalBatches:
+  """Returns every example once, in batches whose last one is padded."""
+  devices = len(sharding.device_set) if sharding else 1
+  batch_size = min(config.eval_batch_size, len(source))
+  options = {}
+  # Where training sees whole images, evaluation does too.
+  if config.crop != 'resized':
+    options['resize_ratio'] = 1.0
+  return EvalBatches(
+    source,
+    image_size=config.image_size,
+    batch_size=-(-batch_size // devices) * devices,
+    cache=config.cache,
+    num_workers=config.num_workers,
+    skip_corrupt=config.skip_corrupt,
+    sharding=sharding,
+    **options,
+  )

@@ -1,0 +1,206 @@
+"""Trains one network: data, model, optimiser, state, restore, loop."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dynconv_jax.training import checkpoints, inputs, schedules
+from dynconv_jax.training import evaluation as evaluation_lib
+from dynconv_jax.training import state as state_lib
+from dynconv_jax.training import workdir as workdir_lib
+from dynconv_jax.training.config import Config
+from dynconv_jax.training.records import Progress, Records
+
+
+class Interrupted(Exception):
+  """A signal ended the run, whose state is saved.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, received: signal.Signals, message: str):
+    super().__init__(f'{received.name}: {message}')
+    self.signal = int(received)
+
+
+def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+  """Trains to the end, from the last checkpoint where there is one.
+
+  Args:
+    config: everything about the run.
+    workdir: its folder; made if need be. Holds flags.txt, metrics.jsonl,
+      checkpoints/ and TensorBoard's events.
+
+  Returns:
+    The summary: 'step', 'train' and, with a validation split, 'validation'
+    metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
+
+  Raises:
+    ValueError: a flag is out of range, or the workdir is of another
+      configuration.
+    FloatingPointError: a loss or gradient is not finite; names quantity and
+      step. The last good checkpoint stays.
+    Interrupted: SIGTERM or SIGINT came; the state is saved.
+    OSError: the disk is full; earlier checkpoints stay.
+  """
+  start = time.monotonic()
+  devices = jax.local_devices()
+  config.check(len(devices))
+  workdir_lib.check_flags(workdir, config)
+  mesh = jax.make_mesh(
+    (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
+  )
+  replicated = NamedSharding(mesh, PartitionSpec())
+  split = NamedSharding(mesh, PartitionSpec('data'))
+
+  # Data.
+  splits = inputs.open_splits(config)
+  if splits.train is None:
+    raise ValueError('train_split must name examples; got none')
+  batches = inputs.train_batches(config, splits.train, split)
+  validation = None
+  if splits.validation is not None:
+    validation = inputs.eval_batches(config, splits.validation, split)
+  class_names = splits.train.class_names
+  steps_per_epoch = batches.steps_per_epoch
+  total_steps = config.epochs * steps_per_epoch
+
+  # Model and optimiser.
+  model = workdir_lib.build_model(config, len(class_names))
+  if config.init_from:
+    source = workdir_lib.load_run(config.init_from)
+    workdir_lib.initialize_from(model, source.model)
+  if config.mask_bias is not None:
+    workdir_lib.open_masks(model, config.mask_bias)
+  teacher = None
+  if config.distill_from:
+    teacher = workdir_lib.load_teacher(config, class_names)
+  schedule = schedules.learning_rate(config, steps_per_epoch)
+  tx = schedules.optimizer(config, schedule)
+  view = nnx.view(model, deterministic=True, use_running_average=True)
+  predict = evaluation_lib.make_predict(state_lib.split(view)[0])
+  state = state_lib.create_state(model, tx, config)
+  state = jax.device_put(state, replicated)
+  train_step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, steps_per_epoch, teacher
+  )
+
+  # State: the workdir's last checkpoint, else the weights above.
+  workdir_lib.write_flags(workdir, config)
+  manager = checkpoints.open_manager(workdir, keep=config.keep_checkpoints)
+  records = Records(workdir)
+  with manager, records, _signals() as received:
+    if manager.all_steps():
+      target = checkpoints.like(state, replicated)
+      state, info, step = checkpoints.restore(manager, target)
+      batches.set_state(info['batches'])
+      logging.info('resumed %s at step %d of %d', workdir, step, total_steps)
+    else:
+      step = 0
+    records.truncate(step)
+
+    def save(accuracy: float | None) -> None:
+      info = {'batches': batches.get_state(), 'class_names': class_names}
+      with checkpoints.explained(manager):
+        checkpoints.save(manager, step, state, info, accuracy)
+
+    def validate(epoch: int) -> float:
+      params, model_state = state.evaluated()
+      result = evaluation_lib.evaluate(
+        lambda images: predict(params, model_state, images), validation
+      )
+      row = {'step': step, 'epoch': epoch, 'split': 'validation'}
+      records.write({**row, **result.summary()})
+      images = next(iter(validation))['image'][:8]
+      records.show_masks(step, images, predict(params, model_state, images)[1])
+      progress.validated(epoch, result.summary())
+      return result.summary()['accuracy']
+
+    progress = Progress(config, steps_per_epoch, step)
+    with contextlib.closing(progress), contextlib.closing(batches):
+      while step < total_steps:
+        state = train_step(state, next(batches))
+        step += 1
+        epoch, in_epoch = divmod(step, steps_per_epoch)
+        ended = in_epoch == 0
+        if step % config.log_every_steps == 0 or ended or received:
+          metrics = _epoch_metrics(state, in_epoch or steps_per_epoch)
+          progress.update(step, metrics)
+        if ended:
+          row = {'step': step, 'epoch': epoch, 'split': 'train', **metrics}
+          row['learning_rate'] = float(schedule(step - 1))
+          if config.method != 'dense':
+            row['budget'] = config.budget
+          records.write(row)
+          accuracy = None if validation is None else validate(epoch)
+          if epoch % config.checkpoint_every_epochs == 0 or step == total_steps:
+            save(accuracy)
+        if received:
+          save(None)
+          with checkpoints.explained(manager):
+            manager.wait_until_finished()
+          raise Interrupted(
+            received[0],
+            f'saved step {step} of {total_steps} in {workdir}; the same '
+            'command goes on from there',
+          )
+    with checkpoints.explained(manager):
+      manager.wait_until_finished()
+    best = checkpoints.best_step(manager)
+    best_accuracy = best and manager.metrics(best)['accuracy']
+
+  rows = workdir_lib.read_metrics(workdir)
+  last = {row['split']: row for row in rows}
+  return {
+    'step': step,
+    'best_step': best,
+    'best_accuracy': best_accuracy,
+    'seconds': time.monotonic() - start,
+    'skipped': batches.num_skipped,
+    **last,
+  }
+
+
+def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
+  """Returns means over the steps of this epoch; raises if one is not finite."""
+  sums, (bad_step, quantity) = jax.device_get((state.sums, state.first_bad))
+  if bad_step >= 0:
+    raise FloatingPointError(
+      f'{state_lib.QUANTITIES[quantity]} is not finite at step {bad_step}; '
+      'the last good checkpoint stays. Try a lower learning_rate or '
+      'gradient_clip'
+    )
+  means = {name: float(total) / steps for name, total in sums.items()}
+  means['accuracy'] = means.pop('correct')
+  return means
+
+
+@contextlib.contextmanager
+def _signals():
+  """Yields a list that SIGTERM and SIGINT are put into as they come."""
+  received: list[signal.Signals] = []
+  kinds = (signal.SIGTERM, signal.SIGINT)
+
+  def handle(number, frame):
+    del frame
+    received.append(signal.Signals(number))
+
+  try:
+    old = {kind: signal.signal(kind, handle) for kind in kinds}
+  except ValueError:  # Not the main thread: signals are someone else's.
+    old = {}
+  try:
+    yield received
+  finally:
+    for kind, handler in old.items():
+      signal.signal(kind, handler)

@@ -1,0 +1,156 @@
+"""What a run leaves to look at: metrics, TensorBoard events, progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+from absl import logging
+
+from dynconv_jax.data.augment import denormalize
+from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
+from dynconv_jax.training import workdir as workdir_lib
+from dynconv_jax.training.config import Config
+
+
+class Records:
+  """Rows of metrics.jsonl, and the same in TensorBoard's events."""
+
+  def __init__(self, workdir: pathlib.Path):
+    """Args:
+    workdir: of the run; exists.
+    """
+    self._workdir = workdir
+    self._path = workdir / workdir_lib.METRICS_FILE
+    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
+
+  def __enter__(self) -> Records:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._events.close()
+
+  def truncate(self, step: int) -> None:
+    """Drops rows of steps that a resumed run is going to do again."""
+    rows = workdir_lib.read_metrics(self._workdir)
+    partial = self._path.with_suffix('.partial')
+    partial.write_text(
+      ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step)
+    )
+    os.replace(partial, self._path)
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Appends a row, which has 'step' and 'split', beside its metrics."""
+    with self._path.open('a') as file:
+      file.write(json.dumps(row) + '\n')
+    for name, value in row.items():
+      if isinstance(value, float):
+        self._events.add_scalar(f'{row["split"]}/{name}', value, row['step'])
+      elif isinstance(value, Mapping):
+        for key, part in value.items():
+          self._events.add_scalar(f'{name}/{key}', part, row['step'])
+
+  def show_masks(
+    self, step: int, images: jax.Array, masks: Sequence[ExecutionMask]
+  ) -> None:
+    """Adds an image to the events: each picture beside its ponder cost.
+
+    Args:
+      step: of training.
+      images: float32[N, H, W, 3], normalised.
+      masks: of these images.
+    """
+    if not masks:
+      return
+    shape = images.shape[1:3]
+    cost = np.mean(
+      [resize_nearest(np.asarray(m.hard), shape) for m in masks], axis=0
+    )
+    pictures = np.asarray(denormalize(images))
+    shown = np.repeat(cost[..., None] * 255, 3, axis=-1).astype(np.uint8)
+    rows = np.concatenate([pictures, shown], axis=2)
+    self._events.add_image(
+      'masks', rows.reshape(-1, *rows.shape[2:]), step, dataformats='HWC'
+    )
+
+
+class Progress:
+  """A progress bar on a terminal, log lines elsewhere."""
+
+  # Seconds between log lines.
+  interval = 30.0
+
+  def __init__(self, config: Config, steps_per_epoch: int, step: int):
+    """Args:
+    config: of the run.
+    steps_per_epoch: whole batches a pass.
+    step: where this session starts.
+    """
+    self._config = config
+    self._steps_per_epoch = steps_per_epoch
+    self._total = config.epochs * steps_per_epoch
+    self._first = self._last = step
+    self._start = self._shown = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=self._total, initial=step, unit='step', dynamic_ncols=True
+      )
+
+  def update(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Shows where training is.
+
+    Args:
+      step: steps done.
+      metrics: means over this epoch so far.
+    """
+    elapsed = time.monotonic() - self._start
+    rate = (step - self._first) / max(elapsed, 1e-9)
+    parts = [
+      f'{rate * self._config.batch_size:.0f} images/s',
+      f'loss {metrics["loss"]:.3f}',
+      f'accuracy {metrics["accuracy"]:.3f}',
+    ]
+    if 'executed_fraction' in metrics:
+      parts.append(
+        f'executed {metrics["executed_fraction"]:.3f} of budget '
+        f'{self._config.budget:g}'
+      )
+    if self._bar is not None:
+      self._bar.set_postfix_str(', '.join(parts), refresh=False)
+      self._bar.update(step - self._last)
+    elif time.monotonic() - self._shown >= self.interval or step == self._total:
+      self._shown = time.monotonic()
+      left = (self._total - step) / max(rate, 1e-9)
+      logging.info(
+        'step %d/%d, %s, %.0f s left',
+        step,
+        self._total,
+        ', '.join(parts),
+        left,
+      )
+    self._last = step
+
+  def validated(self, epoch: int, summary: Mapping[str, Any]) -> None:
+    """Shows the validation metrics of an epoch."""
+    text = f'epoch {epoch}: validation accuracy {summary["accuracy"]:.3f}'
+    if 'executed_fraction' in summary:
+      text += f', executed fraction {summary["executed_fraction"]:.3f}'
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      logging.info('%s', text)
+
+  def close(self) -> None:
+    """Leaves the terminal tidy."""
+    if self._bar is not None:
+      self._bar.close()

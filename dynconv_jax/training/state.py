@@ -1,0 +1,182 @@
+"""The training state and the step that advances it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from dynconv_jax import losses
+from dynconv_jax.training import schedules
+from dynconv_jax.training.config import Config
+
+Batch = Mapping[str, jax.Array]
+
+# In the order in which a non-finite value spreads through a step.
+QUANTITIES = ('cross_entropy', 'distillation', 'sparsity', 'gradient_norm')
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run needs to go on, beside the data iterator's position.
+
+  Attributes:
+    step: int32 scalar, steps done.
+    params: the trained weights, unwrapped.
+    model_state: batch statistics, unwrapped.
+    opt_state: the optimiser's.
+    ema: moving averages of (params, model_state), or None.
+    key: PRNG key, folded with the step.
+    sums: float32 scalars, metrics summed over the steps of this epoch.
+    first_bad: int32[2], step and index in QUANTITIES of the first non-finite
+      value; -1 where there was none.
+  """
+
+  step: jax.Array
+  params: nnx.State
+  model_state: nnx.State
+  opt_state: optax.OptState
+  ema: tuple[nnx.State, nnx.State] | None
+  key: jax.Array
+  sums: dict[str, jax.Array]
+  first_bad: jax.Array
+
+  def evaluated(self) -> tuple[nnx.State, nnx.State]:
+    """Returns the (params, model_state) to evaluate: averaged, if they are."""
+    return self.ema or (self.params, self.model_state)
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  """Returns graph definition, params and the rest, unwrapped."""
+  graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+  return graphdef, nnx.as_pure(params), nnx.as_pure(model_state)
+
+
+def create_state(
+  model: nnx.Module, tx: optax.GradientTransformation, config: Config
+) -> TrainState:
+  """Returns the state before the first step, of fresh arrays."""
+  _, params, model_state = split(model)
+  # Copies, because the step donates its input state.
+  params, model_state = jax.tree.map(jnp.copy, (params, model_state))
+  ema = None
+  if config.ema_decay:
+    ema = jax.tree.map(jnp.copy, (params, model_state))
+  names = ['loss', 'correct', *QUANTITIES]
+  if config.method != 'dense':
+    names.append('executed_fraction')
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    model_state=model_state,
+    opt_state=tx.init(params),
+    ema=ema,
+    key=jax.random.key(config.seed),
+    sums={name: jnp.zeros((), jnp.float32) for name in names},
+    first_bad=jnp.full((2,), -1, jnp.int32),
+  )
+
+
+def make_train_step(
+  graphdef: nnx.GraphDef,
+  tx: optax.GradientTransformation,
+  config: Config,
+  steps_per_epoch: int,
+  teacher: nnx.Module | None = None,
+) -> Callable[[TrainState, Batch], TrainState]:
+  """Returns the jitted step: state, batch -> state; it donates the state.
+
+  Args:
+    graphdef: of the training view of the model.
+    tx: the optimiser.
+    config: the run's.
+    steps_per_epoch: after which the summed metrics start anew.
+    teacher: the evaluation view of the network to distil from, or None.
+  """
+  total_steps = config.epochs * steps_per_epoch
+  # An argument of the step: constants of that size would slow compilation.
+  teacher_graphdef, teacher_state = None, {}
+  if teacher is not None:
+    teacher_graphdef, teacher_state = nnx.split(teacher)
+    teacher_state = nnx.as_pure(teacher_state)
+
+  def loss_fn(params, state, batch, teacher_state):
+    key = jax.random.fold_in(state.key, state.step)
+    progress = state.step / total_steps
+    model = nnx.merge(graphdef, params, state.model_state)
+    logits, masks = model(
+      batch['image'],
+      rngs=nnx.Rngs(gumbel=key),
+      temperature=schedules.gumbel_temperature(config, progress),
+      gumbel_noise=schedules.gumbel_noise(config, progress),
+    )
+    zero = jnp.zeros((), jnp.float32)
+    terms = dict.fromkeys(QUANTITIES, zero)
+    terms['cross_entropy'] = jnp.mean(
+      optax.softmax_cross_entropy(logits, batch['label'])
+    )
+    loss = terms['cross_entropy']
+    if teacher is not None:
+      terms['distillation'] = losses.distillation_loss(
+        logits,
+        nnx.merge(teacher_graphdef, teacher_state)(batch['image'])[0],
+        config.distill_temperature,
+      )
+      share = config.distill_weight
+      loss = (1 - share) * loss + share * terms['distillation']
+    if masks:
+      terms['sparsity'] = losses.sparsity_loss(
+        masks, budget=config.budget, progress=progress
+      )
+      loss += config.sparsity_weight * terms['sparsity']
+      terms['executed_fraction'], _ = losses.executed_fractions(masks)
+    hits = jnp.argmax(logits, -1) == jnp.argmax(batch['label'], -1)
+    metrics = {**terms, 'loss': loss, 'correct': jnp.mean(hits)}
+    return loss, (split(model)[2], metrics)
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def train_step(state, batch, teacher_state):
+    grads, (model_state, metrics) = jax.grad(loss_fn, has_aux=True)(
+      state.params, state, batch, teacher_state
+    )
+    metrics['gradient_norm'] = optax.global_norm(grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    first_of_epoch = state.step % steps_per_epoch == 0
+    return TrainState(
+      step=state.step + 1,
+      params=params,
+      model_state=model_state,
+      opt_state=opt_state,
+      ema=_averaged(state, (params, model_state), config.ema_decay),
+      key=state.key,
+      sums={
+        name: jnp.where(first_of_epoch, 0.0, total) + metrics[name]
+        for name, total in state.sums.items()
+      },
+      first_bad=_first_bad(state, metrics),
+    )
+
+  return lambda state, batch: train_step(state, batch, teacher_state)
+
+
+def _averaged(state: TrainState, new: Any, decay: float) -> Any:
+  if state.ema is None:
+    return None
+  # Early on the average follows quickly, as in TensorFlow's `num_updates`.
+  step = state.step.astype(jnp.float32)
+  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  return optax.incremental_update(new, state.ema, 1 - decay)
+
+
+def _first_bad(state: TrainState, metrics: Batch) -> jax.Array:
+  bad = ~jnp.isfinite(jnp.stack([metrics[name] for name in QUANTITIES]))
+  here = jnp.stack([state.step, jnp.argmax(bad).astype(jnp.int32)])
+  new = jnp.any(bad) & (state.first_bad[0] < 0)
+  return jnp.where(new, here, state.first_bad)

@@ -1,0 +1,225 @@
+"""What lies in a workdir: flags, metrics, and the trained network."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+
+from dynconv_jax.models.resnet import ResNet, create_model
+from dynconv_jax.training import checkpoints
+from dynconv_jax.training import state as state_lib
+from dynconv_jax.training.config import Config
+
+FLAGS_FILE = 'flags.txt'
+METRICS_FILE = 'metrics.jsonl'
+
+
+def check_flags(workdir: pathlib.Path, config: Config) -> None:
+  """Checks the run's flags against those of an earlier start, if any.
+
+  Raises:
+    ValueError: the workdir is of another configuration; names the flags that
+      differ.
+  """
+  if not (workdir / FLAGS_FILE).exists():
+    return
+  differing = config.differing(read_config(workdir))
+  if differing:
+    raise ValueError(
+      f'{workdir} is of another configuration; given, not there: '
+      f'{"; ".join(differing)}. Choose another --workdir, or the same flags'
+    )
+
+
+def write_flags(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the full set of the run's flags, whole or not at all."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  partial = workdir / f'{FLAGS_FILE}.partial'
+  partial.write_text(config.to_flags())
+  os.replace(partial, workdir / FLAGS_FILE)
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+  """Returns the configuration of a run.
+
+  Raises:
+    FileNotFoundError: the folder is not a run's.
+  """
+  path = pathlib.Path(workdir).expanduser() / FLAGS_FILE
+  if not path.exists():
+    raise FileNotFoundError(
+      f'{workdir} is not the workdir of a run: there is no {FLAGS_FILE}'
+    )
+  return Config.from_flags(path.read_text())
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """Returns the rows of metrics.jsonl; none where there is no file."""
+  path = workdir / METRICS_FILE
+  if not path.exists():
+    return []
+  rows = []
+  for line in path.read_text().splitlines():
+    try:
+      rows.append(json.loads(line))
+    except json.JSONDecodeError:  # The last line of a run that was killed.
+      logging.warning('left out a damaged line of %s', path)
+  return rows
+
+
+def build_model(config: Config, num_classes: int) -> ResNet:
+  """Returns a freshly initialised network of the run, compiled in one go."""
+
+  def create():
+    return create_model(
+      config.model,
+      method=config.method,
+      num_classes=num_classes,
+      width_multiplier=config.width_multiplier,
+      mask_kernel_size=config.mask_kernel_size,
+      dtype=jnp.dtype(config.compute_dtype),
+      rngs=nnx.Rngs(config.seed),
+    )
+
+  graphdef, abstract = nnx.split(nnx.eval_shape(create))
+  del abstract
+  state = jax.jit(lambda: nnx.as_pure(nnx.state(create())))()
+  return nnx.merge(graphdef, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained network and where it comes from.
+
+  Attributes:
+    config: of the run.
+    model: the evaluation view, with the best or the latest weights.
+    class_names: in label order.
+    step: steps that had been done.
+  """
+
+  config: Config
+  model: ResNet
+  class_names: tuple[str, ...]
+  step: int
+
+
+def load_run(workdir: str | os.PathLike, *, best: bool = True) -> Run:
+  """Returns the trained network of a workdir.
+
+  Args:
+    workdir: of the run.
+    best: whether the checkpoint of the best validation accuracy is preferred
+      to the latest; a run without validation has only the latest.
+
+  Raises:
+    FileNotFoundError: the folder is not a run's.
+    CheckpointError: no checkpoint can be read.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  config = read_config(workdir)
+  if not (workdir / 'checkpoints').is_dir():
+    raise checkpoints.CheckpointError(f'no checkpoint in {workdir}')
+  with checkpoints.open_manager(workdir, read_only=True) as manager:
+    class_names = tuple(checkpoints.read_info(manager)['class_names'])
+    model = build_model(config, len(class_names))
+    graphdef, params, model_state = state_lib.split(model)
+    if config.ema_decay:
+      target = {'ema': (params, model_state)}
+    else:
+      target = {'params': params, 'model_state': model_state}
+    restored, _, step = checkpoints.restore(
+      manager, checkpoints.like(target), best=best
+    )
+  if config.ema_decay:
+    params, model_state = restored['ema']
+  else:
+    params, model_state = restored['params'], restored['model_state']
+  model = nnx.merge(graphdef, params, model_state)
+  view = nnx.view(model, deterministic=True, use_running_average=True)
+  return Run(config, view, class_names, step)
+
+
+def load_teacher(config: Config, class_names: tuple[str, ...]) -> ResNet:
+  """Returns the evaluation view of the network that `distill_from` names.
+
+  Raises:
+    ValueError: it was trained on other classes.
+  """
+  run = load_run(config.distill_from)
+  if run.class_names != class_names:
+    raise ValueError(
+      f'distill_from {config.distill_from} was trained on the classes '
+      f'{run.class_names}; this run has {class_names}'
+    )
+  return run.model
+
+
+def initialize_from(model: ResNet, source: ResNet) -> list[str]:
+  """Copies every weight and statistic that both networks have.
+
+  Args:
+    model: is changed; what the source lacks (mask units, a classifier of
+      another size) stays as initialised.
+    source: such as a dense network of the same architecture.
+
+  Returns:
+    The paths that stay as initialised.
+
+  Raises:
+    ValueError: the networks are not of one architecture; names the shapes
+      that differ.
+  """
+  theirs = dict(nnx.to_flat_state(nnx.state(source)))
+  fresh, differing = [], []
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    name = '.'.join(map(str, path))
+    if path not in theirs:
+      fresh.append(name)
+    elif theirs[path].shape == variable.shape:
+      theirs[path] = jnp.copy(theirs[path][...])
+    elif path[0] == 'fc':
+      fresh.append(name)
+    else:
+      differing.append(f'{name}: {variable.shape} from {theirs[path].shape}')
+  unknown = [
+    name for name in fresh if 'masker' not in name and name[:2] != 'fc'
+  ]
+  if differing or unknown:
+    raise ValueError(
+      'cannot start from a network of another architecture: '
+      + '; '.join(differing + [f'{name}: not there' for name in unknown])
+    )
+  kept = {
+    path: value
+    for path, value in theirs.items()
+    if '.'.join(map(str, path)) not in fresh and isinstance(value, jax.Array)
+  }
+  nnx.update(model, nnx.from_flat_state(kept))
+  if fresh:
+    logging.info('initialised afresh: %s', ', '.join(fresh))
+  return fresh
+
+
+def open_masks(model: ResNet, bias: float) -> None:
+  """Sets every mask unit's opening logit.
+
+  Args:
+    model: is changed: squeeze weights become 0, the logits' bias `bias`.
+    bias: above 0 opens the masks.
+  """
+  for block in model.blocks:
+    if block.masker is None:
+      continue
+    unit = block.masker.maskconv
+    unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
+    unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
+    unit.conv.bias[...] = jnp.full_like(unit.conv.bias[...], bias)
