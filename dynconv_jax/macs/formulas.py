@@ -260,6 +260,24 @@ def elementwise(elements: int) -> Work:
   return Work('elementwise', operations=elements)
 
 
+def sort(elements: int, length: int) -> Work:
+  """Returns the work of sorting runs of `length`: log2(length) an element."""
+  steps = math.ceil(math.log2(length)) if length > 1 else 0
+  return Work('reduction', operations=elements * steps)
+
+
+def fft(elements: int, lengths: Sequence[int]) -> Work:
+  """Returns the work of Fourier transforms: 5 log2(length) an element.
+
+  Args:
+    elements: complex elements transformed; half of them for real data.
+    lengths: extent of each dimension that is transformed.
+  """
+  size = math.prod(lengths)
+  steps = 5 * math.log2(size) if size > 1 else 0
+  return Work('reduction', operations=round(elements * steps))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Dimension:
   """One spatial dimension of a convolution; they are independent."""

@@ -1,0 +1,143 @@
+"""Counts a JAX function or model from its jaxpr: nothing is ever run."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend import core
+
+from dynconv_jax.macs import conventions, report, scopes
+from dynconv_jax.macs.walk import Walk
+
+_traces = itertools.count()
+
+
+def count_macs(
+  f: Callable[..., Any],
+  *args: Any,
+  kwargs: Mapping[str, Any] | None = None,
+  convention: str | conventions.Convention = 'conv',
+  padding: bool = True,
+  trip_counts: int | Mapping[str, int] | None = None,
+  branch: str | int = 'max',
+) -> report.Report:
+  """Returns what a function or model costs for arguments like these.
+
+  Layers are named by the `jax.named_scope`s around them, joined by dots. The
+  modules of NNX and Equinox models need none: theirs is their path in the
+  model. Several uses of a layer, gradients too, are one entry. Outside any
+  scope, convolutions and matrix products are `conv_0`, `matmul_0` and so on.
+
+  Args:
+    f: a function, or a model that is called like one. NNX models may be
+      abstract, from `nnx.eval_shape`.
+    *args: what `f` is called with, pytrees of arrays or
+      `jax.ShapeDtypeStruct`, and NNX models. Other values reach `f` as given.
+    kwargs: arguments by name, likewise.
+    convention: a name in `conventions.CONVENTIONS`, but not 'ptflops'.
+    padding: whether positions of input padding count as work.
+    trip_counts: how often the body of a `while` runs: one number, or
+      {layer name around the loop: number}. A loop without one that does work
+      is left out with a warning.
+    branch: which branch of a `cond` or `switch` counts: 'max' or 'min' for the
+      dearest or cheapest, an index (`lax.cond` has the false branch first), or
+      the name of a branch's function, the dearest where there is none of that
+      name. Of `lax.platform_dependent` the default branch counts always: the
+      others are the same computation written for one platform.
+
+  Raises:
+    TypeError: if `f` cannot be called.
+    ValueError: if `f` cannot be traced with these arguments, the convention is
+      unknown or needs modules, or an option does not fit.
+  """
+  convention = conventions.get_convention(convention)
+  if convention.name == 'ptflops':
+    raise ValueError(
+      "the convention 'ptflops' charges norm, activation and pooling modules,"
+      ' which a jaxpr no longer shows; count a PyTorch or ONNX model by it'
+    )
+  if not callable(f):
+    raise TypeError(f'f must be a function or model; got {type(f).__name__}')
+  if isinstance(branch, bool) or not isinstance(branch, int | str):
+    raise ValueError(
+      f"branch must be 'max', 'min', an index or a name; got {branch!r}"
+    )
+  for trips in _values(trip_counts):
+    if isinstance(trips, bool) or not isinstance(trips, int) or trips < 0:
+      raise ValueError(f'trip_counts must be integers >= 0; got {trips!r}')
+
+  jaxpr = _trace(f, args, dict(kwargs or {}))
+  walk = Walk(convention, padding, trip_counts, branch)
+  walk.program(jaxpr)
+  return walk.report()
+
+
+def _values(numbers: Any) -> list[Any]:
+  if numbers is None:
+    return []
+  return list(numbers.values()) if isinstance(numbers, Mapping) else [numbers]
+
+
+def _trace(f, args, kwargs) -> core.ClosedJaxpr:
+  """Returns the jaxpr of f(*args, **kwargs), its layers named by scopes."""
+  if inspect.ismethod(f) and scopes.is_nnx(f.__self__):
+    f, args = f.__func__, (f.__self__, *args)
+  leaves, tree = jax.tree.flatten((f, args, kwargs), is_leaf=scopes.is_nnx)
+  nnx = _nnx() if any(map(scopes.is_nnx, leaves)) else None
+  split = [nnx.split(x) if scopes.is_nnx(x) else (None, x) for x in leaves]
+  arrays, arrays_tree = jax.tree.flatten(
+    [x if graph is not None or _is_array(x) else None for graph, x in split]
+  )
+
+  def traced(*arrays):
+    values = jax.tree.unflatten(arrays_tree, arrays)
+    rebuilt = [
+      nnx.merge(graph, value)
+      if graph is not None
+      else x
+      if value is None
+      else value
+      for (graph, x), value in zip(split, values, strict=True)
+    ]
+    f, args, kwargs = jax.tree.unflatten(tree, rebuilt)
+    names.add_roots(scopes.modules_of(f) + _named(f, args, kwargs))
+    outputs = jax.tree.leaves(f(*args, **kwargs), is_leaf=scopes.is_nnx)
+    return [x for x in outputs if _is_array(x)]
+
+  names = scopes.Scopes()
+  # jit and remat reuse what they once traced, without names or with others;
+  # metadata of its own makes each of these traces a first one.
+  metadata = set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
+  try:
+    with names.active(), metadata:
+      return jax.make_jaxpr(traced)(*arrays)
+  except Exception as error:
+    shapes = [f'{x.dtype}{list(x.shape)}' for x in leaves if _is_array(x)]
+    raise ValueError(
+      f'{getattr(f, "__name__", type(f).__name__)} cannot be traced with the'
+      f' arguments ({", ".join(shapes)}): {error}'
+    ) from error
+
+
+def _named(f, args, kwargs) -> list[tuple[str, Any]]:
+  """Returns the modules among the arguments, by the names of those."""
+  try:
+    arguments = inspect.signature(f).bind(*args, **kwargs).arguments
+  except (TypeError, ValueError):
+    arguments = {f'arg{i}': arg for i, arg in enumerate(args)} | kwargs
+  return [(k, v) for k, v in arguments.items() if scopes.is_module(v)]
+
+
+def _nnx() -> Any:
+  from flax import nnx  # Only where a model of NNX was passed.
+
+  return nnx
+
+
+def _is_array(value: Any) -> bool:
+  return hasattr(value, 'shape') and hasattr(value, 'dtype')

@@ -1,0 +1,208 @@
+"""The work of each JAX primitive, handed to the formulas by its shapes.
+
+A new primitive is a word in one of the sets or a function in `_WORK`. What
+holds other computations (jit, scan, ...) is walked in jaxpr.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from dynconv_jax.macs import formulas
+
+
+def _names(text: str) -> frozenset[str]:
+  return frozenset(text.split())
+
+
+# Hand on their first operand element by element: behind them a weight is
+# still a weight, and the output of a convolution still that.
+LAYOUT = _names("""
+  
+  broadcast_in_dim convert_element_type copy copy_p expand_dims
+  layout_constraint name optimization_barrier pin preduced pvary
+  reduce_precision reduced_vary_cast_p reshape reshard rev sharding_constraint
+  squeeze stop_gradient transpose unpin vary_unreduced_cast_p
+  with_memory_space_constraint
+  
+""")
+
+# Move, make or choose data, draw random bits, or communicate: no arithmetic.
+_FREE = LAYOUT | _names("""
+  
+  after_all all_gather all_gather_invariant all_gather_reduced all_to_all
+  axis_index bitcast_convert_type broadcast_to clz complex concatenate conj
+  create_token dce_sink debug_callback debug_print device_put dimension_size
+  dim_as_value dynamic_slice dynamic_update_slice empty empty2 from_edtype
+  gather imag inspect_sharding iota iota_2x32_shape lu_pivots_to_permutation
+  multiple_of pad pbroadcast platform_index pmax pmin population_count
+  ppermute psum psum_invariant random_bits random_clone random_fold_in
+  random_gamma random_seed random_split random_unwrap random_wrap
+  ragged_all_to_all real reduce_scatter rng_bit_generator rng_uniform scatter
+  select_n shape_assertion shift_left shift_right_arithmetic
+  shift_right_logical slice split stack threefry2x32 tie tile to_edtype
+  unreduced_psum unreduced_reduce_scatter unstack zeros_like
+  
+""")
+
+# One operation for each element of the output.
+_ELEMENTWISE = _names("""
+  
+  abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e
+  bessel_i1e cbrt ceil clamp cos cosh digamma div eq eq_to erf erf_inv erfc
+  exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac integer_pow
+  is_finite le le_to lgamma log log1p logistic lt lt_to max min mul mulhi ne
+  neg nextafter not or polygamma pow reciprocal regularized_incomplete_beta
+  rem round rsqrt sign sin sinh sqrt square sub tan tanh xor zeta
+  
+""")
+
+# One operation for each element that disappears.
+_REDUCTIONS = _names("""
+  
+  argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
+  reduce_sum reduce_xor
+  
+""")
+
+_CUMULATIVE = _names("""
+  
+  cumlogsumexp cummax cummin cumprod cumsum
+  
+""")
+
+_WINDOWS = _names("""
+  
+  reduce_window reduce_window_max reduce_window_min reduce_window_sum
+  select_and_gather_add
+  
+""")
+
+_SCATTERS = _names("""
+  
+  scatter-add scatter-max scatter-min scatter-mul scatter-sub
+  
+""")
+
+
+def work_of(eqn: Any) -> formulas.Work | None:
+  """Returns the work of an equation; None if its primitive is not known.
+
+  Arithmetic that involves no floating-point number (of indices, say) is none.
+  """
+  name = eqn.primitive.name
+  if name in _FREE:
+    return formulas.elementwise(0)
+  if name in _WORK:
+    return _WORK[name](eqn)
+  known = (_ELEMENTWISE, _REDUCTIONS, _CUMULATIVE, _WINDOWS, _SCATTERS)
+  if not any(name in names for names in known):
+    return None
+  operand, output = eqn.invars[0].aval, eqn.outvars[0].aval
+  if not any(_is_floating(v.aval) for v in (*eqn.invars, *eqn.outvars)):
+    return formulas.elementwise(0)
+  if name in _ELEMENTWISE:
+    return formulas.elementwise(output.size)
+  if name in _REDUCTIONS:
+    # A reduction with several operands, as in argmax, is one for each.
+    return formulas.reduction(operand.size, output.size) * len(eqn.outvars)
+  if name in _CUMULATIVE:
+    length = operand.shape[eqn.params['axis']]
+    return formulas.reduction(operand.size, operand.size // max(length, 1))
+  if name in _WINDOWS:
+    window = math.prod(eqn.params['window_dimensions'])
+    return formulas.pool(operand.size, output.size, window)
+  return formulas.elementwise(eqn.invars[2].aval.size)
+
+
+def out_features(eqn: Any) -> int:
+  """Returns the number of biases that the output of a product can have."""
+  if eqn.primitive.name == 'conv_general_dilated':
+    spec = eqn.params['dimension_numbers'].out_spec
+    return eqn.outvars[0].aval.shape[spec[1]]
+  return eqn.outvars[0].aval.shape[-1] if eqn.outvars[0].aval.ndim else 1
+
+
+def _convolution(eqn) -> formulas.Work:
+  lhs, rhs = (v.aval for v in eqn.invars)
+  params = eqn.params
+  numbers = params['dimension_numbers']
+  return formulas.convolution(
+    batch=lhs.shape[numbers.lhs_spec[0]],
+    in_features=lhs.shape[numbers.lhs_spec[1]],
+    out_features=rhs.shape[numbers.rhs_spec[0]],
+    input_size=[lhs.shape[i] for i in numbers.lhs_spec[2:]],
+    kernel_size=[rhs.shape[i] for i in numbers.rhs_spec[2:]],
+    strides=params['window_strides'],
+    padding=params['padding'],
+    input_dilation=params['lhs_dilation'],
+    kernel_dilation=params['rhs_dilation'],
+    feature_groups=params['feature_group_count'],
+    batch_groups=params['batch_group_count'],
+  )
+
+
+def _dot(eqn) -> formulas.Work:
+  return _matmul(eqn, eqn.params['dimension_numbers'])
+
+
+def _ragged_dot(eqn) -> formulas.Work:
+  """A row meets the matrix of its own group alone."""
+  numbers = eqn.params['ragged_dot_dimension_numbers']
+  return _matmul(
+    eqn, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
+  )
+
+
+def _matmul(eqn, dimension_numbers, groups=()) -> formulas.Work:
+  lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+  (contract, rhs_contract), (batch, rhs_batch) = dimension_numbers
+  used = {*rhs_contract, *rhs_batch, *groups}
+  return formulas.matmul(
+    math.prod(n for i, n in enumerate(lhs) if i not in (*contract, *batch)),
+    math.prod(lhs[i] for i in contract),
+    math.prod(n for i, n in enumerate(rhs) if i not in used),
+    batch=math.prod(lhs[i] for i in batch),
+  )
+
+
+def _select_and_scatter(eqn) -> formulas.Work:
+  """Gradient of a maximum pool: finds each window's element, adds there."""
+  source = eqn.invars[0].aval.size
+  window = math.prod(eqn.params['window_dimensions'])
+  return formulas.pool(eqn.invars[1].aval.size, source, window, mean=True)
+
+
+def _sort(eqn) -> formulas.Work:
+  operand = eqn.invars[0].aval
+  axis = eqn.params.get('dimension', eqn.params.get('axis', -1))
+  return formulas.sort(operand.size, operand.shape[axis])
+
+
+def _fft(eqn) -> formulas.Work:
+  lengths = eqn.params['fft_lengths']
+  largest = max(eqn.invars[0].aval.size, eqn.outvars[0].aval.size)
+  real = any(
+    not jax.dtypes.issubdtype(v.aval.dtype, np.complexfloating)
+    for v in (eqn.invars[0], eqn.outvars[0])
+  )
+  return formulas.fft(largest // 2 if real else largest, lengths)
+
+
+def _is_floating(aval) -> bool:
+  return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+
+
+_WORK = {
+  'conv_general_dilated': _convolution,
+  'dot_general': _dot,
+  'ragged_dot_general': _ragged_dot,
+  'select_and_scatter_add': _select_and_scatter,
+  'sort': _sort,
+  'top_k': _sort,
+  'fft': _fft,
+}

@@ -1,0 +1,176 @@
+"""Names layers in a trace by where their modules stand in the model.
+
+JAX keeps a name stack with every operation, which `jax.named_scope` fills;
+Linen and Haiku enter a scope for each module of their own. NNX and Equinox do
+not, so while a function is traced the `__call__` of their modules is wrapped
+to enter one. Neither library is imported: a model of theirs exists only where
+somebody else has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+# Opens a scope that names a path from the root, not from the scope around it.
+_ABSOLUTE = '@'
+
+# The classes of a process are wrapped for the length of a trace.
+_lock = threading.RLock()
+
+
+def is_nnx(value: Any) -> bool:
+  """Returns whether this is a graph node of NNX: a module, Rngs and so on."""
+  nnx = sys.modules.get('flax.nnx')
+  return nnx is not None and isinstance(value, nnx.Pytree)
+
+
+def is_module(value: Any) -> bool:
+  """Returns whether this is a module of NNX or Equinox."""
+  return isinstance(value, tuple(_bases()))
+
+
+def layer_name(*stacks: Any) -> str:
+  """Returns the layer's name for the name stacks around an operation.
+
+  Args:
+    *stacks: `eqn.source_info.name_stack`s, from the outermost jaxpr inwards.
+  """
+  scopes = [
+    scope
+    for stack in stacks
+    for entry in stack.stack
+    # Transformations such as jvp are entries too, of another class.
+    if type(entry).__name__ == 'Scope'
+    for scope in entry.name.split('/')
+    # What Equinox enters in its own layers is their class.
+    if scope and not scope.startswith('eqx.')
+  ]
+  absolute = [i for i, s in enumerate(scopes) if s.startswith(_ABSOLUTE)]
+  if absolute:
+    path = scopes[absolute[-1]].removeprefix(_ABSOLUTE)
+    scopes = [*scopes[: absolute[0]], path, *scopes[absolute[-1] + 1 :]]
+  return '.'.join(filter(None, scopes))
+
+
+def modules_of(f: Callable) -> list[tuple[str, Any]]:
+  """Returns the modules that a function refers to, by variable name."""
+  while not is_module(f):
+    if isinstance(f, functools.partial):
+      f = f.func
+    elif inspect.ismethod(f):
+      return [('self', f.__self__)] if is_module(f.__self__) else []
+    elif hasattr(f, '__wrapped__'):
+      f = f.__wrapped__
+    elif inspect.isfunction(f):
+      variables = inspect.getclosurevars(f)
+      named = {**variables.globals, **variables.nonlocals}
+      return [(k, v) for k, v in named.items() if is_module(v)]
+    else:
+      return []
+  return [('self', f)]
+
+
+class Scopes:
+  """Finds the paths of the modules that are called in one trace."""
+
+  def __init__(self):
+    # id -> (path, module); holding the module keeps its id from being reused.
+    self._paths: dict[int, tuple[str, Any]] = {}
+    self._stack: list[str] = []
+    self._called: set[str] = set()
+
+  def add_roots(self, roots: Iterable[tuple[str, Any]]) -> None:
+    """Names the modules in each root; by its own name if there are several."""
+    roots = list({id(module): (n, module) for n, module in roots}.values())
+    for name, module in roots:
+      self._register(name if len(roots) > 1 else '', module)
+
+  @contextlib.contextmanager
+  def active(self) -> Iterator[None]:
+    """Wraps every class of modules while the context is open."""
+    with _lock:
+      replaced = []
+      try:
+        for cls in {c for base in _bases() for c in _subclasses(base)}:
+          if inspect.isfunction(call := vars(cls).get('__call__')):
+            replaced.append((cls, call))
+            cls.__call__ = self._named(call)
+        yield
+      finally:
+        for cls, call in replaced:
+          cls.__call__ = call
+
+  def _named(self, call: Callable) -> Callable:
+    @functools.wraps(call)
+    def named_call(module, *args, **kwargs):
+      path = self._path(module)
+      self._stack.append(path)
+      self._called.add(path)
+      try:
+        with jax.named_scope(_ABSOLUTE + path):
+          return call(module, *args, **kwargs)
+      finally:
+        self._stack.pop()
+
+    return named_call
+
+  def _path(self, module: Any) -> str:
+    if id(module) not in self._paths:
+      self._register(self._guess(module), module)
+    return self._paths[id(module)][0]
+
+  def _guess(self, module: Any) -> str:
+    """Returns the path of the module that this one is probably a copy of.
+
+    Transformations such as nnx.scan and nnx.remat call copies. One stands for
+    the first module of its class in the module around it that was not called.
+    """
+    if not self._stack:
+      return ''
+    around = self._stack[-1]
+    alike = [
+      path
+      for path, known in self._paths.values()
+      if type(known) is type(module)
+      and path != around
+      and path.startswith(around and f'{around}.')
+    ]
+    fresh = [path for path in alike if path not in self._called]
+    return (fresh or alike or [around])[0]
+
+  def _register(self, path: str, value: Any) -> None:
+    if id(value) in self._paths:
+      return
+    if isinstance(value, dict):
+      children = value.items()
+    elif isinstance(value, list | tuple):
+      children = enumerate(value)
+    elif is_module(value):
+      self._paths[id(value)] = path, value
+      children = vars(value).items()
+    else:
+      return
+    for name, child in children:
+      if not str(name).startswith('_pytree__'):
+        self._register(f'{path}.{name}' if path else str(name), child)
+
+
+def _bases() -> list[type]:
+  libraries = ('flax.nnx', 'equinox')
+  loaded = [sys.modules[name] for name in libraries if name in sys.modules]
+  # A library that is half imported has no Module yet.
+  return [lib.Module for lib in loaded if hasattr(lib, 'Module')]
+
+
+def _subclasses(cls: type) -> Iterator[type]:
+  for subclass in cls.__subclasses__():
+    yield subclass
+    yield from _subclasses(subclass)

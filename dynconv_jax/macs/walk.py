@@ -1,0 +1,347 @@
+"""Walks a jaxpr, and the jaxprs within it, and gathers the work it does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jax.extend import core
+
+from dynconv_jax.macs import formulas, primitives, report, scopes
+
+# Primitives that do what the jaxpr in this parameter does.
+_CALLS = {
+  'jit': 'jaxpr',
+  'pjit': 'jaxpr',
+  'remat2': 'jaxpr',
+  'checkpoint': 'jaxpr',
+  'call': 'call_jaxpr',
+  'closed_call': 'call_jaxpr',
+  'core_call': 'call_jaxpr',
+  'custom_jvp_call': 'call_jaxpr',
+  'custom_vjp_call': 'call_jaxpr',
+  'custom_vmap_call': 'call',
+  'composite': 'jaxpr',
+  'shard_map': 'jaxpr',
+}
+
+_PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
+
+
+class Walk:
+  """The work of a jaxpr's equations, in order; options as in `count_macs`."""
+
+  def __init__(self, convention, padding, trip_counts, branch):
+    self._convention = convention
+    self._padding = padding
+    self._trip_counts = trip_counts
+    self._branch = branch
+    self._branches_seen: set[str] = set()
+    self._entries: list[_Entry] = []
+
+  def program(self, jaxpr: core.ClosedJaxpr) -> None:
+    """Walks a whole program, whose arguments may be weights.
+
+    Raises:
+      ValueError: if no cond of the program has the branch that is asked for.
+    """
+    weights = [_weight(var, var.aval) for var in jaxpr.jaxpr.invars]
+    self._closed(jaxpr, weights, ())
+    self._check_branch_was_found()
+
+  def report(self) -> report.Report:
+    """Returns what was gathered, as a report."""
+    builder = report.ReportBuilder(self._convention, self._padding)
+    unnamed = {kind: itertools.count() for kind in ('conv', 'matmul')}
+    counted: set[Any] = set()
+    for entry in self._entries:
+      if entry.work is None:
+        builder.leave_out(entry.operation, entry.layer, entry.reason)
+        continue
+      if not self._convention(entry.work, self._padding):
+        continue
+      name, kind = entry.layer, entry.work.kind
+      if not name and kind in unnamed:
+        name = f'{kind}_{next(unnamed[kind])}'
+      fresh = {w.key: w for w in entry.weights if w.key not in counted}
+      counted.update(fresh)
+      builder.add(
+        name or entry.operation,
+        entry.work,
+        output_shape=entry.shape,
+        parameters=sum(w.parameters for w in fresh.values()),
+      )
+    return builder.build()
+
+  def _closed(self, jaxpr: core.ClosedJaxpr, inputs, stacks) -> list[Any]:
+    consts = [_weight(id(const), const) for const in jaxpr.consts]
+    return self._open(jaxpr.jaxpr, consts, inputs, stacks)
+
+  def _open(self, jaxpr: core.Jaxpr, consts, inputs, stacks) -> list[Any]:
+    """Walks an open jaxpr; returns what is known of its outputs.
+
+    A `_Weight` is known of a variable, or the `_Entry` that it is output of.
+    """
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, inputs, strict=True))
+
+    def read(var):
+      return None if isinstance(var, core.Literal) else known.get(var)
+
+    for eqn in jaxpr.eqns:
+      around = (*stacks, eqn.source_info.name_stack)
+      outputs = self._equation(eqn, [read(v) for v in eqn.invars], around)
+      known.update(zip(eqn.outvars, outputs, strict=False))
+    return [read(var) for var in jaxpr.outvars]
+
+  def _equation(self, eqn, inputs, stacks) -> Sequence[Any]:
+    name, params = eqn.primitive.name, eqn.params
+    if name in _CALLS:
+      with self._times(_devices(params) if name == 'shard_map' else 1):
+        return self._sub(params[_CALLS[name]], inputs, stacks)
+    if name == 'cond':
+      return self._cond(eqn, inputs[1:], stacks)
+    if name == 'scan':
+      return self._scan(params, inputs, stacks)
+    if name == 'while':
+      return self._while(params, inputs, stacks)
+    if name == 'pallas_call':
+      return self._pallas(eqn, stacks)
+    if name in primitives.LAYOUT:
+      return inputs[:1]
+    if name in ('add', 'add_any') and (entry := self._biased(eqn, inputs)):
+      return [entry]
+    work = primitives.work_of(eqn)
+    if work is None:
+      self._leave_out(name, stacks, 'its work is not known')
+      return ()
+    if work == formulas.elementwise(0):
+      return ()
+    entry = _Entry(
+      scopes.layer_name(*stacks), name, work, eqn.outvars[0].aval.shape
+    )
+    if name in _PRODUCTS:
+      entry.weights = _weights_of_product(eqn, inputs)
+      entry.features = primitives.out_features(eqn)
+    self._entries.append(entry)
+    return [entry]
+
+  def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
+    if isinstance(jaxpr, core.ClosedJaxpr):
+      return self._closed(jaxpr, inputs, stacks)
+    return self._open(jaxpr, (), inputs, stacks)
+
+  def _biased(self, eqn, inputs) -> _Entry | None:
+    """Counts an addition as the bias of a product, if it is one.
+
+    One operand is the output of a convolution or matrix product that has no
+    bias yet, the other a broadcast array from outside with one element for
+    each output feature.
+    """
+    for product, bias in (inputs, inputs[::-1]):
+      if (
+        isinstance(product, _Entry)
+        and product.features
+        and isinstance(bias, _Weight)
+        and bias.size == product.features
+        and eqn.outvars[0].aval.size == math.prod(product.shape)
+      ):
+        product.work += formulas.Work(
+          product.work.kind, bias=eqn.outvars[0].aval.size
+        )
+        product.weights += (bias,)
+        product.features = 0
+        return product
+    return None
+
+  def _cond(self, eqn, inputs, stacks) -> Sequence[Any]:
+    branches = eqn.params['branches']
+    platforms = eqn.params.get('branches_platforms')
+    if platforms and None in platforms:
+      return self._sub(branches[platforms.index(None)], inputs, stacks)
+    layer = scopes.layer_name(*stacks)
+    if isinstance(self._branch, int):
+      if not 0 <= self._branch < len(branches):
+        raise ValueError(
+          f'branch must be in [0, {len(branches)}) for the cond in'
+          f' {layer or "the function"}; got {self._branch}'
+        )
+      return self._sub(branches[self._branch], inputs, stacks)
+    names = [b.jaxpr.debug_info.func_name for b in branches]
+    self._branches_seen.update(names)
+    if self._branch in names:
+      return self._sub(branches[names.index(self._branch)], inputs, stacks)
+
+    walks = []
+    for closed in branches:
+      with self._apart() as entries:
+        outputs = self._sub(closed, inputs, stacks)
+      walks.append((entries, outputs))
+    choose = min if self._branch == 'min' else max
+    chosen, outputs = choose(walks, key=lambda walk: self._price(walk[0]))
+    self._entries += chosen
+    # The price of a branch with unknown work is not known: it is named even
+    # if another was chosen.
+    for entries, _ in walks:
+      if entries is not chosen:
+        self._entries += [entry for entry in entries if entry.work is None]
+    return outputs
+
+  def _scan(self, params, inputs, stacks) -> Sequence[Any]:
+    length = params['length']
+    carried = params['num_consts'] + params['num_carry']
+    inner = [
+      # A slice of stacked weights is the weights of one layer of the stack.
+      dataclasses.replace(known, size=known.size // max(length, 1))
+      if isinstance(known, _Weight) and i >= carried
+      else known
+      for i, known in enumerate(inputs)
+    ]
+    with self._times(length):
+      self._sub(params['jaxpr'], [_weights_only(i) for i in inner], stacks)
+    return ()
+
+  def _while(self, params, inputs, stacks) -> Sequence[Any]:
+    inputs = [_weights_only(known) for known in inputs]
+    conds, bodies = params['cond_nconsts'], params['body_nconsts']
+    carry = inputs[conds + bodies :]
+    with self._apart() as body:
+      self._sub(
+        params['body_jaxpr'], inputs[conds : conds + bodies] + carry, stacks
+      )
+    with self._apart() as test:
+      self._sub(params['cond_jaxpr'], inputs[:conds] + carry, stacks)
+
+    layer = scopes.layer_name(*stacks)
+    trips = self._trip_counts
+    if isinstance(trips, Mapping):
+      trips = trips.get(layer)
+    if trips is not None:
+      self._entries += _repeated(body, trips) + _repeated(test, trips + 1)
+    elif self._price(body + test) or any(e.work is None for e in body + test):
+      self._leave_out(
+        'while', stacks, 'its trip count is not in the program; see trip_counts'
+      )
+    return ()
+
+  def _pallas(self, eqn, stacks) -> Sequence[Any]:
+    cost = eqn.params.get('cost_estimate')
+    if cost is None:
+      self._leave_out('pallas_call', stacks, 'the kernel has no cost_estimate')
+    elif self._convention.name == 'conv':
+      self._leave_out(
+        'pallas_call', stacks, 'its cost_estimate does not tell convolutions'
+      )
+    else:
+      macs = cost.flops // 2
+      work = formulas.Work(
+        'matmul', macs, macs, operations=cost.flops % 2 + cost.transcendentals
+      )
+      shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
+      self._entries.append(
+        _Entry(scopes.layer_name(*stacks), 'pallas_call', work, shape)
+      )
+    return ()
+
+  @contextlib.contextmanager
+  def _apart(self) -> Iterator[list[_Entry]]:
+    """Gathers what is found in the context in a list of its own."""
+    outer, self._entries = self._entries, []
+    try:
+      yield self._entries
+    finally:
+      self._entries = outer
+
+  @contextlib.contextmanager
+  def _times(self, times: int) -> Iterator[None]:
+    """Counts what is found in the context that often."""
+    with self._apart() as entries:
+      yield
+    self._entries += _repeated(entries, times)
+
+  def _leave_out(self, operation, stacks, reason) -> None:
+    layer = scopes.layer_name(*stacks)
+    self._entries.append(_Entry(layer, operation, None, reason=reason))
+
+  def _price(self, entries: Sequence[_Entry]) -> int:
+    return sum(
+      self._convention(entry.work, self._padding)
+      for entry in entries
+      if entry.work is not None
+    )
+
+  def _check_branch_was_found(self) -> None:
+    asked = self._branch
+    if (
+      isinstance(asked, str)
+      and asked not in ('max', 'min')
+      and asked not in self._branches_seen
+    ):
+      raise ValueError(
+        f"branch must be 'max', 'min', an index or the name of a branch; got"
+        f' {asked!r}, and the branches are {sorted(self._branches_seen)}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+  """An array from outside, or a view of one: perhaps a layer's weights."""
+
+  key: Any
+  parameters: int
+  size: int
+
+
+@dataclasses.dataclass(eq=False)
+class _Entry:
+  """Work found in the walk; or none, and the reason why it is not counted."""
+
+  layer: str
+  operation: str
+  work: formulas.Work | None
+  shape: tuple[int, ...] = ()
+  weights: tuple[_Weight, ...] = ()
+  reason: str = ''
+  # How many biases its output can take; 0 once it has one.
+  features: int = 0
+
+
+def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
+  """Multiplies the work of entries; none are left if it is done no time."""
+  for entry in entries:
+    if entry.work is not None:
+      entry.work *= times
+  return list(entries) if times else []
+
+
+def _weight(key: Any, array: Any) -> _Weight | None:
+  shape = getattr(array, 'shape', ())
+  return _Weight(key, math.prod(shape), math.prod(shape)) if shape else None
+
+
+def _weights_only(known: Any) -> _Weight | None:
+  return known if isinstance(known, _Weight) else None
+
+
+def _weights_of_product(eqn, inputs) -> tuple[_Weight, ...]:
+  """Returns the operand that holds the layer's weights, if one does.
+
+  It comes from outside. Where both do, the second is it, as in x @ w, unless
+  only the first is a matrix, as in w @ x.
+  """
+  lhs, rhs = map(_weights_only, inputs[:2])
+  if eqn.primitive.name == 'dot_general':
+    ndims = [v.aval.ndim for v in eqn.invars[:2]]
+    if lhs and (not rhs or (ndims[0] == 2 and ndims[1] != 2)):
+      rhs = lhs
+  return (rhs,) if rhs else ()
+
+
+def _devices(params: Mapping[str, Any]) -> int:
+  """Returns how many devices run the body of a shard_map, one shard each."""
+  sizes = dict(params['mesh'].shape)
+  return math.prod(sizes[axis] for axis in params['manual_axes'])
