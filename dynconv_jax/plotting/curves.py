@@ -1,0 +1,275 @@
+"""Figures of one run: its learning curves and the density of its blocks."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from dynconv_jax.plotting import style
+
+_SPLIT_COLORS = {
+  'train': style.SKY_BLUE,
+  'validation': style.VERMILION,
+  'test': style.GREEN,
+}
+_MOST_MARKERS = 40
+
+
+@style.styled()
+def plot_learning_curves(
+  metrics: Sequence[Mapping], path: str | os.PathLike
+) -> Figure:
+  """Draws loss, accuracy and executed fraction over the epochs of a run.
+
+  A quantity that a row lacks, or holds as None, is left out of its curve; a
+  panel that no row has data for is left out of the figure, such as the executed
+  fraction of a dense network. Where a step was logged twice, by a run that was
+  killed and resumed, the later row counts.
+
+  Args:
+    metrics: the rows of a workdir's `metrics.jsonl`: 'split' ('train',
+      'validation' or 'test'), 'epoch' or 'step', and any of 'loss', 'accuracy',
+      'executed_fraction' and 'budget', the latter three in [0, 1].
+    path: the figure is written as PNG and SVG; see `style.figure_paths`.
+
+  Returns:
+    The figure, one axes a panel.
+
+  Raises:
+    ValueError: if there is no row, or none that can be drawn.
+  """
+  if not metrics:
+    raise ValueError('there are no metrics to plot: not a single row')
+  x_key = next(
+    (
+      key for key in ('epoch', 'step') if all(_has(row, key) for row in metrics)
+    ),
+    None,
+  )
+  panels = [
+    key
+    for key in ('loss', 'accuracy', 'executed_fraction')
+    if any(_has(row, key) for row in metrics)
+  ]
+  if x_key is None or not panels:
+    raise ValueError(
+      "metrics need 'epoch' or 'step' in every row, and 'loss', 'accuracy' or "
+      f"'executed_fraction' in some; got the keys "
+      f'{sorted({key for row in metrics for key in row})}'
+    )
+  figure = style.new_figure(3.3 * len(panels), 2.7)
+  for i, key in enumerate(panels):
+    ax = figure.add_subplot(1, len(panels), i + 1)
+    ax.set_title(key.replace('_', ' '))
+    ax.set_xlabel(x_key)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _draw_splits(ax, metrics, x_key, key)
+    if key == 'accuracy':
+      _draw_best(ax)
+      _use_percent(ax, 'accuracy (%)')
+    elif key == 'loss':
+      ax.set_ylabel('loss (nats)')
+    else:
+      _draw_budget(ax, metrics, x_key)
+      ax.set_ylim(0, 1.02)
+      _use_percent(ax, 'executed / dense MACs (%)')
+  figure.axes[0].legend(loc='best')
+  style.save_figure(figure, path)
+  return figure
+
+
+def _has(row: Mapping, key: str) -> bool:
+  return row.get(key) is not None
+
+
+def _series(
+  rows: Iterable[Mapping], x_key: str, y_key: str
+) -> tuple[list[float], list[float]]:
+  """Returns x and y in order of x, the last row of each x."""
+  points = {
+    float(row[x_key]): float(row[y_key]) for row in rows if _has(row, y_key)
+  }
+  return list(dict(sorted(points.items()))), [points[x] for x in sorted(points)]
+
+
+def _draw_splits(
+  ax: Axes, metrics: Sequence[Mapping], x_key: str, y_key: str
+) -> None:
+  splits = dict.fromkeys(row.get('split', 'train') for row in metrics)
+  for split in splits:
+    rows = [row for row in metrics if row.get('split', 'train') == split]
+    x, y = _series(rows, x_key, y_key)
+    if not x:
+      continue
+    ax.plot(
+      x,
+      y,
+      color=_SPLIT_COLORS.get(split, style.PURPLE),
+      marker='o' if len(x) <= _MOST_MARKERS else '',
+      markersize=2.5,
+      label=split,
+    )
+
+
+def _draw_best(ax: Axes) -> None:
+  """Names the best validation accuracy beside its marker."""
+  for line in ax.lines:
+    if line.get_label() != 'validation':
+      continue
+    x, y = line.get_xydata().T
+    if np.all(np.isnan(y)):
+      return
+    best = int(np.nanargmax(y))
+    ax.annotate(
+      f'best {100 * y[best]:.1f} %',
+      (x[best], y[best]),
+      xytext=(0, 7),
+      textcoords='offset points',
+      ha='right' if best > len(x) / 2 else 'left',
+      fontsize=8,
+      color=line.get_color(),
+    )
+    ax.margins(y=0.12)
+
+
+def _draw_budget(ax: Axes, metrics: Sequence[Mapping], x_key: str) -> None:
+  x, budgets = _series(metrics, x_key, 'budget')
+  if not x:
+    return
+  ax.plot(x, budgets, '--', color=style.INK, linewidth=1, label='budget')
+  ax.annotate(
+    f'budget {100 * budgets[-1]:.3g} %',
+    (x[-1], budgets[-1]),
+    xytext=(0, -4),
+    textcoords='offset points',
+    ha='right',
+    va='top',
+    fontsize=8,
+  )
+
+
+def _use_percent(ax: Axes, label: str) -> None:
+  ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
+  ax.set_ylabel(label)
+
+
+@style.styled()
+def plot_block_density(
+  names: Sequence[str],
+  densities: np.ndarray | Sequence,
+  path: str | os.PathLike,
+  budget: float | None = None,
+) -> Figure:
+  """Draws the share of active positions of each block as a bar.
+
+  Args:
+    names: of the blocks in network order, such as 'layer2.0'; blocks of the
+      same stage ('layer2') stand together.
+    densities: float[B], or float[B, N] for N images: bars are their means and
+      whiskers go from the 5th to the 95th percentile over the images.
+    path: the figure is written as PNG and SVG; see `style.figure_paths`.
+    budget: in [0, 1], drawn as a line where given.
+
+  Returns:
+    The figure.
+
+  Raises:
+    ValueError: if there is no block, the names do not match the densities, or a
+      density or the budget is outside [0, 1].
+  """
+  densities = np.asarray(densities, np.float64)
+  if densities.ndim not in (1, 2) or not densities.size:
+    raise ValueError(
+      'densities must be float[B] or float[B, N] with at least one block; got '
+      f'shape {densities.shape}'
+    )
+  if len(names) != len(densities):
+    raise ValueError(
+      f'names and densities must match; got {len(names)} names and '
+      f'{len(densities)} densities'
+    )
+  if not np.all((densities >= 0) & (densities <= 1)):
+    raise ValueError(f'densities must be in [0, 1]; got {densities.tolist()}')
+  if budget is not None and not 0 <= budget <= 1:
+    raise ValueError(f'budget must be in [0, 1]; got {budget}')
+
+  means = densities.reshape(len(names), -1).mean(axis=1)
+  x, groups = _stage_positions(names)
+  figure = style.new_figure(max(3.6, 1.2 + 0.34 * len(names)), 2.9)
+  ax = figure.add_subplot()
+  ax.bar(x, means, width=0.78, color=style.BLUE)
+  if densities.ndim == 2 and densities.shape[1] > 1:
+    low, high = np.percentile(densities, [5, 95], axis=1)
+    # A skewed distribution can have its mean outside the percentiles.
+    spread = np.maximum([means - low, high - means], 0)
+    ax.errorbar(
+      x, means, spread, fmt='none', ecolor=style.INK, elinewidth=1, capsize=2
+    )
+    images = densities.shape[1]
+    style.footnote(
+      figure, f'bars: mean; whiskers: 5th to 95th percentile of {images} images'
+    )
+  ax.set_ylim(0, 1.02)
+  ax.set_xlim(x[0] - 0.7, x[-1] + 0.7)
+  _use_percent(ax, 'active positions (%)')
+  _label_stages(ax, x, groups)
+  if budget is not None:
+    ax.axhline(budget, linestyle='--', color=style.INK, linewidth=1)
+    ax.annotate(
+      f'budget {100 * budget:.3g} %',
+      (1, budget),
+      xycoords=('axes fraction', 'data'),
+      xytext=(4, 0),
+      textcoords='offset points',
+      va='center',
+      fontsize=8,
+    )
+  style.save_figure(figure, path)
+  return figure
+
+
+def _stage_positions(
+  names: Sequence[str],
+) -> tuple[list[float], list[tuple[str, list[str]]]]:
+  """Returns where the bars stand, and (stage, its blocks' labels) in order."""
+  positions, groups = [], []
+  for name in names:
+    match = re.fullmatch(r'(.+)\.(\d+)', name)
+    stage, block = match.groups() if match else ('', name)
+    if not groups or groups[-1][0] != stage:
+      groups.append((stage, []))
+    groups[-1][1].append(block)
+    gap = 0.6 * (len(groups) - 1)
+    positions.append(len(positions) + gap)
+  return positions, groups
+
+
+def _label_stages(
+  ax: Axes, x: list[float], groups: list[tuple[str, list[str]]]
+) -> None:
+  labels = [block for _, blocks in groups for block in blocks]
+  longest = max(map(len, labels))
+  ax.set_xticks(x, labels, rotation=90 if longest > 4 else 0)
+  ax.tick_params(axis='x', length=0)
+  start = 0
+  for stage, blocks in groups:
+    centre = math.fsum(x[start : start + len(blocks)]) / len(blocks)
+    start += len(blocks)
+    ax.annotate(
+      stage,
+      (centre, 0),
+      xycoords=('data', 'axes fraction'),
+      xytext=(0, -18),
+      textcoords='offset points',
+      ha='center',
+      va='top',
+      fontsize=8,
+    )
+  ax.set_xlabel('block', labelpad=16 if any(s for s, _ in groups) else 4)

@@ -1,0 +1,271 @@
+"""Ponder-cost maps: where in an image the network computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL import Image
+
+from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.plotting import style
+
+# Its lightness rises strictly with the value, in grey print too.
+_COLORMAP = 'inferno'
+# Of the colour in an overlay; the rest is the image.
+_OPACITY = 0.5
+# Brightness of the image where nothing is executed; it is 1 at full cost.
+_DARKEST = 0.2
+# Rec. 601 luma, the weights of Pillow's conversion to grey.
+_LUMA = np.array([0.299, 0.587, 0.114])
+
+
+def ponder_cost_map(
+  masks: Sequence[ExecutionMask],
+  image_shape: tuple[int, int],
+  weighting: str = 'blocks',
+) -> np.ndarray:
+  """Returns float32[N, H, W] in [0, 1], the share of blocks executed there.
+
+  The map of DynConv (arXiv 1912.03203, section 4) is the number of blocks
+  executed at each position of the image; here it is divided by the number of
+  gated blocks, so that 1 is a position where each of them ran. The masks are
+  resized to the image by the nearest neighbour of each pixel's centre, and are
+  not changed.
+
+  Args:
+    masks: as the model returns them.
+    image_shape: (H, W) of the map, usually of the images the model was given.
+    weighting: 'blocks' counts each block once. 'macs' counts each masked
+      convolution by its MACs, on the mask that it runs on (the dilated one for
+      a block's first): where H and W are multiples of every mask's size, the
+      mean of the map is exactly executed over dense MACs.
+
+  Raises:
+    ValueError: if there is no mask, masks are of different batches, or
+      `image_shape` or `weighting` is unknown.
+  """
+  if not masks:
+    raise ValueError(
+      'a ponder-cost map needs at least one execution mask; got none (a dense '
+      'network has no masks)'
+    )
+  if len(image_shape) != 2 or min(image_shape) < 1:
+    raise ValueError(f'image_shape must be (H, W); got {tuple(image_shape)}')
+  if weighting not in ('blocks', 'macs'):
+    raise ValueError(
+      f"weighting must be one of 'blocks', 'macs'; got {weighting!r}"
+    )
+  terms = [
+    (np.asarray(values, np.float64), weight)
+    for mask in masks
+    for values, weight in _terms(mask, weighting)
+  ]
+  shapes = [values.shape for values, _ in terms]
+  if {len(shape) for shape in shapes} != {3} or len({s[0] for s in shapes}) > 1:
+    raise ValueError(f'masks must be float[N, h, w] of one N; got {shapes}')
+  total = sum(weight for _, weight in terms)
+  # Masks of one size are added before they are resized, and into fresh memory.
+  sums = {}
+  for values, weight in terms:
+    size = values.shape[1:]
+    sums[size] = sums.get(size, 0) + weight * values
+  cost = sum(resize_nearest(values, image_shape) for values in sums.values())
+  return (cost / total).astype(np.float32)
+
+
+def _terms(mask: ExecutionMask, weighting: str) -> list[tuple]:
+  """Returns (float[N, h, w], its weight) for what one mask adds to a map."""
+  if weighting == 'blocks':
+    return [(mask.hard, 1)]
+  terms = []
+  for layer in mask.layers:
+    values = mask.dilated if layer.dilated else mask.hard
+    positions = values.shape[1] * values.shape[2]
+    terms.append((values, layer.macs_per_position * positions))
+  return terms
+
+
+def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """Returns values[..., h, w] at the size (H, W), each pixel from its nearest.
+
+  Pixel i of H takes the value whose cell contains its centre, (i + 1/2) h / H,
+  in integers: sizes need not divide each other.
+  """
+  rows, columns = (
+    (2 * np.arange(out) + 1) * size // (2 * out)
+    for size, out in zip(values.shape[-2:], shape, strict=True)
+  )
+  return values[..., rows[:, None], columns]
+
+
+def overlay_ponder_map(
+  image: np.ndarray,
+  cost: np.ndarray,
+  limits: tuple[float, float] = (0.0, 1.0),
+) -> np.ndarray:
+  """Returns uint8[H, W, 3], the image lit where the network computed.
+
+  The image in grey, dimmed where little was executed, under a translucent
+  colour map: for a given grey the result gets strictly brighter with the cost.
+
+  Args:
+    image: uint8[H, W, 3].
+    cost: float[H, W]; NaN where the network did not see the image, which is
+      shown dark and without colour.
+    limits: the costs drawn darkest and brightest.
+
+  Raises:
+    ValueError: if image, cost or limits are not as above.
+  """
+  image, cost = np.asarray(image), np.asarray(cost, np.float64)
+  if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+    raise ValueError(
+      f'image must be uint8[H, W, 3]; got {image.dtype}{list(image.shape)}'
+    )
+  if cost.shape != image.shape[:2]:
+    raise ValueError(
+      f'cost must have the size of the image, {list(image.shape[:2])}; got '
+      f'{list(cost.shape)}'
+    )
+  low, high = limits
+  if not low < high:
+    raise ValueError(
+      f'limits must be (low, high) with low < high; got {limits}'
+    )
+  unseen = np.isnan(cost)[..., None]
+  level = np.clip(
+    (np.where(unseen[..., 0], low, cost) - low) / (high - low), 0, 1
+  )
+  grey = (image @ _LUMA)[..., None]
+  lit = grey * (_DARKEST + (1 - _DARKEST) * level[..., None])
+  color = 255 * matplotlib.colormaps[_COLORMAP](level)[..., :3]
+  overlay = (1 - _OPACITY) * lit + _OPACITY * color
+  return np.rint(np.where(unseen, _DARKEST * grey, overlay)).astype(np.uint8)
+
+
+def save_overlay(
+  path: str | os.PathLike,
+  image: np.ndarray,
+  cost: np.ndarray,
+  box: tuple[int, int, int, int] | None = None,
+  limits: tuple[float, float] = (0.0, 1.0),
+) -> None:
+  """Writes the overlay of a ponder-cost map as a PNG of the image's own size.
+
+  Args:
+    path: of the PNG; missing folders are made.
+    image: uint8[H, W, 3], at its own size.
+    cost: float[h, w] at the size that the network saw.
+    box: (left, top, right, bottom) in pixels, the part of the image that the
+      network saw, as in `PIL.Image.crop`; the whole image where None.
+    limits: the costs drawn darkest and brightest.
+
+  Raises:
+    ValueError: if the path does not end in .png, the box is empty or outside
+      the image, or image and cost are not as above.
+  """
+  path, image, cost = Path(path), np.asarray(image), np.asarray(cost)
+  if path.suffix.lower() != '.png':
+    raise ValueError(f'an overlay is written as .png; got {str(path)!r}')
+  if cost.ndim != 2 or not cost.size:
+    raise ValueError(f'cost must be float[h, w]; got shape {cost.shape}')
+  height, width = image.shape[:2]
+  left, top, right, bottom = box or (0, 0, width, height)
+  if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+    raise ValueError(
+      f'box must be (left, top, right, bottom) within the image of {width} x '
+      f'{height} pixels; got {box}'
+    )
+  seen = np.full((height, width), np.nan)
+  seen[top:bottom, left:right] = resize_nearest(
+    cost, (bottom - top, right - left)
+  )
+  overlay = Image.fromarray(overlay_ponder_map(image, seen, limits))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'.{path.name}.partial')
+  try:
+    overlay.save(partial, format='PNG')
+    os.replace(partial, path)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+@style.styled()
+def plot_ponder_grid(
+  images: Sequence[np.ndarray],
+  cost_maps: Sequence[np.ndarray],
+  gmacs: Sequence[float],
+  titles: Sequence[str],
+  path: str | os.PathLike,
+  columns: int = 6,
+) -> Figure:
+  """Draws each image above the map of where the network computed in it.
+
+  All maps share one scale, from the least to the greatest cost among them, that
+  the colour bar shows.
+
+  Args:
+    images: each uint8[H, W, 3].
+    cost_maps: each float[H, W], from `ponder_cost_map`.
+    gmacs: GMACs executed for each image.
+    titles: one an image, such as its class.
+    path: the figure is written as PNG and SVG; see `style.figure_paths`.
+    columns: images side by side, at most.
+
+  Returns:
+    The figure: axes 2 i and 2 i + 1 hold image i and its overlay.
+
+  Raises:
+    ValueError: if there is no image, the four sequences differ in length, or an
+      image and its map do not fit.
+  """
+  lengths = [len(images), len(cost_maps), len(gmacs), len(titles)]
+  if lengths[0] < 1 or len(set(lengths)) > 1:
+    raise ValueError(
+      'images, cost_maps, gmacs and titles must be of one length, at least 1; '
+      f'got {lengths}'
+    )
+  if columns < 1:
+    raise ValueError(f'columns must be at least 1; got {columns}')
+  limits = _shared_limits(cost_maps)
+  columns = min(columns, len(images))
+  rows = -(-len(images) // columns)
+  figure = style.new_figure(1.45 * columns + 0.9, 3.3 * rows)
+  grid = figure.add_gridspec(2 * rows, columns)
+  for i, (image, cost) in enumerate(zip(images, cost_maps, strict=True)):
+    row, column = divmod(i, columns)
+    above = figure.add_subplot(grid[2 * row, column])
+    above.imshow(image)
+    above.set_title(titles[i], loc='center', fontsize=9)
+    below = figure.add_subplot(grid[2 * row + 1, column])
+    below.imshow(overlay_ponder_map(image, cost, limits))
+    below.set_xlabel(f'{gmacs[i]:.3f} GMAC', fontsize=8)
+    for ax in (above, below):
+      ax.set(xticks=[], yticks=[])
+      ax.spines[:].set_visible(False)
+      ax.grid(False)
+  bar = figure.colorbar(
+    ScalarMappable(Normalize(*limits), _COLORMAP),
+    ax=figure.axes,
+    format=lambda value, _: f'{100 * value:.3g}',
+    fraction=0.1,
+    aspect=30,
+  )
+  bar.outline.set_visible(False)
+  bar.set_label('blocks executed (%)')
+  style.save_figure(figure, path)
+  return figure
+
+
+def _shared_limits(cost_maps: Sequence[np.ndarray]) -> tuple[float, float]:
+  """Returns the least and greatest cost; (0, 1) where all are the same."""
+  low = min(float(np.nanmin(cost)) for cost in cost_maps)
+  high = max(float(np.nanmax(cost)) for cost in cost_maps)
+  return (low, high) if low < high else (0.0, 1.0)
