@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
 from dynconv_jax.data import sources
 from dynconv_jax.data.batches import EvalBatches, TrainBatches
+from dynconv_jax.data.decode import RESIZE_RATIO
 from dynconv_jax.training.config import Config
 
 
@@ -20,6 +23,32 @@ def open_splits(config: Config) -> sources.Splits:
   return sources.open_splits(
     config.dataset,
     *(None if split == 'default' else split for split in splits),
+    **_options(config),
+  )
+
+
+def open_split(config: Config, split: str) -> sources.ImageSource:
+  """Returns the source of one split.
+
+  Args:
+    config: of the run.
+    split: 'train', 'validation' or 'test', by its role in the run; or in
+      TFDS's notation.
+
+  Raises:
+    ValueError: the run has no such split; and as `open_splits`.
+  """
+  if split not in sources.Splits._fields:
+    source = sources.open_source(config.dataset, split, **_options(config))
+  else:
+    source = getattr(open_splits(config), split)
+  if source is None:
+    raise ValueError(f'this run has no {split} split')
+  return source
+
+
+def _options(config: Config) -> dict[str, Any]:
+  return dict(
     data_dir=config.data_dir,
     food101_dir=config.food101_dir or None,
     cifar10_dir=config.cifar10_dir or None,
@@ -61,17 +90,21 @@ def eval_batches(
   """Returns every example once, in batches whose last one is padded."""
   devices = len(sharding.device_set) if sharding else 1
   batch_size = min(config.eval_batch_size, len(source))
-  options = {}
-  # Where training sees whole images, evaluation does too.
-  if config.crop != 'resized':
-    options['resize_ratio'] = 1.0
   return EvalBatches(
     source,
     image_size=config.image_size,
+    resize_ratio=resize_ratio(config),
     batch_size=-(-batch_size // devices) * devices,
     cache=config.cache,
     num_workers=config.num_workers,
     skip_corrupt=config.skip_corrupt,
     sharding=sharding,
-    **options,
   )
+
+
+def resize_ratio(config: Config) -> float:
+  """Returns the short side of an evaluated image over the network's input.
+
+  Where training sees whole images, evaluation does too.
+  """
+  return RESIZE_RATIO if config.crop == 'resized' else 1.0

@@ -1,0 +1,29 @@
+# make train: sets up, trains on the embedded default, shows its figures.
+# make test:  sets up, runs all tests.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+WORKDIR := workdir/spots_dynconv
+
+.PHONY: train test setup
+.DEFAULT_GOAL := train
+
+train: setup
+	$(BIN)/python -m experiments.train --workdir=$(WORKDIR) \
+	  --flagfile=experiments/flags/spots_dynconv.flags
+	$(BIN)/python -m experiments.evaluate --workdir=$(WORKDIR) --split=test
+
+# Two processes share a machine of two cores; a file stays in one of them, so
+# that its tests share what they compile.
+test: setup
+	@$(BIN)/python -c 'import torch' 2> /dev/null || \
+	  echo 'PyTorch is not installed: its tests are skipped ($(BIN)/pip install -e .[torch])'
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@

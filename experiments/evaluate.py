@@ -1,0 +1,189 @@
+"""Evaluates a trained network on a split of its dataset.
+
+python -m experiments.evaluate --workdir=workdir/spots_dynconv --split=test
+
+Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json, the
+per-block density and a grid of ponder-cost maps into the workdir, and with
+--results the run's row into a table of runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from dynconv_jax.data.augment import denormalize
+from dynconv_jax.macs import count_macs
+from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
+from dynconv_jax.plotting.ponder import ponder_cost_map
+from dynconv_jax.plotting.tables import write_result
+from dynconv_jax.training import inputs
+from dynconv_jax.training.evaluation import evaluate, make_predict
+from dynconv_jax.training.state import split as split_model
+from dynconv_jax.training.workdir import Run, load_run
+from experiments import program
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run to evaluate.', required=True
+)
+_SPLIT = flags.DEFINE_string(
+  'split',
+  'validation',
+  "train, validation or test, as the run names them, or in TFDS's notation.",
+)
+_CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint',
+  'best',
+  ['best', 'latest'],
+  'best by validation accuracy (the latest where there was no validation), '
+  'or latest.',
+)
+_CONVENTION = flags.DEFINE_string(
+  'convention', 'conv', 'How MACs are counted: conv or conv+linear.'
+)
+_NUM_MAPS = flags.DEFINE_integer(
+  'num_maps', 12, 'Images in the grid of ponder-cost maps.', lower_bound=0
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'CSV file of runs, in which this run gets a row.'
+)
+# Where the data lies now, if not where it lay in training.
+_PLACES = [
+  flags.DEFINE_string(name, None, f'{name} instead of the one in training.')
+  for name in ('data_dir', 'food101_dir', 'cifar10_dir', 'image_folder_dir')
+]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Evaluates, writes the figures and prints the result."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  folder = pathlib.Path(_WORKDIR.value).expanduser()
+  run = load_run(folder, best=_CHECKPOINT.value == 'best')
+  places = {flag.name: flag.value for flag in _PLACES if flag.value is not None}
+  config = dataclasses.replace(run.config, **places)
+  source = inputs.open_split(config, _SPLIT.value)
+  batches = inputs.eval_batches(config, source)
+  size = config.image_size
+  report = count_macs(
+    run.model,
+    jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+    convention=_CONVENTION.value,
+  )
+  graphdef, params, model_state = split_model(run.model)
+  predict = make_predict(graphdef)
+
+  def network(images):
+    return predict(params, model_state, images)
+
+  result = evaluate(network, batches, report)
+  summary = {
+    'split': _SPLIT.value,
+    'step': run.step,
+    **result.summary(),
+    'gmacs_dense': report.total / 1e9,
+    'convention': _CONVENTION.value,
+  }
+  if run.config.method != 'dense':
+    summary['budget'] = config.budget
+  if batches.num_skipped:
+    summary['skipped'] = batches.num_skipped
+
+  name = ''.join(c if c.isalnum() else '_' for c in _SPLIT.value)
+  (folder / f'evaluation_{name}.json').write_text(
+    json.dumps(summary, indent=2) + '\n'
+  )
+  figures = []
+  if result.block_names:
+    figures.append(folder / f'block_density_{name}.png')
+    plot_block_density(
+      result.block_names, result.densities.T, figures[-1], config.budget
+    )
+    if _NUM_MAPS.value:
+      figures.append(folder / f'ponder_maps_{name}.png')
+      _draw_maps(run, network, source, report, figures[-1])
+  if _RESULTS.value:
+    write_result(_RESULTS.value, _result_row(folder, config, summary))
+  for key, value in summary.items():
+    if not isinstance(value, Mapping):
+      print(
+        f'{key:20} {value:.4f}'
+        if isinstance(value, float)
+        else f'{key:20} {value}'
+      )
+  for figure in figures:
+    print(f'wrote {figure} and {figure.with_suffix(".svg")}')
+  print(json.dumps(summary))
+
+
+def _draw_maps(run: Run, network, source, report, path: pathlib.Path) -> None:
+  """Draws images spread evenly over the split, so over its classes."""
+  count = min(_NUM_MAPS.value, len(source))
+  spread = np.linspace(0, len(source) - 1, count).astype(int)
+  chosen = [source[i] for i in spread]
+  config = dataclasses.replace(
+    run.config, cache='none', num_workers=0, eval_batch_size=count
+  )
+  batch = next(
+    iter(inputs.eval_batches(config, _Examples(chosen, source.class_names)))
+  )
+  logits, masks = network(batch['image'])
+  predicted = np.argmax(logits, -1)
+  titles = [
+    _title(run.class_names[label], run.class_names[guess])
+    for label, guess in zip(np.asarray(batch['label']), predicted, strict=True)
+  ]
+  plot_ponder_grid(
+    np.asarray(denormalize(batch['image'])),
+    ponder_cost_map(masks, batch['image'].shape[1:3]),
+    report.executed(masks) / 1e9,
+    titles,
+    path,
+  )
+
+
+def _title(label: str, guess: str) -> str:
+  label, guess = (name.replace('_', ' ') for name in (label, guess))
+  return label if label == guess else f'{label}\n(not {guess})'
+
+
+class _Examples(list):
+  """A few examples, as a source."""
+
+  def __init__(self, examples, class_names):
+    super().__init__(examples)
+    self.class_names = class_names
+
+
+def _result_row(folder, config, summary) -> dict[str, Any]:
+  row = {'run': folder.name, 'model': config.model, 'method': config.method}
+  row['budget'] = summary.get('budget', '')
+  for name in ('width_multiplier', 'image_size', 'epochs', 'seed'):
+    row[name] = getattr(config, name)
+  kept = (
+    'split',
+    'num_examples',
+    'accuracy',
+    'accuracy_low',
+    'accuracy_high',
+    'executed_fraction',
+    'gmacs_mean',
+    'gmacs_p50',
+    'gmacs_p95',
+    'gmacs_dense',
+  )
+  for name in kept:
+    value = summary.get(name, '')
+    row[name] = round(value, 6) if isinstance(value, float) else value
+  return row
+
+
+if __name__ == '__main__':
+  program.run(main)
