@@ -67,19 +67,18 @@ def plot_learning_curves(
   figure = style.new_figure(3.3 * len(panels), 2.7)
   for i, key in enumerate(panels):
     ax = figure.add_subplot(1, len(panels), i + 1)
-    ax.set_title(key.replace('_', ' '))
     ax.set_xlabel(x_key)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _draw_splits(ax, metrics, x_key, key)
     if key == 'accuracy':
-      _draw_best(ax)
+      _draw_best(ax, x_key)
       _use_percent(ax, 'accuracy (%)')
     elif key == 'loss':
       ax.set_ylabel('loss (nats)')
     else:
       _draw_budget(ax, metrics, x_key)
       ax.set_ylim(0, 1.02)
-      _use_percent(ax, 'executed / dense MACs (%)')
+      _use_percent(ax, 'executed MACs, masked layers (%)')
   figure.axes[0].legend(loc='best')
   style.save_figure(figure, path)
   return figure
@@ -118,8 +117,8 @@ def _draw_splits(
     )
 
 
-def _draw_best(ax: Axes) -> None:
-  """Names the best validation accuracy beside its marker."""
+def _draw_best(ax: Axes, x_key: str) -> None:
+  """Rings the best validation accuracy and names it."""
   for line in ax.lines:
     if line.get_label() != 'validation':
       continue
@@ -127,16 +126,21 @@ def _draw_best(ax: Axes) -> None:
     if np.all(np.isnan(y)):
       return
     best = int(np.nanargmax(y))
-    ax.annotate(
-      f'best {100 * y[best]:.1f} %',
-      (x[best], y[best]),
-      xytext=(0, 7),
-      textcoords='offset points',
-      ha='right' if best > len(x) / 2 else 'left',
-      fontsize=8,
-      color=line.get_color(),
+    color = line.get_color()
+    ax.plot(
+      x[best], y[best], 'o', mfc='none', mec=color, markersize=8, label='_best'
     )
-    ax.margins(y=0.12)
+    # Accuracy rises: the lower right corner is free.
+    ax.text(
+      0.98,
+      0.04,
+      f'best validation: {100 * y[best]:.1f} % in {x_key} {x[best]:g}',
+      transform=ax.transAxes,
+      ha='right',
+      fontsize=8,
+      color=color,
+    )
+    return
 
 
 def _draw_budget(ax: Axes, metrics: Sequence[Mapping], x_key: str) -> None:
@@ -202,7 +206,7 @@ def plot_block_density(
 
   means = densities.reshape(len(names), -1).mean(axis=1)
   x, groups = _stage_positions(names)
-  figure = style.new_figure(max(3.6, 1.2 + 0.34 * len(names)), 2.9)
+  figure = style.new_figure(max(3.6, min(1.2 + 0.34 * len(names), 9)), 2.9)
   ax = figure.add_subplot()
   ax.bar(x, means, width=0.78, color=style.BLUE)
   if densities.ndim == 2 and densities.shape[1] > 1:

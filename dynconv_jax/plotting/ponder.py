@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,10 +19,18 @@ from dynconv_jax.plotting import style
 
 # Its lightness rises strictly with the value, in grey print too.
 _COLORMAP = 'inferno'
-# Of the colour in an overlay; the rest is the image.
-_OPACITY = 0.5
-# Brightness of the image where nothing is executed; it is 1 at full cost.
-_DARKEST = 0.2
+# Where the colour map starts: its first shades are black and would hide the
+# image where nothing was executed.
+_FIRST_COLOR = 0.15
+# Share of a colour that is left on a black pixel: less, and the map is lost in
+# dark images; more, and the image is lost in the map.
+_OPACITY = 0.35
+# Share of the plain grey image, which shows where the colours are dark.
+_GREY_SHARE = 0.22
+# Grey of the image on which the colour bar shows its colours.
+_BAR_GREY = 190
+# Brightness of what the network did not see.
+_UNSEEN = 0.2
 # Rec. 601 luma, the weights of Pillow's conversion to grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -112,8 +121,9 @@ def overlay_ponder_map(
 ) -> np.ndarray:
   """Returns uint8[H, W, 3], the image lit where the network computed.
 
-  The image in grey, dimmed where little was executed, under a translucent
-  colour map: for a given grey the result gets strictly brighter with the cost.
+  The image in grey, and a colour map multiplied by it: a pixel
+  gets strictly brighter with the cost at any grey of the image, and with the
+  grey at any cost.
 
   Args:
     image: uint8[H, W, 3].
@@ -139,15 +149,15 @@ def overlay_ponder_map(
     raise ValueError(
       f'limits must be (low, high) with low < high; got {limits}'
     )
-  unseen = np.isnan(cost)[..., None]
-  level = np.clip(
-    (np.where(unseen[..., 0], low, cost) - low) / (high - low), 0, 1
-  )
+  unseen = np.isnan(cost)
+  level = np.clip((np.where(unseen, low, cost) - low) / (high - low), 0, 1)
   grey = (image @ _LUMA)[..., None]
-  lit = grey * (_DARKEST + (1 - _DARKEST) * level[..., None])
-  color = 255 * matplotlib.colormaps[_COLORMAP](level)[..., :3]
-  overlay = (1 - _OPACITY) * lit + _OPACITY * color
-  return np.rint(np.where(unseen, _DARKEST * grey, overlay)).astype(np.uint8)
+  shade = _OPACITY + (1 - _OPACITY) * grey / 255
+  start = _FIRST_COLOR + (1 - _FIRST_COLOR) * level
+  color = 255 * matplotlib.colormaps[_COLORMAP](start)[..., :3]
+  overlay = _GREY_SHARE * grey + (1 - _GREY_SHARE) * shade * color
+  seen_or_dim = np.where(unseen[..., None], _UNSEEN * grey, overlay)
+  return np.rint(seen_or_dim).astype(np.uint8)
 
 
 def save_overlay(
@@ -235,9 +245,11 @@ def plot_ponder_grid(
   if columns < 1:
     raise ValueError(f'columns must be at least 1; got {columns}')
   limits = _shared_limits(cost_maps)
-  columns = min(columns, len(images))
-  rows = -(-len(images) // columns)
-  figure = style.new_figure(1.45 * columns + 0.9, 3.3 * rows)
+  rows = math.ceil(len(images) / columns)
+  columns = math.ceil(len(images) / rows)
+  figure = style.new_figure(1.5 * columns + 0.8, 3.4 * rows)
+  # Leaves no gaps beside axes of fixed aspect.
+  figure.set_layout_engine('compressed', w_pad=0.02, h_pad=0.02)
   grid = figure.add_gridspec(2 * rows, columns)
   for i, (image, cost) in enumerate(zip(images, cost_maps, strict=True)):
     row, column = divmod(i, columns)
@@ -252,7 +264,7 @@ def plot_ponder_grid(
       ax.spines[:].set_visible(False)
       ax.grid(False)
   bar = figure.colorbar(
-    ScalarMappable(Normalize(*limits), _COLORMAP),
+    ScalarMappable(Normalize(*limits), _overlay_colors()),
     ax=figure.axes,
     format=lambda value, _: f'{100 * value:.3g}',
     fraction=0.1,
@@ -262,6 +274,13 @@ def plot_ponder_grid(
   bar.set_label('blocks executed (%)')
   style.save_figure(figure, path)
   return figure
+
+
+def _overlay_colors() -> ListedColormap:
+  """Returns the colours that an overlay has on a plain grey image."""
+  grey = np.full((1, 256, 3), _BAR_GREY, np.uint8)
+  (colors,) = overlay_ponder_map(grey, np.linspace(0, 1, 256)[None])
+  return ListedColormap(colors / 255)
 
 
 def _shared_limits(cost_maps: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -1,0 +1,267 @@
+"""What a results.csv says: curves of accuracy over the settings of its runs."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+_REQUIRED = ('model', 'method', 'accuracy')
+# Columns that name a run: no axis, even where their cells are numbers.
+_NAMES = ('model', 'method', 'seed')
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One setting of a curve.
+
+  Attributes:
+    x: in the unit of its column, the mean over seeds.
+    accuracy: in [0, 1], the mean over seeds.
+    below: how far the error bar reaches below `accuracy`.
+    above: how far it reaches above.
+    seeds: runs in the mean.
+    model: its name.
+    budget: the target budget, None where the row has none.
+  """
+
+  x: float
+  accuracy: float
+  below: float
+  above: float
+  seeds: int
+  model: str
+  budget: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """The settings of one model and method, or the dense models of one family.
+
+  Attributes:
+    method: such as 'dynconv'.
+    model: such as 'resnet101', or 'resnet' where dense models differ in depth.
+    series: the cell that tells the curve apart from others, or ''.
+    points: in order of x.
+  """
+
+  method: str
+  model: str
+  series: str
+  points: tuple[Point, ...]
+
+
+def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
+  """Returns the rows of a CSV file with a header, cells as text.
+
+  Args:
+    path: of the CSV file.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if it is not text, has no header or no row, names a column
+      twice, or a row has more or fewer cells than the header.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no file {str(path)!r}')
+  try:
+    # Spreadsheets write a byte-order mark.
+    with path.open(encoding='utf-8-sig', newline='') as file:
+      lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise ValueError(f'{path} is not a CSV file: {error}') from error
+  lines = [line for line in lines if any(line)]
+  if not lines:
+    raise ValueError(f'{path} is empty: it has no header')
+  header, *rows = lines
+  if len(set(header)) < len(header):
+    raise ValueError(f'{path} names a column twice: {", ".join(header)}')
+  if not rows:
+    raise ValueError(f'{path} has a header but no rows')
+  for number, row in enumerate(rows, 1):
+    if len(row) != len(header):
+      raise ValueError(
+        f'{path}, row {number}: {len(row)} cells for {len(header)} columns'
+      )
+  return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def accuracy_curves(
+  rows: Sequence[Mapping[str, object]],
+  x: str = 'gmacs_mean',
+  series: str | None = None,
+) -> list[Curve]:
+  """Returns the curves of a results table, in order of their first rows.
+
+  Runs that differ by nothing but the seed are one point, whose error bar is the
+  standard deviation over the seeds; a single run has its own interval.
+
+  Args:
+    rows: cells as text or numbers: 'model', 'method', 'accuracy' in [0, 1] and
+      the column of x; optionally 'budget', 'seed', 'accuracy_low' and
+      'accuracy_high'. A row with no value of x is left out.
+    x: the numeric column that the points are ordered by.
+    series: a further column that tells curves apart, such as 'recipe'.
+
+  Raises:
+    ValueError: if there are no rows, columns are missing, x is not a numeric
+      column, a cell is not a number, an accuracy not in [0, 1] or outside its
+      interval, or two rows are the same run.
+  """
+  _check_columns(rows, x, series)
+  settings = {}
+  for number, row in enumerate(rows, 1):
+    point = _parse(row, x, number)
+    if point is None:
+      logging.warning('row %d has no %s: left out', number, x)
+      continue
+    method = str(row['method'])
+    family = _family(point.model) if method == 'dense' else point.model
+    curve = (method, family, str(row[series]) if series else '')
+    # What a dense row has for a budget, 1 or nothing, tells nothing apart.
+    setting = (point.model, None if method == 'dense' else point.budget)
+    runs = settings.setdefault(curve, {}).setdefault(setting, [])
+    runs.append((number, str(row.get('seed', '')), point))
+  if not settings:
+    raise ValueError(f'no row has a value in the column {x!r}')
+
+  curves = []
+  for (method, family, kind), groups in settings.items():
+    points = [point for runs in groups.values() for point in _average(runs)]
+    models = {point.model for point in points}
+    model = family if len(models) > 1 else models.pop()
+    points.sort(key=lambda point: (point.x, point.accuracy))
+    curves.append(Curve(method, model, kind, tuple(points)))
+  return curves
+
+
+def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
+  """Returns the point of one row; None where it has no value of x."""
+  at = _number(row, x, number, optional=True)
+  if at is None:
+    return None
+  accuracy = _accuracy(row, 'accuracy', number)
+  low = _accuracy(row, 'accuracy_low', number, optional=True)
+  high = _accuracy(row, 'accuracy_high', number, optional=True)
+  low = accuracy if low is None else low
+  high = accuracy if high is None else high
+  if not low <= accuracy <= high:
+    raise ValueError(
+      f'row {number}: accuracy {accuracy:g} is outside its interval, {low:g} '
+      f'to {high:g}'
+    )
+  return Point(
+    x=at,
+    accuracy=accuracy,
+    below=accuracy - low,
+    above=high - accuracy,
+    seeds=1,
+    model=str(row['model']),
+    budget=_number(row, 'budget', number, optional=True),
+  )
+
+
+def _average(runs: Sequence[tuple[int, str, Point]]) -> list[Point]:
+  """Returns one point for the seeds of a setting, or each run's own point."""
+  points = [point for _, _, point in runs]
+  rows_of_seed = {}
+  for number, seed, _ in runs:
+    rows_of_seed.setdefault(seed, []).append(number)
+  for seed, numbers in rows_of_seed.items():
+    if len(numbers) == 1:
+      continue
+    # Without budgets nothing says that the runs are of one setting: they are
+    # points of a curve that another knob than the budget moves along.
+    if points[0].budget is None:
+      return points
+    raise ValueError(
+      f'rows {", ".join(map(str, numbers))} have the same model, method, '
+      f'budget and seed ({seed or "none given"}); name a column that tells '
+      'them apart as series'
+    )
+  if len(points) == 1:
+    return points
+  accuracies = [point.accuracy for point in points]
+  deviation = float(np.std(accuracies, ddof=1))
+  return [
+    dataclasses.replace(
+      points[0],
+      x=float(np.mean([point.x for point in points])),
+      accuracy=float(np.mean(accuracies)),
+      below=deviation,
+      above=deviation,
+      seeds=len(points),
+    )
+  ]
+
+
+def _check_columns(
+  rows: Sequence[Mapping[str, object]], x: str, series: str | None
+) -> None:
+  if not rows:
+    raise ValueError('there are no results to plot: not a single row')
+  given = list(rows[0])
+  missing = [name for name in _REQUIRED if name not in given]
+  if missing:
+    raise ValueError(
+      f'results need the columns {", ".join(_REQUIRED)} and that of x; '
+      f'missing: {", ".join(missing)}; given: {", ".join(given)}'
+    )
+  numeric = [
+    name
+    for name in given
+    if name not in _NAMES and any(_is_number(row.get(name)) for row in rows)
+  ]
+  if x not in given or x in _NAMES:
+    raise ValueError(
+      f'x must be one of the numeric columns {", ".join(numeric)}; got {x!r}'
+    )
+  if series is not None and series not in given:
+    raise ValueError(
+      f'series must be one of the columns {", ".join(given)}; got {series!r}'
+    )
+
+
+def _is_number(cell: object) -> bool:
+  try:
+    return math.isfinite(float(cell))
+  except (TypeError, ValueError):
+    return False
+
+
+def _number(
+  row: Mapping[str, object], column: str, number: int, optional: bool = False
+) -> float | None:
+  cell = row.get(column)
+  if optional and (cell is None or str(cell).strip() == ''):
+    return None
+  if not _is_number(cell):
+    raise ValueError(
+      f'row {number}, column {column!r}: {cell!r} is not a finite number'
+    )
+  return float(cell)
+
+
+def _accuracy(
+  row: Mapping[str, object], column: str, number: int, optional: bool = False
+) -> float | None:
+  value = _number(row, column, number, optional)
+  if value is not None and not 0 <= value <= 1:
+    raise ValueError(
+      f'row {number}, column {column!r}: an accuracy must be in [0, 1]; got '
+      f'{value:g}'
+    )
+  return value
+
+
+def _family(model: str) -> str:
+  """Returns a model's name without its depth: 'resnet' for 'resnet50'."""
+  return re.sub(r'\d+$', '', model) or model

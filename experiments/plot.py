@@ -1,0 +1,79 @@
+"""Draws figures from what was measured.
+
+Accuracy against GMACs, or against another column:
+python -m experiments.plot --results=results/NAME/results.csv --output=FIG.png \
+  [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
+
+The learning curves of a run:
+python -m experiments.plot --workdir=DIR [--output=FIG.png]
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from dynconv_jax.plotting import style
+from dynconv_jax.plotting.curves import plot_learning_curves
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+from dynconv_jax.training import workdir
+from experiments import program
+
+_RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
+_OUTPUT = flags.DEFINE_string(
+  'output',
+  None,
+  'The figure, written as .png and .svg. Required with --results; of a run by '
+  'default learning_curves in its folder.',
+)
+_X = flags.DEFINE_string(
+  'x', 'gmacs_mean', 'Column of the horizontal axis of --results.'
+)
+_SERIES = flags.DEFINE_string(
+  'series', None, 'A column of --results that tells curves apart.'
+)
+_CHANCE = flags.DEFINE_float(
+  'chance', None, 'Accuracy of guessing, in [0, 1]: a line in --results.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Draws one figure and names its files."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  if (_RESULTS.value is None) == (_WORKDIR.value is None):
+    raise ValueError('give one of --results=FILE.csv and --workdir=DIR')
+  if _RESULTS.value is not None:
+    if _OUTPUT.value is None:
+      raise ValueError('--results needs --output=FIG.png')
+    output = pathlib.Path(_OUTPUT.value).expanduser()
+    style.figure_paths(output)
+    rows = read_results(pathlib.Path(_RESULTS.value).expanduser())
+    plot_accuracy_against_macs(
+      rows, output, _X.value, _SERIES.value, _CHANCE.value
+    )
+  else:
+    for name in ('x', 'series', 'chance'):
+      if flags.FLAGS[name].present:
+        raise ValueError(f'--{name} belongs to --results, not to --workdir')
+    folder = pathlib.Path(_WORKDIR.value).expanduser()
+    output = folder / 'learning_curves.png'
+    if _OUTPUT.value is not None:
+      output = pathlib.Path(_OUTPUT.value).expanduser()
+    style.figure_paths(output)
+    rows = workdir.read_metrics(folder)
+    if not rows:
+      raise FileNotFoundError(
+        f'{folder} is no workdir of a run that has trained for an epoch: '
+        f'{folder / workdir.METRICS_FILE} is missing or has no rows'
+      )
+    plot_learning_curves(rows, output)
+  print('wrote ' + ' and '.join(map(str, style.figure_paths(output))))
+
+
+if __name__ == '__main__':
+  program.run(main)
