@@ -117,11 +117,19 @@ def _trace(f, args, kwargs) -> core.ClosedJaxpr:
     with names.active(), metadata:
       return jax.make_jaxpr(traced)(*arrays)
   except Exception as error:
-    shapes = [f'{x.dtype}{list(x.shape)}' for x in leaves if _is_array(x)]
+    given = [*map(_describe, args), *map(_describe, kwargs.values())]
+    hint = '; pass an NNX model as an argument, not by a closure'
     raise ValueError(
       f'{getattr(f, "__name__", type(f).__name__)} cannot be traced with the'
-      f' arguments ({", ".join(shapes)}): {error}'
+      f' arguments ({", ".join(given)}): {error}'
+      + (hint if 'trace level' in str(error) else '')
     ) from error
+
+
+def _describe(argument: Any) -> str:
+  if _is_array(argument):
+    return f'{argument.dtype}{list(argument.shape)}'
+  return type(argument).__name__
 
 
 def _named(f, args, kwargs) -> list[tuple[str, Any]]:

@@ -22,7 +22,8 @@ class LayerMacs:
   Attributes:
     name: its path in the model, such as 'layer2.0.conv2'.
     kind: the kind of its heaviest operation, one of `formulas.KINDS`.
-    output_shape: shape of its last operation of that kind.
+    output_shape: shape of its first operation of that kind; of a group of
+      layers, of the last.
     parameters: elements of its weights, counted once.
     macs: its price by the report's convention (FLOPs by the convention
       `flops`).
@@ -132,7 +133,9 @@ class Report:
       groups.setdefault('.'.join(name.split('.')[:depth]), []).append(layer)
     return dataclasses.replace(
       self,
-      by_layer={name: _merge(name, group) for name, group in groups.items()},
+      by_layer={
+        name: _merge(name, group, shape_of=-1) for name, group in groups.items()
+      },
     )
 
   def rows(self, sort: str = 'order') -> list[dict[str, Any]]:
@@ -269,7 +272,7 @@ class ReportBuilder:
       work.positions,
     )
     if name in self._layers:
-      layer = _merge(name, [self._layers[name], layer])
+      layer = _merge(name, [self._layers[name], layer], shape_of=0)
     self._layers[name] = layer
 
   def leave_out(self, operation: str, layer: str, reason: str = '') -> None:
@@ -331,14 +334,14 @@ def distribution(
   )
 
 
-def _merge(name: str, layers: Sequence[LayerMacs]) -> LayerMacs:
-  """Returns several layers as one, shaped as the last of its heaviest kind."""
+def _merge(name: str, layers: Sequence[LayerMacs], shape_of: int) -> LayerMacs:
+  """Returns several layers as one; `shape_of` picks from the heaviest kind."""
   kind = min((layer.kind for layer in layers), key=formulas.KINDS.index)
-  last = [layer for layer in layers if layer.kind == kind][-1]
+  shaped = [layer for layer in layers if layer.kind == kind][shape_of]
   return LayerMacs(
     name,
     kind,
-    last.output_shape,
+    shaped.output_shape,
     sum(layer.parameters for layer in layers),
     sum(layer.macs for layer in layers),
     sum(layer.positions for layer in layers),

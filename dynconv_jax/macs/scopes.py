@@ -34,7 +34,7 @@ def is_nnx(value: Any) -> bool:
 
 def is_module(value: Any) -> bool:
   """Returns whether this is a module of NNX or Equinox."""
-  return isinstance(value, tuple(_bases()))
+  return isinstance(value, tuple(_bases())) and _holds_layers(type(value))
 
 
 def layer_name(*stacks: Any) -> str:
@@ -50,8 +50,8 @@ def layer_name(*stacks: Any) -> str:
     # Transformations such as jvp are entries too, of another class.
     if type(entry).__name__ == 'Scope'
     for scope in entry.name.split('/')
-    # What Equinox enters in its own layers is their class.
-    if scope and not scope.startswith('eqx.')
+    # Equinox enters the class of its layers, jnp.einsum its formula.
+    if not scope.startswith('eqx.') and '->' not in scope
   ]
   absolute = [i for i, s in enumerate(scopes) if s.startswith(_ABSOLUTE)]
   if absolute:
@@ -100,7 +100,8 @@ class Scopes:
       replaced = []
       try:
         for cls in {c for base in _bases() for c in _subclasses(base)}:
-          if inspect.isfunction(call := vars(cls).get('__call__')):
+          call = vars(cls).get('__call__')
+          if inspect.isfunction(call) and _holds_layers(cls):
             replaced.append((cls, call))
             cls.__call__ = self._named(call)
         yield
@@ -113,7 +114,7 @@ class Scopes:
     def named_call(module, *args, **kwargs):
       path = self._path(module)
       self._stack.append(path)
-      self._called.add(path)
+      self._called = {p for p in self._called if not _within(path, p)} | {path}
       try:
         with jax.named_scope(_ABSOLUTE + path):
           return call(module, *args, **kwargs)
@@ -130,18 +131,16 @@ class Scopes:
   def _guess(self, module: Any) -> str:
     """Returns the path of the module that this one is probably a copy of.
 
-    Transformations such as nnx.scan and nnx.remat call copies. One stands for
-    the first module of its class in the module around it that was not called.
+    Transformations such as grad, nnx.scan and nnx.remat call copies. One
+    stands for the first of its class, in the module around it, that was not
+    called yet.
     """
-    if not self._stack:
-      return ''
-    around = self._stack[-1]
+    around = self._stack[-1] if self._stack else ''
     alike = [
       path
       for path, known in self._paths.values()
       if type(known) is type(module)
-      and path != around
-      and path.startswith(around and f'{around}.')
+      and (_within(around, path) or not self._stack)
     ]
     fresh = [path for path in alike if path not in self._called]
     return (fresh or alike or [around])[0]
@@ -161,6 +160,16 @@ class Scopes:
     for name, child in children:
       if not str(name).startswith('_pytree__'):
         self._register(f'{path}.{name}' if path else str(name), child)
+
+
+def _within(path: str, inner: str) -> bool:
+  """Returns whether `inner` is the path of something inside of `path`."""
+  return inner != path and inner.startswith(path and f'{path}.')
+
+
+def _holds_layers(cls: type) -> bool:
+  # Equinox makes modules of transformed functions too, equinox.filter_grad's.
+  return not cls.__module__.startswith('equinox._')
 
 
 def _bases() -> list[type]:
