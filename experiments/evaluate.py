@@ -23,12 +23,12 @@ from dynconv_jax.data.augment import denormalize
 from dynconv_jax.macs import count_macs
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
-from dynconv_jax.plotting.tables import write_result
 from dynconv_jax.training import inputs
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
 from dynconv_jax.training.workdir import Run, load_run
 from experiments import program
+from experiments.results_table import write_result
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run to evaluate.', required=True

@@ -99,15 +99,15 @@ def dilate(mask: jax.Array, strides: int = 1) -> jax.Array:
 def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   """Returns [..., H, W]: the nearest of [..., h, w] at each of H x W pixels.
 
-  Pixel i of H takes the value at i * h // H, exact also where sizes do not
-  divide each other.
+  Pixel i of H takes the value whose cell holds its centre, (i + 1/2) h / H, in
+  integers: sizes need not divide each other.
 
   Args:
     values: [..., h, w].
     shape: (H, W).
   """
   rows, columns = (
-    np.arange(out) * size // out
+    (2 * np.arange(out) + 1) * size // (2 * out)
     for size, out in zip(values.shape[-2:], shape, strict=True)
   )
   return values[..., rows[:, None], columns]
