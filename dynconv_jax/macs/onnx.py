@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 
 import numpy as np
 from google.protobuf.message import DecodeError
-from onnx import numpy_helper
+from onnx import inliner, numpy_helper
 
 from dynconv_jax.macs import onnx_ops
 
@@ -33,34 +33,46 @@ def count_macs(
   model: str | os.PathLike[str] | onnx.ModelProto,
   *,
   dimensions: Mapping[str, int] | None = None,
-  trip_counts: Mapping[str, int] | None = None,
   convention: str | conventions.Convention = 'conv',
   padding: bool = True,
+  trip_counts: int | Mapping[str, int] | None = None,
+  branch: str = 'max',
 ) -> report.Report:
   """Returns what an ONNX model costs.
 
-  Of an `If` the dearer branch is counted; a `Scan` and a `Loop` times their
-  number of steps. Layers have the names of the modules that an exporter noted,
-  else of the nodes. What is computed from constants alone is not counted.
+  A `Scan` and a `Loop` count times their number of steps. Layers have the
+  names of the modules that an exporter noted, else of the nodes. What is
+  computed from constants alone is not counted.
 
   Args:
     model: a file, whose external weights are not read, or a loaded model.
     dimensions: sizes of the symbolic dimensions of the inputs by name, such as
       {'batch': 1}; a dimension without a name is 'INPUT[AXIS]'.
-    trip_counts: steps of each `Loop` that the model does not fix, by the name
-      of its node.
     convention: a name in `conventions.CONVENTIONS`.
     padding: whether positions of input padding count as work.
+    trip_counts: steps of each `Loop` that the model does not fix: one number,
+      or {layer name of the loop: number}. A loop without one that does work is
+      left out with a warning.
+    branch: which branch of an `If` counts: 'max' or 'min' for the dearer or
+      cheaper, 'then' or 'else'.
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if the convention is unknown, the file or model is damaged, or
-      a dimension or trip count is unknown.
+    ValueError: if the convention or branch is unknown, the file or model is
+      damaged, a dimension is unknown, or a trip count is no count.
   """
+  if branch not in ('max', 'min', 'then', 'else'):
+    raise ValueError(
+      f"branch must be 'max', 'min', 'then' or 'else'; got {branch!r}"
+    )
+  trips = trip_counts or {}
+  for steps in trips.values() if isinstance(trips, Mapping) else [trips]:
+    if not _is_int(steps, least=0):
+      raise ValueError(f'trip_counts must be integers >= 0; got {steps!r}')
   builder = report.ReportBuilder(convention, padding)
   convention = conventions.get_convention(convention)
   graph = _inferred(_load(model), dict(dimensions or {}))
-  counter = _Counter(dict(trip_counts or {}), convention)
+  counter = _Counter(convention, trip_counts, branch)
   counter.count(graph, _Scope())
   counter.report_to(builder)
   for entry, reason in counter.uncounted.items():
@@ -101,11 +113,15 @@ class _Counter:
   """Records the work of each node under the name of its layer."""
 
   def __init__(
-    self, trip_counts: dict[str, int], convention: conventions.Convention
+    self,
+    convention: conventions.Convention,
+    trip_counts: int | Mapping[str, int] | None,
+    branch: str,
   ):
     self.uncounted: dict[report.Uncounted, str] = {}
-    self._trip_counts = trip_counts
     self._convention = convention
+    self._trip_counts = trip_counts
+    self._branch = branch
     self._records: list[_Record] = []
     self._around = ''
 
@@ -204,7 +220,11 @@ class _Counter:
       self._body(attributes[branch], scope, name)
       for branch in ('then_branch', 'else_branch')
     ]
-    self._records += max(branches, key=self._price)
+    if self._branch in ('then', 'else'):
+      self._records += branches[self._branch == 'else']
+    else:
+      choose = min if self._branch == 'min' else max
+      self._records += choose(branches, key=self._price)
 
   def _price(self, records: list[_Record]) -> int:
     return sum(self._convention(record.work) for record in records)
@@ -212,7 +232,8 @@ class _Counter:
   def _count_scan(self, name, node, attributes, scope) -> None:
     scanned = node.input[len(node.input) - attributes['num_scan_inputs']]
     if scanned not in scope.shapes:
-      raise ValueError(f'the number of steps of Scan {name!r} is unknown')
+      self._leave_out(node, name, 'its number of steps depends on values')
+      return
     axis = attributes.get('scan_input_axes', [0])[0]
     steps = scope.shapes[scanned][axis]
     body = self._body(attributes['body'], scope, name)
@@ -220,13 +241,14 @@ class _Counter:
 
   def _count_loop(self, name, node, attributes, scope) -> None:
     body = self._body(attributes['body'], scope, name)
-    steps = self._trip_counts.get(node.name)
+    steps = self._fixed_steps(node, attributes['body'], scope)
     if steps is None:
-      steps = self._fixed_steps(node, attributes['body'], scope)
-    if steps is None and any(self._price([record]) for record in body):
-      raise ValueError(
-        f'the number of steps of Loop {name!r} is not fixed by the model: give'
-        f' it as trip_counts={{{node.name!r}: ...}}'
+      steps = self._trip_counts
+      if isinstance(steps, Mapping):
+        steps = steps.get(name)
+    if steps is None and self._price(body):
+      self._leave_out(
+        node, name, 'its trip count is not in the model; see trip_counts'
       )
     self._records += [record.times(steps or 0) for record in body]
 
@@ -279,7 +301,7 @@ def _load(model: Any) -> onnx.ModelProto:
   if not (model.graph.node and model.opset_import):
     raise ValueError(f'{name} is damaged or no ONNX file: its graph is empty')
   if model.functions:
-    model = onnx.inliner.inline_local_functions(model)
+    model = inliner.inline_local_functions(model)
   slim = onnx.ModelProto(
     ir_version=model.ir_version, opset_import=model.opset_import
   )
@@ -301,6 +323,11 @@ def _inferred(
   model: onnx.ModelProto, dimensions: dict[str, int]
 ) -> onnx.GraphProto:
   """Returns the graph with the shapes of its values."""
+  for name, size in dimensions.items():
+    if not _is_int(size, least=1):
+      raise ValueError(
+        f'the dimension {name!r} must be a positive int; got {size!r}'
+      )
   initializers = {tensor.name for tensor in model.graph.initializer}
   unknown, used = [], set()
   for value in model.graph.input:
@@ -371,6 +398,10 @@ def _layer_name(node: onnx.NodeProto) -> str:
       path.pop()
     path.append(part)
   return '.'.join(path)
+
+
+def _is_int(value: Any, least: int) -> bool:
+  return type(value) is int and value >= least
 
 
 def _size(tensor: onnx.TensorProto) -> int:

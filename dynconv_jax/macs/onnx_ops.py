@@ -52,7 +52,7 @@ def work(
   if op_type in ('Sum', 'Min', 'Max', 'Mean'):
     divisions = op_type == 'Mean'
     return formulas.elementwise(elements * (len(inputs) - 1 + divisions))
-  if op_type.startswith('Reduce'):
+  if op_type.startswith(('Reduce', 'Arg')):
     return _reduction(node)
   return None
 
@@ -276,7 +276,13 @@ def _reduction(node) -> formulas.Work:
   return done
 
 
+def _top_k(node) -> formulas.Work:
+  axis = node.attributes.get('axis', -1)
+  return formulas.sort(math.prod(node.inputs[0]), node.inputs[0][axis])
+
+
 _FORMULAS = {
+  'TopK': _top_k,
   'Conv': _convolution,
   'ConvInteger': lambda node: _convolution(node, bias=99),
   'QLinearConv': lambda node: _convolution(node, weight=3, bias=8),
@@ -337,23 +343,23 @@ _ELEMENTWISE = {
   'DynamicQuantizeLinear': 4,
 } | dict.fromkeys(
   _words("""
-  Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh CumSum Div Erf Exp
-  Floor Log Mod Mul Neg Pow Reciprocal Round Sin Sinh Sqrt Sub Tan
+  Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh CumSum Div Equal Erf
+  Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Mod Mul Neg Pow
+  Reciprocal Round Sin Sinh Sqrt Sub Tan
   """),
   1,
 )
 
-# Operators that only make, move, choose, compare or sort.
+# Operators that only make, move or choose.
 FREE = _words("""
-  And ArgMax ArgMin Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr
-  BitwiseXor Cast CastLike CenterCropPad Compress Concat ConcatFromSequence
-  Constant ConstantOfShape DepthToSpace Dropout Equal Expand EyeLike Flatten
-  Gather GatherElements GatherND Greater GreaterOrEqual Hardmax Identity IsInf
-  IsNaN Less LessOrEqual Multinomial NonZero Not OneHot Optional
-  OptionalGetElement OptionalHasElement Or Pad RandomNormal RandomNormalLike
-  RandomUniform RandomUniformLike Range Reshape ReverseSequence Scatter
-  ScatterElements ScatterND SequenceAt SequenceConstruct SequenceEmpty
-  SequenceErase SequenceInsert SequenceLength Shape Sign Size Slice SpaceToDepth
-  Split SplitToSequence Squeeze TensorScatter Tile TopK Transpose Trilu Unique
-  Unsqueeze Where Xor
+  And Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast
+  CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
+  ConstantOfShape DepthToSpace Dropout Expand EyeLike Flatten Gather
+  GatherElements GatherND Hardmax Identity IsInf IsNaN Multinomial NonZero Not
+  OneHot Optional OptionalGetElement OptionalHasElement Or Pad RandomNormal
+  RandomNormalLike RandomUniform RandomUniformLike Range Reshape
+  ReverseSequence Scatter ScatterElements ScatterND SequenceAt
+  SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength
+  Shape Sign Size Slice SpaceToDepth Split SplitToSequence Squeeze
+  TensorScatter Tile Transpose Trilu Unsqueeze Where Xor
 """)

@@ -40,12 +40,13 @@ def count_macs(
   kwargs: Mapping[str, Any] | None = None,
   convention: str | conventions.Convention = 'conv',
   padding: bool = True,
+  branch: str = 'max',
 ) -> report.Report:
   """Returns what a module costs in evaluation mode for inputs like `args`.
 
   Nothing is allocated or computed, and the module is left as it was. The
-  layers are named by the module that was running, '' being the module itself.
-  Of `torch.cond` the dearer branch is counted.
+  layers are named by the path of the module that was running, what `module`
+  does itself by its class.
 
   Args:
     module: on any device, 'meta' included.
@@ -55,14 +56,21 @@ def count_macs(
     kwargs: arguments by name, likewise.
     convention: a name in `conventions.CONVENTIONS`.
     padding: whether positions of input padding count as work.
+    branch: which branch of a `torch.cond` counts: 'max' or 'min' for the dearer
+      or cheaper, 'true' or 'false'.
 
   Raises:
     TypeError: if `module` is not an nn.Module.
-    ValueError: if the convention is unknown, the module does not run on these
-      inputs, has parameters without a shape, or looks at values of tensors.
+    ValueError: if the convention or branch is unknown, or the module does not
+      run on these inputs, has parameters without a shape, or looks at values
+      of tensors.
   """
   if not isinstance(module, nn.Module):
     raise TypeError(f'module must be a torch.nn.Module; got {type(module)}')
+  if branch not in ('max', 'min', 'true', 'false'):
+    raise ValueError(
+      f"branch must be 'max', 'min', 'true' or 'false'; got {branch!r}"
+    )
   builder = report.ReportBuilder(convention, padding)
   lazy = nn.parameter.UninitializedTensorMixin
   if any(isinstance(weight, lazy) for weight in module.parameters()):
@@ -70,7 +78,7 @@ def count_macs(
       f'{type(module).__name__} has parameters that have no shape yet: call it'
       ' once before counting'
     )
-  counter = _Counter(module, conventions.get_convention(convention))
+  counter = _Counter(module, conventions.get_convention(convention), branch)
   fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
   with contextlib.ExitStack() as stack:
     stack.enter_context(_left_as_it_was(module))
@@ -113,7 +121,12 @@ class _Counter(TorchDispatchMode):
 
   supports_higher_order_operators = True
 
-  def __init__(self, module: nn.Module, convention: conventions.Convention):
+  def __init__(
+    self,
+    module: nn.Module,
+    convention: conventions.Convention,
+    branch: str,
+  ):
     super().__init__()
     self.uncounted: list[report.Uncounted] = []
     self.failed_in = ''
@@ -122,6 +135,8 @@ class _Counter(TorchDispatchMode):
       name: weight.numel() for name, weight in module.named_parameters()
     }
     self._convention = convention
+    self._branch = branch
+    self._root = type(module).__name__
     self._names = {child: name for name, child in module.named_modules()}
     self._running: list[tuple[str, nn.Module]] = [('', module)]
     # One entry an operation: layer, work, output shape.
@@ -179,10 +194,14 @@ class _Counter(TorchDispatchMode):
     output = func(*args, **kwargs)
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
     if work is None:
-      self.uncounted.append(report.Uncounted(str(func), self.layer))
+      self._leave_out(func)
     elif any((work.macs, work.bias, work.operations, work.ptflops)):
       self._records.append((self.layer, work, torch_ops.first_shape(output)))
     return output
+
+  def _leave_out(self, func) -> None:
+    entry = report.Uncounted(str(func), self.layer or self._root)
+    self.uncounted.append(entry)
 
   def _cond(self, predicate, on_true, on_false, operands):
     del predicate
@@ -192,7 +211,12 @@ class _Counter(TorchDispatchMode):
       with self:
         output = branch(*operands)
       branches.append(self._records)
-    self._records = before + max(branches, key=self._price)
+    if self._branch in ('true', 'false'):
+      chosen = branches[self._branch == 'false']
+    else:
+      choose = min if self._branch == 'min' else max
+      chosen = choose(branches, key=self._price)
+    self._records = before + chosen
     return output
 
   def _price(self, records) -> int:
@@ -222,7 +246,7 @@ class _Counter(TorchDispatchMode):
       heaviest = min(kinds, key=formulas.KINDS.index)
       for kind, (work, shape) in kinds.items():
         builder.add(
-          name,
+          name or self._root,
           work,
           output_shape=shape,
           parameters=parameters[name] if kind == heaviest else 0,

@@ -57,11 +57,21 @@ def work(
   ]
   if func.namespace != 'aten':
     return None
-  if func.is_view or not inputs or name in _FREE:
+  leaves = [*inputs, *pytree.tree_leaves(output)]
+  if (
+    func.is_view
+    or not inputs
+    or name in _FREE
+    # Arithmetic on indices and masks alone is none.
+    or not any(isinstance(x, torch.Tensor) and _is_floating(x) for x in leaves)
+  ):
     return formulas.elementwise(0)
   elements = math.prod(first_shape(output))
   if name in _SCANS:
-    return formulas.elementwise(elements)
+    length = inputs[0].shape[args[1]] if inputs[0].dim() else 1
+    return formulas.reduction(elements, elements // max(length, 1))
+  if name in _SCATTERS:
+    return formulas.elementwise(inputs[-1].numel())
   if torch.Tag.pointwise in func.tags:
     done = formulas.elementwise(elements * _STEPS.get(name, 1))
     return torch_ptflops.charged(done, name, module, elements)
@@ -70,6 +80,10 @@ def work(
       inputs[0].numel(), elements
     ) + formulas.elementwise(elements if name == 'mean' else 0)
   return None
+
+
+def _is_floating(tensor: torch.Tensor) -> bool:
+  return tensor.is_floating_point() or tensor.is_complex()
 
 
 def first_shape(output: Any) -> tuple[int, ...]:
@@ -103,9 +117,7 @@ def _per_dimension(value: Any, dimensions: int) -> list[int]:
 def _convolution(a) -> formulas.Work:
   kernel_size = a.weight.shape[2:]
   dimensions = len(kernel_size)
-  batch, in_features, *input_size = (
-    a.input.shape if a.input.dim() == dimensions + 2 else (1, *a.input.shape)
-  )
+  *batch, in_features = a.input.shape[:-dimensions]
   dilation = _per_dimension(a.dilation, dimensions)
   transposed = getattr(a, 'transposed', False)
   if a.padding == 'same':
@@ -119,9 +131,9 @@ def _convolution(a) -> formulas.Work:
   else:
     padding = [(p, p) for p in _per_dimension(a.padding, dimensions)]
   arguments = {
-    'batch': batch,
+    'batch': math.prod(batch),
     'in_features': in_features,
-    'input_size': input_size,
+    'input_size': a.input.shape[-dimensions:],
     'kernel_size': kernel_size,
     'strides': _per_dimension(a.stride, dimensions),
     'padding': padding,
@@ -259,9 +271,8 @@ def _pool(dimensions: int, mean: bool):
   """Returns the formula of a pooling over windows of one size."""
 
   def formula(a) -> formulas.Work:
-    inputs = a.self
     window = math.prod(_per_dimension(a.kernel_size, dimensions))
-    return formulas.pool(inputs.numel(), a.output.numel(), window, mean=mean)
+    return formulas.pool(a.self.numel(), a.output.numel(), window, mean=mean)
 
   return formula
 
@@ -270,14 +281,11 @@ def _adaptive_pool(dimensions: int, mean: bool):
   """Returns the formula of a pooling to a given size."""
 
   def formula(a) -> formulas.Work:
-    inputs = a.self
-    window = math.prod(
-      -(-size // out)
-      for size, out in zip(
-        inputs.shape[-dimensions:], a.output.shape[-dimensions:], strict=True
-      )
+    sizes = zip(
+      a.self.shape[-dimensions:], a.output.shape[-dimensions:], strict=True
     )
-    return formulas.pool(inputs.numel(), a.output.numel(), window, mean=mean)
+    window = math.prod(-(-size // out) for size, out in sizes)
+    return formulas.pool(a.self.numel(), a.output.numel(), window, mean=mean)
 
   return formula
 
@@ -286,6 +294,21 @@ def _softmax(a) -> formulas.Work:
   elements = a.output.numel()
   size = a.output.shape[a.dim] if a.output.dim() else 1
   return formulas.softmax(elements, elements // size if size else 0)
+
+
+def _sort(a) -> formulas.Work:
+  length = a.self.shape[a.dim] if a.self.dim() else 1
+  return formulas.sort(a.self.numel(), length)
+
+
+def _fft(a) -> formulas.Work:
+  inputs = a.self
+  largest = max(inputs.numel(), a.output.numel())
+  if not (inputs.is_complex() and a.output.is_complex()):
+    largest //= 2
+  # The real side of a transform has its whole length.
+  whole = a.output if inputs.is_complex() else inputs
+  return formulas.fft(largest, [whole.shape[dim] for dim in a.dim])
 
 
 def _upsample(taps: int):
@@ -297,10 +320,6 @@ def _upsample(taps: int):
     return dataclasses.replace(done, ptflops=outputs)
 
   return formula
-
-
-def _words(text: str) -> frozenset[str]:
-  return frozenset(text.split())
 
 
 _FORMULAS = {
@@ -339,6 +358,8 @@ _FORMULAS = {
   '_softmax': _softmax,
   'log_softmax': _softmax,
   '_log_softmax': _softmax,
+  **dict.fromkeys(('sort', 'topk', 'kthvalue', 'median', 'mode'), _sort),
+  **dict.fromkeys(('_fft_r2c', '_fft_c2r', '_fft_c2c'), _fft),
   **{
     f'{kind}_pool{dimensions}d{suffix}': _pool(dimensions, kind == 'avg')
     for dimensions in (1, 2, 3)
@@ -389,38 +410,39 @@ _ACTIVATIONS = {
   'glu': 2,
 }
 
-# Operations on each element of more than one step, or of none: choices,
-# comparisons and logic.
-_STEPS = {'addcmul': 2, 'addcdiv': 2, 'lerp': 3, 'clamp': 2} | dict.fromkeys(
-  _words("""
-  clone where masked_fill eq ne lt le gt ge isnan isinf isposinf isneginf
-  logical_and logical_or logical_xor logical_not bitwise_and bitwise_or
-  bitwise_xor bitwise_not signbit copysign sign sgn
-  """),
-  0,
-)
+# Operations on each element of more than one step, or of none.
+_STEPS = {
+  'addcmul': 2,
+  'addcdiv': 2,
+  'lerp': 3,
+  'clamp': 2,
+  'clone': 0,
+  'where': 0,
+  'masked_fill': 0,
+}
 
-_SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp', 'trace')
+_SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp')
+_SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
 
-# Operations that only make, move, choose or sort.
-_FREE = _words("""
+# Operations that only make, move or choose.
+_FREE_NAMES = """
   _assert_async _assert_tensor_metadata _linalg_check_errors
-  _local_scalar_dense _pack_padded_sequence _pin_memory _reshape_copy
-  _to_copy _unique2 _unsafe_index _unsafe_index_put _unsafe_masked_index
-  _unsafe_view alias_copy all any argmax argmin argsort as_strided
-  as_strided_copy as_strided_scatter bernoulli block_diag bucketize cat
-  channel_shuffle complex constant_pad_nd copy detach diag_embed
+  _local_scalar_dense _pack_padded_sequence _pin_memory _reshape_copy _to_copy
+  _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view alias_copy
+  as_strided as_strided_copy as_strided_scatter bernoulli block_diag bucketize
+  cat channel_shuffle complex constant_pad_nd copy detach diag_embed
   diagonal_copy diagonal_scatter embedding empty_like expand_copy fill flip
   full_like gather im2col index index_copy index_fill index_put index_select
-  is_same_size isin kthvalue lift lift_fresh lift_fresh_copy masked_scatter
-  masked_select median mode multinomial narrow_copy native_dropout new_empty
-  new_empty_strided new_full new_ones new_zeros nonzero nonzero_static
-  normal one_hot ones_like permute_copy pixel_shuffle pixel_unshuffle polar
-  rand_like randint_like randn_like random reflection_pad1d reflection_pad2d
+  is_same_size isin lift lift_fresh lift_fresh_copy masked_scatter
+  masked_select multinomial narrow_copy native_dropout new_empty
+  new_empty_strided new_full new_ones new_zeros nonzero nonzero_static normal
+  one_hot ones_like permute_copy pixel_shuffle pixel_unshuffle polar rand_like
+  randint_like randn_like random reflection_pad1d reflection_pad2d
   reflection_pad3d repeat repeat_interleave replication_pad1d
   replication_pad2d replication_pad3d resize roll rot90 scatter searchsorted
-  select_copy select_scatter set slice_copy slice_scatter sort split_copy
-  split_with_sizes_copy squeeze stack t take topk transpose tril triu
-  unbind_copy unfold_copy uniform unique_consecutive unique_dim unsafe_split
-  unsafe_split_with_sizes unsqueeze view_copy zero zeros_like
-""")
+  select_copy select_scatter set slice_copy slice_scatter split_copy
+  split_with_sizes_copy squeeze stack t take transpose tril triu unbind_copy
+  unfold_copy uniform unsafe_split unsafe_split_with_sizes unsqueeze view_copy
+  zero zeros_like
+"""
+_FREE = frozenset(_FREE_NAMES.split())
