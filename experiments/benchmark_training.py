@@ -1,0 +1,228 @@
+"""Times a training step: dense, DynConv, and an equivalent PyTorch network.
+
+python -m experiments.benchmark_training --model=resnet18 --image_size=64 \
+  --batch_size=64
+
+Each runs in a process of its own, because the thread pools of two frameworks in
+one process spoil each other's times. The processes take turns, and medians and
+their ratios are printed; the last line is JSON. PyTorch is left out, and said
+to be, where it is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import flags
+
+from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
+from experiments import program
+
+_MODEL = flags.DEFINE_string(
+  'model', 'resnet18', 'An ImageNet ResNet; PyTorch has resnet18 and resnet34.'
+)
+_IMAGE_SIZE = flags.DEFINE_integer('image_size', 64, 'Pixels.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 3, 'Timed steps a turn.', lower_bound=1)
+_WORKER = flags.DEFINE_string(
+  'worker', None, 'Used by the program itself, for the processes it starts.'
+)
+
+_CLASSES = 6
+
+
+def main(argv: Sequence[str]) -> None:
+  """Times the steps and prints a table, then JSON."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  check_choice('model', _MODEL.value, ARCHITECTURES)
+  if _WORKER.value:
+    _serve(_WORKERS[_WORKER.value]())
+    return
+  names = list(_WORKERS)
+  if importlib.util.find_spec('torch') is None:
+    print('PyTorch is not installed: left out (pip install -e .[torch])')
+    names = [name for name in names if not name.startswith('torch')]
+  elif ARCHITECTURES[_MODEL.value].block.__name__ != 'BasicBlock':
+    print(f'the PyTorch network has basic blocks only: {_MODEL.value} left out')
+    names = [name for name in names if not name.startswith('torch')]
+  workers = {name: _start(name) for name in names}
+  times: dict[str, list[float]] = {name: [] for name in names}
+  try:
+    for _ in range(_ROUNDS.value):
+      for name, worker in workers.items():
+        times[name].extend(_turn(worker))
+  finally:
+    for worker in workers.values():
+      worker.kill()
+  milliseconds = {
+    name: 1e3 * statistics.median(values) for name, values in times.items()
+  }
+  base = milliseconds['jax_dense']
+  for name, value in milliseconds.items():
+    print(f'{name:22} {value:8.1f} ms   {value / base:.3f} of jax_dense')
+  result = {
+    'model': _MODEL.value,
+    'image_size': _IMAGE_SIZE.value,
+    'batch_size': _BATCH_SIZE.value,
+    'milliseconds': milliseconds,
+    'dynconv_over_dense': milliseconds['jax_dynconv'] / base,
+    'python': platform.python_version(),
+  }
+  if 'torch' in milliseconds:
+    result['jax_over_torch'] = base / milliseconds['torch']
+    result['jax_over_torch_channels_last'] = (
+      base / milliseconds['torch_channels_last']
+    )
+  print(json.dumps(result))
+
+
+def _start(name: str) -> subprocess.Popen:
+  own = ('model', 'image_size', 'batch_size', 'steps')
+  arguments = [f'--{flag}={flags.FLAGS[flag].value}' for flag in own]
+  worker = subprocess.Popen(
+    [
+      sys.executable,
+      '-m',
+      'experiments.benchmark_training',
+      f'--worker={name}',
+      *arguments,
+    ],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  _turn(worker)  # Compiles and warms up.
+  return worker
+
+
+def _turn(worker: subprocess.Popen) -> list[float]:
+  worker.stdin.write('go\n')
+  worker.stdin.flush()
+  line = worker.stdout.readline()
+  if not line:
+    raise OSError('a timed process ended early; its error is above')
+  return json.loads(line)
+
+
+def _serve(step: Callable[[], None]) -> None:
+  """Times a few steps for each line that comes in."""
+  for _ in sys.stdin:
+    seconds = []
+    for _ in range(_STEPS.value):
+      start = time.perf_counter()
+      step()
+      seconds.append(time.perf_counter() - start)
+    print(json.dumps(seconds), flush=True)
+
+
+def _inputs() -> tuple[np.ndarray, np.ndarray]:
+  n, size = _BATCH_SIZE.value, _IMAGE_SIZE.value
+  images = np.random.default_rng(0).standard_normal((n, size, size, 3))
+  return images.astype(np.float32), np.arange(n) % _CLASSES
+
+
+def _jax_step(method: str) -> Callable[[], None]:
+  import jax
+  import jax.numpy as jnp
+
+  from dynconv_jax.training import schedules, state, workdir
+  from dynconv_jax.training.config import Config
+
+  config = Config(
+    model=_MODEL.value,
+    method=method,
+    image_size=_IMAGE_SIZE.value,
+    batch_size=_BATCH_SIZE.value,
+  )
+  images, labels = _inputs()
+  batch = {
+    'image': jnp.asarray(images),
+    'label': jax.nn.one_hot(labels, _CLASSES),
+  }
+  model = workdir.build_model(config, _CLASSES)
+  tx = schedules.optimizer(config, schedules.learning_rate(config, 100))
+  train_step = state.make_train_step(state.split(model)[0], tx, config, 100)
+  current = state.create_state(model, tx, config)
+
+  def step():
+    nonlocal current
+    current = jax.block_until_ready(train_step(current, batch))
+
+  return step
+
+
+def _torch_step(channels_last: bool) -> Callable[[], None]:
+  import torch
+  from torch import nn
+  from torch.nn import functional
+
+  class Block(nn.Module):
+    def __init__(self, in_features, features, stride):
+      super().__init__()
+      self.conv1 = nn.Conv2d(in_features, features, 3, stride, 1, bias=False)
+      self.bn1 = nn.BatchNorm2d(features)
+      self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
+      self.bn2 = nn.BatchNorm2d(features)
+      self.shortcut = nn.Identity()
+      if stride != 1 or in_features != features:
+        self.shortcut = nn.Sequential(
+          nn.Conv2d(in_features, features, 1, stride, bias=False),
+          nn.BatchNorm2d(features),
+        )
+
+    def forward(self, x):
+      y = functional.relu(self.bn1(self.conv1(x)))
+      return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+  layers = [
+    nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+    nn.BatchNorm2d(64),
+    nn.ReLU(),
+    nn.MaxPool2d(3, 2, 1),
+  ]
+  features = 64
+  for stage, depth in enumerate(ARCHITECTURES[_MODEL.value].depths):
+    for i in range(depth):
+      stride = 2 if stage and not i else 1
+      layers.append(Block(features, 64 * 2**stage, stride))
+      features = 64 * 2**stage
+  layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, _CLASSES)]
+  model = nn.Sequential(*layers)
+  images, labels = _inputs()
+  images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+  if channels_last:
+    model = model.to(memory_format=torch.channels_last)
+    images = images.to(memory_format=torch.channels_last)
+  labels = torch.from_numpy(labels)
+  optimizer = torch.optim.SGD(
+    model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4
+  )
+
+  def step():
+    optimizer.zero_grad()
+    functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+
+  return step
+
+
+_WORKERS = {
+  'jax_dense': lambda: _jax_step('dense'),
+  'jax_dynconv': lambda: _jax_step('dynconv'),
+  'torch': lambda: _torch_step(False),
+  'torch_channels_last': lambda: _torch_step(True),
+}
+
+
+if __name__ == '__main__':
+  program.run(main)
