@@ -344,4 +344,6 @@ def _weights_of_product(eqn, inputs) -> tuple[_Weight, ...]:
 def _devices(params: Mapping[str, Any]) -> int:
   """Returns how many devices run the body of a shard_map, one shard each."""
   sizes = dict(params['mesh'].shape)
-  return math.prod(sizes[axis] for axis in params['manual_axes'])
+  # Axes that a shard_map around this one has split are counted there.
+  axes = params.get('newly_manual_axes', params.get('manual_axes', sizes))
+  return math.prod(sizes[axis] for axis in axes)
