@@ -1,1 +1,22 @@
 """Figures: learning curves, block density, ponder maps, accuracy and MACs."""
+
+from dynconv_jax.plotting.curves import plot_block_density, plot_learning_curves
+from dynconv_jax.plotting.ponder import (
+  overlay_ponder_map,
+  plot_ponder_grid,
+  ponder_cost_map,
+  save_overlay,
+)
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+
+__all__ = [
+  'overlay_ponder_map',
+  'plot_accuracy_against_macs',
+  'plot_block_density',
+  'plot_learning_curves',
+  'plot_ponder_grid',
+  'ponder_cost_map',
+  'read_results',
+  'save_overlay',
+]
