@@ -1,4 +1,4 @@
-"""Everything that defines a run, from data to evaluation, in one flat record."""
+"""Everything that defines a run, from data to evaluation: one flat record."""
 
 from __future__ import annotations
 
@@ -127,6 +127,11 @@ class Config:
   # Gating.
   budget: float = _field(
     0.5, "Target share of the masked layers' MACs, in [0, 1]."
+  )
+  budget_warmup: float = _field(
+    0.0,
+    'Share of the training over which the target falls from 1 to the budget; '
+    '0, as in the paper: it is the budget from the start.',
   )
   sparsity_weight: float = _field(10.0, 'Weight of the sparsity loss.')
   gumbel_temperatures: tuple[float, ...] = _field(
@@ -264,7 +269,13 @@ class Config:
         'gradient_clip',
         'seed',
       ),
-      **share('budget', 'distill_weight', 'gumbel_noise_until', 'step_decay'),
+      **share(
+        'budget',
+        'budget_warmup',
+        'distill_weight',
+        'gumbel_noise_until',
+        'step_decay',
+      ),
       **rising('milestones', 'gumbel_milestones'),
       'mask_kernel_size': (self.mask_kernel_size in (1, 3), '1 or 3'),
       'momentum': (0 <= self.momentum < 1, 'in [0, 1)'),

@@ -65,3 +65,11 @@ def gumbel_temperature(config: Config, progress: jax.Array) -> jax.Array:
 def gumbel_noise(config: Config, progress: jax.Array) -> jax.Array:
   """Returns whether the gates add noise at a share of the training, bool."""
   return progress < config.gumbel_noise_until
+
+
+def budget(config: Config, progress: jax.Array) -> jax.Array:
+  """Returns the target executed fraction at a share of the training."""
+  warm = 1.0
+  if config.budget_warmup:
+    warm = jnp.minimum(1.0, progress / config.budget_warmup)
+  return 1.0 - (1.0 - config.budget) * warm

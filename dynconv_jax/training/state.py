@@ -132,7 +132,9 @@ def make_train_step(
       loss = (1 - share) * loss + share * terms['distillation']
     if masks:
       terms['sparsity'] = losses.sparsity_loss(
-        masks, budget=config.budget, progress=progress
+        masks,
+        budget=schedules.budget(config, progress),
+        progress=progress,
       )
       loss += config.sparsity_weight * terms['sparsity']
       terms['executed_fraction'], _ = losses.executed_fractions(masks)
