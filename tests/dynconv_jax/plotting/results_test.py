@@ -1,0 +1,174 @@
+import statistics
+
+import pytest
+
+from dynconv_jax.plotting.results import accuracy_curves, read_results
+
+
+def _row(accuracy, gmacs, method='dynconv', model='resnet18', **more):
+  return {
+    'model': model,
+    'method': method,
+    'accuracy': accuracy,
+    'gmacs_mean': gmacs,
+    **more,
+  }
+
+
+def _points(curve):
+  return [(point.x, point.accuracy) for point in curve.points]
+
+
+def test_reads_cells_as_text(tmp_path):
+  path = tmp_path / 'results.csv'
+  path.write_text(
+    '\ufeffmodel, method,accuracy\nresnet18,"dyn,conv", 0.5\n\n', 'utf-8'
+  )
+  assert read_results(path) == [
+    {'model': 'resnet18', 'method': 'dyn,conv', 'accuracy': '0.5'}
+  ]
+
+
+def test_a_missing_file(tmp_path):
+  for path in (tmp_path / 'none.csv', tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no file '{path}'"):
+      read_results(path)
+
+
+@pytest.mark.parametrize(
+  ('data', 'message'),
+  [
+    (b'', 'is empty: it has no header'),
+    (b'\n , \n', 'is empty: it has no header'),
+    (b'model,method\n', 'has a header but no rows'),
+    (b'model,model\na,b\n', 'names a column twice: model, model'),
+    (b'model,method\na,b\na\n', 'row 2: 1 cells for 2 columns'),
+    (b'model\n\xff\xfe\n', 'is not a CSV file'),
+    (b'a' * 200_000, 'is not a CSV file'),
+  ],
+)
+def test_bad_files(tmp_path, data, message):
+  path = tmp_path / 'results.csv'
+  path.write_bytes(data)
+  with pytest.raises(ValueError, match=message):
+    read_results(path)
+
+
+def test_one_curve_a_model_and_method_in_order_of_x():
+  rows = [
+    _row('0.62', '0.081', budget='0.5'),
+    _row('0.66', '0.110', budget='0.7'),
+    _row('0.59', '0.058', budget='0.3'),
+    _row('0.7', '0.2', budget='0.5', model='resnet34'),
+    _row('0.6', '0.1', 'convnet_aig', budget='0.5'),
+  ]
+  curves = accuracy_curves(rows)
+  assert [(c.method, c.model) for c in curves] == [
+    ('dynconv', 'resnet18'),
+    ('dynconv', 'resnet34'),
+    ('convnet_aig', 'resnet18'),
+  ]
+  assert _points(curves[0]) == [(0.058, 0.59), (0.081, 0.62), (0.11, 0.66)]
+  assert [p.budget for p in curves[0].points] == [0.3, 0.5, 0.7]
+
+
+def test_dense_models_of_a_family_are_one_curve():
+  rows = [
+    _row(0.76, 3.8, 'dense', 'resnet50', budget=''),
+    _row(0.73, 3.6, 'dense', 'resnet34', budget='1.0'),
+    _row(0.92, 0.07, 'dense', 'cifar_resnet32', budget=''),
+  ]
+  family, alone = accuracy_curves(rows)
+  assert family.model == 'resnet'
+  assert _points(family) == [(3.6, 0.73), (3.8, 0.76)]
+  assert alone.model == 'cifar_resnet32'
+
+
+def test_seeds_are_averaged_with_their_standard_deviation():
+  accuracies, gmacs = [0.60, 0.64, 0.65], [0.08, 0.09, 0.082]
+  rows = [
+    _row(a, g, budget=0.5, seed=s, accuracy_low=0.1, accuracy_high=0.9)
+    for s, (a, g) in enumerate(zip(accuracies, gmacs, strict=True))
+  ]
+  ((point,),) = [curve.points for curve in accuracy_curves(rows)]
+  assert point.seeds == 3
+  assert point.x == pytest.approx(statistics.mean(gmacs))
+  assert point.accuracy == pytest.approx(statistics.mean(accuracies))
+  assert point.below == pytest.approx(statistics.stdev(accuracies))
+  assert point.above == point.below
+
+
+def test_a_single_run_has_its_own_interval():
+  rows = [
+    _row(0.6, 0.1, budget=0.5, accuracy_low=0.57, accuracy_high=0.62),
+    _row(0.7, 0.2, budget=0.7, accuracy_low='', accuracy_high=''),
+  ]
+  first, second = accuracy_curves(rows)[0].points
+  assert first.seeds == 1
+  assert (first.below, first.above) == pytest.approx((0.03, 0.02))
+  assert (second.below, second.above) == (0, 0)
+
+
+def test_runs_without_a_budget_are_points_of_their_own():
+  rows = [_row(0.73, 3.3, 'sact', seed=0), _row(0.75, 5.5, 'sact', seed=0)]
+  assert _points(accuracy_curves(rows)[0]) == [(3.3, 0.73), (5.5, 0.75)]
+
+
+def test_series_tell_curves_apart():
+  rows = [
+    _row(0.62, 0.081, budget=0.5, seed=0, recipe='plain'),
+    _row(0.68, 0.084, budget=0.5, seed=0, recipe='distilled'),
+  ]
+  with pytest.raises(ValueError, match=r'rows 1, 2 have the same .*\(0\)'):
+    accuracy_curves(rows)
+  curves = accuracy_curves(rows, series='recipe')
+  assert [curve.series for curve in curves] == ['plain', 'distilled']
+
+
+def test_rows_without_x_are_left_out():
+  rows = [_row(0.6, 0.1, ms='3.5', budget=0.5), _row(0.7, 0.2, 'dense', ms='')]
+  (curve,) = accuracy_curves(rows, 'ms')
+  assert _points(curve) == [(3.5, 0.6)]
+  with pytest.raises(ValueError, match="no row has a value in the column 'ms'"):
+    accuracy_curves([_row(0.7, 0.2, ms='')], 'ms')
+
+
+@pytest.mark.parametrize(
+  ('rows', 'options', 'message'),
+  [
+    ([], {}, 'not a single row'),
+    (
+      [{'model': 'a', 'gmacs_mean': 1}],
+      {},
+      'missing: method, accuracy; given: model, gmacs_mean',
+    ),
+    (
+      [_row(0.5, 1, seed=0, note='good')],
+      {'x': 'gmac'},
+      "numeric columns accuracy, gmacs_mean; got 'gmac'",
+    ),
+    ([_row(0.5, 1, seed=0)], {'x': 'seed'}, "gmacs_mean; got 'seed'"),
+    (
+      [_row(0.5, 1)],
+      {'series': 'recipe'},
+      "columns model, method, accuracy, gmacs_mean; got 'recipe'",
+    ),
+    (
+      [_row(0.5, 1), _row('good', 1)],
+      {},
+      "row 2, column 'accuracy': 'good' is not a finite number",
+    ),
+    ([_row(0.5, 'nan')], {}, "row 1, column 'gmacs_mean': 'nan' is not"),
+    ([_row('', 1)], {}, "row 1, column 'accuracy': '' is not"),
+    ([_row(0.5, 1, budget='half')], {}, "column 'budget': 'half' is not"),
+    ([_row(69.9, 1)], {}, r'must be in \[0, 1\]; got 69.9'),
+    (
+      [_row(0.5, 1, accuracy_low=0.6, accuracy_high=0.7)],
+      {},
+      'row 1: accuracy 0.5 is outside its interval, 0.6 to 0.7',
+    ),
+  ],
+)
+def test_bad_rows(rows, options, message):
+  with pytest.raises(ValueError, match=message):
+    accuracy_curves(rows, **options)

@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+
+from dynconv_jax.plotting import style
+from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+
+
+@pytest.fixture
+def unwritten(monkeypatch):
+  """Skips writing the files, which takes longer than all else."""
+  monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
+
+
+def _row(method, budget, seed, accuracy, gmacs, model='resnet18', **more):
+  return {
+    'model': model,
+    'method': method,
+    'budget': budget,
+    'seed': seed,
+    'accuracy': accuracy,
+    'accuracy_low': accuracy - 0.02,
+    'accuracy_high': accuracy + 0.01,
+    'gmacs_mean': gmacs,
+    'latency_sparse_ms': 10 * gmacs,
+    **more,
+  }
+
+
+_ROWS = [
+  _row('dynconv', 0.7, 0, 0.66, 0.110),
+  _row('dynconv', 0.5, 0, 0.62, 0.081),
+  _row('dynconv', 0.5, 1, 0.64, 0.083),
+  _row('dense', '', 0, 0.699, 0.148),
+]
+
+
+def _curve(container):
+  """Returns the points and the ends of the error bars of a curve."""
+  line, _, (bars,) = container.lines
+  return line.get_xydata(), [s[:, 1] for s in bars.get_segments()]
+
+
+def test_curves_and_error_bars(tmp_path):
+  figure = plot_accuracy_against_macs(_ROWS, tmp_path / 'fig.png')
+  (ax,) = figure.axes
+  dynconv, dense = ax.containers
+  points, bars = _curve(dynconv)
+  np.testing.assert_allclose(points, [[0.082, 0.63], [0.110, 0.66]])
+  deviation = np.std([0.62, 0.64], ddof=1)
+  np.testing.assert_allclose(
+    bars, [[0.63 - deviation, 0.63 + deviation], [0.64, 0.67]]
+  )
+  points, bars = _curve(dense)
+  np.testing.assert_allclose(points, [[0.148, 0.699]])
+  np.testing.assert_allclose(bars, [[0.679, 0.709]])
+  labels = [text.get_text() for text in ax.get_legend().get_texts()]
+  assert labels == ['DynConv ResNet-18', 'dense ResNet-18']
+  assert [t.get_text() for t in ax.texts if t.get_text()] == ['0.5', '0.7']
+  note = figure.get_supxlabel()
+  assert 'standard deviation over 2 seeds' in note
+  assert '95 % binomial interval of a single run' in note
+  assert ax.get_xlabel() == 'GMACs per image (mean)'
+  assert ax.get_ylabel() == 'accuracy (%)'
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    'fig.png',
+    'fig.svg',
+  ]
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_any_numeric_column_is_an_axis(tmp_path):
+  figure = plot_accuracy_against_macs(
+    _ROWS, tmp_path / 'fig', 'latency_sparse_ms', chance=1 / 6
+  )
+  (ax,) = figure.axes
+  points, _ = _curve(ax.containers[0])
+  np.testing.assert_allclose(points[:, 0], [0.82, 1.10])
+  assert ax.get_xlabel() == 'latency sparse (ms)'
+  assert 'chance 16.7 %' in [text.get_text() for text in ax.texts]
+  low, high = ax.get_ylim()
+  assert low < 1 / 6 < high
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_dense_models_are_labelled_with_their_depth(tmp_path):
+  rows = [
+    _row('dense', '', 0, 0.73, 3.6, 'resnet34'),
+    _row('dense', '', 0, 0.76, 3.8, 'resnet50'),
+    _row('mine', '', 0, 0.7, 3.0, 'vit', series='x'),
+  ]
+  figure = plot_accuracy_against_macs(rows, tmp_path / 'fig')
+  (ax,) = figure.axes
+  assert [t.get_text() for t in ax.texts if t.get_text()] == ['34', '50']
+  labels = [text.get_text() for text in ax.get_legend().get_texts()]
+  assert labels == ['dense ResNet', 'mine vit']
+  assert 'depth of a dense network' in figure.get_supxlabel()
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_curves_of_one_method_look_different(tmp_path):
+  rows = [
+    _row('dynconv', 0.5, 0, 0.6, 0.1, recipe='plain'),
+    _row('dynconv', 0.5, 0, 0.7, 0.1, recipe='distilled'),
+  ]
+  figure = plot_accuracy_against_macs(rows, tmp_path / 'f', series='recipe')
+  first, second = (c.lines[0] for c in figure.axes[0].containers)
+  assert first.get_color() == second.get_color()
+  assert first.get_linestyle() != second.get_linestyle()
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_numbers_without_an_interval_have_no_bars(tmp_path):
+  row = _row('dynconv', 0.5, 0, 0.6, 0.1)
+  del row['accuracy_low'], row['accuracy_high']
+  figure = plot_accuracy_against_macs([row], tmp_path / 'fig')
+  assert not figure.axes[0].containers[0].has_yerr
+  assert figure.get_supxlabel() == 'numbers: computational budget'
+
+
+def test_errors_come_before_any_file(tmp_path):
+  with pytest.raises(ValueError, match=r'chance must be in \[0, 1\]; got 16.7'):
+    plot_accuracy_against_macs(_ROWS, tmp_path / 'fig', chance=16.7)
+  with pytest.raises(ValueError, match="got 'macs'"):
+    plot_accuracy_against_macs(_ROWS, tmp_path / 'fig', 'macs')
+  assert not any(tmp_path.iterdir())
