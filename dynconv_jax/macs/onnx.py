@@ -145,7 +145,9 @@ class _Counter:
     )
     scope.constants[name] = (
       numpy_helper.to_array(tensor)
-      if _size(tensor) <= _LARGEST_SHAPE_CONSTANT
+      # Of values, only numbers of steps are looked at.
+      if tensor.data_type == onnx.TensorProto.INT64
+      and _size(tensor) == 1
       and tensor.data_location != onnx.TensorProto.EXTERNAL
       else None
     )
