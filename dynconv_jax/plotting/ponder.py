@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -14,8 +15,10 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.plotting import style
+
+if TYPE_CHECKING:  # Figures are drawn without loading JAX.
+  from dynconv_jax.gating.mask import ExecutionMask
 
 # Its lightness rises strictly with the value, in grey print too.
 _COLORMAP = 'inferno'

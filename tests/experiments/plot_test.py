@@ -30,41 +30,43 @@ def test_draws_results_and_names_the_files(tmp_path):
   assert svg.stat().st_size
 
 
-def test_redraws_the_learning_curves_of_a_workdir(tmp_path):
+def test_an_error_ends_the_program_with_status_one(tmp_path):
+  process = _start(f'--results={tmp_path}/none.csv', '--output=fig.png')
+  stdout, stderr = process.communicate()
+  assert process.returncode == 1
+  assert stdout == ''
+  assert stderr == f"error: there is no file '{tmp_path}/none.csv'\n"
+
+
+def test_workdirs_and_errors(tmp_path):
   rows = [
     {'step': 10 * i, 'epoch': i, 'split': 'train', 'loss': 1 / i}
     for i in (1, 2)
   ]
   lines = ''.join(json.dumps(row) + '\n' for row in rows)
-  (tmp_path / 'metrics.jsonl').write_text(lines + '{"step": 30, "ep')
-  process = _start(f'--workdir={tmp_path}')
-  stdout, stderr = process.communicate()
-  assert process.returncode == 0, stderr
-  png = tmp_path / 'learning_curves.png'
-  assert stdout == f'wrote {png} and {png.with_suffix(".svg")}\n'
-  assert png.stat().st_size
-
-
-def test_errors_are_one_line(tmp_path):
+  run = tmp_path / 'run'
+  run.mkdir()
+  (run / 'metrics.jsonl').write_text(lines + '{"step": 30, "ep')
   empty = tmp_path / 'empty.csv'
   empty.touch()
   bad = tmp_path / 'bad.csv'
   bad.write_text(_HEADER + 'resnet18,dynconv,0.5,0,high,0.08\n')
   output = f'--output={tmp_path / "fig.png"}'
+  curves = run / 'learning_curves'
   cases = [
+    ([f'--workdir={run}'], f'wrote {curves}.png and {curves}.svg'),
     ([], 'give one of --results=FILE.csv and --workdir=DIR'),
-    ([f'--results={bad}', f'--workdir={tmp_path}'], 'give one of --results'),
+    ([f'--results={bad}', f'--workdir={run}'], 'give one of --results'),
     ([f'--results={bad}'], '--results needs --output=FIG.png'),
-    ([f'--results={tmp_path}/none.csv', output], 'there is no file'),
     ([f'--results={empty}', output], 'is empty: it has no header'),
     ([f'--results={bad}', output], "row 1, column 'accuracy': 'high' is not"),
     ([f'--results={bad}', output, '--x=ms'], "gmacs_mean; got 'ms'"),
     ([f'--results={bad}', '--output=fig.pdf'], 'written as .png and .svg'),
     ([f'--workdir={tmp_path}'], 'is no workdir of a run'),
-    ([f'--workdir={tmp_path}', '--x=ms'], '--x belongs to --results'),
+    ([f'--workdir={run}', '--x=ms'], '--x belongs to --results'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
-  # One process runs them all: each import of the package takes seconds.
+  # One process runs them all: importing the package takes seconds.
   code = (
     'import json, sys\n'
     'from absl import flags\n'
@@ -75,21 +77,18 @@ def test_errors_are_one_line(tmp_path):
     '    flags.FLAGS[name].unparse()\n'
     '  try:\n'
     '    plot.main(flags.FLAGS(["plot", *arguments]))\n'
-    '    print("no error")\n'
     '  except (OSError, ValueError) as error:\n'
     '    print(error)\n'
   )
-  program = [sys.executable, '-c', code]
-  arguments = json.dumps([case for case, _ in cases])
-  stdout = subprocess.check_output([*program, arguments], text=True)
+  stdout = subprocess.check_output(
+    [sys.executable, '-c', code, json.dumps([case for case, _ in cases])],
+    text=True,
+  )
   for line, (case, message) in zip(stdout.splitlines(), cases, strict=True):
     assert message in line, case
+  assert {path.name for path in run.iterdir()} == {
+    'metrics.jsonl',
+    'learning_curves.png',
+    'learning_curves.svg',
+  }
   assert not (tmp_path / 'fig.png').exists()
-
-
-def test_an_error_ends_the_program_with_status_one(tmp_path):
-  process = _start(f'--results={tmp_path}/none.csv', '--output=fig.png')
-  stdout, stderr = process.communicate()
-  assert process.returncode == 1
-  assert stdout == ''
-  assert stderr == f"error: there is no file '{tmp_path}/none.csv'\n"
