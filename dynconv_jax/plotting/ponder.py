@@ -271,6 +271,7 @@ def plot_ponder_grid(
     ax=figure.axes,
     format=lambda value, _: f'{100 * value:.3g}',
     fraction=0.1,
+    pad=0.02,
     aspect=30,
   )
   bar.outline.set_visible(False)
