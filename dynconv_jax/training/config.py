@@ -220,6 +220,11 @@ class Config:
         f'batch_size must be divisible by the {num_devices} devices; got '
         f'{self.batch_size}'
       )
+    if self.warmup_epochs > self.epochs > 0:
+      errors.append(
+        f'warmup_epochs must be at most epochs, {self.epochs}; got '
+        f'{self.warmup_epochs}'
+      )
     if len(self.gumbel_milestones) != len(self.gumbel_temperatures) - 1:
       errors.append(
         'gumbel_milestones must be one fewer than gumbel_temperatures; got '
@@ -306,15 +311,19 @@ class Config:
     """Returns the configuration of a text written by `to_flags`.
 
     Raises:
-      ValueError: a line is not --name=value, or names no field.
+      ValueError: a line is not --name=value, names no field, or its value is
+        not one of the field's type.
     """
     types = typing.get_type_hints(cls)
     values = {}
     for line in filter(None, map(str.strip, text.splitlines())):
       name, equals, value = line.removeprefix('--').partition('=')
-      if not line.startswith('--') or not equals or name not in types:
-        raise ValueError(f'not a flag of a training run: {line!r}')
-      values[name] = parse_value(types[name], value)
+      try:
+        if not line.startswith('--') or not equals:
+          raise ValueError
+        values[name] = parse_value(types[name], value)
+      except (KeyError, ValueError):
+        raise ValueError(f'not a flag of a training run: {line!r}') from None
     return cls(**values)
 
   def differing(self, other: Config) -> Sequence[str]:

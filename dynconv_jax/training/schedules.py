@@ -19,9 +19,11 @@ def learning_rate(config: Config, steps_per_epoch: int) -> optax.Schedule:
       config.learning_rate, max(total - warmup, 1)
     )
   else:
+    boundaries = [round(m * total) - warmup for m in config.milestones]
+    # Milestones of a short run may fall on one step: each decays.
     decay = optax.piecewise_constant_schedule(
       config.learning_rate,
-      {round(m * total) - warmup: config.step_decay for m in config.milestones},
+      {b: config.step_decay ** boundaries.count(b) for b in boundaries},
     )
   if not warmup:
     return decay

@@ -1,0 +1,299 @@
+"""Tests of the configuration: flag files, comparison and ranges."""
+
+import dataclasses
+import math
+
+from absl.testing import absltest, parameterized
+
+from dynconv_jax.training.config import Config
+
+# Another value of every field, so that none can be forgotten.
+OTHER = Config(
+  dataset='food101',
+  data_dir='/data sets/a=b',
+  food101_dir='food',
+  cifar10_dir='cifar',
+  image_folder_dir='folder',
+  spots_size=48,
+  spots_train=7,
+  spots_test=5,
+  spots_seed=3,
+  classes=('apple_pie', 'tuna_tartare'),
+  train_split='train[:80%]+validation',
+  validation_split='none',
+  test_split='test[:10]',
+  image_size=64,
+  cache='device',
+  cache_size=96,
+  num_workers=2,
+  skip_corrupt=True,
+  crop='pad',
+  crop_scale=(0.08, 0.9),
+  crop_padding=2,
+  flip=False,
+  color_jitter=0.4,
+  mixup=0.2,
+  cutmix=1.0,
+  random_erasing=0.25,
+  label_smoothing=0.1,
+  model='resnet18',
+  method='dense',
+  width_multiplier=0.5,
+  mask_kernel_size=1,
+  compute_dtype='bfloat16',
+  init_from='runs/dense',
+  mask_bias=-2.5,
+  distill_from='runs/teacher',
+  distill_temperature=2.0,
+  distill_weight=0.9,
+  budget=0.3,
+  budget_warmup=0.4,
+  sparsity_weight=0.01,
+  gumbel_temperatures=(5.0, 2.5, 1.0),
+  gumbel_milestones=(1 / 3, 0.6),
+  gumbel_noise_until=0.5,
+  optimizer='adamw',
+  learning_rate=2.5e-4,
+  momentum=0.8,
+  weight_decay=5e-4,
+  decay_all=True,
+  schedule='step',
+  milestones=(),
+  step_decay=0.2,
+  warmup_epochs=1.5,
+  gradient_clip=1.0,
+  ema_decay=0.999,
+  batch_size=32,
+  epochs=3,
+  seed=17,
+  eval_batch_size=10,
+  checkpoint_every_epochs=2,
+  keep_checkpoints=5,
+  log_every_steps=1,
+)
+FIELDS = [field.name for field in dataclasses.fields(Config)]
+
+
+class FlagsTest(parameterized.TestCase):
+  def test_every_field_has_another_value(self):
+    for name in FIELDS:
+      self.assertNotEqual(getattr(OTHER, name), getattr(Config(), name), name)
+
+  @parameterized.parameters(Config(), OTHER)
+  def test_round_trip(self, config):
+    again = Config.from_flags(config.to_flags())
+    self.assertEqual(again, config)
+    for name in FIELDS:
+      self.assertIs(type(getattr(again, name)), type(getattr(config, name)))
+
+  def test_text(self):
+    lines = OTHER.to_flags().splitlines()
+    for line in (
+      '--classes=apple_pie,tuna_tartare',
+      '--milestones=',
+      '--flip=false',
+      '--skip_corrupt=true',
+      '--mask_bias=-2.5',
+      '--data_dir=/data sets/a=b',
+    ):
+      self.assertIn(line, lines)
+    self.assertLen(lines, len(FIELDS))
+    # Unset has no flag of its own.
+    self.assertNotIn('mask_bias', Config().to_flags())
+
+  def test_missing_lines_are_defaults(self):
+    self.assertEqual(
+      Config.from_flags('\n--epochs=3\n\n  --flip=false\n'),
+      Config(epochs=3, flip=False),
+    )
+
+  @parameterized.parameters(
+    '--epochs', 'epochs=3', '--epoch=3', '# a comment', '--=3'
+  )
+  def test_not_a_flag(self, line):
+    with self.assertRaisesRegex(
+      ValueError, f'not a flag of a training run: {line!r}'
+    ):
+      Config.from_flags(f'--seed=1\n{line}\n')
+
+  @parameterized.parameters(
+    '--epochs=three',
+    '--epochs=2.5',
+    '--flip=maybe',
+    '--budget=half',
+    '--milestones=0.5,x',
+    '--mask_bias=open',
+  )
+  def test_not_a_value(self, line):
+    with self.assertRaisesRegex(
+      ValueError, f'not a flag of a training run: {line!r}'
+    ):
+      Config.from_flags(f'--seed=1\n{line}\n')
+
+
+class DifferingTest(absltest.TestCase):
+  def test_equal(self):
+    self.assertEmpty(Config().differing(Config()))
+
+  def test_names_both_values(self):
+    mine = Config(budget=0.3, classes=('a',), seed=1)
+    self.assertEqual(
+      mine.differing(Config(budget=0.5, seed=1)),
+      ["classes: ('a',), not ()", 'budget: 0.3, not 0.5'],
+    )
+
+  def test_operational_fields_may_differ(self):
+    named = {line.split(':')[0] for line in Config().differing(OTHER)}
+    self.assertEqual(
+      set(FIELDS) - named,
+      {
+        'data_dir',
+        'food101_dir',
+        'cifar10_dir',
+        'image_folder_dir',
+        'num_workers',
+        'eval_batch_size',
+        'checkpoint_every_epochs',
+        'keep_checkpoints',
+        'log_every_steps',
+      },
+    )
+
+
+class CheckTest(parameterized.TestCase):
+  @parameterized.parameters(
+    Config(),
+    dataclasses.replace(OTHER, milestones=(0.5,)),
+    Config(milestones=()),
+    Config(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
+    Config(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
+  )
+  def test_good(self, config):
+    config.check()
+
+  @parameterized.parameters(
+    ({'dataset': 'food'}, r"unknown dataset 'food' \(did you mean 'food101'\?"),
+    ({'cache': 'disk'}, "unknown cache 'disk'; allowed: none, device"),
+    (
+      {'model': 'resnet19'},
+      r"unknown model 'resnet19' \(did you mean '.*resnet1",
+    ),
+    ({'method': 'dyncov'}, r"'dyncov' \(did you mean 'dynconv'\?\)"),
+    ({'compute_dtype': 'float16'}, "unknown compute_dtype 'float16'"),
+    ({'optimizer': 'adam'}, r"'adam' \(did you mean 'adamw'\?\)"),
+    ({'schedule': 'linear'}, "'linear'.*; allowed: cosine, step"),
+    ({'crop': 'centre'}, "crop must be one of .*; got 'centre'"),
+    ({'crop_scale': (0.5, 0.2)}, r'crop_scale must .*; got \(0.5, 0.2\)'),
+    ({'label_smoothing': 1.0}, r'label_smoothing must be in \[0, 1\)'),
+    (
+      {'model': 'resnet50', 'image_size': 63},
+      'image_size must be at least 64 for resnet50.*32; got 63',
+    ),
+    ({'image_size': 7}, 'image_size must be at least 8 for cifar_resnet8'),
+    *(
+      ({name: 0}, f'{name} must be > 0; got 0')
+      for name in (
+        'learning_rate',
+        'distill_temperature',
+        'batch_size',
+        'eval_batch_size',
+        'epochs',
+        'checkpoint_every_epochs',
+        'keep_checkpoints',
+        'log_every_steps',
+        'width_multiplier',
+      )
+    ),
+    *(
+      ({name: -1}, f'{name} must be >= 0; got -1')
+      for name in (
+        'cache_size',
+        'num_workers',
+        'sparsity_weight',
+        'weight_decay',
+        'warmup_epochs',
+        'gradient_clip',
+        'seed',
+      )
+    ),
+    *(
+      ({name: value}, rf'{name} must be in \[0, 1\]; got {value}')
+      for name in (
+        'budget',
+        'budget_warmup',
+        'distill_weight',
+        'gumbel_noise_until',
+        'step_decay',
+      )
+      for value in (-0.1, 1.3, math.nan)
+    ),
+    *(
+      ({name: value}, rf'{name} must be in \[0, 1\); got {value}')
+      for name in ('momentum', 'ema_decay')
+      for value in (-0.1, 1.0)
+    ),
+    *(
+      ({'milestones': value}, 'milestones must be rising shares in')
+      for value in ((0.5, 0.2), (0.5, 0.5), (0.0,), (1.0,), (30.0,))
+    ),
+    ({'mask_kernel_size': 2}, 'mask_kernel_size must be 1 or 3; got 2'),
+    ({'gumbel_temperatures': (0.0,)}, 'gumbel_temperatures must be one or'),
+    (
+      {'gumbel_temperatures': (2.0, 1.0)},
+      'gumbel_milestones must be one fewer than gumbel_temperatures; '
+      'got 0 and 2',
+    ),
+    (
+      {'warmup_epochs': 21.0},
+      'warmup_epochs must be at most epochs, 20; got 21.0',
+    ),
+  )
+  def test_bad(self, fields, message):
+    with self.assertRaisesRegex(ValueError, message) as context:
+      Config(**fields).check()
+    # One mistake, one message: errors are joined by '; NAME must'.
+    self.assertNotRegex(str(context.exception), r'; \w+ must|; unknown')
+
+  def test_names_all_at_once(self):
+    config = Config(
+      method='sparse', budget=1.3, epochs=0, mixup=-1.0, image_size=4
+    )
+    with self.assertRaises(ValueError) as context:
+      config.check()
+    message = str(context.exception)
+    for part in (
+      "unknown method 'sparse'",
+      'budget must be in [0, 1]; got 1.3',
+      'epochs must be > 0; got 0',
+      'mixup must be >= 0; got -1.0',
+      'image_size must be at least 8',
+    ):
+      self.assertIn(part, message)
+
+  def test_devices(self):
+    Config(batch_size=64).check(num_devices=4)
+    with self.assertRaisesRegex(
+      ValueError, 'batch_size must be divisible by the 3 devices; got 64'
+    ):
+      Config(batch_size=64).check(num_devices=3)
+
+
+class AugmentationTest(absltest.TestCase):
+  def test_takes_the_fields_of_its_names(self):
+    augmentation = OTHER.augmentation()
+    for name in (
+      'crop',
+      'crop_scale',
+      'crop_padding',
+      'flip',
+      'color_jitter',
+      'mixup',
+      'cutmix',
+      'random_erasing',
+      'label_smoothing',
+    ):
+      self.assertEqual(getattr(augmentation, name), getattr(OTHER, name))
+
+
+if __name__ == '__main__':
+  absltest.main()
