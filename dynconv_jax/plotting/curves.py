@@ -148,13 +148,15 @@ def _draw_budget(ax: Axes, metrics: Sequence[Mapping], x_key: str) -> None:
   if not x:
     return
   ax.plot(x, budgets, '--', color=style.INK, linewidth=1, label='budget')
+  # On the side of the budget where no curve ends, if there is one.
+  below = min(line.get_ydata()[-1] for line in ax.lines) >= budgets[-1]
   ax.annotate(
     f'budget {100 * budgets[-1]:.3g} %',
     (x[-1], budgets[-1]),
-    xytext=(0, -4),
+    xytext=(0, -4 if below else 4),
     textcoords='offset points',
     ha='right',
-    va='top',
+    va='top' if below else 'bottom',
     fontsize=8,
   )
 

@@ -120,6 +120,16 @@ def test_metrics_that_cannot_be_drawn(tmp_path, rows, message):
   assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures('unwritten')
+@pytest.mark.parametrize(('last', 'side'), [(0.52, 'top'), (0.4, 'bottom')])
+def test_the_budget_is_named_off_the_curves(tmp_path, last, side):
+  rows = _metrics()
+  rows[-1]['executed_fraction'] = last
+  figure = plot_learning_curves(rows, tmp_path / 'curves')
+  (text,) = figure.axes[2].texts
+  assert text.get_verticalalignment() == side
+
+
 def _bars(ax):
   return [bar.get_height() for bar in ax.patches]
 
