@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.extend import core
 
 from dynconv_jax.macs import conventions, report, scopes
 from dynconv_jax.macs.walk import Walk
-
-_traces = itertools.count()
 
 
 def count_macs(
@@ -110,11 +106,8 @@ def _trace(f, args, kwargs) -> core.ClosedJaxpr:
     return [x for x in outputs if _is_array(x)]
 
   names = scopes.Scopes()
-  # jit and remat reuse what they once traced, without names or with others;
-  # metadata of its own makes each of these traces a first one.
-  metadata = set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
   try:
-    with names.active(), metadata:
+    with names.active():
       return jax.make_jaxpr(traced)(*arrays)
   except Exception as error:
     given = [*map(_describe, args), *map(_describe, kwargs.values())]

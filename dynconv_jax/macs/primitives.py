@@ -119,12 +119,22 @@ def work_of(eqn: Any) -> formulas.Work | None:
   return formulas.elementwise(eqn.invars[2].aval.size)
 
 
-def out_features(eqn: Any) -> int:
-  """Returns the number of biases that the output of a product can have."""
+def out_features(eqn: Any, weights: int = 1) -> int:
+  """Returns how many biases the output of a product can take, one a feature.
+
+  Args:
+    eqn: a convolution or matrix product.
+    weights: which operand holds the weights, 0 or 1.
+  """
   if eqn.primitive.name == 'conv_general_dilated':
-    spec = eqn.params['dimension_numbers'].out_spec
-    return eqn.outvars[0].aval.shape[spec[1]]
-  return eqn.outvars[0].aval.shape[-1] if eqn.outvars[0].aval.ndim else 1
+    spec = eqn.params['dimension_numbers'].rhs_spec
+    return eqn.invars[1].aval.shape[spec[0]]
+  if eqn.primitive.name == 'dot_general':
+    contract, batch = eqn.params['dimension_numbers']
+    used = {*contract[weights], *batch[weights]}
+    shape = eqn.invars[weights].aval.shape
+    return math.prod(n for i, n in enumerate(shape) if i not in used)
+  return 0
 
 
 def _convolution(eqn) -> formulas.Work:

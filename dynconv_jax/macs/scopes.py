@@ -12,18 +12,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 # Opens a scope that names a path from the root, not from the scope around it.
 _ABSOLUTE = '@'
 
 # The classes of a process are wrapped for the length of a trace.
 _lock = threading.RLock()
+
+_traces = itertools.count()
 
 
 def is_nnx(value: Any) -> bool:
@@ -96,7 +100,7 @@ class Scopes:
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
     """Wraps every class of modules while the context is open."""
-    with _lock:
+    with _lock, self._traced_anew():
       replaced = []
       try:
         for cls in {c for base in _bases() for c in _subclasses(base)}:
@@ -109,6 +113,13 @@ class Scopes:
         for cls, call in replaced:
           cls.__call__ = call
 
+  def _traced_anew(self) -> contextlib.AbstractContextManager:
+    """Keeps jit and remat from reusing a trace that has other names, or none.
+
+    They trace again where the metadata is not the same.
+    """
+    return set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
+
   def _named(self, call: Callable) -> Callable:
     @functools.wraps(call)
     def named_call(module, *args, **kwargs):
@@ -116,7 +127,7 @@ class Scopes:
       self._stack.append(path)
       self._called = {p for p in self._called if not _within(path, p)} | {path}
       try:
-        with jax.named_scope(_ABSOLUTE + path):
+        with jax.named_scope(_ABSOLUTE + path), self._traced_anew():
           return call(module, *args, **kwargs)
       finally:
         self._stack.pop()
@@ -133,7 +144,8 @@ class Scopes:
 
     Transformations such as grad, nnx.scan and nnx.remat call copies. One
     stands for the first of its class, in the module around it, that was not
-    called yet.
+    called yet. (A transformed function that JAX traces once and uses for
+    several modules names them all alike.)
     """
     around = self._stack[-1] if self._stack else ''
     alike = [

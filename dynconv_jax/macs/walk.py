@@ -125,8 +125,10 @@ class Walk:
       scopes.layer_name(*stacks), name, work, eqn.outvars[0].aval.shape
     )
     if name in _PRODUCTS:
-      entry.weights = _weights_of_product(eqn, inputs)
-      entry.features = primitives.out_features(eqn)
+      operand = _weights_operand(eqn, inputs)
+      if isinstance(weights := inputs[operand], _Weight):
+        entry.weights = (weights,)
+      entry.features = primitives.out_features(eqn, operand)
     self._entries.append(entry)
     return [entry]
 
@@ -327,18 +329,17 @@ def _weights_only(known: Any) -> _Weight | None:
   return known if isinstance(known, _Weight) else None
 
 
-def _weights_of_product(eqn, inputs) -> tuple[_Weight, ...]:
-  """Returns the operand that holds the layer's weights, if one does.
+def _weights_operand(eqn, inputs) -> int:
+  """Returns which operand of a product holds the layer's weights, 0 or 1.
 
-  It comes from outside. Where both do, the second is it, as in x @ w, unless
-  only the first is a matrix, as in w @ x.
+  It is the one from outside. Where both are, it is the second, as in x @ w,
+  unless only the first is a matrix, as in w @ x.
   """
-  lhs, rhs = map(_weights_only, inputs[:2])
-  if eqn.primitive.name == 'dot_general':
-    ndims = [v.aval.ndim for v in eqn.invars[:2]]
-    if lhs and (not rhs or (ndims[0] == 2 and ndims[1] != 2)):
-      rhs = lhs
-  return (rhs,) if rhs else ()
+  if eqn.primitive.name != 'dot_general':
+    return 1
+  lhs, rhs = (isinstance(known, _Weight) for known in inputs[:2])
+  ndims = [v.aval.ndim for v in eqn.invars[:2]]
+  return 0 if lhs and (not rhs or ndims[0] == 2 != ndims[1]) else 1
 
 
 def _devices(params: Mapping[str, Any]) -> int:
