@@ -40,10 +40,19 @@ def open_split(config: Config, split: str) -> sources.ImageSource:
   """
   if split not in sources.Splits._fields:
     source = sources.open_source(config.dataset, split, **_options(config))
-  else:
-    source = getattr(open_splits(config), split)
+    if source is None:
+      raise ValueError(
+        f'split must be {", ".join(sources.Splits._fields)} or in the notation '
+        f'of TFDS; got {split!r}'
+      )
+    return source
+  opened = open_splits(config)
+  source = getattr(opened, split)
   if source is None:
-    raise ValueError(f'this run has no {split} split')
+    there = [name for name, s in opened._asdict().items() if s is not None]
+    raise ValueError(
+      f'this run has no {split} split; it has {" and ".join(there)}'
+    )
   return source
 
 

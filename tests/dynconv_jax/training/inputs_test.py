@@ -1,0 +1,178 @@
+"""The data of a run: splits by role, and options that reach the data."""
+
+import dataclasses
+import types
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from dynconv_jax.data import spots
+from dynconv_jax.training import inputs
+from dynconv_jax.training.config import Config
+
+
+@pytest.fixture(scope='module')
+def config(tmp_path_factory):
+  return Config(
+    spots_size=24,
+    spots_train=30,
+    spots_test=10,
+    image_size=24,
+    crop='none',
+    batch_size=4,
+    eval_batch_size=4,
+    data_dir=str(tmp_path_factory.mktemp('data')),
+  )
+
+
+def _names(source):
+  return [source[i]['name'] for i in range(len(source))]
+
+
+def _numbered(split, numbers):
+  return [f'{split}/{i:06d}' for i in numbers]
+
+
+def test_splits_by_role_and_by_notation(config):
+  splits = inputs.open_splits(config)
+  # TFDS shuffles the examples, by a hash of their names, once.
+  assert [len(source) for source in splits] == [27, 3, 10]
+  names = [_names(source) for source in splits]
+  assert sorted(names[0] + names[1]) == _numbered('train', range(30))
+  assert sorted(names[2]) == _numbered('test', range(10))
+  for role, expected in zip(splits._fields, names, strict=True):
+    assert _names(inputs.open_split(config, role)) == expected
+  mixed = inputs.open_split(config, 'train[-3:]+test[:20%]')
+  assert _names(mixed) == names[1] + names[2][:2]
+
+
+def test_roles_are_those_of_the_run(config):
+  config = dataclasses.replace(
+    config, train_split='train[:4]', validation_split='test[:6]', test_split=''
+  )
+  names = _names(inputs.open_split(config, 'test[:100%]'))
+  assert len(inputs.open_split(config, 'train')) == 4
+  assert _names(inputs.open_split(config, 'validation')) == names[:6]
+  with pytest.raises(ValueError, match='^this run has no test split'):
+    inputs.open_split(config, 'test')
+
+
+@pytest.mark.parametrize('none', ['none', ''])
+def test_without_a_validation_split(config, none):
+  config = dataclasses.replace(config, validation_split=none)
+  assert inputs.open_splits(config).validation is None
+  with pytest.raises(
+    ValueError,
+    match='^this run has no validation split; it has train and test$',
+  ):
+    inputs.open_split(config, 'validation')
+
+
+@pytest.mark.parametrize(
+  'split, message',
+  [
+    ('trian', "split 'trian': .*the dataset has train: 30 .*, test: 10"),
+    ('train[30:]', "split 'train.30:.' is empty"),
+    ('none', "^split must be train, validation, test or .*; got 'none'"),
+    (' ', "^split must be train, validation, test or .*; got ' '"),
+  ],
+)
+def test_a_split_that_is_not_there(config, split, message):
+  with pytest.raises(ValueError, match=message):
+    inputs.open_split(config, split)
+
+
+def test_every_option_of_the_data_reaches_it():
+  config = Config(
+    dataset='image_folder',
+    data_dir='data',
+    image_folder_dir='folder',
+    spots_size=40,
+    spots_train=50,
+    spots_test=60,
+    spots_seed=7,
+    classes=('b', 'a'),
+    train_split='train[:3]',
+    validation_split='none',
+    skip_corrupt=True,
+  )
+  with mock.patch.object(inputs.sources, 'open_splits') as open_splits:
+    inputs.open_splits(config)
+  open_splits.assert_called_once_with(
+    'image_folder',
+    'train[:3]',
+    'none',
+    None,
+    data_dir='data',
+    food101_dir=None,
+    cifar10_dir=None,
+    image_folder_dir='folder',
+    spots_size=40,
+    spots_train=50,
+    spots_test=60,
+    spots_seed=7,
+    classes=('b', 'a'),
+    skip_corrupt=True,
+  )
+
+
+def test_train_batches_follow_the_config(config):
+  config = dataclasses.replace(config, label_smoothing=0.3, flip=False, seed=3)
+  source = inputs.open_split(config, 'train[:4]')
+  batches = inputs.train_batches(config, source)
+  batch = next(batches)
+  batches.close()
+  assert batches.steps_per_epoch == 1
+  assert batch['image'].shape == (4, 24, 24, 3)
+  labels = np.asarray(batch['label'])
+  np.testing.assert_allclose(np.sort(labels)[:, :5], 0.05, atol=1e-6)
+  np.testing.assert_allclose(labels.max(1), 0.75, atol=1e-6)
+  assert sorted(labels.argmax(1)) == sorted(source.labels)
+
+
+def test_eval_batches_hold_each_image_once(config):
+  source = inputs.open_split(config, 'test')
+  batches = list(inputs.eval_batches(config, source))
+  assert [batch['weight'].tolist() for batch in batches] == [
+    [1, 1, 1, 1],
+    [1, 1, 1, 1],
+    [1, 1, 0, 0],
+  ]
+  images = np.concatenate([batch['image'] for batch in batches])[:10]
+  masks = np.concatenate([batch['object_mask'] for batch in batches])[:10]
+  labels = np.concatenate([batch['label'] for batch in batches])[:10]
+  for i, name in enumerate(_names(source)):
+    image, mask, label = spots.draw(
+      spots.SpotsConfig(24), 'test', int(name[-6:])
+    )
+    expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(images[i], expected, atol=1e-5)
+    np.testing.assert_array_equal(masks[i], mask)
+    assert labels[i] == label
+
+
+@pytest.mark.parametrize(
+  'eval_batch_size, devices, expected',
+  [(4, 1, 4), (250, 1, 10), (250, 4, 12), (4, 3, 6), (1, 2, 2)],
+)
+def test_eval_batches_suit_split_and_devices(
+  config, eval_batch_size, devices, expected
+):
+  sharding = types.SimpleNamespace(device_set=set(range(devices)))
+  config = dataclasses.replace(config, eval_batch_size=eval_batch_size)
+  with mock.patch.object(inputs, 'EvalBatches') as made:
+    inputs.eval_batches(config, range(10), sharding)
+  assert made.call_args.kwargs['batch_size'] == expected
+  assert made.call_args.kwargs['sharding'] is sharding
+
+
+@pytest.mark.parametrize(
+  'crop, ratio', [('resized', 8 / 7), ('pad', 1), ('none', 1)]
+)
+def test_evaluation_sees_what_training_sees(config, crop, ratio):
+  config = dataclasses.replace(config, crop=crop)
+  with mock.patch.object(inputs, 'EvalBatches') as made:
+    inputs.eval_batches(config, range(3))
+  assert made.call_args.kwargs['resize_ratio'] == pytest.approx(ratio)
+  assert inputs.resize_ratio(config) == pytest.approx(ratio)
