@@ -67,6 +67,8 @@ def count_macs(
   """
   if not isinstance(module, nn.Module):
     raise TypeError(f'module must be a torch.nn.Module; got {type(module)}')
+  # A compiled module is counted by what was compiled.
+  module = getattr(module, '_orig_mod', module)
   if branch not in ('max', 'min', 'true', 'false'):
     raise ValueError(
       f"branch must be 'max', 'min', 'true' or 'false'; got {branch!r}"
@@ -191,7 +193,9 @@ class _Counter(TorchDispatchMode):
         output = func.decompose(*args, **kwargs)
       if output is not NotImplemented:
         return output
-    output = func(*args, **kwargs)
+    output = torch_ops.recurrent_output(func, args, kwargs)
+    if output is None:
+      output = func(*args, **kwargs)
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
     if work is None:
       self._leave_out(func)

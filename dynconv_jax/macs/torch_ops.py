@@ -86,6 +86,18 @@ def _is_floating(tensor: torch.Tensor) -> bool:
   return tensor.is_floating_point() or tensor.is_complex()
 
 
+def recurrent_output(func, args, kwargs) -> tuple[torch.Tensor, ...] | None:
+  """Returns what recurrent layers give, whose steps would be run one by one."""
+  if _name(func) not in ('lstm', 'gru', 'rnn_tanh', 'rnn_relu'):
+    return None
+  a = _bind(func, args, kwargs)
+  inputs = a.data if hasattr(a, 'data') else a.input
+  states = [a.hx] if isinstance(a.hx, torch.Tensor) else a.hx
+  features = states[0].shape[-1] * (1 + a.bidirectional)
+  shapes = [(*inputs.shape[:-1], features), *(state.shape for state in states)]
+  return tuple(inputs.new_empty(shape) for shape in shapes)
+
+
 def first_shape(output: Any) -> tuple[int, ...]:
   """Returns the shape of the first tensor of a result, () if there is none."""
   for leaf in pytree.tree_leaves(output):
@@ -236,34 +248,19 @@ def _batch_norm(a) -> formulas.Work:
   )
 
 
-def _instance_norm(a) -> formulas.Work:
-  groups = a.input.shape[0] * a.input.shape[1]
+def _own_norm(a) -> formulas.Work:
+  """A norm by groups, layers or instances: by statistics of its input."""
+  if hasattr(a, 'num_groups'):
+    groups = a.input.shape[0] * a.num_groups
+  elif hasattr(a, 'normalized_shape'):
+    groups = a.input.numel() // math.prod(a.normalized_shape)
+  else:
+    groups = a.input.shape[0] * a.input.shape[1]
   return formulas.norm(
     a.input.numel(),
     groups,
     affine=a.weight is not None,
-    statistics_groups=groups if a.use_input_stats else 0,
-  )
-
-
-def _group_norm(a) -> formulas.Work:
-  groups = a.input.shape[0] * a.num_groups
-  return formulas.norm(
-    a.input.numel(),
-    groups,
-    affine=a.weight is not None,
-    statistics_groups=groups,
-  )
-
-
-def _layer_norm(a) -> formulas.Work:
-  elements = a.input.numel()
-  groups = elements // math.prod(a.normalized_shape)
-  return formulas.norm(
-    elements,
-    groups,
-    affine=a.weight is not None,
-    statistics_groups=groups,
+    statistics_groups=groups if getattr(a, 'use_input_stats', True) else 0,
   )
 
 
@@ -351,9 +348,9 @@ _FORMULAS = {
     for suffix in ('', '_cell')
   },
   'batch_norm': _batch_norm,
-  'instance_norm': _instance_norm,
-  'group_norm': _group_norm,
-  'layer_norm': _layer_norm,
+  'instance_norm': _own_norm,
+  'group_norm': _own_norm,
+  'layer_norm': _own_norm,
   'softmax': _softmax,
   '_softmax': _softmax,
   'log_softmax': _softmax,

@@ -55,7 +55,8 @@ class PublishedTest(parameterized.TestCase):
     self.assertEmpty(report.uncounted)
 
   def test_names_parameters_and_shapes(self):
-    module = compare_counters.resnet18()
+    with torch.device('meta'):
+      module = compare_counters.resnet18()
     report = count_macs(module, (2, 3, 64, 64), convention='ptflops')
     self.assertEqual(
       report.parameters, sum(weight.numel() for weight in module.parameters())
@@ -179,6 +180,28 @@ class StructureTest(parameterized.TestCase):
       )
     self.assertEqual(list(report.by_layer), layers)
     self.assertEqual(report.total, 2 * 16 if len(layers) == 1 else 2 * 2 * 64)
+
+  def test_compiled_modules(self):
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    report = count_macs(
+      torch.compile(module, backend='eager'), (2, 4), convention='flops'
+    )
+    self.assertEqual(list(report.by_layer), ['0', '1'])
+    self.assertEqual(report.total, 2 * 3 * (2 * 4 + 1 + 1))
+
+  @pytest.mark.filterwarnings('ignore:LSTM with projections')
+  def test_long_sequences_have_the_shapes_of_pytorch(self):
+    for layer in (
+      nn.GRU(5, 3, 2, bidirectional=True),
+      nn.LSTM(5, 4, 2, proj_size=3, batch_first=True),
+    ):
+      module = nn.Sequential(layer, Functional(lambda out: out[0]))
+      after = Functional(lambda x: x.reshape(-1).sin())
+      module.append(after)
+      report = count_macs(module, (7, 2, 5), convention='flops')
+      with torch.no_grad():
+        (size,) = module(torch.zeros(7, 2, 5)).shape
+      self.assertEqual(report.by_layer['2'].macs, size)
 
   def test_nothing_is_allocated(self):
     module = nn.Conv2d(3, 2, 1, bias=False)
