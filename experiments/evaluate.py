@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,9 +27,9 @@ from dynconv_jax.plotting.ponder import ponder_cost_map
 from dynconv_jax.training import inputs
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
-from dynconv_jax.training.workdir import Run, load_run
+from dynconv_jax.training.workdir import Run, load_run, read_config
 from experiments import program
-from experiments.results_table import write_result
+from experiments.results_table import check_table, write_result
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run to evaluate.', required=True
@@ -45,8 +46,8 @@ _CHECKPOINT = flags.DEFINE_enum(
   'best by validation accuracy (the latest where there was no validation), '
   'or latest.',
 )
-_CONVENTION = flags.DEFINE_string(
-  'convention', 'conv', 'How MACs are counted: conv or conv+linear.'
+_CONVENTION = flags.DEFINE_enum(
+  'convention', 'conv', ['conv', 'conv+linear'], 'How MACs are counted.'
 )
 _NUM_MAPS = flags.DEFINE_integer(
   'num_maps', 12, 'Images in the grid of ponder-cost maps.', lower_bound=0
@@ -65,11 +66,19 @@ def main(argv: Sequence[str]) -> None:
   """Evaluates, writes the figures and prints the result."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  folder = pathlib.Path(_WORKDIR.value).expanduser()
-  run = load_run(folder, best=_CHECKPOINT.value == 'best')
+  folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   places = {flag.name: flag.value for flag in _PLACES if flag.value is not None}
-  config = dataclasses.replace(run.config, **places)
+  config = dataclasses.replace(read_config(folder), **places)
   source = inputs.open_split(config, _SPLIT.value)
+  if _RESULTS.value:
+    results = pathlib.Path(_RESULTS.value).expanduser()
+    check_table(results)
+  run = load_run(folder, best=_CHECKPOINT.value == 'best')
+  if source.class_names != run.class_names:
+    raise ValueError(
+      f'the data has the classes {", ".join(source.class_names)}; the run was '
+      f'trained on {", ".join(run.class_names)}'
+    )
   batches = inputs.eval_batches(config, source)
   size = config.image_size
   report = count_macs(
@@ -91,26 +100,27 @@ def main(argv: Sequence[str]) -> None:
     'gmacs_dense': report.total / 1e9,
     'convention': _CONVENTION.value,
   }
-  if run.config.method != 'dense':
+  if config.method != 'dense':
     summary['budget'] = config.budget
   if batches.num_skipped:
     summary['skipped'] = batches.num_skipped
 
   name = ''.join(c if c.isalnum() else '_' for c in _SPLIT.value)
-  (folder / f'evaluation_{name}.json').write_text(
-    json.dumps(summary, indent=2) + '\n'
-  )
+  written = folder / f'evaluation_{name}.json'
+  partial = written.with_suffix('.partial')
+  partial.write_text(json.dumps(summary, indent=2) + '\n')
+  os.replace(partial, written)
   figures = []
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')
     plot_block_density(
       result.block_names, result.densities.T, figures[-1], config.budget
     )
-    if _NUM_MAPS.value:
+    if examples := _spread(source, batches.skipped):
       figures.append(folder / f'ponder_maps_{name}.png')
-      _draw_maps(run, network, source, report, figures[-1])
+      _draw_maps(run, network, examples, report, figures[-1])
   if _RESULTS.value:
-    write_result(_RESULTS.value, _result_row(folder, config, summary))
+    write_result(results, _result_row(folder, config, summary))
   for key, value in summary.items():
     if not isinstance(value, Mapping):
       print(
@@ -123,17 +133,19 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(summary))
 
 
-def _draw_maps(run: Run, network, source, report, path: pathlib.Path) -> None:
-  """Draws images spread evenly over the split, so over its classes."""
+def _spread(source, skipped: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns examples spread evenly over the split, so over its classes."""
   count = min(_NUM_MAPS.value, len(source))
   spread = np.linspace(0, len(source) - 1, count).astype(int)
-  chosen = [source[i] for i in spread]
+  examples = [source[i] for i in spread]
+  return [e for e in examples if e['name'] not in skipped]
+
+
+def _draw_maps(run: Run, network, examples, report, path: pathlib.Path) -> None:
   config = dataclasses.replace(
-    run.config, cache='none', num_workers=0, eval_batch_size=count
+    run.config, cache='none', num_workers=0, eval_batch_size=len(examples)
   )
-  batch = next(
-    iter(inputs.eval_batches(config, _Examples(chosen, source.class_names)))
-  )
+  batch = next(iter(inputs.eval_batches(config, examples)))
   logits, masks = network(batch['image'])
   predicted = np.argmax(logits, -1)
   titles = [
@@ -152,14 +164,6 @@ def _draw_maps(run: Run, network, source, report, path: pathlib.Path) -> None:
 def _title(label: str, guess: str) -> str:
   label, guess = (name.replace('_', ' ') for name in (label, guess))
   return label if label == guess else f'{label}\n(not {guess})'
-
-
-class _Examples(list):
-  """A few examples, as a source."""
-
-  def __init__(self, examples, class_names):
-    super().__init__(examples)
-    self.class_names = class_names
 
 
 def _result_row(folder, config, summary) -> dict[str, Any]:

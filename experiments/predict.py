@@ -50,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
   paths = [pathlib.Path(arg).expanduser() for arg in argv[1:]]
   if not paths:
     raise ValueError('name at least one image: JPEG, PNG or WebP')
+  output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser()
+  output_dir.mkdir(parents=True, exist_ok=True)
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   size, ratio = run.config.image_size, inputs.resize_ratio(run.config)
   report = count_macs(
@@ -57,8 +59,6 @@ def main(argv: Sequence[str]) -> None:
   )
   graphdef, params, model_state = split_model(run.model)
   predict = make_predict(graphdef)
-  output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser()
-  output_dir.mkdir(parents=True, exist_ok=True)
 
   results, failed, names = [], 0, set()
   for path in paths:

@@ -1,0 +1,122 @@
+"""Programs called in this process, and two small trained runs for them."""
+
+import contextlib
+import importlib.util
+import io
+import pathlib
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from dynconv_jax.training import loop
+from dynconv_jax.training.config import Config
+
+
+class Programs:
+  """Calls the programs, each with its own flags.
+
+  Several define a flag of the same name, which absl refuses in one process:
+  a program's flags are known only while it is loaded or called.
+  """
+
+  def __init__(self):
+    self._loaded = {}
+
+  def __call__(self, name: str, *arguments, stdout=None) -> str:
+    """Returns what a program prints to stdout; its errors come through.
+
+    Args:
+      name: such as 'evaluate'.
+      *arguments: of its command line.
+      stdout: is printed to, for a program that ends by an error.
+    """
+    stdout = stdout or io.StringIO()
+    with _no_program_flags():
+      if name not in self._loaded:
+        self._loaded[name] = _load(name)
+      module, own = self._loaded[name]
+      with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
+        for flag in own:
+          flags.FLAGS[flag.name] = flag
+          stack.callback(delattr, flags.FLAGS, flag.name)
+          stack.callback(flag.unparse)
+        rest = flags.FLAGS([name, *map(str, arguments)])
+        stdout = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        module.main(rest)
+    return stdout.getvalue()
+
+
+def _load(name: str):
+  """Returns a copy of a program's module, and its flags, taken out."""
+  known = set(flags.FLAGS)
+  spec = importlib.util.find_spec(f'experiments.{name}')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  own = [flags.FLAGS[flag] for flag in set(flags.FLAGS) - known]
+  for flag in own:
+    delattr(flags.FLAGS, flag.name)
+  return module, own
+
+
+@contextlib.contextmanager
+def _no_program_flags():
+  """Takes out flags of programs that a test has imported by itself."""
+  taken = [
+    flag
+    for module, defined in flags.FLAGS.flags_by_module_dict().items()
+    if module.startswith('experiments.')
+    for flag in defined
+  ]
+  for flag in taken:
+    delattr(flags.FLAGS, flag.name)
+  try:
+    yield
+  finally:
+    for flag in taken:
+      flags.FLAGS[flag.name] = flag
+
+
+@pytest.fixture(scope='session')
+def program():
+  """program('evaluate', '--workdir=...') returns what it prints."""
+  return Programs()
+
+
+def _train(folder: pathlib.Path, method: str) -> pathlib.Path:
+  config = Config(
+    dataset='spots',
+    spots_size=24,
+    spots_train=64,
+    spots_test=20,
+    data_dir=str(folder.parent / 'data'),
+    image_size=24,
+    crop='none',
+    model='cifar_resnet8',
+    width_multiplier=0.25,
+    method=method,
+    batch_size=16,
+    # Divides none of the splits: 58, 6 and 20 images.
+    eval_batch_size=8,
+    epochs=1,
+  )
+  loop.train(config, folder)
+  return folder
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory):
+  """The folder of the runs; copy what a test writes into."""
+  return tmp_path_factory.mktemp('runs')
+
+
+@pytest.fixture(scope='session')
+def dynconv_run(trained):
+  """Workdir of a DynConv network, trained for three steps on spots."""
+  return _train(trained / 'dynconv', 'dynconv')
+
+
+@pytest.fixture(scope='session')
+def dense_run(trained):
+  """Workdir of a dense network, trained for three steps on spots."""
+  return _train(trained / 'dense', 'dense')

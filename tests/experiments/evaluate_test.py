@@ -1,0 +1,337 @@
+"""The program's numbers against loops over the network's own outputs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from flax import nnx
+
+from dynconv_jax.data import spots
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.training import checkpoints, workdir
+
+# MACs of a CIFAR ResNet-8 of 4, 8 and 16 channels on 24 x 24 pixels.
+_STEM = 24**2 * 4 * 27
+_SHORTCUTS = 12**2 * 8 * 4 + 6**2 * 16 * 8
+_BLOCKS = 24**2 * (144 + 144) + 12**2 * (288 + 576) + 6**2 * (1152 + 2304)
+# A mask unit's convolution at its block's output positions, without its bias.
+_UNITS = 24**2 * 36 + 12**2 * 36 + 6**2 * 72
+_UNIT_BIASES = 24**2 + 12**2 + 6**2
+_LINEAR = 4 + 4 + 8 + 16 * 6
+
+_OLD_ROWS = (
+  'run,split,accuracy,model,method,recipe\n'
+  'moved,test,0.99,old,old,mine\n'
+  'other,test,0.125,resnet18,dense,theirs\n'
+)
+_KEYS = {
+  'accuracy',
+  'accuracy_low',
+  'accuracy_high',
+  'gmacs_mean',
+  'gmacs_p50',
+  'gmacs_p95',
+  'executed_fraction',
+  'num_examples',
+  'block_density',
+  'budget',
+  'object_recall',
+  'background_density',
+}
+
+
+def _copy(run, folder, **changed):
+  """Returns a copy of a run, with changed flags, to write into."""
+  shutil.copytree(run, folder)
+  text = (folder / 'flags.txt').read_text()
+  for name, value in changed.items():
+    text, count = re.subn(f'(?m)^--{name}=.*$', f'--{name}={value}', text)
+    assert count == 1
+  (folder / 'flags.txt').write_text(text)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def evaluated(program, dynconv_run, tmp_path_factory):
+  """The folder and the lines printed of one evaluation on test."""
+  root = tmp_path_factory.mktemp('evaluated')
+  folder = _copy(dynconv_run, root / 'moved')
+  (root / 'results.csv').write_text(_OLD_ROWS)
+  stdout = program(
+    'evaluate',
+    f'--workdir={folder}',
+    '--split=test',
+    '--num_maps=3',
+    f'--results={root / "results.csv"}',
+  )
+  return folder, stdout.splitlines()
+
+
+@pytest.fixture(scope='module')
+def summary(evaluated):
+  return json.loads(evaluated[1][-1])
+
+
+@pytest.fixture(scope='module')
+def outputs(dynconv_run):
+  """logits, masks, labels and objects of the test images, in one batch."""
+  drawn = [spots.draw(spots.SpotsConfig(size=24), 'test', i) for i in range(20)]
+  images, objects, labels = map(np.stack, zip(*drawn, strict=True))
+  images = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+  model = workdir.load_run(dynconv_run).model
+  logits, masks = nnx.jit(lambda m, x: m(x))(model, np.float32(images))
+  return np.asarray(logits, np.float64), masks, labels, objects
+
+
+def test_last_line_is_the_contract(evaluated, summary):
+  assert summary.keys() >= _KEYS
+  assert summary['split'] == 'test'
+  assert summary['step'] == 3
+  assert summary['budget'] == 0.5
+  assert summary['convention'] == 'conv'
+  table = dict(line.split(maxsplit=1) for line in evaluated[1][:-1])
+  assert table['num_examples'] == '20'
+  assert table['accuracy'] == f'{summary["accuracy"]:.4f}'
+
+
+def test_accuracy_and_its_interval(summary, outputs):
+  logits, _, labels, _ = outputs
+  hits = int((logits.argmax(1) == labels).sum())
+  assert summary['num_examples'] == 20
+  assert summary['accuracy'] == hits / 20
+  # Wilson's limits are the shares p at which |hits / n - p| is 1.96 standard
+  # deviations of p itself.
+  for p in (summary['accuracy_low'], summary['accuracy_high']):
+    deviation = np.sqrt(p * (1 - p) / 20)
+    assert abs(hits / 20 - p) == pytest.approx(1.959964 * deviation, abs=1e-6)
+  assert summary['accuracy_low'] <= hits / 20 <= summary['accuracy_high']
+  shifted = logits - logits.max(1, keepdims=True)
+  log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+  loss = -log_p[np.arange(20), labels].mean()
+  assert summary['loss'] == pytest.approx(loss, rel=1e-4)
+
+
+def test_macs_by_hand(summary, outputs):
+  _, masks, _, _ = outputs
+  always = _STEM + _SHORTCUTS + _UNITS + _UNIT_BIASES
+  per_position = [(144, 144), (288, 576), (1152, 2304)]
+  masked = np.zeros(20)
+  for mask, (first, second), size in zip(
+    masks, per_position, (24, 12, 6), strict=True
+  ):
+    assert [(m.macs_per_position, m.dilated) for m in mask.layers] == [
+      (first, True),
+      (second, False),
+    ]
+    hard = np.asarray(mask.hard)
+    assert hard.shape == (20, size, size)
+    for i in range(20):
+      for y, x in np.ndindex(size, size):
+        around = hard[i, max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
+        masked[i] += first * around.max() + second * hard[i, y, x]
+  gmacs = (always + masked) / 1e9
+  assert 0 < masked.min() < masked.max() < _BLOCKS
+  assert summary['gmacs_dense'] == (always + _BLOCKS) / 1e9
+  assert summary['gmacs_mean'] == pytest.approx(gmacs.mean(), rel=1e-9)
+  ordered = np.sort(gmacs)
+  assert summary['gmacs_p50'] == pytest.approx(ordered[9:11].mean(), rel=1e-9)
+  # At 0.95 * 19 = 18.05 between the two greatest of 20.
+  p95 = 0.95 * ordered[18] + 0.05 * ordered[19]
+  assert summary['gmacs_p95'] == pytest.approx(p95, rel=1e-9)
+  fraction = masked.mean() / _BLOCKS
+  assert summary['executed_fraction'] == pytest.approx(fraction, rel=1e-6)
+
+
+def test_density_of_blocks_objects_and_background(summary, outputs):
+  _, masks, _, objects = outputs
+  density, recall, background = {}, [], []
+  for mask in masks:
+    hard = np.asarray(mask.hard)
+    density[mask.name] = hard.mean()
+    # 24 is a multiple of every mask's side.
+    side = 24 // hard.shape[1]
+    for image, inside in zip(hard, objects, strict=True):
+      active = np.kron(image, np.ones((side, side)))
+      recall.append(active[inside].mean())
+      background.append(active[~inside].mean())
+  assert list(summary['block_density']) == ['layer1.0', 'layer2.0', 'layer3.0']
+  assert summary['block_density'] == pytest.approx(density, rel=1e-5)
+  assert summary['object_recall'] == pytest.approx(np.mean(recall), rel=1e-5)
+  assert summary['background_density'] == pytest.approx(
+    np.mean(background), rel=1e-5
+  )
+
+
+def test_files_that_are_written(evaluated, summary, dynconv_run):
+  folder, lines = evaluated
+  assert json.loads((folder / 'evaluation_test.json').read_text()) == summary
+  figures = [folder / f'{n}_test' for n in ('block_density', 'ponder_maps')]
+  written = {'evaluation_test.json'}
+  for figure in figures:
+    png, svg = figure.with_suffix('.png'), figure.with_suffix('.svg')
+    assert f'wrote {png} and {svg}' in lines
+    assert png.read_bytes()[:4] == b'\x89PNG'
+    assert '<svg' in svg.read_text()
+    written |= {png.name, svg.name}
+  before = {path.name for path in dynconv_run.iterdir()}
+  assert {path.name for path in folder.iterdir()} == before | written
+  # One GMAC figure an image of the grid.
+  assert figures[1].with_suffix('.svg').read_text().count(' GMAC') == 3
+
+
+def test_row_of_the_table_of_runs(evaluated, summary):
+  other, row = sorted(
+    read_results(evaluated[0].parent / 'results.csv'),
+    key=lambda row: row['recipe'],
+    reverse=True,
+  )
+  assert (other['run'], other['accuracy']) == ('other', '0.125')
+  assert (other['recipe'], other['gmacs_mean']) == ('theirs', '')
+  assert row['recipe'] == 'mine'
+  names = ('run', 'split', 'model', 'method', 'budget', 'seed', 'image_size')
+  assert [row[name] for name in names] == [
+    *('moved', 'test', 'cifar_resnet8', 'dynconv', '0.5', '0', '24')
+  ]
+  for name in ('accuracy', 'gmacs_mean', 'executed_fraction', 'gmacs_p95'):
+    assert float(row[name]) == pytest.approx(summary[name], abs=1e-6)
+
+
+def test_from_the_workdir_itself_with_another_data_dir(
+  program, dynconv_run, trained, tmp_path, monkeypatch
+):
+  folder = _copy(dynconv_run, tmp_path / 'run', data_dir='/dev/null/data')
+  monkeypatch.chdir(folder)
+  lines = program(
+    'evaluate',
+    '--workdir=.',
+    '--results=results.csv',
+    '--split=train[:3]+test[:2]',
+    '--num_maps=0',
+    '--convention=conv+linear',
+    f'--data_dir={trained / "data"}',
+  ).splitlines()
+  summary = json.loads(lines[-1])
+  assert summary['num_examples'] == 5
+  assert summary['convention'] == 'conv+linear'
+  expected = _STEM + _SHORTCUTS + _UNITS + _BLOCKS + _LINEAR
+  assert summary['gmacs_dense'] == expected / 1e9
+  (row,) = read_results('results.csv')
+  assert (row['run'], row['split']) == ('run', 'train[:3]+test[:2]')
+  written = {path.name for path in folder.glob('*train*')}
+  stem = 'train__3__test__2_'
+  assert written == {
+    f'evaluation_{stem}.json',
+    f'block_density_{stem}.png',
+    f'block_density_{stem}.svg',
+  }
+
+
+def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
+  folder = _copy(dense_run, tmp_path / 'dense')
+  # A later checkpoint, worse, of a head that always says class 2.
+  with checkpoints.open_manager(folder) as manager:
+    saved = manager.restore(3)
+    state = saved['state']
+    state['params']['fc']['kernel'] *= 0
+    state['params']['fc']['bias'] = np.float32([0, 0, 1, 0, 0, 0])
+    checkpoints.save(manager, 4, state, saved['info'], -1.0)
+    manager.wait_until_finished()
+
+  def evaluate(*arguments):
+    lines = program(
+      'evaluate', f'--workdir={folder}', '--split=test', *arguments
+    )
+    return json.loads(lines.splitlines()[-1])
+
+  best, latest = evaluate(), evaluate('--checkpoint=latest')
+  assert (best['step'], latest['step']) == (3, 4)
+  # Classes take turns: 3 of 20 spots are of class 2.
+  assert latest['accuracy'] == 3 / 20
+  expected = np.log(5 + np.e) - 3 / 20
+  assert latest['loss'] == pytest.approx(expected, rel=1e-5)
+  assert best['loss'] != pytest.approx(expected, rel=1e-3)
+  gmacs = (_STEM + _SHORTCUTS + _BLOCKS) / 1e9
+  for name in ('gmacs_mean', 'gmacs_p50', 'gmacs_p95', 'gmacs_dense'):
+    assert best[name] == pytest.approx(gmacs, rel=1e-12)
+  assert not {'executed_fraction', 'budget', 'block_density'} & best.keys()
+  assert not list(folder.glob('*.png'))
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--split=trian'], "split 'trian': .*the dataset has train: 64 .*test"),
+    (['--split=train[64:]'], 'is empty'),
+    (['extra.jpg'], '^unknown arguments: extra.jpg$'),
+    (['--results={}/flags.txt'], 'row .*: 2 cells for 1 columns'),
+    (['--results={}'], 'there is no file'),
+    (['--checkpoint=first'], 'value should be one of <best|latest>'),
+    (['--convention=flops'], r'value should be one of <conv|conv\+linear>'),
+    (['--num_maps=-1'], 'num_maps'),
+  ],
+)
+def test_bad_arguments_end_it_before_any_compute(
+  program, dynconv_run, monkeypatch, arguments, message
+):
+  monkeypatch.setattr(workdir, 'build_model', None)
+  with pytest.raises((ValueError, OSError, flags.Error), match=message):
+    program(
+      'evaluate',
+      f'--workdir={dynconv_run}',
+      '--split=test',
+      *(argument.format(dynconv_run) for argument in arguments),
+    )
+
+
+def test_runs_that_cannot_be_evaluated(
+  program, dynconv_run, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(workdir, 'build_model', None)
+  with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
+    program('evaluate', f'--workdir={tmp_path / "none"}')
+  folder = _copy(dynconv_run, tmp_path / 'run', validation_split='none')
+  with pytest.raises(ValueError, match='^this run has no validation split'):
+    program('evaluate', f'--workdir={folder}')
+  shutil.rmtree(folder / 'checkpoints')
+  for _ in range(2):
+    with pytest.raises(
+      checkpoints.CheckpointError, match=f'^no checkpoint in {folder}'
+    ):
+      program('evaluate', f'--workdir={folder}', '--split=test')
+    (folder / 'checkpoints').mkdir(exist_ok=True)
+
+
+def test_data_of_other_classes(program, dynconv_run, tmp_path):
+  folder = _copy(dynconv_run, tmp_path / 'run', classes='ring,disc')
+  with pytest.raises(
+    ValueError,
+    match='the data has the classes ring, disc; the run was trained on disc, '
+    'ring, square',
+  ):
+    program('evaluate', f'--workdir={folder}')
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(dynconv_run, tmp_path):
+  command = [sys.executable, '-m', 'experiments.evaluate', '--num_maps=0']
+  folder = _copy(dynconv_run, tmp_path / 'run')
+  done = subprocess.run(
+    [*command, f'--workdir={folder}'],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert json.loads(done.stdout.splitlines()[-1])['num_examples'] == 6
+
+  done = subprocess.run(
+    [*command, f'--workdir={tmp_path}'], capture_output=True, text=True
+  )
+  assert (done.returncode, done.stdout) == (1, '')
+  assert done.stderr == (
+    f'error: {tmp_path} is not the workdir of a run: there is no flags.txt\n'
+  )
