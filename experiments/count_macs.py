@@ -198,10 +198,14 @@ def _count_jax(options: dict[str, Any]) -> Report:
   from dynconv_jax.macs import count_macs
 
   f = _load('jax', _JAX.value)
-  arguments = [
-    jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or 'float32'))
-    for shape, dtype in map(_shape, _INPUT_SHAPE.value)
-  ]
+  arguments = []
+  for shape, dtype in map(_shape, _INPUT_SHAPE.value):
+    try:
+      arguments.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+    except TypeError as error:
+      raise ValueError(
+        f'the dtype of input_shape is not one that JAX has; got {dtype!r}'
+      ) from error
   branch = _BRANCH.value
   return count_macs(
     f,
@@ -268,10 +272,12 @@ def _load(flag: str, path: str) -> Callable:
 
 
 def _shape(text: str) -> tuple[tuple[int, ...], str]:
-  """Returns the shape and the dtype, or '', of '1,224,224,3:dtype'."""
+  """Returns the shape and the dtype of '1,224,224,3:dtype'."""
   sizes, _, dtype = text.partition(':')
   try:
-    return tuple(int(size) for size in sizes.split(',') if size), dtype
+    return tuple(
+      int(size) for size in sizes.split(',') if size
+    ), dtype or 'float32'
   except ValueError:
     raise ValueError(
       f'input_shape must be numbers with commas between; got {text!r}'

@@ -22,8 +22,8 @@ class LayerMacs:
   Attributes:
     name: its path in the model, such as 'layer2.0.conv2'.
     kind: the kind of its heaviest operation, one of `formulas.KINDS`.
-    output_shape: shape of its first operation of that kind; of a group of
-      layers, of the last.
+    output_shape: shape of its first operation of that kind; of a group, of
+      its dearest layer.
     parameters: elements of its weights, counted once.
     macs: its price by the report's convention (FLOPs by the convention
       `flops`).
@@ -134,7 +134,8 @@ class Report:
     return dataclasses.replace(
       self,
       by_layer={
-        name: _merge(name, group, shape_of=-1) for name, group in groups.items()
+        name: _merge(name, group, dearest=True)
+        for name, group in groups.items()
       },
     )
 
@@ -272,7 +273,7 @@ class ReportBuilder:
       work.positions,
     )
     if name in self._layers:
-      layer = _merge(name, [self._layers[name], layer], shape_of=0)
+      layer = _merge(name, [self._layers[name], layer], dearest=False)
     self._layers[name] = layer
 
   def leave_out(self, operation: str, layer: str, reason: str = '') -> None:
@@ -334,10 +335,11 @@ def distribution(
   )
 
 
-def _merge(name: str, layers: Sequence[LayerMacs], shape_of: int) -> LayerMacs:
-  """Returns several layers as one; `shape_of` picks from the heaviest kind."""
+def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
+  """Returns layers as one, shaped as the first or dearest of its kind."""
   kind = min((layer.kind for layer in layers), key=formulas.KINDS.index)
-  shaped = [layer for layer in layers if layer.kind == kind][shape_of]
+  alike = [layer for layer in layers if layer.kind == kind]
+  shaped = max(alike, key=lambda layer: layer.macs) if dearest else alike[0]
   return LayerMacs(
     name,
     kind,

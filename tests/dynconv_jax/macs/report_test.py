@@ -135,6 +135,7 @@ def test_groups_sum_to_the_same_total():
   assert list(grouped.by_layer) == ['conv1', 'layer1', 'fc']
   assert grouped.total == counted.total
   assert grouped.by_layer['layer1'].parameters == 7 + 11 + 13
+  assert grouped.by_layer['layer1'].output_shape == (2, 2, 3, 1)
   assert list(counted.grouped(9).by_layer) == list(counted.by_layer)
   with pytest.raises(ValueError, match='depth must be at least 1; got 0'):
     counted.grouped(0)
