@@ -119,13 +119,16 @@ class MaskUnit(nnx.Module):
       return (logits >= 0).astype(jnp.float32)
     key = None
     if gumbel_noise is not False:
-      if rngs is None:
+      if rngs is None or not ('gumbel' in rngs or 'default' in rngs):
+        given = None if rngs is None else [name for name, _ in rngs.items()]
         raise ValueError(
-          'a mask unit in training needs rngs=nnx.Rngs(gumbel=key); got None. '
-          'For evaluation use nnx.view(model, deterministic=True, '
+          'a mask unit in training needs rngs=nnx.Rngs(gumbel=key); got '
+          f'{given}. For evaluation use nnx.view(model, deterministic=True, '
           'use_running_average=True)'
         )
-      key = rngs.gumbel()
+      # By name: where there is only `default`, which stands in for any stream,
+      # `rngs.gumbel` is a method that draws a sample.
+      key = rngs['gumbel']()
     return binary_gumbel(logits, key, temperature, gumbel_noise)
 
   def set_view(self, deterministic: bool | None = None):

@@ -88,8 +88,15 @@ class Block(nnx.Module):
       x: float[N, H, W, in_features].
       mask: float32[N, h, w] of {0, 1} to obey instead of the gate's decision.
       **gate_kwargs: passed to the gate.
+
+    Raises:
+      ValueError: the given mask is not of the output's resolution.
     """
     branch = self.branch(x)
+    if mask is not None and mask.shape != branch.shape[:3]:
+      raise ValueError(
+        f'the mask of {self.name} must be {branch.shape[:3]}; got {mask.shape}'
+      )
     if mask is None and self.masker is not None:
       mask = self.masker(x, **gate_kwargs)
     if mask is None:

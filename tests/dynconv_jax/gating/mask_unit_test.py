@@ -1,0 +1,145 @@
+"""Tests of DynConv's mask unit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from flax import nnx
+
+from dynconv_jax.gating.gumbel import binary_gumbel
+from dynconv_jax.gating.mask_unit import MaskUnit
+
+
+def _unit(strides=1, kernel_size=3, seed=0):
+  return MaskUnit(
+    5, strides=strides, kernel_size=kernel_size, rngs=nnx.Rngs(seed)
+  )
+
+
+def _images(*shape):
+  return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def _logits(unit, x, strides):
+  """The mask logits by loops over positions, in float64."""
+  kernel = np.asarray(unit.maskconv.conv.kernel[...], np.float64)[..., 0]
+  k = len(kernel)
+  x = np.asarray(x, np.float64)
+  padded = np.pad(x, ((0, 0), (k // 2,) * 2, (k // 2,) * 2, (0, 0)))
+  height, width = x.shape[1:3]
+  h, w = (height - 1) // strides + 1, (width - 1) // strides + 1
+  logits = np.zeros((len(x), h, w))
+  squeezed = x.mean((1, 2)) @ np.asarray(unit.maskconv.fc.kernel[...])[:, 0]
+  for n in range(len(x)):
+    for i in range(h):
+      for j in range(w):
+        top, left = i * strides, j * strides
+        window = padded[n, top : top + k, left : left + k]
+        logits[n, i, j] = (window * kernel).sum() + squeezed[n]
+  bias = unit.maskconv.conv.bias[...] + unit.maskconv.fc.bias[...]
+  return logits + float(bias[0])
+
+
+class MaskUnitTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (1, 2, (6, 7)), (3, 1, (7, 5)), (3, 2, (6, 6)), (3, 2, (7, 5))
+  )
+  def test_logits_and_mask_against_loops(self, kernel_size, strides, shape):
+    unit = _unit(strides, kernel_size)
+    x = _images(2, *shape, 5)
+    expected = _logits(unit, x, strides)
+    # Rounding cannot turn a decision.
+    self.assertGreater(np.abs(expected).min(), 1e-4)
+    self.assertBetween((expected > 0).mean(), 0.05, 0.95)
+    np.testing.assert_allclose(unit.maskconv(x), expected, atol=1e-5)
+    mask = nnx.view(unit, deterministic=True)(x)
+    np.testing.assert_array_equal(mask, expected >= 0)
+    self.assertEqual(mask.dtype, jnp.float32)
+
+  def test_threshold_is_inclusive(self):
+    unit = _unit()
+    state = nnx.state(unit)
+    nnx.update(unit, jax.tree.map(jnp.zeros_like, state))
+    np.testing.assert_array_equal(
+      nnx.view(unit, deterministic=True)(_images(1, 4, 4, 5)),
+      np.ones((1, 4, 4)),
+    )
+
+  def test_sampling_is_the_binary_gumbel_of_the_logits(self):
+    unit = _unit()
+    x = _images(2, 6, 6, 5)
+    mask = unit(x, rngs=nnx.Rngs(gumbel=7), temperature=2.0)
+    expected = binary_gumbel(unit.maskconv(x), nnx.Rngs(gumbel=7)['gumbel']())
+    np.testing.assert_array_equal(mask, expected)
+    self.assertGreater(float(jnp.sum(mask != (unit.maskconv(x) >= 0))), 0)
+
+  def test_training_without_noise_needs_no_key(self):
+    unit = _unit()
+    x = _images(2, 6, 6, 5)
+    np.testing.assert_array_equal(
+      unit(x, gumbel_noise=False), nnx.view(unit, deterministic=True)(x)
+    )
+
+  def test_gradient_by_hand(self):
+    unit = _unit()
+    x = _images(2, 4, 4, 5)
+    graphdef, params = nnx.split(unit)
+
+    def ones(params):
+      unit = nnx.merge(graphdef, params)
+      return jnp.sum(unit(x, temperature=2.0, gumbel_noise=False))
+
+    grads = jax.grad(ones)(params)
+    soft = 1 / (1 + np.exp(-_logits(unit, x, 1) / 2))
+    slope = soft * (1 - soft) / 2
+    np.testing.assert_allclose(
+      grads['maskconv']['conv']['bias'][...], [slope.sum()], rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      grads['maskconv']['fc']['kernel'][...][:, 0],
+      slope.sum((1, 2)) @ x.mean((1, 2)),
+      rtol=1e-4,
+      atol=1e-6,
+    )
+
+  def test_computes_in_float32(self):
+    unit = _unit()
+    x = jnp.asarray(_images(2, 6, 6, 5), jnp.bfloat16)
+    logits = unit.maskconv(x)
+    self.assertEqual(logits.dtype, jnp.float32)
+    np.testing.assert_allclose(
+      logits, unit.maskconv(x.astype(jnp.float32)), rtol=1e-6
+    )
+
+  def test_initialisation_has_the_bounds_of_torch(self):
+    unit = MaskUnit(400, strides=1, rngs=nnx.Rngs(0))
+    for layer, fan_in in ((unit.maskconv.conv, 3600), (unit.maskconv.fc, 400)):
+      bound = fan_in**-0.5
+      kernel = np.asarray(layer.kernel[...])
+      self.assertLessEqual(np.abs(kernel).max(), bound)
+      self.assertGreater(np.abs(kernel).max(), 0.95 * bound)
+      self.assertAlmostEqual(kernel.std() / bound, 3**-0.5, delta=0.03)
+      self.assertBetween(abs(float(layer.bias[0])), 1e-9, bound)
+
+  def test_without_a_key(self):
+    with self.assertRaisesRegex(
+      ValueError, r'needs rngs=nnx.Rngs\(gumbel=key\); got None.*deterministic'
+    ):
+      _unit()(_images(1, 4, 4, 5))
+
+  def test_without_the_gumbel_stream(self):
+    with self.assertRaisesRegex(
+      ValueError, r"needs rngs=nnx.Rngs\(gumbel=key\); got \['dropout'\]"
+    ):
+      _unit()(_images(1, 4, 4, 5), rngs=nnx.Rngs(dropout=0))
+
+  def test_default_stream_stands_in(self):
+    x = _images(1, 4, 4, 5)
+    unit = _unit()
+    np.testing.assert_array_equal(
+      unit(x, rngs=nnx.Rngs(3)), unit(x, rngs=nnx.Rngs(default=3))
+    )
+
+
+if __name__ == '__main__':
+  absltest.main()

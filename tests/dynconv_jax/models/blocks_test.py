@@ -1,0 +1,211 @@
+"""Tests of masked residual blocks against execution position by position."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from flax import nnx
+
+from dynconv_jax.models.blocks import BasicBlock, Bottleneck
+
+PLANES = 3
+
+
+def _block(kind, in_features, strides, gate=None):
+  """A block in evaluation whose parameters and statistics are all random."""
+  block = kind(
+    in_features,
+    PLANES,
+    strides,
+    name='layer2.0',
+    gate=gate,
+    dtype=jnp.float32,
+    rngs=nnx.Rngs(0),
+  )
+  rng = np.random.default_rng(0)
+  nnx.update(
+    block,
+    jax.tree.map(
+      # Positive, so that they serve as variances too; kernels get signs.
+      lambda a: jnp.asarray(
+        rng.uniform(0.5, 1.5, a.shape)
+        * (rng.choice((-1, 1), a.shape) if a.ndim == 4 else 1),
+        jnp.float32,
+      ),
+      nnx.state(block),
+    ),
+  )
+  return nnx.view(block, use_running_average=True)
+
+
+def _folded(conv, norm):
+  """Kernel and bias of a convolution with its batch norm, in float64."""
+  scale = np.asarray(norm.scale[...], np.float64)
+  scale = scale / np.sqrt(np.asarray(norm.var[...], np.float64) + 1e-5)
+  bias = np.asarray(norm.bias[...]) - np.asarray(norm.mean[...]) * scale
+  return np.asarray(conv.kernel[...], np.float64) * scale, bias
+
+
+def _conv_at(positions, x, kernel, bias, strides):
+  """A convolution evaluated at the positions only; elsewhere NaN."""
+  k = len(kernel)
+  pad = k // 2
+  h, w = ((size + 2 * pad - k) // strides + 1 for size in x.shape[1:3])
+  x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  y = np.full((len(x), h, w, kernel.shape[-1]), np.nan)
+  for n, i, j in np.argwhere(positions):
+    top, left = i * strides, j * strides
+    window = x[n, top : top + k, left : left + k]
+    y[n, i, j] = np.einsum('abc,abcf->f', window, kernel) + bias
+  return y
+
+
+def _sliced(block, x, hard, dilated):
+  """The block, its branch executed at the active positions only.
+
+  A value that is read and was not computed is NaN and would show.
+  """
+  x = np.asarray(x, np.float64)
+  everywhere = np.ones_like(hard)
+  out = x
+  if block.downsample is not None:
+    out = _conv_at(everywhere, x, *_folded(*block.downsample), block.strides)
+  basic = isinstance(block, BasicBlock)
+  first, second = (block.strides, 1) if basic else (1, block.strides)
+  y = _conv_at(dilated, x, *_folded(block.conv1, block.bn1), first)
+  y = np.maximum(y, 0)
+  y = _conv_at(hard, y, *_folded(block.conv2, block.bn2), second)
+  if not basic:
+    y = np.maximum(y, 0)
+    y = _conv_at(hard, y, *_folded(block.conv3, block.bn3), 1)
+  out = out.copy()
+  out[hard == 1] += y[hard == 1]
+  return np.maximum(out, 0)
+
+
+def _input(in_features, size=(6, 6)):
+  x = np.random.default_rng(1).normal(size=(2, *size, in_features))
+  return jnp.asarray(np.maximum(x, 0), jnp.float32)
+
+
+CASES = (
+  # kind, in_features, strides, size of the input
+  (BasicBlock, PLANES, 1, (5, 6)),
+  (BasicBlock, 2, 2, (6, 6)),
+  (BasicBlock, 2, 2, (7, 5)),
+  (Bottleneck, 4 * PLANES, 1, (5, 6)),
+  (Bottleneck, 5, 2, (6, 6)),
+  (Bottleneck, 5, 2, (7, 5)),
+)
+
+
+class BlockTest(parameterized.TestCase):
+  @parameterized.parameters(*CASES)
+  def test_masked_equals_sliced(self, kind, in_features, strides, size):
+    block = _block(kind, in_features, strides)
+    x = _input(in_features, size)
+    h, w = ((n - 1) // strides + 1 for n in size)
+    hard = (np.random.default_rng(2).random((2, h, w)) < 0.25).astype('f4')
+    hard[1] = 0
+    hard[1, -1, -1] = 1
+    out, mask = jax.jit(block)(x, hard)
+    np.testing.assert_array_equal(mask.hard, hard)
+    at = (h, w) if kind is BasicBlock else size
+    self.assertEqual(mask.dilated.shape, (2, *at))
+    sliced = _sliced(block, x, hard, mask.dilated)
+    self.assertGreater(np.abs(sliced).max(), 1)
+    np.testing.assert_allclose(out, sliced, rtol=1e-4, atol=1e-4)
+
+  @parameterized.parameters(CASES[1], CASES[5])
+  def test_dilated_holds_no_more_than_is_needed(
+    self, kind, in_features, strides, size
+  ):
+    block = _block(kind, in_features, strides)
+    h, w = ((n - 1) // strides + 1 for n in size)
+    hard = np.zeros((2, h, w), np.float32)
+    hard[:, 1, 1] = 1
+    x = _input(in_features, size)
+    dilated = np.array(jax.jit(block)(x, hard)[1].dilated)
+    for position in np.argwhere(dilated):
+      fewer = dilated.copy()
+      fewer[tuple(position)] = 0
+      self.assertTrue(np.isnan(_sliced(block, x, hard, fewer)).any())
+
+  @parameterized.parameters(CASES[0], CASES[1], CASES[3], CASES[5])
+  def test_full_and_empty_masks(self, kind, in_features, strides, size):
+    block = _block(kind, in_features, strides)
+    x = _input(in_features, size)
+    h, w = ((n - 1) // strides + 1 for n in size)
+    dense, none = block(x)
+    self.assertIsNone(none)
+    full, mask = block(x, jnp.ones((2, h, w)))
+    np.testing.assert_array_equal(full, dense)
+    np.testing.assert_array_equal(mask.dilated, np.ones(mask.dilated.shape))
+    empty, mask = block(x, jnp.zeros((2, h, w)))
+    np.testing.assert_array_equal(empty, nnx.relu(block.shortcut(x)))
+    self.assertEqual(jnp.sum(mask.executed_macs()), 0)
+    self.assertGreater(float(jnp.max(jnp.abs(dense - empty))), 0.1)
+
+  def test_gate_decides_and_gets_its_arguments(self):
+    seen = []
+
+    class Gate(nnx.Module):
+      def __init__(self, in_features, strides):
+        seen.append((in_features, strides))
+
+      def __call__(self, x, **kwargs):
+        seen.append(kwargs)
+        return jnp.zeros((2, 3, 3)).at[:, 1].set(1)
+
+    block = _block(BasicBlock, 2, 2, Gate)
+    x = _input(2)
+    out, mask = block(x, temperature=2.0)
+    self.assertEqual(seen, [(2, 2), {'temperature': 2.0}])
+    np.testing.assert_array_equal(mask.hard.sum((1, 2)), [3, 3])
+    np.testing.assert_array_equal(out, block(x, mask.hard)[0])
+    # The gate is not asked where a mask is given.
+    self.assertLen(seen, 2)
+
+  @parameterized.parameters(
+    (BasicBlock, ((2, 9, True), (PLANES, 9, False))),
+    (
+      Bottleneck,
+      ((2, 1, True), (PLANES, 9, False), (PLANES, 4, False)),
+    ),
+  )
+  def test_layers_and_their_macs(self, kind, layers):
+    block = _block(kind, 2, 2)
+    _, mask = jax.eval_shape(block, _input(2), jnp.ones((2, 3, 3)))
+    self.assertEqual(mask.name, 'layer2.0')
+    # Multiply-accumulates of an output position: inputs * k * k * outputs.
+    self.assertEqual(
+      [(m.name, m.macs_per_position, m.dilated) for m in mask.layers],
+      [
+        (f'layer2.0.conv{i}', inputs * taps * PLANES, dilated)
+        for i, (inputs, taps, dilated) in enumerate(layers, start=1)
+      ],
+    )
+
+  def test_gradient_with_respect_to_the_mask(self):
+    block = _block(BasicBlock, PLANES, 1)
+    x = _input(PLANES)
+    grad = jax.grad(lambda m: jnp.sum(block(x, m)[0]))(jnp.ones((2, 6, 6)))
+    # out = relu(x + mask * branch): the branch where the output is positive.
+    branch = block.branch(x)
+    expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
+    np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
+
+  @parameterized.parameters(((2, 6),), ((1, 6, 6),), ((2, 3, 3),))
+  def test_mask_of_another_shape(self, shape):
+    block = _block(BasicBlock, PLANES, 1)
+    with self.assertRaisesRegex(
+      ValueError,
+      re.escape(f'the mask of layer2.0 must be (2, 6, 6); got {shape}'),
+    ):
+      block(_input(PLANES), jnp.ones(shape))
+
+
+if __name__ == '__main__':
+  absltest.main()
