@@ -10,26 +10,34 @@ from absl import flags
 from dynconv_jax.training.config import Config
 
 
-def define() -> None:
-  """Defines a flag for every field of `Config`."""
+def define(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines a flag for every field of `Config`.
+
+  Args:
+    flag_values: where to; by default the program's.
+  """
   types = typing.get_type_hints(Config)
   for field in dataclasses.fields(Config):
     kind, help_text = types[field.name], field.metadata['help']
     default = field.default
     if kind is bool:
-      flags.DEFINE_bool(field.name, default, help_text)
+      define_one = flags.DEFINE_bool
     elif kind is int:
-      flags.DEFINE_integer(field.name, default, help_text)
+      define_one = flags.DEFINE_integer
     elif kind in (float, float | None):
-      flags.DEFINE_float(field.name, default, help_text)
+      define_one = flags.DEFINE_float
     elif kind is str:
-      flags.DEFINE_string(field.name, default, help_text)
+      define_one = flags.DEFINE_string
     else:
-      flags.DEFINE_list(field.name, [str(v) for v in default], help_text)
+      define_one, default = flags.DEFINE_list, [str(v) for v in default]
+    define_one(field.name, default, help_text, flag_values=flag_values)
 
 
-def read() -> Config:
+def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
   """Returns the configuration that the flags give.
+
+  Args:
+    flag_values: parsed; by default the program's.
 
   Raises:
     ValueError: an entry of a list of numbers is not a number.
@@ -37,7 +45,7 @@ def read() -> Config:
   types = typing.get_type_hints(Config)
   values = {}
   for field in dataclasses.fields(Config):
-    value = flags.FLAGS[field.name].value
+    value = flag_values[field.name].value
     if types[field.name] == tuple[str, ...]:
       value = tuple(value)
     elif types[field.name] == tuple[float, ...]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging as stdlib_logging
+import os
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
 from absl import app, logging
 
+import dynconv_jax
 from dynconv_jax.data.decode import CorruptImageError
 from dynconv_jax.training.checkpoints import CheckpointError
 
@@ -21,15 +25,40 @@ USER_ERRORS = (
 )
 
 
+# Ours; through other libraries' progress nobody would find it.
+_PACKAGES = tuple(
+  f'{pathlib.Path(package.__path__[0]).resolve()}{os.sep}'
+  for package in (dynconv_jax, sys.modules[__package__])
+)
+
+
+def is_wanted(record: stdlib_logging.LogRecord) -> bool:
+  """Returns whether a record is shown: warnings of all, INFO of our own.
+
+  At --verbosity=1 and above everything is.
+
+  Args:
+    record: of any logger.
+  """
+  if logging.get_verbosity() > logging.INFO:
+    return True
+  if f'{os.sep}orbax{os.sep}' in record.pathname and record.exc_info:
+    return False  # Its threads log pages on what is raised here as well.
+  return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
+    record.pathname
+  ).startswith(_PACKAGES)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a program; an error of the user's ends it with status 1 and a line."""
 
   def guarded(argv: Sequence[str]) -> None:
-    # At -v=1 and above the traceback is shown too.
     logging.use_absl_handler()
+    logging.get_absl_handler().addFilter(is_wanted)
     try:
       main(argv)
     except USER_ERRORS as error:
+      # At --verbosity=1 and above the traceback is shown too.
       if logging.get_verbosity() > logging.INFO:
         raise
       print(f'error: {error}', file=sys.stderr)

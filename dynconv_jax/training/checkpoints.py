@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,15 +18,19 @@ class CheckpointError(RuntimeError):
   """No usable checkpoint; the message names the directory and the reasons."""
 
 
+@contextlib.contextmanager
 def open_manager(
   workdir: pathlib.Path, *, keep: int = 2, read_only: bool = False
-) -> ocp.CheckpointManager:
-  """Returns the manager of a workdir's checkpoints.
+) -> Iterator[ocp.CheckpointManager]:
+  """Yields the manager of a workdir's checkpoints; waits for saves at the end.
 
   Args:
     workdir: of the run.
     keep: latest checkpoints to keep, beside the best by validation accuracy.
     read_only: for evaluation.
+
+  Raises:
+    OSError: the disk is full; names the checkpoints that stay.
   """
   options = ocp.CheckpointManagerOptions(
     read_only=read_only,
@@ -43,7 +48,16 @@ def open_manager(
     ),
   )
   path = (workdir / 'checkpoints').expanduser().absolute()
-  return ocp.CheckpointManager(path, options=options)
+  manager = ocp.CheckpointManager(path, options=options)
+  try:
+    yield manager
+  except BaseException:
+    # What went wrong first is told; a save under way may fail for it, too.
+    with contextlib.suppress(Exception):
+      manager.close()
+    raise
+  with _explained(manager):
+    manager.close()
 
 
 def _accuracy(metrics: dict[str, Any]) -> float:
@@ -65,16 +79,50 @@ def save(
     state: tree of arrays.
     info: fit for JSON; holds the data iterator's position and class names.
     accuracy: on the validation split, by which the best is kept.
+
+  Raises:
+    OSError: the disk is full, now or at the save before; names the
+      checkpoints that stay.
   """
-  if step in manager.all_steps():
-    return
-  manager.save(
-    step,
-    metrics=None if accuracy is None else {'accuracy': accuracy},
-    args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state), info=ocp.args.JsonSave(info)
-    ),
-  )
+  with _explained(manager):
+    saved = manager.save(
+      step,
+      metrics=None if accuracy is None else {'accuracy': accuracy},
+      args=ocp.args.Composite(
+        state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(info)
+      ),
+    )
+  # orbax passes over a step that is not past the latest.
+  if not saved:
+    raise RuntimeError(f'step {step} is not after {manager.all_steps()}')
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+  """Returns once all is saved.
+
+  Raises:
+    OSError: the disk is full; names the checkpoints that stay.
+  """
+  with _explained(manager):
+    manager.wait_until_finished()
+
+
+def exists(workdir: pathlib.Path) -> bool:
+  """Returns whether a workdir has a checkpoint, damaged or not."""
+  path = workdir / 'checkpoints'
+  return path.is_dir() and bool(ocp.utils.checkpoint_steps(path))
+
+
+def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
+  """Deletes checkpoints that could not be read, so that they can come anew.
+
+  Args:
+    manager: of the workdir.
+    step: of the checkpoint that was fallen back to.
+  """
+  for later in [s for s in manager.all_steps() if s > step]:
+    logging.warning('deleting the damaged checkpoint of step %d', later)
+    manager.delete(later)
 
 
 def restore(
@@ -113,18 +161,24 @@ def restore(
 
 
 @contextlib.contextmanager
-def explained(manager: ocp.CheckpointManager):
+def _explained(manager: ocp.CheckpointManager):
   """Turns a failure to save into an OSError that says what is left."""
   try:
     yield
   # The writers raise errors of several kinds, from threads of their own.
   except Exception as error:  # noqa: BLE001
-    steps = sorted(manager.all_steps())
+    steps = sorted(ocp.utils.checkpoint_steps(manager.directory))
     raise OSError(
       f'cannot save a checkpoint in {manager.directory} '
-      f'({str(error).strip().splitlines()[0][:200]}); is the disk full? '
+      f'({_first_line(error)}); is the disk full? '
       f'Checkpoints that stay: {steps or "none"}'
     ) from error
+
+
+def _first_line(error: Exception) -> str:
+  """Returns the start of a message; orbax's run to pages."""
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:200]
 
 
 def _first_readable(manager, steps, args):
@@ -136,8 +190,7 @@ def _first_readable(manager, steps, args):
     # A damaged file may surface as almost any error of orbax, tensorstore or
     # the JSON reader; every one means the same here.
     except Exception as error:  # noqa: BLE001
-      reason = str(error).strip().splitlines() or [type(error).__name__]
-      failures.append(f'step {step}: {reason[0][:200]}')
+      failures.append(f'step {step}: {_first_line(error)}')
       logging.warning('cannot read the checkpoint of step %d: %s', step, error)
       continue
     if failures:

@@ -30,7 +30,8 @@ class Evaluation:
     block_names: one a gated block.
     macs: float64[n], of the whole network; empty without a MAC report.
     object_recall: float64[n, blocks], share of object pixels at active
-      positions; empty where the data has no object masks.
+      positions, NaN where the image shows no object; empty where the data has
+      no object masks.
     background_density: float64[n, blocks], share of other pixels there.
   """
 
@@ -72,8 +73,8 @@ class Evaluation:
       result['gmacs_mean'] = float(gmacs.mean())
       result['gmacs_p50'] = float(np.percentile(gmacs, 50))
       result['gmacs_p95'] = float(np.percentile(gmacs, 95))
-    if self.object_recall.size:
-      result['object_recall'] = float(np.mean(self.object_recall))
+    if self.object_recall.size and not np.isnan(self.object_recall).all():
+      result['object_recall'] = float(np.nanmean(self.object_recall))
       result['background_density'] = float(np.mean(self.background_density))
     return result
 
@@ -165,7 +166,9 @@ def _found(hard: np.ndarray, objects: np.ndarray):
   outside = np.prod(objects.shape[1:]) - inside
   hits = (active * objects).sum((1, 2))
   rest = (active * ~objects).sum((1, 2))
-  return hits / np.maximum(inside, 1), rest / np.maximum(outside, 1)
+  # Evaluation's crop may cut the object off.
+  recall = np.where(inside > 0, hits / np.maximum(inside, 1), np.nan)
+  return recall, rest / np.maximum(outside, 1)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import signal
 import time
@@ -76,15 +77,16 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   total_steps = config.epochs * steps_per_epoch
 
   # Model and optimiser.
+  resumed = checkpoints.exists(workdir)
   model = workdir_lib.build_model(config, len(class_names))
-  if config.init_from:
+  if config.init_from and not resumed:
     source = workdir_lib.load_run(config.init_from)
     workdir_lib.initialize_from(model, source.model)
   if config.mask_bias is not None:
     workdir_lib.open_masks(model, config.mask_bias)
   teacher = None
   if config.distill_from:
-    teacher = workdir_lib.load_teacher(config, class_names)
+    teacher = workdir_lib.load_teacher(config, class_names, replicated)
   schedule = schedules.learning_rate(config, steps_per_epoch)
   tx = schedules.optimizer(config, schedule)
   view = nnx.view(model, deterministic=True, use_running_average=True)
@@ -97,68 +99,64 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
   # State: the workdir's last checkpoint, else the weights above.
   workdir_lib.write_flags(workdir, config)
-  manager = checkpoints.open_manager(workdir, keep=config.keep_checkpoints)
-  records = Records(workdir)
-  with manager, records, _signals() as received:
-    if manager.all_steps():
+  keep = config.keep_checkpoints
+  with checkpoints.open_manager(workdir, keep=keep) as manager:
+    step = 0
+    if resumed:
       target = checkpoints.like(state, replicated)
       state, info, step = checkpoints.restore(manager, target)
+      checkpoints.drop_after(manager, step)
       batches.set_state(info['batches'])
       logging.info('resumed %s at step %d of %d', workdir, step, total_steps)
-    else:
-      step = 0
-    records.truncate(step)
 
-    def save(accuracy: float | None) -> None:
-      info = {'batches': batches.get_state(), 'class_names': class_names}
-      with checkpoints.explained(manager):
-        checkpoints.save(manager, step, state, info, accuracy)
-
-    def validate(epoch: int) -> float:
-      params, model_state = state.evaluated()
-      result = evaluation_lib.evaluate(
-        lambda images: predict(params, model_state, images), validation
-      )
-      row = {'step': step, 'epoch': epoch, 'split': 'validation'}
-      records.write({**row, **result.summary()})
-      images = next(iter(validation))['image'][:8]
-      records.show_masks(step, images, predict(params, model_state, images)[1])
-      progress.validated(epoch, result.summary())
-      return result.summary()['accuracy']
-
-    progress = Progress(config, steps_per_epoch, step)
-    with contextlib.closing(progress), contextlib.closing(batches):
-      while step < total_steps:
+    # Loop.
+    with (
+      Records(workdir, step) as records,
+      contextlib.closing(Progress(config, steps_per_epoch, step)) as progress,
+      contextlib.closing(batches),
+      _signals() as received,
+    ):
+      stop = False
+      while step < total_steps and not stop:
         state = train_step(state, next(batches))
         step += 1
+        stop = bool(received)
         epoch, in_epoch = divmod(step, steps_per_epoch)
         ended = in_epoch == 0
-        if step % config.log_every_steps == 0 or ended or received:
+        if step % config.log_every_steps == 0 or ended or stop:
           metrics = _epoch_metrics(state, in_epoch or steps_per_epoch)
           progress.update(step, metrics)
+        accuracy = None
         if ended:
-          row = {'step': step, 'epoch': epoch, 'split': 'train', **metrics}
-          row['learning_rate'] = float(schedule(step - 1))
+          row = {'step': step, 'epoch': epoch}
+          extra = {'learning_rate': float(schedule(step - 1))}
           if config.method != 'dense':
-            row['budget'] = config.budget
-          records.write(row)
-          accuracy = None if validation is None else validate(epoch)
-          if epoch % config.checkpoint_every_epochs == 0 or step == total_steps:
-            save(accuracy)
-        if received:
-          save(None)
-          with checkpoints.explained(manager):
-            manager.wait_until_finished()
-          raise Interrupted(
-            received[0],
-            f'saved step {step} of {total_steps} in {workdir}; the same '
-            'command goes on from there',
-          )
-    with checkpoints.explained(manager):
-      manager.wait_until_finished()
+            extra['budget'] = config.budget
+          records.write({**row, 'split': 'train', **metrics, **extra})
+          if validation is not None:
+            weights = state.evaluated()
+            summary = evaluation_lib.evaluate(
+              functools.partial(predict, *weights), validation
+            ).summary()
+            records.write({**row, 'split': 'validation', **summary})
+            progress.validated(epoch, summary)
+            accuracy = summary['accuracy']
+            images = next(iter(validation))['image'][:8]
+            records.show_masks(step, images, predict(*weights, images)[1])
+        due = ended and epoch % config.checkpoint_every_epochs == 0
+        if due or stop or step == total_steps:
+          info = {'batches': batches.get_state(), 'class_names': class_names}
+          checkpoints.save(manager, step, state, info, accuracy)
+      checkpoints.wait(manager)
     best = checkpoints.best_step(manager)
     best_accuracy = best and manager.metrics(best)['accuracy']
 
+  if step < total_steps:
+    raise Interrupted(
+      received[0],
+      f'saved step {step} of {total_steps} in {workdir}; the same command '
+      'goes on from there',
+    )
   rows = workdir_lib.read_metrics(workdir)
   last = {row['split']: row for row in rows}
   return {
@@ -166,7 +164,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     'best_step': best,
     'best_accuracy': best_accuracy,
     'seconds': time.monotonic() - start,
-    'skipped': batches.num_skipped,
+    'skipped': batches.num_skipped
+    + (validation.num_skipped if validation else 0),
     **last,
   }
 
@@ -176,7 +175,7 @@ def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
   sums, (bad_step, quantity) = jax.device_get((state.sums, state.first_bad))
   if bad_step >= 0:
     raise FloatingPointError(
-      f'{state_lib.QUANTITIES[quantity]} is not finite at step {bad_step}; '
+      f'{state_lib.CHECKED[quantity]} is not finite at step {bad_step + 1}; '
       'the last good checkpoint stays. Try a lower learning_rate or '
       'gradient_clip'
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 from absl import logging
+from tensorboardX import summary
+from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import RecordWriter
 
 from dynconv_jax.data.augment import denormalize
 from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
@@ -23,41 +27,64 @@ from dynconv_jax.training.config import Config
 
 
 class Records:
-  """Rows of metrics.jsonl, and the same in TensorBoard's events."""
+  """Rows of metrics.jsonl, and the same in TensorBoard's events.
 
-  def __init__(self, workdir: pathlib.Path):
-    """Args:
-    workdir: of the run; exists.
+  Events are written as they come: tensorboardX's own SummaryWriter has a
+  thread for it, which a full disk ends and for which all others then wait.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    """Drops the rows of steps that a resumed run is going to do again.
+
+    Args:
+      workdir: of the run; exists.
+      step: steps done.
+
+    Raises:
+      OSError: the disk is full.
     """
-    self._workdir = workdir
     self._path = workdir / workdir_lib.METRICS_FILE
-    self._events = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'))
-
-  def __enter__(self) -> Records:
-    return self
-
-  def __exit__(self, *unused) -> None:
-    self._events.close()
-
-  def truncate(self, step: int) -> None:
-    """Drops rows of steps that a resumed run is going to do again."""
-    rows = workdir_lib.read_metrics(self._workdir)
+    rows = workdir_lib.read_metrics(workdir)
     partial = self._path.with_suffix('.partial')
     partial.write_text(
       ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step)
     )
     os.replace(partial, self._path)
+    folder = workdir / 'tensorboard'
+    folder.mkdir(exist_ok=True)
+    self._events = RecordWriter(
+      f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
+    )
+    self._add(0, file_version='brain.Event:2')
+    # Tells TensorBoard to drop later steps of an earlier session, too.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(step + 1, session_log=start)
+    self._events.flush()
+
+  def __enter__(self) -> Records:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    # Every row was flushed, or has raised its error.
+    with contextlib.suppress(OSError):
+      self._events.close()
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Appends a row, which has 'step' and 'split', beside its metrics."""
-    with self._path.open('a') as file:
-      file.write(json.dumps(row) + '\n')
-    for name, value in row.items():
-      if isinstance(value, float):
-        self._events.add_scalar(f'{row["split"]}/{name}', value, row['step'])
-      elif isinstance(value, Mapping):
-        for key, part in value.items():
-          self._events.add_scalar(f'{name}/{key}', part, row['step'])
+    """Appends a row, which has 'step' and 'split', beside its metrics.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    with self._explained():
+      with self._path.open('a') as file:
+        file.write(json.dumps(row) + '\n')
+      for name, value in row.items():
+        if isinstance(value, float):
+          self._scalar(f'{row["split"]}/{name}', value, row['step'])
+        elif isinstance(value, Mapping):
+          for key, part in value.items():
+            self._scalar(f'{name}/{key}', part, row['step'])
+      self._events.flush()
 
   def show_masks(
     self, step: int, images: jax.Array, masks: Sequence[ExecutionMask]
@@ -78,9 +105,27 @@ class Records:
     pictures = np.asarray(denormalize(images))
     shown = np.repeat(cost[..., None] * 255, 3, axis=-1).astype(np.uint8)
     rows = np.concatenate([pictures, shown], axis=2)
-    self._events.add_image(
-      'masks', rows.reshape(-1, *rows.shape[2:]), step, dataformats='HWC'
-    )
+    image = rows.reshape(-1, *rows.shape[2:])
+    with self._explained():
+      self._add(step, summary=summary.image('masks', image, dataformats='HWC'))
+      self._events.flush()
+
+  def _scalar(self, name: str, value: float, step: int) -> None:
+    self._add(step, summary=summary.scalar(name, value))
+
+  def _add(self, step: int, **content) -> None:
+    event = event_pb2.Event(wall_time=time.time(), step=step, **content)
+    self._events.write(event.SerializeToString())
+
+  @contextlib.contextmanager
+  def _explained(self):
+    try:
+      yield
+    except OSError as error:
+      raise OSError(
+        f'cannot write metrics to {self._path.parent} ({error}); '
+        'earlier checkpoints stay'
+      ) from error
 
 
 class Progress:

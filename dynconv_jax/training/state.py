@@ -20,6 +20,7 @@ Batch = Mapping[str, jax.Array]
 
 # In the order in which a non-finite value spreads through a step.
 QUANTITIES = ('cross_entropy', 'distillation', 'sparsity', 'gradient_norm')
+CHECKED = (*QUANTITIES, 'an updated weight', 'a batch statistic')
 
 
 @flax.struct.dataclass
@@ -34,7 +35,7 @@ class TrainState:
     ema: moving averages of (params, model_state), or None.
     key: PRNG key, folded with the step.
     sums: float32 scalars, metrics summed over the steps of this epoch.
-    first_bad: int32[2], step and index in QUANTITIES of the first non-finite
+    first_bad: int32[2], step and index in CHECKED of the first non-finite
       value; -1 where there was none.
   """
 
@@ -147,7 +148,7 @@ def make_train_step(
     grads, (model_state, metrics) = jax.grad(loss_fn, has_aux=True)(
       state.params, state, batch, teacher_state
     )
-    metrics['gradient_norm'] = optax.global_norm(grads)
+    metrics['gradient_norm'] = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     first_of_epoch = state.step % steps_per_epoch == 0
@@ -162,7 +163,9 @@ def make_train_step(
         name: jnp.where(first_of_epoch, 0.0, total) + metrics[name]
         for name, total in state.sums.items()
       },
-      first_bad=_first_bad(state, metrics),
+      first_bad=_first_bad(
+        state, [*(metrics[n] for n in QUANTITIES), params, model_state]
+      ),
     )
 
   return lambda state, batch: train_step(state, batch, teacher_state)
@@ -177,8 +180,14 @@ def _averaged(state: TrainState, new: Any, decay: float) -> Any:
   return optax.incremental_update(new, state.ema, 1 - decay)
 
 
-def _first_bad(state: TrainState, metrics: Batch) -> jax.Array:
-  bad = ~jnp.isfinite(jnp.stack([metrics[name] for name in QUANTITIES]))
+def _first_bad(state: TrainState, checked: list[Any]) -> jax.Array:
+  finite = [
+    jax.tree.reduce(
+      jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), tree), True
+    )
+    for tree in checked
+  ]
+  bad = ~jnp.stack(finite)
   here = jnp.stack([state.step, jnp.argmax(bad).astype(jnp.int32)])
   new = jnp.any(bad) & (state.first_bad[0] < 0)
   return jnp.where(new, here, state.first_bad)

@@ -148,8 +148,17 @@ def load_run(workdir: str | os.PathLike, *, best: bool = True) -> Run:
   return Run(config, view, class_names, step)
 
 
-def load_teacher(config: Config, class_names: tuple[str, ...]) -> ResNet:
+def load_teacher(
+  config: Config,
+  class_names: tuple[str, ...],
+  sharding: jax.sharding.Sharding,
+) -> ResNet:
   """Returns the evaluation view of the network that `distill_from` names.
+
+  Args:
+    config: of the student.
+    class_names: of the student, in label order.
+    sharding: of the weights, where the student's are.
 
   Raises:
     ValueError: it was trained on other classes.
@@ -160,7 +169,8 @@ def load_teacher(config: Config, class_names: tuple[str, ...]) -> ResNet:
       f'distill_from {config.distill_from} was trained on the classes '
       f'{run.class_names}; this run has {class_names}'
     )
-  return run.model
+  graphdef, weights = nnx.split(run.model)
+  return nnx.merge(graphdef, jax.device_put(weights, sharding))
 
 
 def initialize_from(model: ResNet, source: ResNet) -> list[str]:
@@ -175,34 +185,29 @@ def initialize_from(model: ResNet, source: ResNet) -> list[str]:
     The paths that stay as initialised.
 
   Raises:
-    ValueError: the networks are not of one architecture; names the shapes
-      that differ.
+    ValueError: the networks are not of one architecture; names every weight
+      whose shape differs or that one of them lacks.
   """
   theirs = dict(nnx.to_flat_state(nnx.state(source)))
-  fresh, differing = [], []
-  for path, variable in nnx.to_flat_state(nnx.state(model)):
+  ours = dict(nnx.to_flat_state(nnx.state(model)))
+  kept, fresh, differing = {}, [], []
+  for path in dict.fromkeys([*ours, *theirs]):
     name = '.'.join(map(str, path))
-    if path not in theirs:
-      fresh.append(name)
-    elif theirs[path].shape == variable.shape:
-      theirs[path] = jnp.copy(theirs[path][...])
-    elif path[0] == 'fc':
-      fresh.append(name)
-    else:
-      differing.append(f'{name}: {variable.shape} from {theirs[path].shape}')
-  unknown = [
-    name for name in fresh if 'masker' not in name and name[:2] != 'fc'
-  ]
-  if differing or unknown:
-    raise ValueError(
-      'cannot start from a network of another architecture: '
-      + '; '.join(differing + [f'{name}: not there' for name in unknown])
+    mine, other = (
+      networks[path].shape if path in networks else None
+      for networks in (ours, theirs)
     )
-  kept = {
-    path: value
-    for path, value in theirs.items()
-    if '.'.join(map(str, path)) not in fresh and isinstance(value, jax.Array)
-  }
+    if mine == other:
+      kept[path] = jnp.copy(theirs[path][...])
+    elif path[0] != 'fc' and not ('masker' in path and None in (mine, other)):
+      differing.append(f'{name}: {mine or "none"} from {other or "none"}')
+    elif mine:
+      fresh.append(name)
+  if differing:
+    raise ValueError(
+      'cannot start from a network of another architecture; shapes that '
+      f'differ: {"; ".join(differing)}'
+    )
   nnx.update(model, nnx.from_flat_state(kept))
   if fresh:
     logging.info('initialised afresh: %s', ', '.join(fresh))
