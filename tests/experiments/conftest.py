@@ -42,7 +42,7 @@ class Programs:
           stack.callback(delattr, flags.FLAGS, flag.name)
           stack.callback(flag.unparse)
         rest = flags.FLAGS([name, *map(str, arguments)])
-        stdout = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stdout(stdout))
         module.main(rest)
     return stdout.getvalue()
 
