@@ -42,8 +42,12 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   """
   if logging.get_verbosity() > logging.INFO:
     return True
-  if f'{os.sep}orbax{os.sep}' in record.pathname and record.exc_info:
-    return False  # Its threads log pages on what is raised here as well.
+  if f'{os.sep}orbax{os.sep}' in record.pathname and (
+    # Its threads log pages on what is raised here as well; that evaluation
+    # only reads is meant.
+    record.exc_info or 'read only' in record.getMessage()
+  ):
+    return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
     record.pathname
   ).startswith(_PACKAGES)

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -15,10 +14,8 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
 from dynconv_jax.plotting import style
-
-if TYPE_CHECKING:  # Figures are drawn without loading JAX.
-  from dynconv_jax.gating.mask import ExecutionMask
 
 # Its lightness rises strictly with the value, in grey print too.
 _COLORMAP = 'inferno'
@@ -34,6 +31,8 @@ _GREY_SHARE = 0.22
 _BAR_GREY = 190
 # Brightness of what the network did not see.
 _UNSEEN = 0.2
+# Of an image that are overlaid at a time.
+_ROWS = 64
 # Rec. 601 luma, the weights of Pillow's conversion to grey.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -104,19 +103,6 @@ def _terms(mask: ExecutionMask, weighting: str) -> list[tuple]:
   return terms
 
 
-def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """Returns values[..., h, w] at the size (H, W), each pixel from its nearest.
-
-  Pixel i of H takes the value whose cell contains its centre, (i + 1/2) h / H,
-  in integers: sizes need not divide each other.
-  """
-  rows, columns = (
-    (2 * np.arange(out) + 1) * size // (2 * out)
-    for size, out in zip(values.shape[-2:], shape, strict=True)
-  )
-  return values[..., rows[:, None], columns]
-
-
 def overlay_ponder_map(
   image: np.ndarray,
   cost: np.ndarray,
@@ -152,6 +138,15 @@ def overlay_ponder_map(
     raise ValueError(
       f'limits must be (low, high) with low < high; got {limits}'
     )
+  overlay = np.empty_like(image)
+  # By rows: a photo of 12 megapixels would take 1.7 GB of float64 at once.
+  for start in range(0, len(image), _ROWS):
+    rows = slice(start, start + _ROWS)
+    overlay[rows] = _overlay(image[rows], cost[rows], low, high)
+  return overlay
+
+
+def _overlay(image, cost, low: float, high: float) -> np.ndarray:
   unseen = np.isnan(cost)
   level = np.clip((np.where(unseen, low, cost) - low) / (high - low), 0, 1)
   grey = (image @ _LUMA)[..., None]

@@ -75,8 +75,17 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return rows
 
 
-def build_model(config: Config, num_classes: int) -> ResNet:
-  """Returns a freshly initialised network of the run, compiled in one go."""
+def build_model(
+  config: Config, num_classes: int, *, abstract: bool = False
+) -> ResNet:
+  """Returns the network of a run.
+
+  Args:
+    config: of the run.
+    num_classes: outputs of the head.
+    abstract: whether shapes and dtypes stand in for the weights; otherwise
+      they are freshly initialised, compiled in one go.
+  """
 
   def create():
     return create_model(
@@ -89,10 +98,11 @@ def build_model(config: Config, num_classes: int) -> ResNet:
       rngs=nnx.Rngs(config.seed),
     )
 
-  graphdef, abstract = nnx.split(nnx.eval_shape(create))
-  del abstract
+  model = nnx.eval_shape(create)
+  if abstract:
+    return model
   state = jax.jit(lambda: nnx.as_pure(nnx.state(create())))()
-  return nnx.merge(graphdef, state)
+  return nnx.merge(nnx.graphdef(model), state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +140,7 @@ def load_run(workdir: str | os.PathLike, *, best: bool = True) -> Run:
     raise checkpoints.CheckpointError(f'no checkpoint in {workdir}')
   with checkpoints.open_manager(workdir, read_only=True) as manager:
     class_names = tuple(checkpoints.read_info(manager)['class_names'])
-    model = build_model(config, len(class_names))
+    model = build_model(config, len(class_names), abstract=True)
     graphdef, params, model_state = state_lib.split(model)
     if config.ema_decay:
       target = {'ema': (params, model_state)}
