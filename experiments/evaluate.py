@@ -55,6 +55,9 @@ _NUM_MAPS = flags.DEFINE_integer(
 _RESULTS = flags.DEFINE_string(
   'results', None, 'CSV file of runs, in which this run gets a row.'
 )
+_RECIPE = flags.DEFINE_string(
+  'recipe', '', "What the row's column `recipe` says, to tell curves apart."
+)
 # Where the data lies now, if not where it lay in training.
 _PLACES = [
   flags.DEFINE_string(name, None, f'{name} instead of the one in training.')
@@ -169,6 +172,7 @@ def _title(label: str, guess: str) -> str:
 def _result_row(folder, config, summary) -> dict[str, Any]:
   row = {'run': folder.name, 'model': config.model, 'method': config.method}
   row['budget'] = summary.get('budget', '')
+  row['recipe'] = _RECIPE.value
   for name in ('width_multiplier', 'image_size', 'epochs', 'seed'):
     row[name] = getattr(config, name)
   kept = (
