@@ -172,7 +172,8 @@ def _title(label: str, guess: str) -> str:
 def _result_row(folder, config, summary) -> dict[str, Any]:
   row = {'run': folder.name, 'model': config.model, 'method': config.method}
   row['budget'] = summary.get('budget', '')
-  row['recipe'] = _RECIPE.value
+  if _RECIPE.value:
+    row['recipe'] = _RECIPE.value
   for name in ('width_multiplier', 'image_size', 'epochs', 'seed'):
     row[name] = getattr(config, name)
   kept = (
