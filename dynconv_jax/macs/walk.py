@@ -50,7 +50,7 @@ class Walk:
       ValueError: if no cond of the program has the branch that is asked for.
     """
     weights = [_weight(var, var.aval) for var in jaxpr.jaxpr.invars]
-    self._closed(jaxpr, weights, ())
+    self._sub(jaxpr, weights, ())
     self._check_branch_was_found()
 
   def report(self) -> report.Report:
@@ -77,15 +77,13 @@ class Walk:
       )
     return builder.build()
 
-  def _closed(self, jaxpr: core.ClosedJaxpr, inputs, stacks) -> list[Any]:
-    consts = [_weight(id(const), const) for const in jaxpr.consts]
-    return self._open(jaxpr.jaxpr, consts, inputs, stacks)
-
-  def _open(self, jaxpr: core.Jaxpr, consts, inputs, stacks) -> list[Any]:
-    """Walks an open jaxpr; returns what is known of its outputs.
+  def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
+    """Walks a jaxpr, open or closed; returns what is known of its outputs.
 
     A `_Weight` is known of a variable, or the `_Entry` that it is output of.
     """
+    consts = [_weight(id(x), x) for x in getattr(jaxpr, 'consts', ())]
+    jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, inputs, strict=True))
 
@@ -131,11 +129,6 @@ class Walk:
       entry.features = primitives.out_features(eqn, operand)
     self._entries.append(entry)
     return [entry]
-
-  def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
-    if isinstance(jaxpr, core.ClosedJaxpr):
-      return self._closed(jaxpr, inputs, stacks)
-    return self._open(jaxpr, (), inputs, stacks)
 
   def _biased(self, eqn, inputs) -> _Entry | None:
     """Counts an addition as the bias of a product, if it is one.
@@ -194,17 +187,16 @@ class Walk:
     return outputs
 
   def _scan(self, params, inputs, stacks) -> Sequence[Any]:
-    length = params['length']
-    carried = params['num_consts'] + params['num_carry']
+    body = params['jaxpr']
     inner = [
       # A slice of stacked weights is the weights of one layer of the stack.
-      dataclasses.replace(known, size=known.size // max(length, 1))
-      if isinstance(known, _Weight) and i >= carried
-      else known
-      for i, known in enumerate(inputs)
+      dataclasses.replace(known, size=var.aval.size)
+      if isinstance(known, _Weight)
+      else None
+      for known, var in zip(inputs, _variables(body), strict=True)
     ]
-    with self._times(length):
-      self._sub(params['jaxpr'], [_weights_only(i) for i in inner], stacks)
+    with self._times(params['length']):
+      self._sub(body, inner, stacks)
     return ()
 
   def _while(self, params, inputs, stacks) -> Sequence[Any]:
@@ -318,6 +310,10 @@ def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
     if entry.work is not None:
       entry.work *= times
   return list(entries) if times else []
+
+
+def _variables(jaxpr) -> Sequence[core.Var]:
+  return getattr(jaxpr, 'jaxpr', jaxpr).invars
 
 
 def _weight(key: Any, array: Any) -> _Weight | None:
