@@ -255,7 +255,7 @@ def check_choice(what: str, given: str, allowed: Sequence[str]) -> None:
   """Raises ValueError naming what is allowed unless `given` is."""
   if given in allowed:
     return
-  near = difflib.get_close_matches(given, allowed, n=1)
+  near = difflib.get_close_matches(str(given), allowed, n=1)
   hint = f' (did you mean {near[0]!r}?)' if near else ''
   raise ValueError(
     f'unknown {what} {given!r}{hint}; allowed: {", ".join(allowed)}'
