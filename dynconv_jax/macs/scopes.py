@@ -21,8 +21,8 @@ from typing import Any
 import jax
 from jax.experimental.xla_metadata import set_xla_metadata
 
-# Opens a scope that names a path from the root, not from the scope around it.
-_ABSOLUTE = '@'
+# Marks a scope of ours: the paths of the module around and of the module.
+_PATH = '@module:'
 
 # The classes of a process are wrapped for the length of a trace.
 _lock = threading.RLock()
@@ -53,15 +53,24 @@ def layer_name(*stacks: Any) -> str:
     for entry in stack.stack
     # Transformations such as jvp are entries too, of another class.
     if type(entry).__name__ == 'Scope'
-    for scope in entry.name.split('/')
+    for scope in _split(entry.name)
     # Equinox enters the class of its layers, jnp.einsum its formula.
     if not scope.startswith('eqx.') and '->' not in scope
   ]
-  absolute = [i for i, s in enumerate(scopes) if s.startswith(_ABSOLUTE)]
-  if absolute:
-    path = scopes[absolute[-1]].removeprefix(_ABSOLUTE)
-    scopes = [*scopes[: absolute[0]], path, *scopes[absolute[-1] + 1 :]]
-  return '.'.join(filter(None, scopes))
+  before, path, within = [], None, []
+  for scope in scopes:
+    if not scope.startswith(_PATH):
+      (before if path is None else within).append(scope)
+      continue
+    # Relative to the module around it: jit may have traced this for another.
+    around, inner = scope.removeprefix(_PATH).split(_PATH)
+    if path is None or not (inner == around or _within(around, inner)):
+      path = inner
+    elif inner != around:
+      rest = inner.removeprefix(around).removeprefix('.')
+      path = f'{path}.{rest}' if path else rest
+    within = []
+  return '.'.join(filter(None, [*before, path, *within]))
 
 
 def modules_of(f: Callable) -> list[tuple[str, Any]]:
@@ -100,7 +109,10 @@ class Scopes:
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
     """Wraps every class of modules while the context is open."""
-    with _lock, self._traced_anew():
+    # jit and remat reuse what they once traced, without names or with those of
+    # another count; they trace again where the metadata is not the same.
+    metadata = set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
+    with _lock, metadata:
       replaced = []
       try:
         for cls in {c for base in _bases() for c in _subclasses(base)}:
@@ -113,21 +125,14 @@ class Scopes:
         for cls, call in replaced:
           cls.__call__ = call
 
-  def _traced_anew(self) -> contextlib.AbstractContextManager:
-    """Keeps jit and remat from reusing a trace that has other names, or none.
-
-    They trace again where the metadata is not the same.
-    """
-    return set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
-
   def _named(self, call: Callable) -> Callable:
     @functools.wraps(call)
     def named_call(module, *args, **kwargs):
-      path = self._path(module)
+      path, around = self._path(module), self._stack[-1] if self._stack else ''
       self._stack.append(path)
       self._called = {p for p in self._called if not _within(path, p)} | {path}
       try:
-        with jax.named_scope(_ABSOLUTE + path), self._traced_anew():
+        with jax.named_scope(f'{_PATH}{around}{_PATH}{path}'):
           return call(module, *args, **kwargs)
       finally:
         self._stack.pop()
@@ -172,6 +177,10 @@ class Scopes:
     for name, child in children:
       if not str(name).startswith('_pytree__'):
         self._register(f'{path}.{name}' if path else str(name), child)
+
+
+def _split(scope: str) -> list[str]:
+  return [scope] if scope.startswith(_PATH) else scope.split('/')
 
 
 def _within(path: str, inner: str) -> bool:
