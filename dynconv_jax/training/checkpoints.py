@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,8 +34,12 @@ def open_manager(
   Raises:
     OSError: the disk is full; names the checkpoints that stay.
   """
+  path = (workdir / 'checkpoints').expanduser().absolute()
+  if not read_only:
+    _drop_damaged_metrics(path)
   options = ocp.CheckpointManagerOptions(
     read_only=read_only,
+    lightweight_initialize=read_only,  # Reads no metrics yet.
     create=not read_only,
     save_interval_steps=0 if read_only else 1,
     best_fn=_accuracy,  # Without it orbax does not store the metrics.
@@ -47,7 +53,6 @@ def open_manager(
       ]
     ),
   )
-  path = (workdir / 'checkpoints').expanduser().absolute()
   manager = ocp.CheckpointManager(path, options=options)
   try:
     yield manager
@@ -58,6 +63,16 @@ def open_manager(
     raise
   with _explained(manager):
     manager.close()
+
+
+def _drop_damaged_metrics(folder: pathlib.Path) -> None:
+  """Removes metrics that cannot be read: orbax would not even start."""
+  for path in folder.glob('[0-9]*/metrics/metrics'):
+    try:
+      json.loads(path.read_text())
+    except ValueError as error:
+      logging.warning('leaving out the damaged %s: %s', path, error)
+      shutil.rmtree(path.parent)
 
 
 def _accuracy(metrics: dict[str, Any]) -> float:

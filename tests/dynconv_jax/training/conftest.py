@@ -1,0 +1,60 @@
+"""A tiny run that the tests of training share, and compiled programs kept."""
+
+import gc
+
+import jax
+import pytest
+
+from dynconv_jax.training import loop
+from dynconv_jax.training.config import Config
+
+
+@pytest.fixture(scope='session', autouse=True)
+def compilation_cache(tmp_path_factory):
+  """Compiles what several tests run once, for the tests of this folder."""
+  options = {
+    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    'jax_persistent_cache_min_compile_time_secs': 0.1,
+    'jax_persistent_cache_min_entry_size_bytes': -1,
+  }
+  before = {name: getattr(jax.config, name) for name in options}
+  for name, value in options.items():
+    jax.config.update(name, value)
+  yield options
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture
+def collected():
+  """Leaves no rubbish whose warnings would come up in another test."""
+  yield
+  gc.collect()
+
+
+@pytest.fixture(scope='session')
+def config(tmp_path_factory):
+  """Two epochs of seven steps, six examples to validate on."""
+  return Config(
+    dataset='spots',
+    data_dir=str(tmp_path_factory.mktemp('data')),
+    spots_size=24,
+    spots_train=64,
+    spots_test=8,
+    image_size=16,
+    cache='device',
+    width_multiplier=0.25,
+    ema_decay=0.9,
+    batch_size=8,
+    epochs=2,
+    eval_batch_size=4,
+    log_every_steps=1,
+  )
+
+
+@pytest.fixture(scope='session')
+def finished(config, tmp_path_factory):
+  """The workdir of a run that nothing interrupted. Copy it to change it."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  loop.train(config, workdir)
+  return workdir
