@@ -38,7 +38,14 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
       x.shape[1:3], kernel.shape[:2], strides, padding, strict=True
     )
   ]
-  if all(n >= k for n, k in zip(size, kernel.shape[:2], strict=True)):
+  large = all(n >= k for n, k in zip(size, kernel.shape[:2], strict=True))
+  dilations = (
+    kwargs.get(f'{side}_dilation') or (1,) for side in ('lhs', 'rhs')
+  )
+  ordinary = kwargs.get('feature_group_count', 1) == 1 and all(
+    step == 1 for dilation in dilations for step in dilation
+  )
+  if large or not ordinary:
     return plain(x, kernel)
   return lax.platform_dependent(
     x,

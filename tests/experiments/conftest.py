@@ -63,18 +63,19 @@ def _load(name: str):
 def _no_program_flags():
   """Takes out flags of programs that a test has imported by itself."""
   taken = [
-    flag
+    (module, flag)
     for module, defined in flags.FLAGS.flags_by_module_dict().items()
     if module.startswith('experiments.')
     for flag in defined
   ]
-  for flag in taken:
+  for _, flag in taken:
     delattr(flags.FLAGS, flag.name)
   try:
     yield
   finally:
-    for flag in taken:
+    for module, flag in taken:
       flags.FLAGS[flag.name] = flag
+      flags.FLAGS.register_flag_by_module(module, flag)
 
 
 @pytest.fixture(scope='session')
