@@ -231,6 +231,8 @@ def test_from_the_workdir_itself_with_another_data_dir(
   }
 
 
+# It is read whole, on the one CPU that saved it.
+@pytest.mark.filterwarnings('ignore:Sharding info not provided:UserWarning')
 def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
   folder = _copy(dense_run, tmp_path / 'dense')
   # A later checkpoint, worse, of a head that always says class 2.
