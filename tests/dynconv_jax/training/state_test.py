@@ -1,0 +1,240 @@
+"""The training step on a toy network, against sums by hand."""
+
+import dataclasses
+
+import chex
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.training import schedules
+from dynconv_jax.training import state as state_lib
+from dynconv_jax.training.config import Config
+
+_STEPS = 4  # An epoch.
+
+
+class Toy(nnx.Module):
+  """Logits x W; a mask whose density is the share of pixels above 0.
+
+  `seen` counts the calls, in the way of batch statistics.
+  """
+
+  def __init__(self, kernel, gated=True):
+    self.kernel = nnx.Param(jnp.asarray(kernel, jnp.float32))
+    self.seen = nnx.BatchStat(jnp.zeros(()))
+    self.gated = gated
+
+  def __call__(self, images, *, rngs=None, temperature=1.0, gumbel_noise=True):
+    del rngs, temperature, gumbel_noise
+    self.seen[...] = self.seen[...] + 1
+    x = images[:, 0, 0, :]
+    hard = (images[..., 0] > 0).astype(jnp.float32)
+    layers = (MaskedLayer('layer1.0.conv1', 5, dilated=False),)
+    masks = [ExecutionMask(hard, hard, 'layer1.0', layers)]
+    return x @ self.kernel[...], masks if self.gated else []
+
+
+def _config(**changes):
+  changes = {
+    'optimizer': 'sgd',
+    'momentum': 0.0,
+    'weight_decay': 0.0,
+    'learning_rate': 0.1,
+    'schedule': 'step',
+    'milestones': (),
+    'epochs': 2,
+    'sparsity_weight': 0.0,
+    **changes,
+  }
+  return dataclasses.replace(Config(), **changes)
+
+
+def _batch(seed=0, n=6):
+  rng = np.random.default_rng(seed)
+  return {
+    'image': jnp.asarray(rng.normal(size=(n, 2, 2, 3)), jnp.float32),
+    'label': jnp.asarray(np.eye(4)[rng.integers(0, 4, n)], jnp.float32),
+  }
+
+
+def _start(config, kernel=None, teacher=None, gated=True):
+  if kernel is None:
+    kernel = np.random.default_rng(9).normal(size=(3, 4))
+  model = Toy(kernel, gated)
+  tx = schedules.optimizer(config, schedules.learning_rate(config, _STEPS))
+  step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, _STEPS, teacher
+  )
+  return state_lib.create_state(model, tx, config), step
+
+
+def _kernel(state):
+  return np.asarray(state.params['kernel'], np.float64)
+
+
+def _softmax(logits):
+  exp = np.exp(logits - logits.max(-1, keepdims=True))
+  return exp / exp.sum(-1, keepdims=True)
+
+
+def _numpy_step(kernel, batch, lr=0.1):
+  """Returns (kernel, loss, gradient norm) of a step of gradient descent."""
+  x = np.asarray(batch['image'], np.float64)[:, 0, 0, :]
+  y = np.asarray(batch['label'], np.float64)
+  p = _softmax(x @ kernel)
+  gradient = x.T @ (p - y) / len(x)
+  loss = -np.mean(np.sum(y * np.log(p), -1))
+  return kernel - lr * gradient, loss, np.linalg.norm(gradient)
+
+
+def test_a_step_descends_the_gradient_and_sums_the_metrics():
+  state, step = _start(_config())
+  kernel, sums = _kernel(state), {'loss': 0, 'gradient_norm': 0, 'correct': 0}
+  for i in range(_STEPS):
+    batch = _batch(i)
+    x = np.asarray(batch['image'])[:, 0, 0, :]
+    hits = (x @ kernel).argmax(-1) == np.asarray(batch['label']).argmax(-1)
+    kernel, loss, norm = _numpy_step(kernel, batch)
+    sums['loss'] += loss
+    sums['gradient_norm'] += norm
+    sums['correct'] += hits.mean()
+    state = step(state, batch)
+    np.testing.assert_allclose(_kernel(state), kernel, rtol=1e-5)
+    for name, total in sums.items():
+      np.testing.assert_allclose(state.sums[name], total, rtol=1e-5)
+  assert state.step == _STEPS
+  assert state.model_state['seen'] == _STEPS
+  assert state.first_bad.tolist() == [-1, -1]
+  # The first step of the next epoch starts the sums anew.
+  _, loss, _ = _numpy_step(kernel, _batch(7))
+  state = step(state, _batch(7))
+  np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
+
+
+def test_sparsity_enters_the_loss_with_its_weight():
+  config = _config(sparsity_weight=10.0, budget=0.25)
+  state, step = _start(config)
+  batch = _batch()
+  density = np.mean(np.asarray(batch['image'])[..., 0] > 0)
+  _, cross_entropy, _ = _numpy_step(_kernel(state), batch)
+  state = step(state, batch)
+  # At the start a block's bounds are the budget itself: both terms are one.
+  sparsity = 2 * (density - 0.25) ** 2
+  np.testing.assert_allclose(state.sums['sparsity'], sparsity, rtol=1e-5)
+  np.testing.assert_allclose(
+    state.sums['executed_fraction'], density, rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    state.sums['loss'], cross_entropy + 10 * sparsity, rtol=1e-5
+  )
+
+
+def test_distillation_enters_the_loss_and_leaves_the_teacher():
+  teacher = Toy(np.random.default_rng(3).normal(size=(3, 4)), gated=False)
+  before = np.array(teacher.kernel[...])
+  config = _config(
+    method='dense',
+    distill_from='x',
+    distill_weight=0.3,
+    distill_temperature=2.0,
+  )
+  state, step = _start(config, teacher=teacher, gated=False)
+  kernel, batch = _kernel(state), _batch()
+  x = np.asarray(batch['image'], np.float64)[:, 0, 0, :]
+  p = _softmax(x @ before.astype(np.float64) / 2)
+  q = _softmax(x @ kernel / 2)
+  divergence = 4 * np.mean(np.sum(p * np.log(p / q), -1))
+  _, cross_entropy, _ = _numpy_step(kernel, batch)
+  # Its gradient: softened probabilities' difference, times the temperature.
+  y = np.asarray(batch['label'], np.float64)
+  gradient = (
+    x.T @ (0.7 * (_softmax(x @ kernel) - y) + 0.3 * 2 * (q - p)) / len(x)
+  )
+  state = step(state, batch)
+  np.testing.assert_allclose(state.sums['distillation'], divergence, rtol=1e-4)
+  np.testing.assert_allclose(
+    state.sums['loss'], 0.7 * cross_entropy + 0.3 * divergence, rtol=1e-5
+  )
+  np.testing.assert_allclose(_kernel(state), kernel - 0.1 * gradient, rtol=1e-5)
+  step(state, _batch(1))
+  np.testing.assert_array_equal(teacher.kernel[...], before)
+  assert teacher.seen[...] == 0
+
+
+def test_the_average_follows_quickly_at_first_then_by_its_decay():
+  state, step = _start(_config(ema_decay=0.15))
+  average = kernel = _kernel(state)
+  seen = 0.0
+  for i in range(3):
+    kernel, _, _ = _numpy_step(kernel, _batch(i))
+    decay = min(0.15, (1 + i) / (10 + i))  # 0.1, then 0.15.
+    average = decay * average + (1 - decay) * kernel
+    seen = decay * seen + (1 - decay) * (i + 1)
+    state = step(state, _batch(i))
+  params, model_state = state.evaluated()
+  np.testing.assert_allclose(params['kernel'], average, rtol=1e-5)
+  np.testing.assert_allclose(model_state['seen'], seen, rtol=1e-5)
+  assert np.abs(_kernel(state) - average).max() > 1e-4
+
+
+def test_without_an_average_the_weights_are_evaluated():
+  state, _ = _start(_config())
+  assert state.ema is None
+  chex.assert_trees_all_equal(
+    state.evaluated(), (state.params, state.model_state)
+  )
+
+
+@pytest.mark.parametrize('bad_step', [0, 2])
+def test_a_batch_that_is_not_finite_is_named_once(bad_step):
+  state, step = _start(_config())
+  for i in range(4):
+    batch = _batch(i)
+    if i == bad_step:
+      batch['image'] = batch['image'].at[1].set(jnp.nan)
+    state = step(state, batch)
+  assert state.first_bad.tolist() == [
+    bad_step,
+    state_lib.CHECKED.index('cross_entropy'),
+  ]
+
+
+def test_weights_that_overflow_are_named_in_the_step_that_made_them():
+  config = _config(learning_rate=1e30, epochs=1)
+  state, step = _start(config)
+  kernel = _kernel(state).astype(np.float32)
+  for i in range(4):
+    # Steps whose gradient is finite, by hand in float32.
+    batch = _batch(i)
+    batch['image'] *= 10.0**10
+    x = np.asarray(batch['image'])[:, 0, 0, :]
+    with np.errstate(all='ignore'):
+      p = _softmax((x @ kernel).astype(np.float64))
+      y = np.asarray(batch['label'], np.float64)
+      gradient = (x.T.astype(np.float64) @ (p - y) / len(x)).astype(np.float32)
+      kernel = kernel - np.float32(1e30) * gradient
+    state = step(state, batch)
+    if not np.isfinite(kernel).all():
+      break
+  assert np.isfinite(gradient).all()
+  assert state.first_bad.tolist() == [
+    i,
+    state_lib.CHECKED.index('an updated weight'),
+  ]
+  assert not np.isfinite(_kernel(state)).all()
+
+
+def test_the_state_is_fresh_arrays():
+  model = Toy(np.ones((3, 4)))
+  config = _config(ema_decay=0.5)
+  tx = schedules.optimizer(config, schedules.learning_rate(config, _STEPS))
+  state = state_lib.create_state(model, tx, config)
+  step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, _STEPS
+  )
+  step(state, _batch())
+  # The step donates its state; the model's own weights stay usable.
+  np.testing.assert_array_equal(model.kernel[...], np.ones((3, 4)))

@@ -1,0 +1,176 @@
+"""A run's folder, and weights that pass from one network to another."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl.testing import absltest
+from flax import nnx
+
+from dynconv_jax.models.resnet import create_model
+from dynconv_jax.training import checkpoints, workdir
+from dynconv_jax.training.config import Config
+
+
+def _config(**changes):
+  changes = {'model': 'cifar_resnet8', 'width_multiplier': 0.25, **changes}
+  return dataclasses.replace(Config(), **changes)
+
+
+def _network(num_classes, seed=0, **changes):
+  """Returns a network with weights of its own, without compiling anything."""
+  graphdef, state = nnx.split(
+    workdir.build_model(_config(**changes), num_classes, abstract=True)
+  )
+  rng = np.random.default_rng(seed)
+  return nnx.merge(
+    graphdef,
+    jax.tree.map(
+      lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
+      nnx.as_pure(state),
+    ),
+  )
+
+
+def _weights(model):
+  return {
+    '.'.join(map(str, path)): np.asarray(variable[...])
+    for path, variable in nnx.to_flat_state(nnx.state(model))
+  }
+
+
+@pytest.fixture
+def dense():
+  return _network(6, method='dense', seed=1)
+
+
+def test_builds_the_network_of_the_run():
+  config = _config(method='dynconv', mask_kernel_size=1, seed=3)
+  model = workdir.build_model(config, 4)
+  expected = nnx.eval_shape(
+    lambda: create_model(
+      'cifar_resnet8',
+      method='dynconv',
+      num_classes=4,
+      width_multiplier=0.25,
+      mask_kernel_size=1,
+      rngs=nnx.Rngs(3),
+    )
+  )
+  chex.assert_trees_all_equal_shapes_and_dtypes(
+    nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(expected))
+  )
+  # He's normal initialisation: that of the weights, not of their shapes.
+  kernel = np.asarray(model.layer3[0].conv2.kernel[...])
+  np.testing.assert_allclose(kernel.std(), (2 / (9 * 16)) ** 0.5, rtol=0.1)
+
+
+def test_starts_from_a_dense_network(dense):
+  model = _network(6, method='dynconv')
+  before = _weights(model)
+  with absltest.TestCase().assertLogs(level='INFO') as logs:
+    fresh = workdir.initialize_from(model, dense)
+  after, theirs = _weights(model), _weights(dense)
+  assert len(fresh) == 12  # Kernel and bias, twice, in each of three blocks.
+  assert all('masker' in name for name in fresh)
+  assert fresh == [name for name in before if name not in theirs]
+  for name in after:
+    expected = before if name in fresh else theirs
+    np.testing.assert_array_equal(after[name], expected[name], name)
+  assert f'initialised afresh: {", ".join(fresh)}' in logs.output[0]
+  # A copy: the source may be trained on, or its arrays donated.
+  model.fc.bias[...] = model.fc.bias[...] + 1
+  np.testing.assert_array_equal(dense.fc.bias[...], theirs['fc.bias'])
+
+
+def test_another_number_of_classes_starts_the_head_afresh(dense):
+  model = _network(10, method='dense')
+  before = _weights(model)
+  assert workdir.initialize_from(model, dense) == ['fc.bias', 'fc.kernel']
+  after = _weights(model)
+  np.testing.assert_array_equal(after['fc.kernel'], before['fc.kernel'])
+  np.testing.assert_array_equal(
+    after['conv1.kernel'], _weights(dense)['conv1.kernel']
+  )
+
+
+def test_mask_units_can_be_left_behind(dense):
+  gated = _network(6, method='dynconv')
+  assert workdir.initialize_from(dense, gated) == []
+
+
+@pytest.mark.parametrize('deeper', ['model', 'source'])
+def test_another_depth_is_an_error_that_lists_all(dense, deeper):
+  other = _network(6, method='dense', model='cifar_resnet14')
+  pair = (other, dense) if deeper == 'model' else (dense, other)
+  before = _weights(pair[0])
+  with pytest.raises(ValueError, match='another architecture') as error:
+    workdir.initialize_from(*pair)
+  names = set(_weights(other)) - set(_weights(dense))
+  assert len(names) == 3 * 2 * 5  # Blocks, layers, kernel and batch norm.
+  for name in names:
+    assert f'{name}: ' in str(error.value)
+  assert ('from none' if deeper == 'model' else 'none from') in str(error.value)
+  assert str(error.value).count(': ') == 1 + len(names)
+  after = _weights(pair[0])
+  for name in before:
+    np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_another_width_is_an_error_with_both_shapes(dense):
+  wide = _network(6, method='dense', width_multiplier=0.5)
+  with pytest.raises(
+    ValueError, match=r'conv1\.kernel: \(3, 3, 3, 8\) from \(3, 3, 3, 4\)'
+  ):
+    workdir.initialize_from(wide, dense)
+
+
+def test_masks_open_at_the_bias():
+  model = _network(6, method='dynconv')
+  kernel = np.asarray(model.layer1[0].masker.maskconv.conv.kernel[...])
+  workdir.open_masks(model, 2.5)
+  for block in model.blocks:
+    unit = block.masker.maskconv
+    np.testing.assert_array_equal(unit.conv.bias[...], [2.5])
+    assert not np.any(unit.fc.kernel[...]) and not np.any(unit.fc.bias[...])
+  unit = model.layer1[0].masker.maskconv
+  np.testing.assert_array_equal(unit.conv.kernel[...], kernel)
+  # A map of zeros then has that logit everywhere.
+  x = jnp.zeros((1, 4, 4, 4))
+  np.testing.assert_array_equal(unit(x), np.full((1, 4, 4), 2.5))
+
+
+def test_a_dense_network_has_no_masks_to_open(dense):
+  before = _weights(dense)
+  workdir.open_masks(dense, 2.5)
+  for name, value in _weights(dense).items():
+    np.testing.assert_array_equal(value, before[name])
+
+
+def test_flags_are_written_whole_and_read_back(tmp_path):
+  folder = tmp_path / 'a' / 'run'
+  config = _config(budget=0.25, mask_bias=2.0, classes=('b', 'a'))
+  workdir.check_flags(folder, config)  # There is no earlier start.
+  workdir.write_flags(folder, config)
+  assert [p.name for p in folder.iterdir()] == ['flags.txt']
+  assert workdir.read_config(folder) == config
+  workdir.check_flags(folder, dataclasses.replace(config, data_dir='else'))
+  with pytest.raises(
+    ValueError, match='given, not there: budget: 0.5, not 0.25; seed: 4, not 0'
+  ):
+    workdir.check_flags(folder, dataclasses.replace(config, budget=0.5, seed=4))
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+  with pytest.raises(FileNotFoundError, match='not the workdir of a run'):
+    workdir.load_run(tmp_path)
+  workdir.write_flags(tmp_path, _config())
+  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+    workdir.load_run(tmp_path)
+  (tmp_path / 'checkpoints').mkdir()
+  with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
+    workdir.load_run(tmp_path)
+  assert workdir.read_metrics(tmp_path) == []

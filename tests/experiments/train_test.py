@@ -1,0 +1,224 @@
+"""The training program, its flags and its errors."""
+
+import dataclasses
+import logging as stdlib_logging
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from unittest import mock
+
+import pytest
+from absl import flags, logging
+
+import dynconv_jax
+from dynconv_jax.training import workdir
+from dynconv_jax.training.checkpoints import CheckpointError
+from dynconv_jax.training.config import Config
+from experiments import config_flags, program
+
+
+def _parse(*arguments):
+  values = flags.FlagValues()
+  config_flags.define(values)
+  flags.DEFINE_string('flagfile', '', '', flag_values=values)
+  values(['program', *arguments])
+  return config_flags.read(values)
+
+
+def test_every_field_is_a_flag_with_the_same_default():
+  assert _parse() == Config()
+  values = flags.FlagValues()
+  config_flags.define(values)
+  for field in dataclasses.fields(Config):
+    assert values[field.name].help.startswith(field.metadata['help'])
+  assert len(list(values)) == len(dataclasses.fields(Config))
+
+
+def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
+  path = tmp_path / 'some.flags'
+  path.write_text(
+    '# A comment.\n\n--model=resnet18\n--crop_scale=0.5,1\n--noflip\n'
+    '// Another.\n--budget=0.3\n--classes=a,b\n--mask_bias=2\n'
+  )
+  expected = dataclasses.replace(
+    Config(),
+    model='resnet18',
+    crop_scale=(0.5, 1.0),
+    flip=False,
+    budget=0.7,
+    classes=('a', 'b'),
+    mask_bias=2.0,
+  )
+  assert _parse(f'--flagfile={path}', '--budget=0.7') == expected
+  # What a workdir keeps is such a file, too.
+  path.write_text(expected.to_flags())
+  assert _parse(f'--flagfile={path}') == expected
+
+
+@pytest.mark.parametrize(
+  'path',
+  sorted(pathlib.Path(config_flags.__file__).parent.glob('flags/*.flags')),
+  ids=lambda path: path.stem,
+)
+def test_the_flag_files_here_give_sound_configurations(path):
+  config = _parse(f'--flagfile={path}')
+  config.check()
+  assert config != Config()
+  assert path.read_text().startswith('# python -m experiments.train ')
+
+
+def test_what_is_no_number_is_an_error():
+  with pytest.raises(ValueError, match='milestones must be numbers.*0.5.*x'):
+    _parse('--milestones=0.5,x')
+  with pytest.raises(flags.IllegalFlagValueError, match='flag --epochs=many'):
+    _parse('--epochs=many')
+
+
+def test_an_unknown_flag_is_an_error_with_a_hint():
+  with pytest.raises(
+    flags.UnrecognizedFlagError, match="'bugdet'.*Did you mean: budget"
+  ):
+    _parse('--bugdet=0.5')
+
+
+def _guarded(main):
+  """Returns what `program.run` hands to absl for a program."""
+  with mock.patch.object(program.app, 'run') as run:
+    program.run(main)
+  return run.call_args.args[0]
+
+
+@pytest.fixture
+def absl_handler():
+  """Leaves absl's logging as it was."""
+  root, handler = stdlib_logging.getLogger(), logging.get_absl_handler()
+  verbosity, level = logging.get_verbosity(), root.level
+  handlers, filters = list(root.handlers), list(handler.filters)
+  yield handler
+  logging.set_verbosity(verbosity)
+  root.setLevel(level)
+  root.handlers[:], handler.filters[:] = handlers, filters
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    ValueError('budget must be in [0, 1]; got 2'),
+    CheckpointError('no checkpoint in x'),
+    FileNotFoundError('no folder x'),
+    FloatingPointError('cross_entropy is not finite'),
+  ],
+)
+def test_an_error_of_the_users_is_one_line(error, capsys, absl_handler):
+  def main(argv):
+    raise error
+
+  with pytest.raises(SystemExit) as ended:
+    _guarded(main)(['program'])
+  assert ended.value.code == 1
+  assert capsys.readouterr() == ('', f'error: {error}\n')
+
+
+def test_a_bug_keeps_its_traceback(absl_handler):
+  def main(argv):
+    raise KeyError('a bug')
+
+  with pytest.raises(KeyError, match='a bug'):
+    _guarded(main)(['program'])
+
+  def mistaken(argv):
+    raise ValueError('a user error, looked into')
+
+  logging.set_verbosity(logging.DEBUG)
+  with pytest.raises(ValueError, match='looked into'):
+    _guarded(mistaken)(['program'])
+
+
+def test_only_our_own_progress_is_shown(absl_handler):
+  _guarded(lambda argv: None)(['program'])
+  ours = [
+    pathlib.Path(dynconv_jax.__path__[0]) / 'training' / 'loop.py',
+    program.__file__,
+  ]
+  theirs = ['/x/site-packages/orbax/checkpoint/checkpoint_manager.py']
+
+  def shown(path, level):
+    return bool(
+      absl_handler.filter(
+        stdlib_logging.LogRecord('absl', level, str(path), 1, '', (), None)
+      )
+    )
+
+  logging.set_verbosity(logging.INFO)
+  for path in [*ours, *theirs]:
+    assert shown(path, stdlib_logging.WARNING)
+    assert shown(path, stdlib_logging.INFO) == (path in ours)
+  logging.set_verbosity(logging.DEBUG)
+  assert shown(theirs[0], stdlib_logging.INFO)
+
+
+def _command(folder, data_dir, *more):
+  return [
+    *(sys.executable, '-m', 'experiments.train'),
+    f'--workdir={folder}',
+    f'--data_dir={data_dir}',
+    *('--spots_size=24', '--spots_train=64', '--spots_test=8'),
+    *('--image_size=16', '--crop=none', '--cache=device'),
+    *('--width_multiplier=0.25', '--batch_size=8', '--epochs=100'),
+    *('--validation_split=none', '--checkpoint_every_epochs=100'),
+    *more,
+  ]
+
+
+@pytest.mark.slow
+def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
+  folder = tmp_path / 'run'
+  command = _command(folder, tmp_path / 'data')
+  root = pathlib.Path(program.__file__).parents[1]
+  known = 0
+  for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+    with subprocess.Popen(
+      command, cwd=root, stderr=subprocess.PIPE, text=True
+    ) as process:
+      while len(workdir.read_metrics(folder)) <= known:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+      process.send_signal(number)
+      errors = process.communicate()[1]
+    assert process.returncode == code, errors
+    last = errors.splitlines()[-1]
+    assert last.startswith(f'{number.name}: saved step '), errors
+    assert last.endswith(f'{folder}; the same command goes on from there')
+    known = len(workdir.read_metrics(folder))
+    assert 0 < known < 100
+  done = subprocess.run(
+    command, cwd=root, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  summary, wrote = done.stdout.splitlines()
+  assert summary.startswith('cifar_resnet8 dynconv, step 800, train accuracy ')
+  assert wrote.startswith(f'wrote {folder / "learning_curves.png"} and ')
+  assert (folder / 'learning_curves.svg').exists()
+  assert [r['step'] for r in workdir.read_metrics(folder)] == list(
+    range(8, 801, 8)
+  )
+  # No tidings of other libraries'.
+  assert 'orbax' not in done.stderr
+  assert 'checkpoint_manager.py' not in done.stderr
+  assert 'loop.py' in done.stderr
+  # Another configuration is one line, and leaves the folder as it is.
+  before = sorted(folder.rglob('*'))
+  done = subprocess.run(
+    [*command, '--budget=0.25'],
+    cwd=root,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 1
+  assert done.stdout == ''
+  assert done.stderr.splitlines()[-1].startswith(f'error: {folder} is of ')
+  assert 'budget: 0.25, not 0.5' in done.stderr
+  assert sorted(folder.rglob('*')) == before
