@@ -65,6 +65,11 @@ class Augmentation:
     # Flags give lists, which cannot be hashed.
     object.__setattr__(self, 'crop_scale', tuple(self.crop_scale))
     object.__setattr__(self, 'crop_ratio', tuple(self.crop_ratio))
+    for name in ('crop_scale', 'crop_ratio'):
+      if len(getattr(self, name)) != 2:
+        raise ValueError(
+          f'{name} must be two numbers, low and high; got {getattr(self, name)}'
+        )
     errors = []
     if self.crop not in CROPS:
       errors.append(f'crop must be one of {CROPS}; got {self.crop!r}')

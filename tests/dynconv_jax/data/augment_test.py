@@ -300,6 +300,7 @@ class CropBoxesTest(parameterized.TestCase):
 
 class AugmentationTest(parameterized.TestCase):
   @parameterized.parameters(
+    (dict(crop_scale=(0.5,)), 'crop_scale must be two numbers'),
     (dict(crop='five'), r"crop must be one of .*; got 'five'"),
     (dict(crop_scale=(0.0, 1.0)), r'crop_scale .*; got \(0.0, 1.0\)'),
     (dict(crop_scale=(0.9, 0.5)), r'crop_scale .*; got \(0.9, 0.5\)'),
