@@ -49,8 +49,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: a flag is out of range, or the workdir is of another
       configuration.
-    FloatingPointError: a loss or gradient is not finite; names quantity and
-      step. The last good checkpoint stays.
+    FloatingPointError: a loss, gradient, weight or statistic is not finite;
+      names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM or SIGINT came; the state is saved.
     OSError: the disk is full; earlier checkpoints stay.
   """
@@ -72,6 +72,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   validation = None
   if splits.validation is not None:
     validation = inputs.eval_batches(config, splits.validation, split)
+    shown = next(iter(validation))['image'][:8]
   class_names = splits.train.class_names
   steps_per_epoch = batches.steps_per_epoch
   total_steps = config.epochs * steps_per_epoch
@@ -141,8 +142,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             records.write({**row, 'split': 'validation', **summary})
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
-            images = next(iter(validation))['image'][:8]
-            records.show_masks(step, images, predict(*weights, images)[1])
+            records.show_masks(step, shown, predict(*weights, shown)[1])
         due = ended and epoch % config.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}

@@ -198,11 +198,11 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   summary, wrote = done.stdout.splitlines()
-  assert summary.startswith('cifar_resnet8 dynconv, step 800, train accuracy ')
+  assert summary.startswith('cifar_resnet8 dynconv, step 700, train accuracy ')
   assert wrote.startswith(f'wrote {folder / "learning_curves.png"} and ')
   assert (folder / 'learning_curves.svg').exists()
   assert [r['step'] for r in workdir.read_metrics(folder)] == list(
-    range(8, 801, 8)
+    range(7, 701, 7)
   )
   # No tidings of other libraries'.
   assert 'orbax' not in done.stderr
