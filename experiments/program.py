@@ -33,7 +33,7 @@ _PACKAGES = tuple(
 
 
 def is_wanted(record: stdlib_logging.LogRecord) -> bool:
-  """Returns whether a record is shown: warnings of all, INFO of our own.
+  """Returns whether a record is shown: our own, and warnings of most others.
 
   At --verbosity=1 and above everything is.
 
@@ -42,11 +42,9 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   """
   if logging.get_verbosity() > logging.INFO:
     return True
-  if f'{os.sep}orbax{os.sep}' in record.pathname and (
-    # Its threads log pages on what is raised here as well; that evaluation
-    # only reads is meant.
-    record.exc_info or 'read only' in record.getMessage()
-  ):
+  # orbax warns of what is meant, such as saves without metrics or reading only,
+  # and its threads log pages on errors that are raised here as well.
+  if f'{os.sep}orbax{os.sep}' in record.pathname:
     return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
     record.pathname

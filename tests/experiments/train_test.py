@@ -142,7 +142,8 @@ def test_only_our_own_progress_is_shown(absl_handler):
     pathlib.Path(dynconv_jax.__path__[0]) / 'training' / 'loop.py',
     program.__file__,
   ]
-  theirs = ['/x/site-packages/orbax/checkpoint/checkpoint_manager.py']
+  theirs = ['/x/site-packages/tensorflow_datasets/core/writer.py']
+  orbax = '/x/site-packages/orbax/checkpoint/checkpoint_manager.py'
 
   def shown(path, level):
     return bool(
@@ -155,8 +156,11 @@ def test_only_our_own_progress_is_shown(absl_handler):
   for path in [*ours, *theirs]:
     assert shown(path, stdlib_logging.WARNING)
     assert shown(path, stdlib_logging.INFO) == (path in ours)
+  # Its errors are raised as well; its warnings are of what is meant.
+  assert not shown(orbax, stdlib_logging.ERROR)
   logging.set_verbosity(logging.DEBUG)
   assert shown(theirs[0], stdlib_logging.INFO)
+  assert shown(orbax, stdlib_logging.ERROR)
 
 
 def _command(folder, data_dir, *more):
