@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from dynconv_jax.models.resnet import create_model as create_model
+  from dynconv_jax.models.create import create_model as create_model
 
 __all__ = ['create_model']
 
@@ -11,7 +11,7 @@ __all__ = ['create_model']
 def __getattr__(name):
   # Imported on demand: `dynconv_jax.macs` serves without a training stack.
   if name == 'create_model':
-    from dynconv_jax.models.resnet import create_model
+    from dynconv_jax.models.create import create_model
 
     return create_model
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -84,6 +84,66 @@ def sparsity_loss(
   return (network - budget) ** 2 + jnp.mean(outside)
 
 
+def target_rate_loss(
+  masks: Sequence[ExecutionMask], target_rates: Sequence[float]
+) -> jax.Array:
+  """Returns ConvNet-AIG's loss on the execution rates, unweighted.
+
+  Mean over the gated blocks of (target - batch mean of the gate)^2 (Veit and
+  Belongie, ECCV 2018, section 3.3; the authors weigh it by 2 on CIFAR and by 1
+  on ImageNet).
+
+  Args:
+    masks: one a gated block, with straight-through gradients.
+    target_rates: one a gated block, in [0, 1].
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there is not one target a mask, or no mask.
+  """
+  if not masks or len(masks) != len(target_rates):
+    raise ValueError(
+      'target_rates must be one a gated block, and at least one; got '
+      f'{len(target_rates)} for {len(masks)} masks'
+    )
+  rates = jnp.stack([jnp.mean(mask.density()) for mask in masks])
+  return jnp.mean((jnp.array(target_rates, jnp.float32) - rates) ** 2)
+
+
+def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
+  """Returns what SACT and ACT pay for computing, unweighted.
+
+  A position pays N + R in a stage: N units until it halts, and the remainder R
+  that weighs its last state (Figurnov et al., CVPR 2017, section 3.1). The mean
+  over positions and images is summed over the stages; the authors weigh it by
+  0.005 on ImageNet and by 0.01 on CIFAR. Only R has a gradient. A stage of one
+  block has no gate and adds nothing.
+
+  Args:
+    masks: one a gated block, with halting scores.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or some have no score.
+  """
+  if not masks or any(mask.score is None for mask in masks):
+    raise ValueError(
+      'the ponder cost needs masks with halting scores; got '
+      f'{[mask.name for mask in masks if mask.score is None] or "none"}'
+    )
+  stages: dict[str, jax.Array] = {}
+  for mask in masks:
+    stage, _ = mask.name.split('.')
+    # N is 1 and a unit more for each mask that is set; R is 1 less the scores
+    # read there, of the units that did not halt.
+    stages[stage] = stages.get(stage, 2.0) + mask.hard * (1 - mask.score)
+  return sum(jnp.mean(cost) for cost in stages.values())
+
+
 def distillation_loss(
   logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:

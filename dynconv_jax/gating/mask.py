@@ -38,12 +38,15 @@ class ExecutionMask:
       output resolution in a basic block.
     name: the block's path in the model, such as 'layer2.0'.
     layers: the masked convolutions of the block, in order of execution.
+    score: float32[N, h, w] that the decision was made from, where a loss needs
+      it (see `gate.Decision`), or None.
   """
 
   hard: jax.Array
   dilated: jax.Array
   name: str = flax.struct.field(pytree_node=False)
   layers: tuple[MaskedLayer, ...] = flax.struct.field(pytree_node=False)
+  score: jax.Array | None = None
 
   def executed_macs(self) -> jax.Array:
     """Returns float32[N]: MACs of the masked layers at active positions."""

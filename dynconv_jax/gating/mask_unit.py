@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.gating.gate import Decision, Gate
 from dynconv_jax.gating.gumbel import binary_gumbel
 
 # PyTorch's default initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): about
@@ -66,8 +67,10 @@ class Squeeze(nnx.Module):
     return (self.conv(x) + squeezed[:, None, None, :])[..., 0]
 
 
-class MaskUnit(nnx.Module):
+class MaskUnit(Gate):
   """Decides per image and position whether a block's branch is executed.
+
+  In training the mask is sampled; in evaluation it is logits >= 0.
 
   Args:
     in_features: channels of the block's input.
@@ -86,6 +89,7 @@ class MaskUnit(nnx.Module):
     conv_general_dilated=jax.lax.conv_general_dilated,
     rngs: nnx.Rngs,
   ):
+    super().__init__()
     self.maskconv = Squeeze(
       in_features,
       strides=strides,
@@ -93,49 +97,13 @@ class MaskUnit(nnx.Module):
       conv_general_dilated=conv_general_dilated,
       rngs=rngs,
     )
-    self.deterministic = False
 
   def __call__(
-    self,
-    x: jax.Array,
-    *,
-    rngs: nnx.Rngs | None = None,
-    temperature: float | jax.Array = 1.0,
-    gumbel_noise: bool | jax.Array = True,
-  ) -> jax.Array:
-    """Returns the hard mask, float32[N, h, w] of {0, 1}.
-
-    Args:
-      x: float[N, H, W, C], the block's input.
-      rngs: stream `gumbel`; needed unless deterministic or without noise.
-      temperature: of the Gumbel-softmax, > 0.
-      gumbel_noise: whether noise is added in training.
-
-    Raises:
-      ValueError: noise is wanted and there is no `gumbel` stream.
-    """
+    self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
+  ):
     logits = self.maskconv(x)
     if self.deterministic:
-      return (logits >= 0).astype(jnp.float32)
-    key = None
-    if gumbel_noise is not False:
-      if rngs is None or not ('gumbel' in rngs or 'default' in rngs):
-        given = None if rngs is None else [name for name, _ in rngs.items()]
-        raise ValueError(
-          'a mask unit in training needs rngs=nnx.Rngs(gumbel=key); got '
-          f'{given}. For evaluation use nnx.view(model, deterministic=True, '
-          'use_running_average=True)'
-        )
-      # By name: where there is only `default`, which stands in for any stream,
-      # `rngs.gumbel` is a method that draws a sample.
-      key = rngs['gumbel']()
-    return binary_gumbel(logits, key, temperature, gumbel_noise)
-
-  def set_view(self, deterministic: bool | None = None):
-    """Class method used by ``nnx.view``.
-
-    Args:
-      deterministic: if True, the mask is logits >= 0, without noise.
-    """
-    if deterministic is not None:
-      self.deterministic = deterministic
+      return Decision((logits >= 0).astype(jnp.float32)), carry
+    key = None if gumbel_noise is False else self.key(rngs)
+    hard = binary_gumbel(logits, key, temperature, gumbel_noise)
+    return Decision(hard), carry

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.gating.gate import Decision, Gate
 from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer, dilate
 from dynconv_jax.models.layers import BatchNorm, conv
 
@@ -25,8 +26,7 @@ class Block(nnx.Module):
     planes: channels of the block's 3x3 convolutions.
     strides: stride of the block.
     name: path in the model, such as 'layer2.0'.
-    gate: makes the module that decides where the branch is executed, given
-      (in_features, strides); None executes it everywhere.
+    gate: decides where the branch is executed; None: everywhere.
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -40,7 +40,7 @@ class Block(nnx.Module):
     strides: int,
     *,
     name: str,
-    gate: Callable[[int, int], nnx.Module] | None,
+    gate: Gate | None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
@@ -62,14 +62,14 @@ class Block(nnx.Module):
           BatchNorm(out_features, rngs=rngs),
         ]
       )
-    self.masker = nnx.data(None) if gate is None else gate(in_features, strides)
+    self.masker = nnx.data(gate)
 
   def branch(self, x: jax.Array) -> jax.Array:
     """Returns float[N, h, w, planes * expansion] before mask and shortcut."""
     raise NotImplementedError
 
-  def execution_mask(self, hard: jax.Array, x: jax.Array) -> ExecutionMask:
-    """Returns what `hard`, float32[N, h, w], means for the input x."""
+  def execution_mask(self, decision: Decision, x: jax.Array) -> ExecutionMask:
+    """Returns what a decision at output resolution means for the input x."""
     raise NotImplementedError
 
   def shortcut(self, x: jax.Array) -> jax.Array:
@@ -79,30 +79,57 @@ class Block(nnx.Module):
     projection, norm = self.downsample
     return norm(projection(x))
 
-  def __call__(
-    self, x: jax.Array, mask: jax.Array | None = None, **gate_kwargs
-  ) -> tuple[jax.Array, ExecutionMask | None]:
-    """Returns the block's output and its execution mask.
+  def decide(
+    self,
+    x: jax.Array,
+    carry: Any = None,
+    hard: jax.Array | None = None,
+    **gate_kwargs,
+  ) -> tuple[ExecutionMask | None, Any]:
+    """Returns where the branch is executed, None for everywhere.
 
     Args:
-      x: float[N, H, W, in_features].
-      mask: float32[N, h, w] of {0, 1} to obey instead of the gate's decision.
+      x: float[N, H, W, in_features], the block's input.
+      carry: what the gate before returned beside its decision.
+      hard: float32[N, h, w] of {0, 1} to obey; the gate is not asked then.
       **gate_kwargs: passed to the gate.
+
+    Returns:
+      The execution mask, and what later gates need.
 
     Raises:
       ValueError: the given mask is not of the output's resolution.
     """
-    branch = self.branch(x)
-    if mask is not None and mask.shape != branch.shape[:3]:
-      raise ValueError(
-        f'the mask of {self.name} must be {branch.shape[:3]}; got {mask.shape}'
-      )
-    if mask is None and self.masker is not None:
-      mask = self.masker(x, **gate_kwargs)
+    shape = (x.shape[0], *(-(-n // self.strides) for n in x.shape[1:3]))
+    if hard is not None:
+      if hard.shape != shape:
+        raise ValueError(
+          f'the mask of {self.name} must be {shape}; got {hard.shape}'
+        )
+      return self.execution_mask(Decision(hard), x), carry
+    if self.masker is None:
+      return None, carry
+    decision, carry = self.masker(x, carry, **gate_kwargs)
+    decision = jax.tree.map(lambda v: jnp.broadcast_to(v, shape), decision)
+    return self.execution_mask(decision, x), carry
+
+  def __call__(
+    self, x: jax.Array, mask: ExecutionMask | None = None
+  ) -> jax.Array:
+    """Returns the block's output, float[N, h, w, features].
+
+    Args:
+      x: float[N, H, W, in_features].
+      mask: where the branch is executed; None: everywhere.
+    """
+    shortcut, branch = self.shortcut(x), self.branch(x)
     if mask is None:
-      return nnx.relu(self.shortcut(x) + branch), None
-    branch = branch * mask[..., None].astype(branch.dtype)
-    return nnx.relu(self.shortcut(x) + branch), self.execution_mask(mask, x)
+      return nnx.relu(shortcut + branch)
+    hard = mask.hard[..., None].astype(branch.dtype)
+    if self.masker is not None and self.masker.interpolates:
+      executed, skipped = nnx.relu(shortcut + branch), nnx.relu(shortcut)
+      return hard * executed + (1 - hard) * skipped
+    return nnx.relu(shortcut + hard * branch)
 
 
 class BasicBlock(Block):
@@ -128,11 +155,12 @@ class BasicBlock(Block):
     x = nnx.relu(self.bn1(self.conv1(x)))
     return self.bn2(self.conv2(x))
 
-  def execution_mask(self, hard, x):
+  def execution_mask(self, decision, x):
     del x
     return ExecutionMask(
-      hard=hard,
-      dilated=dilate(hard),
+      hard=decision.hard,
+      dilated=dilate(decision.hard),
+      score=decision.score,
       name=self.name,
       layers=(
         _masked(self, 'conv1', dilated=True),
@@ -169,10 +197,11 @@ class Bottleneck(Block):
     x = nnx.relu(self.bn2(self.conv2(x)))
     return self.bn3(self.conv3(x))
 
-  def execution_mask(self, hard, x):
-    dilated = dilate(hard, self.strides)
+  def execution_mask(self, decision, x):
+    dilated = dilate(decision.hard, self.strides)
     return ExecutionMask(
-      hard=hard,
+      hard=decision.hard,
+      score=decision.score,
       dilated=dilated[:, : x.shape[1], : x.shape[2]],
       name=self.name,
       layers=(

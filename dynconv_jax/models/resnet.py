@@ -10,15 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.gating.gate import Gate
 from dynconv_jax.gating.mask import ExecutionMask
-from dynconv_jax.gating.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock, Block, Bottleneck
-from dynconv_jax.models.layers import (
-  BatchNorm,
-  conv,
-  conv_general_dilated,
-  max_pool,
-)
+from dynconv_jax.models.layers import BatchNorm, conv, max_pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +51,6 @@ ARCHITECTURES = {
   'resnet152': Architecture(Bottleneck, (3, 8, 36, 3)),
   **{f'cifar_resnet{d}': _cifar(d) for d in (8, 14, 20, 26, 32, 44, 56, 110)},
 }
-METHODS = ('dense', 'dynconv')
 
 
 class ResNet(nnx.Module):
@@ -68,7 +62,8 @@ class ResNet(nnx.Module):
     architecture: depths, width, block and stem.
     num_classes: outputs of the head.
     width_multiplier: scales stem and stages, as int(width * multiplier).
-    gate: makes a block's gate, given (in_features, strides); None: no gates.
+    gate: makes a block's gate or None, given (stage, index in the stage,
+      in_features, strides).
     dtype: compute dtype; parameters, masks and logits are float32.
     rngs: stream `params`.
   """
@@ -79,7 +74,7 @@ class ResNet(nnx.Module):
     *,
     num_classes: int,
     width_multiplier: float,
-    gate: Callable[[int, int], nnx.Module] | None,
+    gate: Callable[[int, int, int, int], Gate | None] = lambda *_: None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
@@ -96,13 +91,14 @@ class ResNet(nnx.Module):
       planes = int(architecture.width * 2**stage * width_multiplier)
       blocks = nnx.List([])
       for i in range(depth):
+        strides = 2 if stage > 0 and i == 0 else 1
         blocks.append(
           architecture.block(
             in_features,
             planes,
-            2 if stage > 0 and i == 0 else 1,
+            strides,
             name=f'layer{stage + 1}.{i}',
-            gate=gate,
+            gate=gate(stage, i, in_features, strides),
             dtype=dtype,
             rngs=rngs,
           )
@@ -122,10 +118,24 @@ class ResNet(nnx.Module):
     )
 
   @property
+  def stages(self) -> list[nnx.List]:
+    """The residual blocks of each stage, in network order."""
+    depths = self.architecture.depths
+    return [getattr(self, f'layer{s + 1}') for s in range(len(depths))]
+
+  @property
   def blocks(self) -> list[Block]:
     """The residual blocks in network order."""
-    stages = range(1, len(self.architecture.depths) + 1)
-    return [block for s in stages for block in getattr(self, f'layer{s}')]
+    return [block for stage in self.stages for block in stage]
+
+  def stem(self, images: jax.Array) -> jax.Array:
+    """Returns the input of the first block, float[N, H, W, width]."""
+    x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype))))
+    return max_pool(x) if self.architecture.stem == 'imagenet' else x
+
+  def head(self, x: jax.Array) -> jax.Array:
+    """Returns float32[N, num_classes]: logits of the last block's output."""
+    return self.fc(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
 
   def __call__(
     self,
@@ -150,28 +160,29 @@ class ResNet(nnx.Module):
       logits: float32[N, num_classes].
       masks: one ExecutionMask a gated block, in network order; none if dense.
     """
-    blocks = self.blocks
-    if masks is not None and len(masks) != len(blocks):
+    num_blocks = len(self.blocks)
+    if masks is not None and len(masks) != num_blocks:
       raise ValueError(
-        f'masks must be one a block, {len(blocks)}; got {len(masks)}'
+        f'masks must be one a block, {num_blocks}; got {len(masks)}'
       )
-    x = images.astype(self.dtype)
-    x = nnx.relu(self.bn1(self.conv1(x)))
-    if self.architecture.stem == 'imagenet':
-      x = max_pool(x)
-    executed = []
-    for block, mask in zip(blocks, masks or [None] * len(blocks), strict=True):
-      x, execution_mask = block(
-        x,
-        mask,
-        rngs=rngs,
-        temperature=temperature,
-        gumbel_noise=gumbel_noise,
-      )
-      if execution_mask is not None:
-        executed.append(execution_mask)
-    features = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
-    return self.fc(features), executed
+    given = iter(masks or [None] * num_blocks)
+    x, carry, executed = self.stem(images), None, []
+    for stage in self.stages:
+      for block in stage:
+        mask, carry = block.decide(
+          x,
+          carry,
+          next(given),
+          rngs=rngs,
+          temperature=temperature,
+          gumbel_noise=gumbel_noise,
+        )
+        x = block(x, mask)
+        if mask is not None:
+          executed.append(mask)
+      if masks is None and block.masker is not None:
+        x, carry = block.masker.end_stage(x, carry)
+    return self.head(x), executed
 
   def set_view(self, deterministic: bool | None = None):
     """Class method used by ``nnx.view``.
@@ -181,64 +192,6 @@ class ResNet(nnx.Module):
     Args:
       deterministic: passed on to the gates by ``nnx.view`` itself.
     """
-
-
-def create_model(
-  name: str,
-  *,
-  method: str = 'dense',
-  num_classes: int = 1000,
-  width_multiplier: float = 1.0,
-  mask_kernel_size: int = 3,
-  dtype: jnp.dtype = jnp.float32,
-  rngs: nnx.Rngs,
-) -> ResNet:
-  """Returns a freshly initialised network.
-
-  Args:
-    name: a key of ARCHITECTURES, such as 'resnet50' or 'cifar_resnet32'.
-    method: 'dense' or 'dynconv'.
-    num_classes: outputs of the head, at least 1.
-    width_multiplier: scales the channels of stem and stages, > 0.
-    mask_kernel_size: of DynConv's mask units, 3 or 1.
-    dtype: compute dtype, float32 or bfloat16.
-    rngs: stream `params`.
-
-  Raises:
-    ValueError: an unknown name or method, or a value out of range.
-  """
-  check_choice('model', name, ARCHITECTURES)
-  check_choice('method', method, METHODS)
-  architecture = ARCHITECTURES[name]
-  if num_classes < 1:
-    raise ValueError(f'num_classes must be at least 1; got {num_classes}')
-  if int(architecture.width * width_multiplier) < 1:
-    raise ValueError(
-      'width_multiplier must leave the stem a channel, at least '
-      f'{1 / architecture.width}; got {width_multiplier}'
-    )
-  if mask_kernel_size not in (1, 3):
-    raise ValueError(f'mask_kernel_size must be 1 or 3; got {mask_kernel_size}')
-  gate = None
-  if method == 'dynconv':
-
-    def gate(in_features, strides):
-      return MaskUnit(
-        in_features,
-        strides=strides,
-        kernel_size=mask_kernel_size,
-        conv_general_dilated=conv_general_dilated,
-        rngs=rngs,
-      )
-
-  return ResNet(
-    architecture,
-    num_classes=num_classes,
-    width_multiplier=width_multiplier,
-    gate=gate,
-    dtype=dtype,
-    rngs=rngs,
-  )
 
 
 def check_image_size(name: str, image_size: int) -> None:

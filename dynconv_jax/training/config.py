@@ -9,9 +9,10 @@ from typing import Any
 
 from dynconv_jax.data.augment import Augmentation
 from dynconv_jax.data.sources import DATASETS
+from dynconv_jax.gating.layer_gate import target_rates
+from dynconv_jax.models.create import METHODS, check_gated
 from dynconv_jax.models.resnet import (
   ARCHITECTURES,
-  METHODS,
   check_choice,
   check_image_size,
 )
@@ -126,14 +127,29 @@ class Config:
 
   # Gating.
   budget: float = _field(
-    0.5, "Target share of the masked layers' MACs, in [0, 1]."
+    0.5,
+    "DynConv: target share of the masked layers' MACs; ConvNet-AIG: target "
+    'rate t of executing a block. In [0, 1].',
   )
   budget_warmup: float = _field(
     0.0,
     'Share of the training over which the target falls from 1 to the budget; '
     '0, as in the paper: it is the budget from the start.',
   )
-  sparsity_weight: float = _field(10.0, 'Weight of the sparsity loss.')
+  sparsity_weight: float = _field(10.0, "Weight of DynConv's sparsity loss.")
+  target_rates: str = _field(
+    'uniform',
+    "ConvNet-AIG's target rate of each block: uniform, or the paper's list "
+    'for resnet50 or resnet101, with the budget as t.',
+  )
+  target_rate_weight: float = _field(
+    2.0, "Weight of ConvNet-AIG's target-rate loss."
+  )
+  ponder_weight: float = _field(
+    0.01,
+    'Weight of the ponder cost of SACT and ACT; on ImageNet the paper has '
+    '0.005.',
+  )
   gumbel_temperatures: tuple[float, ...] = _field(
     (1.0,), 'Temperature of the Gumbel sigmoid, one a phase.'
   )
@@ -185,6 +201,16 @@ class Config:
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
 
+  @property
+  def target(self) -> float | None:
+    """The budget, or None where the method has none to meet."""
+    return self.budget if self.method in ('dynconv', 'convnet_aig') else None
+
+  def block_target_rates(self) -> tuple[float, ...]:
+    """Returns ConvNet-AIG's target rate of each block, in network order."""
+    num_blocks = sum(ARCHITECTURES[self.model].depths)
+    return target_rates(self.target_rates, self.budget, num_blocks)
+
   def check(self, num_devices: int = 1) -> None:
     """Raises ValueError naming every field that is out of range.
 
@@ -212,6 +238,7 @@ class Config:
     attempt(self.augmentation)
     if self.model in ARCHITECTURES:
       attempt(check_image_size, self.model, self.image_size)
+      attempt(self._check_gated)
     for name, (holds, allowed) in self._ranges().items():
       if not holds:
         errors.append(f'{name} must be {allowed}; got {getattr(self, name)}')
@@ -232,6 +259,12 @@ class Config:
       )
     if errors:
       raise ValueError('; '.join(errors))
+
+  def _check_gated(self) -> None:
+    rates = ()
+    if self.method == 'convnet_aig':
+      rates = self.block_target_rates()
+    check_gated(self.model, self.method, rates)
 
   def _ranges(self) -> Mapping[str, tuple[bool, str]]:
     def positive(*names):
@@ -269,6 +302,8 @@ class Config:
         'cache_size',
         'num_workers',
         'sparsity_weight',
+        'target_rate_weight',
+        'ponder_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',

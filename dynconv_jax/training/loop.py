@@ -131,8 +131,8 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         if ended:
           row = {'step': step, 'epoch': epoch}
           extra = {'learning_rate': float(schedule(step - 1))}
-          if config.method != 'dense':
-            extra['budget'] = config.budget
+          if config.target is not None:
+            extra['budget'] = config.target
           records.write({**row, 'split': 'train', **metrics, **extra})
           if validation is not None:
             weights = state.evaluated()

@@ -166,10 +166,10 @@ class Progress:
       f'accuracy {metrics["accuracy"]:.3f}',
     ]
     if 'executed_fraction' in metrics:
-      parts.append(
-        f'executed {metrics["executed_fraction"]:.3f} of budget '
-        f'{self._config.budget:g}'
-      )
+      text = f'executed {metrics["executed_fraction"]:.3f}'
+      if self._config.target is not None:
+        text += f' of budget {self._config.target:g}'
+      parts.append(text)
     if self._bar is not None:
       self._bar.set_postfix_str(', '.join(parts), refresh=False)
       self._bar.update(step - self._last)

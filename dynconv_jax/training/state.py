@@ -13,13 +13,13 @@ import optax
 from flax import nnx
 
 from dynconv_jax import losses
-from dynconv_jax.training import schedules
+from dynconv_jax.training import objectives, schedules
 from dynconv_jax.training.config import Config
 
 Batch = Mapping[str, jax.Array]
 
 # In the order in which a non-finite value spreads through a step.
-QUANTITIES = ('cross_entropy', 'distillation', 'sparsity', 'gradient_norm')
+QUANTITIES = ('cross_entropy', 'distillation', 'gating', 'gradient_norm')
 CHECKED = (*QUANTITIES, 'an updated weight', 'a batch statistic')
 
 
@@ -119,9 +119,8 @@ def make_train_step(
     )
     zero = jnp.zeros((), jnp.float32)
     terms = dict.fromkeys(QUANTITIES, zero)
-    terms['cross_entropy'] = jnp.mean(
-      optax.softmax_cross_entropy(logits, batch['label'])
-    )
+    cross_entropy = optax.softmax_cross_entropy(logits, batch['label'])
+    terms['cross_entropy'] = jnp.mean(cross_entropy)
     loss = terms['cross_entropy']
     if teacher is not None:
       terms['distillation'] = losses.distillation_loss(
@@ -132,12 +131,10 @@ def make_train_step(
       share = config.distill_weight
       loss = (1 - share) * loss + share * terms['distillation']
     if masks:
-      terms['sparsity'] = losses.sparsity_loss(
-        masks,
-        budget=schedules.budget(config, progress),
-        progress=progress,
+      weight, terms['gating'] = objectives.gating_loss(
+        config, masks, cross_entropy, progress
       )
-      loss += config.sparsity_weight * terms['sparsity']
+      loss += weight * terms['gating']
       terms['executed_fraction'], _ = losses.executed_fractions(masks)
     hits = jnp.argmax(logits, -1) == jnp.argmax(batch['label'], -1)
     metrics = {**terms, 'loss': loss, 'correct': jnp.mean(hits)}

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.models.resnet import ResNet, create_model
+from dynconv_jax.gating.mask_unit import MaskUnit
+from dynconv_jax.models.create import create_model
+from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.training import checkpoints
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config
@@ -94,6 +96,9 @@ def build_model(
       num_classes=num_classes,
       width_multiplier=config.width_multiplier,
       mask_kernel_size=config.mask_kernel_size,
+      target_rates=(
+        config.block_target_rates() if config.method == 'convnet_aig' else None
+      ),
       dtype=jnp.dtype(config.compute_dtype),
       rngs=nnx.Rngs(config.seed),
     )
@@ -232,7 +237,7 @@ def open_masks(model: ResNet, bias: float) -> None:
     bias: above 0 opens the masks.
   """
   for block in model.blocks:
-    if block.masker is None:
+    if not isinstance(block.masker, MaskUnit):
       continue
     unit = block.masker.maskconv
     unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])

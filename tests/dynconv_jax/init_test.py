@@ -6,12 +6,12 @@ import sys
 from absl.testing import absltest
 
 import dynconv_jax
-from dynconv_jax.models import resnet
+from dynconv_jax.models import create
 
 
 class InitTest(absltest.TestCase):
   def test_create_model(self):
-    self.assertIs(dynconv_jax.create_model, resnet.create_model)
+    self.assertIs(dynconv_jax.create_model, create.create_model)
     self.assertEqual(dynconv_jax.__all__, ['create_model'])
 
   def test_unknown_name(self):

@@ -1,13 +1,16 @@
 """Tests of masked residual blocks against execution position by position."""
 
+import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
+from dynconv_jax.gating.gate import Decision, Gate
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 
 PLANES = 3
@@ -90,6 +93,12 @@ def _input(in_features, size=(6, 6)):
   return jnp.asarray(np.maximum(x, 0), jnp.float32)
 
 
+def _run(block, x, hard=None, **gate_kwargs):
+  """The block's output and its execution mask."""
+  mask, _ = block.decide(x, None, hard, **gate_kwargs)
+  return block(x, mask), mask
+
+
 CASES = (
   # kind, in_features, strides, size of the input
   (BasicBlock, PLANES, 1, (5, 6)),
@@ -110,7 +119,7 @@ class BlockTest(parameterized.TestCase):
     hard = (np.random.default_rng(2).random((2, h, w)) < 0.25).astype('f4')
     hard[1] = 0
     hard[1, -1, -1] = 1
-    out, mask = jax.jit(block)(x, hard)
+    out, mask = jax.jit(functools.partial(_run, block))(x, hard)
     np.testing.assert_array_equal(mask.hard, hard)
     at = (h, w) if kind is BasicBlock else size
     self.assertEqual(mask.dilated.shape, (2, *at))
@@ -127,7 +136,9 @@ class BlockTest(parameterized.TestCase):
     hard = np.zeros((2, h, w), np.float32)
     hard[:, 1, 1] = 1
     x = _input(in_features, size)
-    dilated = np.array(jax.jit(block)(x, hard)[1].dilated)
+    dilated = np.array(
+      jax.jit(functools.partial(_run, block))(x, hard)[1].dilated
+    )
     for position in np.argwhere(dilated):
       fewer = dilated.copy()
       fewer[tuple(position)] = 0
@@ -138,12 +149,12 @@ class BlockTest(parameterized.TestCase):
     block = _block(kind, in_features, strides)
     x = _input(in_features, size)
     h, w = ((n - 1) // strides + 1 for n in size)
-    dense, none = block(x)
+    dense, none = _run(block, x)
     self.assertIsNone(none)
-    full, mask = block(x, jnp.ones((2, h, w)))
+    full, mask = _run(block, x, jnp.ones((2, h, w)))
     np.testing.assert_array_equal(full, dense)
     np.testing.assert_array_equal(mask.dilated, np.ones(mask.dilated.shape))
-    empty, mask = block(x, jnp.zeros((2, h, w)))
+    empty, mask = _run(block, x, jnp.zeros((2, h, w)))
     np.testing.assert_array_equal(empty, nnx.relu(block.shortcut(x)))
     self.assertEqual(jnp.sum(mask.executed_macs()), 0)
     self.assertGreater(float(jnp.max(jnp.abs(dense - empty))), 0.1)
@@ -151,22 +162,58 @@ class BlockTest(parameterized.TestCase):
   def test_gate_decides_and_gets_its_arguments(self):
     seen = []
 
-    class Gate(nnx.Module):
-      def __init__(self, in_features, strides):
-        seen.append((in_features, strides))
+    class Rows(Gate):
+      def __call__(self, x, carry=None, **kwargs):
+        seen.append((carry, kwargs))
+        return Decision(jnp.zeros((2, 3, 3)).at[:, 1].set(1)), 'next'
 
-      def __call__(self, x, **kwargs):
-        seen.append(kwargs)
-        return jnp.zeros((2, 3, 3)).at[:, 1].set(1)
-
-    block = _block(BasicBlock, 2, 2, Gate)
+    block = _block(BasicBlock, 2, 2, Rows())
     x = _input(2)
-    out, mask = block(x, temperature=2.0)
-    self.assertEqual(seen, [(2, 2), {'temperature': 2.0}])
+    mask, carry = block.decide(x, 'before', temperature=2.0)
+    self.assertEqual(seen, [('before', {'temperature': 2.0})])
+    self.assertEqual(carry, 'next')
     np.testing.assert_array_equal(mask.hard.sum((1, 2)), [3, 3])
-    np.testing.assert_array_equal(out, block(x, mask.hard)[0])
     # The gate is not asked where a mask is given.
-    self.assertLen(seen, 2)
+    again, carry = block.decide(x, 'before', mask.hard)
+    self.assertEqual(carry, 'before')
+    chex.assert_trees_all_equal(again, mask)
+    self.assertLen(seen, 1)
+
+  @parameterized.parameters(BasicBlock, Bottleneck)
+  def test_a_gate_per_image(self, kind):
+    class First(Gate):
+      def __call__(self, x, carry=None):
+        hard = jnp.array([1.0, 0.0]).reshape(2, 1, 1)
+        return Decision(hard, 0.5 * hard), carry
+
+    block = _block(kind, 2, 2, First())
+    out, mask = _run(block, _input(2))
+    np.testing.assert_array_equal(
+      mask.hard, [np.ones((3, 3)), np.zeros((3, 3))]
+    )
+    np.testing.assert_array_equal(mask.score, 0.5 * mask.hard)
+    chex.assert_trees_all_equal(
+      (out, mask.dilated),
+      (lambda y, m: (y, m.dilated))(*_run(block, _input(2), mask.hard)),
+    )
+
+  def test_gradient_of_an_interpolating_gate(self):
+    class Given(Gate):
+      interpolates = True
+
+      def __call__(self, x, carry=None, *, given):
+        return Decision(given), carry
+
+    block = _block(BasicBlock, PLANES, 1, Given())
+    plain = _block(BasicBlock, PLANES, 1)
+    x = _input(PLANES)
+    for hard in jnp.zeros((2, 6, 6)), jnp.ones((2, 6, 6)):
+      out, mask = _run(block, x, None, given=hard)
+      np.testing.assert_array_equal(out, _run(plain, x, hard)[0])
+      grad = jax.grad(lambda m: jnp.sum(_run(block, x, None, given=m)[0]))(hard)
+      # m block(x) + (1 - m) x, whatever m is.
+      expected = nnx.relu(x + block.branch(x)) - nnx.relu(x)
+      np.testing.assert_allclose(grad, expected.sum(-1), rtol=1e-4, atol=1e-4)
 
   @parameterized.parameters(
     (BasicBlock, ((2, 9, True), (PLANES, 9, False))),
@@ -177,7 +224,9 @@ class BlockTest(parameterized.TestCase):
   )
   def test_layers_and_their_macs(self, kind, layers):
     block = _block(kind, 2, 2)
-    _, mask = jax.eval_shape(block, _input(2), jnp.ones((2, 3, 3)))
+    _, mask = jax.eval_shape(
+      functools.partial(_run, block), _input(2), jnp.ones((2, 3, 3))
+    )
     self.assertEqual(mask.name, 'layer2.0')
     # Multiply-accumulates of an output position: inputs * k * k * outputs.
     self.assertEqual(
@@ -191,7 +240,9 @@ class BlockTest(parameterized.TestCase):
   def test_gradient_with_respect_to_the_mask(self):
     block = _block(BasicBlock, PLANES, 1)
     x = _input(PLANES)
-    grad = jax.grad(lambda m: jnp.sum(block(x, m)[0]))(jnp.ones((2, 6, 6)))
+    grad = jax.grad(lambda m: jnp.sum(_run(block, x, m)[0]))(
+      jnp.ones((2, 6, 6))
+    )
     # out = relu(x + mask * branch): the branch where the output is positive.
     branch = block.branch(x)
     expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
@@ -204,7 +255,7 @@ class BlockTest(parameterized.TestCase):
       ValueError,
       re.escape(f'the mask of layer2.0 must be (2, 6, 6); got {shape}'),
     ):
-      block(_input(PLANES), jnp.ones(shape))
+      block.decide(_input(PLANES), None, jnp.ones(shape))
 
 
 if __name__ == '__main__':

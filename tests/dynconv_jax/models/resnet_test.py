@@ -15,7 +15,8 @@ from flax import nnx
 from dynconv_jax.gating.mask_unit import MaskUnit
 from dynconv_jax.models import resnet
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
-from dynconv_jax.models.resnet import ARCHITECTURES, Architecture, create_model
+from dynconv_jax.models.create import create_model
+from dynconv_jax.models.resnet import ARCHITECTURES, Architecture
 
 # A plain NumPy re-computation of a network in evaluation, in float64.
 
@@ -101,7 +102,7 @@ def _tiny(kind, depths, stem, mask_kernel_size=3):
     Architecture(kind, depths, 4, stem),
     num_classes=5,
     width_multiplier=1.0,
-    gate=lambda features, strides: MaskUnit(
+    gate=lambda stage, i, features, strides: MaskUnit(
       features,
       strides=strides,
       kernel_size=mask_kernel_size,

@@ -13,7 +13,8 @@ from flax import nnx
 from dynconv_jax.gating.mask_unit import MaskUnit
 from dynconv_jax.losses import sparsity_loss
 from dynconv_jax.models.blocks import Bottleneck
-from dynconv_jax.models.resnet import Architecture, ResNet, create_model
+from dynconv_jax.models.create import create_model
+from dynconv_jax.models.resnet import Architecture, ResNet
 
 torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 
@@ -159,7 +160,7 @@ def _imagenet():
     Architecture(Bottleneck, (1, 2), 4),
     num_classes=5,
     width_multiplier=1.0,
-    gate=lambda features, strides: MaskUnit(
+    gate=lambda stage, i, features, strides: MaskUnit(
       features, strides=strides, rngs=nnx.Rngs(features)
     ),
     dtype=jnp.float32,

@@ -123,7 +123,7 @@ def test_sparsity_enters_the_loss_with_its_weight():
   state = step(state, batch)
   # At the start a block's bounds are the budget itself: both terms are one.
   sparsity = 2 * (density - 0.25) ** 2
-  np.testing.assert_allclose(state.sums['sparsity'], sparsity, rtol=1e-5)
+  np.testing.assert_allclose(state.sums['gating'], sparsity, rtol=1e-5)
   np.testing.assert_allclose(
     state.sums['executed_fraction'], density, rtol=1e-6
   )

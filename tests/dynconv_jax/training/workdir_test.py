@@ -10,7 +10,7 @@ import pytest
 from absl.testing import absltest
 from flax import nnx
 
-from dynconv_jax.models.resnet import create_model
+from dynconv_jax.models.create import create_model
 from dynconv_jax.training import checkpoints, workdir
 from dynconv_jax.training.config import Config
 

@@ -1,0 +1,97 @@
+"""What every method's gate gives and takes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+
+class Decision(NamedTuple):
+  """Where a gate lets its block's branch be executed.
+
+  Attributes:
+    hard: float32[N, h, w] of {0, 1} at the block's output resolution, or
+      float32[N, 1, 1] of a gate that decides per image.
+    score: what the decision was made from, of the shape of `hard`, where a
+      loss needs it: the probability of executing (SkipNet), the halting score
+      (SACT, ACT). Otherwise None.
+  """
+
+  hard: jax.Array
+  score: jax.Array | None = None
+
+
+class Gate(nnx.Module):
+  """Decides from a block's input whether and where its branch is executed.
+
+  Attributes:
+    deterministic: whether decisions are those of evaluation; set by
+      ``nnx.view``.
+    per_image: whether a decision holds for all positions of an image.
+    interpolates: whether the gradient of a decision is that of
+      `m relu(s + b) + (1 - m) relu(s)`, with shortcut s and branch b, not that
+      of `relu(s + m b)`. The values are the same.
+  """
+
+  per_image = False
+  interpolates = False
+
+  def __init__(self):
+    self.deterministic = False
+
+  def __call__(
+    self,
+    x: jax.Array,
+    carry: Any = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+    temperature: float | jax.Array = 1.0,
+    gumbel_noise: bool | jax.Array = True,
+  ) -> tuple[Decision, Any]:
+    """Returns the decision for one block, and what later gates need.
+
+    Args:
+      x: float[N, H, W, C], the block's input.
+      carry: what the gate before returned; None at first.
+      rngs: stream `gumbel`, for gates that sample.
+      temperature: of a Gumbel-softmax, > 0.
+      gumbel_noise: whether noise is added in training.
+    """
+    raise NotImplementedError
+
+  def end_stage(self, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+    """Returns a stage's output and the carry of the next stage's gates.
+
+    Args:
+      x: float[N, h, w, C], the output of the stage's last block.
+      carry: what that block's gate returned.
+    """
+    return x, carry
+
+  def key(self, rngs: nnx.Rngs | None) -> jax.Array:
+    """Returns the key of a sample.
+
+    Raises:
+      ValueError: there is no `gumbel` stream.
+    """
+    if rngs is None or not ('gumbel' in rngs or 'default' in rngs):
+      given = None if rngs is None else [name for name, _ in rngs.items()]
+      raise ValueError(
+        'a gate in training needs rngs=nnx.Rngs(gumbel=key); got '
+        f'{given}. For evaluation use nnx.view(model, deterministic=True, '
+        'use_running_average=True)'
+      )
+    # By name: where there is only `default`, which stands in for any stream,
+    # `rngs.gumbel` is a method that draws a sample.
+    return rngs['gumbel']()
+
+  def set_view(self, deterministic: bool | None = None):
+    """Class method used by ``nnx.view``.
+
+    Args:
+      deterministic: if True, decisions are those of evaluation.
+    """
+    if deterministic is not None:
+      self.deterministic = deterministic
