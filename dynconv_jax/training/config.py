@@ -10,6 +10,7 @@ from typing import Any
 from dynconv_jax.data.augment import Augmentation
 from dynconv_jax.data.sources import DATASETS
 from dynconv_jax.gating.layer_gate import target_rates
+from dynconv_jax.interop.pretrained import check_pretrained
 from dynconv_jax.models.create import METHODS, check_gated
 from dynconv_jax.models.resnet import (
   ARCHITECTURES,
@@ -113,6 +114,11 @@ class Config:
   )
   init_from: str = _field(
     '', "Another run's workdir, whose weights to start from."
+  )
+  pretrained: str = _field(
+    '',
+    'Weights of PyTorch to start from: hf:OWNER/NAME, such as '
+    'hf:timm/resnet50.tv_in1k, or a .safetensors, .pth or .pt file.',
   )
   mask_bias: float | None = _field(
     None,
@@ -236,6 +242,13 @@ class Config:
     ):
       attempt(check_choice, name, getattr(self, name), allowed)
     attempt(self.augmentation)
+    if self.pretrained:
+      attempt(check_pretrained, self.pretrained)
+      if self.init_from:
+        errors.append(
+          'init_from and pretrained exclude each other; got '
+          f'{self.init_from} and {self.pretrained}'
+        )
     if self.model in ARCHITECTURES:
       attempt(check_image_size, self.model, self.image_size)
       attempt(self._check_gated)

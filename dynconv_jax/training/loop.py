@@ -14,6 +14,7 @@ from absl import logging
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from dynconv_jax import interop
 from dynconv_jax.training import checkpoints, inputs, schedules
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
@@ -83,6 +84,9 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   if config.init_from and not resumed:
     source = workdir_lib.load_run(config.init_from)
     workdir_lib.initialize_from(model, source.model)
+  if config.pretrained and not resumed:
+    path = interop.find_pretrained(config.pretrained, config.data_dir)
+    interop.load_pretrained(model, interop.read_state_dict(path))
   if config.mask_bias is not None:
     workdir_lib.open_masks(model, config.mask_bias)
   teacher = None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from dynconv_jax.training.config import Config
 
 FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
+IMPORT_FILE = 'imported.json'
 
 
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
@@ -29,8 +31,13 @@ def check_flags(workdir: pathlib.Path, config: Config) -> None:
 
   Raises:
     ValueError: the workdir is of another configuration; names the flags that
-      differ.
+      differ. Or it holds imported weights, with no training to go on with.
   """
+  if (workdir / IMPORT_FILE).exists():
+    raise ValueError(
+      f'{workdir} holds imported weights, no training to go on with. Choose '
+      f'another --workdir, and start from them by --init_from={workdir}'
+    )
   if not (workdir / FLAGS_FILE).exists():
     return
   differing = config.differing(read_config(workdir))
@@ -47,6 +54,40 @@ def write_flags(workdir: pathlib.Path, config: Config) -> None:
   partial = workdir / f'{FLAGS_FILE}.partial'
   partial.write_text(config.to_flags())
   os.replace(partial, workdir / FLAGS_FILE)
+
+
+def write_network(
+  workdir: pathlib.Path,
+  config: Config,
+  model: ResNet,
+  class_names: Sequence[str],
+  source: str,
+) -> None:
+  """Makes the workdir of a network that was not trained here.
+
+  `load_run` reads it, and so do evaluation, prediction and `init_from`.
+
+  Args:
+    workdir: is made.
+    config: of a run that would train the network.
+    model: its weights.
+    class_names: in label order.
+    source: where the weights come from, for the record.
+
+  Raises:
+    ValueError: the workdir holds a run.
+  """
+  if (workdir / FLAGS_FILE).exists() or checkpoints.exists(workdir):
+    raise ValueError(f'{workdir} holds a run; choose another --workdir')
+  write_flags(workdir, config)
+  (workdir / IMPORT_FILE).write_text(json.dumps({'source': source}) + '\n')
+  _, params, model_state = state_lib.split(model)
+  state = {'params': params, 'model_state': model_state}
+  if config.ema_decay:
+    state['ema'] = (params, model_state)
+  with checkpoints.open_manager(workdir) as manager:
+    info = {'class_names': list(class_names)}
+    checkpoints.save(manager, 0, state, info, None)
 
 
 def read_config(workdir: pathlib.Path) -> Config:

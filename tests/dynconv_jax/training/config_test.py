@@ -42,6 +42,7 @@ OTHER = Config(
   mask_kernel_size=1,
   compute_dtype='bfloat16',
   init_from='runs/dense',
+  pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
   distill_from='runs/teacher',
   distill_temperature=2.0,

@@ -1,0 +1,21 @@
+"""Weights in and out of PyTorch, by the names of published checkpoints."""
+
+from dynconv_jax.interop.files import read_state_dict, write_safetensors
+from dynconv_jax.interop.pretrained import check_pretrained, find_pretrained
+from dynconv_jax.interop.state_dict import (
+  load_pretrained,
+  load_torch_state_dict,
+  num_classes,
+  to_torch_state_dict,
+)
+
+__all__ = [
+  'check_pretrained',
+  'find_pretrained',
+  'load_pretrained',
+  'load_torch_state_dict',
+  'num_classes',
+  'read_state_dict',
+  'to_torch_state_dict',
+  'write_safetensors',
+]

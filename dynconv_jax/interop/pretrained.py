@@ -1,0 +1,80 @@
+"""Where pretrained weights are: a file, or a repository of Hugging Face."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+
+from dynconv_jax.interop.files import check_suffix
+
+FILE = 'model.safetensors'
+_HUB = 'hf:'
+_REPOSITORY = re.compile(r'hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
+
+
+def check_pretrained(source: str) -> None:
+  """Raises ValueError unless `source` is of a form that can be found.
+
+  Args:
+    source: 'hf:OWNER/NAME', 'hf:OWNER/NAME@REVISION', or a file's path.
+  """
+  if not source.startswith(_HUB):
+    check_suffix(source)
+  elif not _REPOSITORY.fullmatch(source):
+    raise ValueError(
+      f'must be hf:OWNER/NAME or hf:OWNER/NAME@REVISION; got {source}'
+    )
+
+
+def find_pretrained(
+  source: str, folder: str | os.PathLike = '~/.cache/dynconv_jax'
+) -> pathlib.Path:
+  """Returns the file of pretrained weights, downloaded where need be.
+
+  A repository of the layout of timm's is read by its `model.safetensors`,
+  which `huggingface_hub` keeps in its own cache.
+
+  Args:
+    source: as in `check_pretrained`.
+    folder: a file put by hand at FOLDER/pretrained/OWNER/NAME/ comes first
+      (NAME@REVISION where there is a revision).
+
+  Raises:
+    ValueError: the source is of neither form.
+    FileNotFoundError: there is no such file, or it cannot be downloaded; says
+      which file to put where.
+  """
+  check_pretrained(source)
+  if not source.startswith(_HUB):
+    path = pathlib.Path(source).expanduser()
+    if not path.is_file():
+      raise FileNotFoundError(f'no file {path} of pretrained weights')
+    return path
+  repository, revision = _REPOSITORY.fullmatch(source).groups()
+  put = pathlib.Path(folder).expanduser() / 'pretrained'
+  put = put / source.removeprefix(_HUB) / FILE
+  if put.is_file():
+    return put
+  url = (
+    f'https://huggingface.co/{repository}/resolve/{revision or "main"}/{FILE}'
+  )
+  advice = f'put {url} at {put}'
+  try:
+    import huggingface_hub
+    from huggingface_hub import errors
+  except ModuleNotFoundError:
+    raise FileNotFoundError(
+      f'{source} needs huggingface_hub: pip install '
+      f"'dynconv-jax[hub]' installs it. Or {advice}"
+    ) from None
+  try:
+    return pathlib.Path(
+      huggingface_hub.hf_hub_download(repository, FILE, revision=revision)
+    )
+  except (OSError, errors.EntryNotFoundError, errors.HfHubHTTPError) as error:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    raise FileNotFoundError(
+      f'cannot download {FILE} of {source} ({reason}). Without a network, '
+      f'{advice}'
+    ) from error
