@@ -5,8 +5,9 @@ python -m experiments.benchmark_training --model=resnet18 --image_size=64 \
 
 Each runs in a process of its own, because the thread pools of two frameworks in
 one process spoil each other's times. The processes take turns, and medians and
-their ratios are printed; the last line is JSON. PyTorch is left out, and said
-to be, where it is not installed.
+their ratios are printed; the last line is JSON. JAX shares the CPU out to two
+devices, as experiments.train does, and once more to one. PyTorch is left out,
+and said to be, where it is not installed.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
     'batch_size': _BATCH_SIZE.value,
     'milliseconds': milliseconds,
     'dynconv_over_dense': milliseconds['jax_dynconv'] / base,
+    'two_devices_over_one': base / milliseconds['jax_dense_one_device'],
     'python': platform.python_version(),
   }
   if 'torch' in milliseconds:
@@ -131,13 +133,18 @@ def _inputs() -> tuple[np.ndarray, np.ndarray]:
   return images.astype(np.float32), np.arange(n) % _CLASSES
 
 
-def _jax_step(method: str) -> Callable[[], None]:
+def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   import jax
   import jax.numpy as jnp
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from dynconv_jax.training import schedules, state, workdir
   from dynconv_jax.training.config import Config
 
+  program.share_cpu(devices, _BATCH_SIZE.value)
+  mesh = jax.make_mesh(
+    (jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,)
+  )
   config = Config(
     model=_MODEL.value,
     method=method,
@@ -149,10 +156,13 @@ def _jax_step(method: str) -> Callable[[], None]:
     'image': jnp.asarray(images),
     'label': jax.nn.one_hot(labels, _CLASSES),
   }
+  batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
   model = workdir.build_model(config, _CLASSES)
   tx = schedules.optimizer(config, schedules.learning_rate(config, 100))
   train_step = state.make_train_step(state.split(model)[0], tx, config, 100)
-  current = state.create_state(model, tx, config)
+  current = jax.device_put(
+    state.create_state(model, tx, config), NamedSharding(mesh, PartitionSpec())
+  )
 
   def step():
     nonlocal current
@@ -219,6 +229,7 @@ def _torch_step(channels_last: bool) -> Callable[[], None]:
 _WORKERS = {
   'jax_dense': lambda: _jax_step('dense'),
   'jax_dynconv': lambda: _jax_step('dynconv'),
+  'jax_dense_one_device': lambda: _jax_step('dense', 1),
   'torch': lambda: _torch_step(False),
   'torch_channels_last': lambda: _torch_step(True),
 }

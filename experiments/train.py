@@ -21,6 +21,13 @@ from experiments import config_flags, program
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of this run; holds all about it.', required=True
 )
+_CPU_DEVICES = flags.DEFINE_integer(
+  'cpu_devices',
+  0,
+  'JAX devices that the CPU is shared out to, each with its part of a batch; '
+  "0: one a core, at most 2. XLA runs much of one device's work on one core.",
+  lower_bound=0,
+)
 config_flags.define()
 
 
@@ -31,6 +38,7 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   config = config_flags.read()
+  program.share_cpu(_CPU_DEVICES.value, config.batch_size)
   try:
     summary = loop.train(config, folder)
   except loop.Interrupted as interrupted:
@@ -49,10 +57,10 @@ def _line(summary, config) -> str:
       parts.append(f'{split} accuracy {summary[split]["accuracy"]:.4f}')
   last = summary.get('validation', summary['train'])
   if 'executed_fraction' in last:
-    parts.append(
-      f'executed fraction {last["executed_fraction"]:.3f} '
-      f'(budget {config.budget:g})'
-    )
+    text = f'executed fraction {last["executed_fraction"]:.3f}'
+    if config.target is not None:
+      text += f' (budget {config.target:g})'
+    parts.append(text)
   if summary['skipped']:
     parts.append(f'{summary["skipped"]} corrupt images skipped')
   parts.append(f'{summary["seconds"]:.0f} s')
