@@ -5,11 +5,18 @@ python -m experiments.evaluate --workdir=workdir/spots_dynconv --split=test
 Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json, the
 per-block density and a grid of ponder-cost maps into the workdir, and with
 --results the run's row into a table of runs.
+
+Gates decide by their likelier outcome, so that an image's result is its own.
+With --stochastic_gates they sample as in training, as ConvNet-AIG's authors
+evaluate: the rates are then those of training, and an image's result depends on
+the run's seed, the batch it is in and its place there. The files' names end in
+_stochastic.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -19,6 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags
+from flax import nnx
 
 from dynconv_jax.data.augment import denormalize
 from dynconv_jax.macs import count_macs
@@ -49,6 +57,9 @@ _CHECKPOINT = flags.DEFINE_enum(
 _CONVENTION = flags.DEFINE_enum(
   'convention', 'conv', ['conv', 'conv+linear'], 'How MACs are counted.'
 )
+_STOCHASTIC = flags.DEFINE_bool(
+  'stochastic_gates', False, "Gates sample as in training, by the run's seed."
+)
 _NUM_MAPS = flags.DEFINE_integer(
   'num_maps', 12, 'Images in the grid of ponder-cost maps.', lower_bound=0
 )
@@ -58,6 +69,8 @@ _RESULTS = flags.DEFINE_string(
 _RECIPE = flags.DEFINE_string(
   'recipe', '', "What the row's column `recipe` says, to tell curves apart."
 )
+# Methods whose gates can sample in evaluation.
+_SAMPLING = ('dynconv', 'convnet_aig')
 # Where the data lies now, if not where it lay in training.
 _PLACES = [
   flags.DEFINE_string(name, None, f'{name} instead of the one in training.')
@@ -72,6 +85,11 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   places = {flag.name: flag.value for flag in _PLACES if flag.value is not None}
   config = dataclasses.replace(read_config(folder), **places)
+  if _STOCHASTIC.value and config.method not in _SAMPLING:
+    raise ValueError(
+      '--stochastic_gates needs gates that sample, those of '
+      f'{" or ".join(_SAMPLING)}; the run is of {config.method}'
+    )
   source = inputs.open_split(config, _SPLIT.value)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
@@ -89,11 +107,16 @@ def main(argv: Sequence[str]) -> None:
     jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
     convention=_CONVENTION.value,
   )
-  graphdef, params, model_state = split_model(run.model)
+  view = nnx.view(run.model, deterministic=not _STOCHASTIC.value)
+  graphdef, params, model_state = split_model(view)
   predict = make_predict(graphdef)
+  root, number = jax.random.key(config.seed), itertools.count()
 
   def network(images):
-    return predict(params, model_state, images)
+    key = None
+    if _STOCHASTIC.value:
+      key = jax.random.fold_in(root, next(number))
+    return predict(params, model_state, images, key)
 
   result = evaluate(network, batches, report)
   summary = {
@@ -103,12 +126,16 @@ def main(argv: Sequence[str]) -> None:
     'gmacs_dense': report.total / 1e9,
     'convention': _CONVENTION.value,
   }
-  if config.method != 'dense':
-    summary['budget'] = config.budget
+  if config.target is not None:
+    summary['budget'] = config.target
+  if config.method in _SAMPLING:
+    summary['stochastic_gates'] = _STOCHASTIC.value
   if batches.num_skipped:
     summary['skipped'] = batches.num_skipped
 
   name = ''.join(c if c.isalnum() else '_' for c in _SPLIT.value)
+  if _STOCHASTIC.value:
+    name += '_stochastic'
   written = folder / f'evaluation_{name}.json'
   partial = written.with_suffix('.partial')
   partial.write_text(json.dumps(summary, indent=2) + '\n')
@@ -117,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')
     plot_block_density(
-      result.block_names, result.densities.T, figures[-1], config.budget
+      result.block_names, result.densities.T, figures[-1], config.target
     )
     if examples := _spread(source, batches.skipped):
       figures.append(folder / f'ponder_maps_{name}.png')

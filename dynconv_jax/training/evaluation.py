@@ -80,15 +80,19 @@ class Evaluation:
 
 
 def make_predict(graphdef: nnx.GraphDef):
-  """Returns the jitted (params, model_state, images) -> (logits, masks).
+  """Returns the jitted (params, model_state, images, key=None).
+
+  It returns (logits, masks). With a key, the gates' random stream, a network
+  whose view is `deterministic=False, use_running_average=True` samples.
 
   Args:
     graphdef: of the evaluation view of the model.
   """
 
   @jax.jit
-  def predict(params, model_state, images):
-    return nnx.merge(graphdef, params, model_state)(images)
+  def predict(params, model_state, images, key=None):
+    streams = {} if key is None else {'rngs': nnx.Rngs(gumbel=key)}
+    return nnx.merge(graphdef, params, model_state)(images, **streams)
 
   return predict
 
