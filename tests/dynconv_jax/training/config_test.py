@@ -52,6 +52,12 @@ OTHER = Config(
   sparsity_weight=0.01,
   target_rates='resnet50',
   target_rate_weight=1.0,
+  ponder_weight=0.005,
+  skip_gate='ff1',
+  skip_training='reinforce',
+  skip_temperature=0.05,
+  skip_weight=0.3,
+  reinforce_weight=0.1,
   gumbel_temperatures=(5.0, 2.5, 1.0),
   gumbel_milestones=(1 / 3, 0.6),
   gumbel_noise_until=0.5,
@@ -183,6 +189,8 @@ class CheckTest(parameterized.TestCase):
     ),
     ({'method': 'dyncov'}, r"'dyncov' \(did you mean 'dynconv'\?\)"),
     ({'compute_dtype': 'float16'}, "unknown compute_dtype 'float16'"),
+    ({'skip_gate': 'rnn'}, "unknown skip_gate 'rnn'; allowed: ff1, ff2, recur"),
+    ({'skip_training': 'rl'}, "'rl'; allowed: supervised, reinforce"),
     ({'optimizer': 'adam'}, r"'adam' \(did you mean 'adamw'\?\)"),
     ({'schedule': 'linear'}, "'linear'.*; allowed: cosine, step"),
     ({'crop': 'centre'}, "crop must be one of .*; got 'centre'"),
@@ -205,6 +213,7 @@ class CheckTest(parameterized.TestCase):
         'keep_checkpoints',
         'log_every_steps',
         'width_multiplier',
+        'skip_temperature',
       )
     ),
     *(
@@ -213,6 +222,10 @@ class CheckTest(parameterized.TestCase):
         'cache_size',
         'num_workers',
         'sparsity_weight',
+        'target_rate_weight',
+        'ponder_weight',
+        'skip_weight',
+        'reinforce_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',
@@ -239,6 +252,20 @@ class CheckTest(parameterized.TestCase):
       ({'milestones': value}, 'milestones must be rising shares in')
       for value in ((0.5, 0.2), (0.5, 0.5), (0.0,), (1.0,), (30.0,))
     ),
+    (
+      {'method': 'convnet_aig', 'target_rates': 'resnet50'},
+      'resnet50 are those of 16 blocks; the network has 3',
+    ),
+    (
+      {'method': 'convnet_aig', 'target_rates': 'paper'},
+      "target_rates must be uniform, resnet50, resnet101; got 'paper'",
+    ),
+    (
+      {'method': 'convnet_aig', 'budget': 1.0},
+      'convnet_aig needs a target rate below 1',
+    ),
+    ({'method': 'sact'}, 'sact needs a stage of two blocks or more'),
+    ({'method': 'act'}, 'act needs a stage of two blocks or more'),
     ({'mask_kernel_size': 2}, 'mask_kernel_size must be 1 or 3; got 2'),
     ({'gumbel_temperatures': (0.0,)}, 'gumbel_temperatures must be one or'),
     (
@@ -279,6 +306,23 @@ class CheckTest(parameterized.TestCase):
       ValueError, 'batch_size must be divisible by the 3 devices; got 64'
     ):
       Config(batch_size=64).check(num_devices=3)
+
+
+class TargetsTest(absltest.TestCase):
+  def test_only_some_methods_have_a_budget(self):
+    for method, target in (
+      ('dense', None),
+      ('dynconv', 0.3),
+      ('convnet_aig', 0.3),
+      ('sact', None),
+      ('act', None),
+    ):
+      self.assertEqual(Config(method=method, budget=0.3).target, target)
+
+  def test_rates_of_blocks(self):
+    self.assertEqual(Config(budget=0.3).block_target_rates(), (0.3, 0.3, 0.3))
+    config = Config(model='resnet101', target_rates='resnet101', budget=0.5)
+    self.assertEqual(config.block_target_rates(), (1.0,) * 8 + (0.5,) * 25)
 
 
 class AugmentationTest(absltest.TestCase):

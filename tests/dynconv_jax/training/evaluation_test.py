@@ -1,5 +1,6 @@
 """Evaluation against counts and sums by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -202,6 +203,21 @@ class EvaluateTest(parameterized.TestCase):
 def test_wilson_interval(successes, n, low, high):
   got = evaluation.wilson_interval(successes, n)
   np.testing.assert_allclose(got, (low, high), atol=5e-5)
+
+
+def test_predict_passes_a_key_on():
+  class Sampling(nnx.Module):
+    def __call__(self, images, rngs=None):
+      return images if rngs is None else jax.random.normal(rngs.gumbel(), (2,))
+
+  predict = evaluation.make_predict(nnx.graphdef(Sampling()))
+  images = jnp.arange(2.0)
+  np.testing.assert_array_equal(predict({}, {}, images), images)
+  first, again, other = (
+    predict({}, {}, images, jax.random.key(seed)) for seed in (0, 0, 1)
+  )
+  np.testing.assert_array_equal(first, again)
+  assert np.any(first != other)
 
 
 def test_predict_is_the_evaluation_view():

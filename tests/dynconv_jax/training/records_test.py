@@ -169,6 +169,21 @@ def test_log_lines_where_there_is_no_terminal(config, clock):
   progress.close()
 
 
+def test_a_method_without_a_budget_shows_none(config, clock):
+  config = dataclasses.replace(config, method='sact')
+  with mock.patch.object(sys, 'stderr', io.StringIO()):
+    progress = records.Progress(config, steps_per_epoch=50, step=10)
+  clock.return_value = 140.0
+  with absltest.TestCase().assertLogs(level='INFO') as logs:
+    progress.update(30, _METRICS)
+  assert (
+    logs.records[0]
+    .getMessage()
+    .endswith('accuracy 0.500, executed 0.625, 140 s left')
+  )
+  progress.close()
+
+
 def test_a_bar_on_a_terminal(config):
   terminal = io.StringIO()
   terminal.isatty = lambda: True
