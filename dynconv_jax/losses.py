@@ -144,6 +144,83 @@ def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
   return sum(jnp.mean(cost) for cost in stages.values())
 
 
+def skip_penalty(masks: Sequence[ExecutionMask]) -> jax.Array:
+  """Returns SkipNet's price of computing in supervised training, unweighted.
+
+  Mean over the gated blocks of the batch mean of the gate. The authors' first
+  stage has no such term; their reward for skipping, which it takes the place
+  of, is that of the second (Wang et al., ECCV 2018, section 3.3).
+
+  Args:
+    masks: one a gated block, with straight-through gradients.
+
+  Returns:
+    float32 scalar in [0, 1].
+
+  Raises:
+    ValueError: there are no masks.
+  """
+  if not masks:
+    raise ValueError('the skip penalty needs at least one mask; got none')
+  return jnp.mean(jnp.stack([jnp.mean(mask.density()) for mask in masks]))
+
+
+def skip_rewards(
+  actions: jax.Array, cross_entropy: jax.Array, skip_weight: float
+) -> jax.Array:
+  """Returns what each of SkipNet's gates has to gain, float32[blocks, N].
+
+  R_i = -cross_entropy + the sum over j >= i of (1 - a_j) skip_weight / blocks:
+  of what is skipped, a gate is credited with its own block and those after it
+  (Wang et al., ECCV 2018, section 3.3 and the authors' code).
+
+  Args:
+    actions: float32[blocks, N] of {0, 1}, 1 where a block was executed.
+    cross_entropy: float32[N], of each image.
+    skip_weight: the paper's alpha, the reward for skipping every gated block.
+  """
+  rewards = (1 - actions) * (skip_weight / len(actions))
+  return jax.lax.cumsum(rewards, axis=0, reverse=True) - cross_entropy
+
+
+def reinforce_loss(
+  masks: Sequence[ExecutionMask],
+  cross_entropy: jax.Array,
+  skip_weight: float,
+) -> jax.Array:
+  """Returns a loss whose gradient is REINFORCE's, unweighted.
+
+  The sum over gates of the batch mean of -log p(a_i) R_i, with the rewards of
+  `skip_rewards` taken as constants: in expectation over the sampled actions its
+  gradient is that of the negative expected reward (Williams, 1992; Wang et al.,
+  ECCV 2018, section 3.3; the authors weigh it by 0.01). Its value means little.
+
+  Args:
+    masks: one a gated block, sampled per image from their `score`.
+    cross_entropy: float32[N], of each image under these masks.
+    skip_weight: the paper's alpha.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or some have no score.
+  """
+  if not masks or any(mask.score is None for mask in masks):
+    raise ValueError(
+      'REINFORCE needs masks with the probabilities they were sampled from; '
+      f'got {[mask.name for mask in masks if mask.score is None] or "none"}'
+    )
+  # Constant over positions.
+  actions = jnp.stack([mask.hard[:, 0, 0] for mask in masks])
+  scores = jnp.stack([mask.score[:, 0, 0] for mask in masks])
+  rewards = skip_rewards(actions, cross_entropy, skip_weight)
+  # What was sampled has a probability above 0.
+  log_p = jnp.log(jnp.where(actions == 1, scores, 1 - scores))
+  losses = -log_p * jax.lax.stop_gradient(rewards)
+  return jnp.sum(jnp.mean(losses, axis=1))
+
+
 def distillation_loss(
   logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:

@@ -10,10 +10,15 @@ from flax import nnx
 from dynconv_jax.gating.halting import HaltingUnit
 from dynconv_jax.gating.layer_gate import LayerGate
 from dynconv_jax.gating.mask_unit import MaskUnit
-from dynconv_jax.models.layers import BatchNorm, conv_general_dilated
+from dynconv_jax.gating.skip_gate import (
+  SKIP_GATES,
+  SKIP_TRAININGS,
+  create_skip_gate,
+)
+from dynconv_jax.models.layers import BatchNorm, conv, conv_general_dilated
 from dynconv_jax.models.resnet import ARCHITECTURES, ResNet, check_choice
 
-METHODS = ('dense', 'dynconv', 'convnet_aig', 'sact', 'act')
+METHODS = ('dense', 'dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
 
 
 def create_model(
@@ -24,6 +29,8 @@ def create_model(
   width_multiplier: float = 1.0,
   mask_kernel_size: int = 3,
   target_rates: Sequence[float] | None = None,
+  skip_gate: str = 'recurrent',
+  skip_training: str = 'supervised',
   dtype: jnp.dtype = jnp.float32,
   rngs: nnx.Rngs,
 ) -> ResNet:
@@ -37,6 +44,9 @@ def create_model(
     mask_kernel_size: of DynConv's mask units, 3 or 1.
     target_rates: of ConvNet-AIG, one a block; where it is 1 the block has no
       gate and is always executed. None: every block has one.
+    skip_gate: of SkipNet, one of SKIP_GATES.
+    skip_training: of SkipNet, one of SKIP_TRAININGS: how its gates decide in
+      training.
     dtype: compute dtype, float32 or bfloat16.
     rngs: stream `params`.
 
@@ -46,6 +56,8 @@ def create_model(
   """
   check_choice('model', name, ARCHITECTURES)
   check_choice('method', method, METHODS)
+  check_choice('skip_gate', skip_gate, SKIP_GATES)
+  check_choice('skip_training', skip_training, SKIP_TRAININGS)
   architecture = ARCHITECTURES[name]
   if num_classes < 1:
     raise ValueError(f'num_classes must be at least 1; got {num_classes}')
@@ -66,6 +78,7 @@ def create_model(
   check_gated(name, method, target_rates)
 
   def gate(stage, index, in_features, strides):
+    number = sum(architecture.depths[:stage]) + index
     if method == 'dynconv':
       return MaskUnit(
         in_features,
@@ -75,9 +88,19 @@ def create_model(
         rngs=rngs,
       )
     if method == 'convnet_aig':
-      if target_rates[sum(architecture.depths[:stage]) + index] == 1:
+      if target_rates[number] == 1:
         return None
       return LayerGate(in_features, norm=BatchNorm, rngs=rngs)
+    if method == 'skipnet' and number > 0:
+      return create_skip_gate(
+        skip_gate,
+        in_features,
+        first=number == 1,
+        training=skip_training,
+        conv=conv,
+        norm=BatchNorm,
+        rngs=rngs,
+      )
     if method in ('sact', 'act') and index > 0:
       return HaltingUnit(
         in_features,

@@ -10,6 +10,7 @@ from typing import Any
 from dynconv_jax.data.augment import Augmentation
 from dynconv_jax.data.sources import DATASETS
 from dynconv_jax.gating.layer_gate import target_rates
+from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
 from dynconv_jax.interop.pretrained import check_pretrained
 from dynconv_jax.models.create import METHODS, check_gated
 from dynconv_jax.models.resnet import (
@@ -122,8 +123,9 @@ class Config:
   )
   mask_bias: float | None = _field(
     None,
-    'Opening logit of the mask units: their weights of the squeeze branch '
-    'start at 0 and their bias at this. Unset: their own initialisation.',
+    "Opening logit of DynConv's mask units and SkipNet's gates: weights of "
+    "the squeeze branch, of a gate's last layer, start at 0 and the bias at "
+    'this. Unset: their own initialisation.',
   )
   distill_from: str = _field('', 'Workdir of the run whose network teaches.')
   distill_temperature: float = _field(4.0, 'Softens logits in distillation.')
@@ -155,6 +157,26 @@ class Config:
     0.01,
     'Weight of the ponder cost of SACT and ACT; on ImageNet the paper has '
     '0.005.',
+  )
+  skip_gate: str = _field(
+    'recurrent', f"SkipNet's gates, one of {', '.join(SKIP_GATES)}."
+  )
+  skip_training: str = _field(
+    'supervised',
+    "SkipNet's stage: supervised, or reinforce, which starts from it.",
+  )
+  skip_temperature: float = _field(
+    1.0,
+    "Divides the logits of SkipNet's gates at the start: below 1, as in the "
+    "authors' second stage (0.05), samples are nearly decisions.",
+  )
+  skip_weight: float = _field(
+    0.1,
+    "SkipNet's alpha: what executing every gated block costs, or what skipping "
+    'every one earns.',
+  )
+  reinforce_weight: float = _field(
+    0.01, "Weight of SkipNet's REINFORCE loss in the second stage."
   )
   gumbel_temperatures: tuple[float, ...] = _field(
     (1.0,), 'Temperature of the Gumbel sigmoid, one a phase.'
@@ -236,6 +258,8 @@ class Config:
       ('cache', CACHES),
       ('model', ARCHITECTURES),
       ('method', METHODS),
+      ('skip_gate', SKIP_GATES),
+      ('skip_training', SKIP_TRAININGS),
       ('compute_dtype', DTYPES),
       ('optimizer', OPTIMIZERS),
       ('schedule', SCHEDULES),
@@ -310,6 +334,7 @@ class Config:
         'keep_checkpoints',
         'log_every_steps',
         'width_multiplier',
+        'skip_temperature',
       ),
       **not_negative(
         'cache_size',
@@ -317,6 +342,8 @@ class Config:
         'sparsity_weight',
         'target_rate_weight',
         'ponder_weight',
+        'skip_weight',
+        'reinforce_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',

@@ -89,6 +89,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     interop.load_pretrained(model, interop.read_state_dict(path))
   if config.mask_bias is not None:
     workdir_lib.open_masks(model, config.mask_bias)
+  workdir_lib.sharpen_gates(model, config.skip_temperature)
   teacher = None
   if config.distill_from:
     teacher = workdir_lib.load_teacher(config, class_names, replicated)

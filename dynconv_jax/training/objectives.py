@@ -36,6 +36,12 @@ def gating_loss(
   if config.method == 'convnet_aig':
     rates = [rate for rate in config.block_target_rates() if rate != 1]
     return config.target_rate_weight, losses.target_rate_loss(masks, rates)
+  if config.method == 'skipnet':
+    if config.skip_training == 'supervised':
+      return config.skip_weight, losses.skip_penalty(masks)
+    return config.reinforce_weight, losses.reinforce_loss(
+      masks, cross_entropy, config.skip_weight
+    )
   if config.method in ('sact', 'act'):
     return config.ponder_weight, losses.ponder_cost(masks)
   raise ValueError(f'{config.method} has no gates to price')

@@ -15,6 +15,7 @@ from absl import logging
 from flax import nnx
 
 from dynconv_jax.gating.mask_unit import MaskUnit
+from dynconv_jax.gating.skip_gate import SkipGate
 from dynconv_jax.models.create import create_model
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.training import checkpoints
@@ -140,6 +141,8 @@ def build_model(
       target_rates=(
         config.block_target_rates() if config.method == 'convnet_aig' else None
       ),
+      skip_gate=config.skip_gate,
+      skip_training=config.skip_training,
       dtype=jnp.dtype(config.compute_dtype),
       rngs=nnx.Rngs(config.seed),
     )
@@ -271,16 +274,31 @@ def initialize_from(model: ResNet, source: ResNet) -> list[str]:
 
 
 def open_masks(model: ResNet, bias: float) -> None:
-  """Sets every mask unit's opening logit.
+  """Sets the opening logit of every mask unit, or gate of SkipNet.
 
   Args:
-    model: is changed: squeeze weights become 0, the logits' bias `bias`.
+    model: is changed: squeeze weights, or those of a gate's last layer, become
+      0, the logits' bias `bias`.
     bias: above 0 opens the masks.
   """
   for block in model.blocks:
+    if isinstance(block.masker, SkipGate):
+      block.masker.open(bias)
     if not isinstance(block.masker, MaskUnit):
       continue
     unit = block.masker.maskconv
     unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
     unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
     unit.conv.bias[...] = jnp.full_like(unit.conv.bias[...], bias)
+
+
+def sharpen_gates(model: ResNet, temperature: float) -> None:
+  """Divides the logits of SkipNet's gates by a temperature, for good.
+
+  Args:
+    model: is changed.
+    temperature: below 1 brings samples near to decisions.
+  """
+  for block in model.blocks:
+    if isinstance(block.masker, SkipGate):
+      block.masker.sharpen(temperature)

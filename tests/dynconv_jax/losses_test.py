@@ -1,4 +1,4 @@
-"""Tests of the sparsity and distillation losses against plain arithmetic."""
+"""Tests of the losses against plain arithmetic."""
 
 import math
 
@@ -188,6 +188,169 @@ class DistillationLossTest(absltest.TestCase):
   def test_shifted_logits_are_the_same_teacher(self):
     loss = losses.distillation_loss(self.logits + 2, self.logits, 4.0)
     self.assertAlmostEqual(float(loss), 0, places=5)
+
+
+def _decisions(actions, scores=None):
+  """Masks of 2x2 and 1x2 positions from float[2, N] actions and scores."""
+  masks = []
+  for i, size in enumerate(((2, 2), (1, 2))):
+    wide = lambda v, s=size: jnp.broadcast_to(  # noqa: E731
+      jnp.asarray(v, jnp.float32)[:, None, None], (len(v), *s)
+    )
+    hard = wide(actions[i])
+    score = None if scores is None else wide(scores[i])
+    masks.append(ExecutionMask(hard, hard, f'layer{i + 1}.0', (), score))
+  return masks
+
+
+class SkipPenaltyTest(absltest.TestCase):
+  def test_by_hand(self):
+    masks = _decisions([[1, 0, 0, 1], [1, 1, 0, 1]])
+    self.assertAlmostEqual(float(losses.skip_penalty(masks)), (0.5 + 0.75) / 2)
+    # A block counts one, whatever its map: 1/2 over 4 images of 4 positions.
+    grads = jax.grad(losses.skip_penalty)(masks)
+    np.testing.assert_allclose(grads[0].hard, np.full((4, 2, 2), 1 / 32))
+    np.testing.assert_allclose(grads[1].hard, np.full((4, 1, 2), 1 / 16))
+
+  def test_no_masks(self):
+    with self.assertRaisesRegex(ValueError, 'at least one mask; got none'):
+      losses.skip_penalty([])
+
+
+class ReinforceTest(parameterized.TestCase):
+  def test_rewards_by_hand(self):
+    actions = jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
+    rewards = losses.skip_rewards(actions, jnp.array([2.0, 0.5]), 0.3)
+    # A skipped block earns 0.1, for its gate and those before it.
+    np.testing.assert_allclose(
+      rewards, [[-1.9, -0.2], [-1.9, -0.3], [-2.0, -0.4]], rtol=1e-6
+    )
+
+  def test_loss_by_hand(self):
+    masks = _decisions([[1, 0], [0, 1]], [[0.8, 0.7], [0.4, 0.9]])
+    # Rewards: of the first image -2 + 0.1 for both, of the second -1 + 0.1
+    # for the first and -1 for the second gate.
+    expected = -(np.log(0.8) + np.log(0.6)) * -1.9 / 2
+    expected += -(np.log(0.3) * -0.9 + np.log(0.9) * -1.0) / 2
+    loss = losses.reinforce_loss(masks, jnp.array([2.0, 1.0]), 0.2)
+    self.assertAlmostEqual(float(loss), expected, places=6)
+
+  def test_certain_actions_have_a_finite_gradient(self):
+    masks = _decisions([[1, 0], [1, 1]], [[1, 0], [1, 0.5]])
+    grads = jax.grad(losses.reinforce_loss)(masks, jnp.ones(2), 0.1)
+    for grad in grads:
+      self.assertTrue(np.all(np.isfinite(grad.score)))
+
+  def test_the_reward_has_no_gradient(self):
+    masks = _decisions([[1, 0], [0, 1]], [[0.8, 0.7], [0.4, 0.9]])
+    grad = jax.grad(losses.reinforce_loss, 1)(masks, jnp.ones(2), 0.2)
+    self.assertFalse(np.any(grad))
+
+  @parameterized.parameters(0.0, 0.5)
+  def test_expected_gradient_is_that_of_the_expected_reward(self, alpha):
+    # Two gates, the second of which reads the first's action.
+    x = np.array([0.3, -1.2, 0.7])
+    errors = np.random.default_rng(0).uniform(0, 2, (2, 2, 3))
+    theta = np.array([0.8, -0.5, 1.1, 0.2])
+
+    def scores(theta, x, action, sigmoid):
+      w1, w2, v, b = theta
+      return sigmoid(w1 * x + b), sigmoid(w2 * x + v * action)
+
+    def expected_reward(theta):
+      total = 0.0
+      for n in range(3):
+        for a1, a2 in np.ndindex(2, 2):
+          p1, p2 = scores(theta, x[n], a1, lambda z: 1 / (1 + np.exp(-z)))
+          p = (p1 if a1 else 1 - p1) * (p2 if a2 else 1 - p2)
+          total += p * (-errors[a1, a2, n] + alpha / 2 * (2 - a1 - a2)) / 3
+      return total
+
+    def loss(theta, n, a1, a2):
+      s1, s2 = scores(theta, x[n], a1, jax.nn.sigmoid)
+      masks = _decisions([[a1], [a2]], [s1[None], s2[None]])
+      return losses.reinforce_loss(masks, errors[a1, a2, n : n + 1], alpha)
+
+    expected = np.zeros(4)
+    for n in range(3):
+      for a1, a2 in np.ndindex(2, 2):
+        p1, p2 = scores(theta, x[n], a1, lambda z: 1 / (1 + np.exp(-z)))
+        p = (p1 if a1 else 1 - p1) * (p2 if a2 else 1 - p2)
+        gradient = jax.grad(loss)(jnp.asarray(theta, jnp.float32), n, a1, a2)
+        expected += p * np.asarray(gradient, np.float64) / 3
+    numerical = [
+      (expected_reward(theta + e) - expected_reward(theta - e)) / 2e-5
+      for e in 1e-5 * np.eye(4)
+    ]
+    self.assertGreater(np.abs(numerical).min(), 1e-3)
+    np.testing.assert_allclose(-expected, numerical, rtol=1e-4)
+
+  def test_masks_without_probabilities(self):
+    for masks, message in (
+      ([], 'got none'),
+      (_decisions([[1], [0]]), r"got \['layer1.0', 'layer2.0'\]"),
+    ):
+      with self.assertRaisesRegex(ValueError, f'REINFORCE needs .*{message}'):
+        losses.reinforce_loss(masks, jnp.ones(1), 0.1)
+
+
+class TargetRateLossTest(parameterized.TestCase):
+  def test_by_hand(self):
+    # Rates 3/4 and 1/2 of four images against targets 0.5 and 0.6.
+    masks = _decisions([[1, 0, 1, 1], [1, 1, 0, 0]])
+    loss = losses.target_rate_loss(masks, (0.5, 0.6))
+    self.assertAlmostEqual(float(loss), (0.25**2 + 0.1**2) / 2, places=6)
+    # -2 (target - rate) / 2 blocks, over four images of 4 or 2 positions.
+    grads = jax.grad(losses.target_rate_loss)(masks, (0.5, 0.6))
+    np.testing.assert_allclose(
+      grads[0].hard, np.full((4, 2, 2), 0.25 / 16), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      grads[1].hard, np.full((4, 1, 2), -0.1 / 8), rtol=1e-5
+    )
+
+  @parameterized.parameters((0, ()), (2, (0.5,)), (1, (0.5, 0.5)))
+  def test_numbers_that_differ(self, num_masks, rates):
+    masks = _decisions([[1, 0], [1, 1]])[:num_masks]
+    with self.assertRaisesRegex(
+      ValueError,
+      'target_rates must be one a gated block, and at least one; got '
+      f'{len(rates)} for {num_masks} masks',
+    ):
+      losses.target_rate_loss(masks, rates)
+
+
+class PonderCostTest(absltest.TestCase):
+  def _mask(self, name, hard, score):
+    hard, score = (jnp.array([[v]], jnp.float32) for v in (hard, score))
+    return ExecutionMask(hard, hard, name, (), score)
+
+  def test_by_hand(self):
+    # Four positions of three units: halting at 1, 2, 3 and 3; then two of two.
+    masks = [
+      self._mask('layer1.1', [0, 1, 1, 1], [0.995, 0.2, 0.3, 0.1]),
+      self._mask('layer1.2', [0, 0, 1, 1], [0.5, 0.9, 0.4, 0.25]),
+      self._mask('layer3.1', [0, 1], [1.0, 0.6]),
+    ]
+    # Units and remainders: 1 + 1, 2 + 0.8, 3 + 0.3, 3 + 0.65; 1 + 1, 2 + 0.4.
+    expected = (2 + 2.8 + 3.3 + 3.65) / 4 + (2 + 2.4) / 2
+    self.assertAlmostEqual(float(losses.ponder_cost(masks)), expected, places=5)
+    # A score that does not halt takes from the remainder; the others nothing.
+    grads = jax.grad(
+      lambda scores: losses.ponder_cost(
+        [m.replace(score=s) for m, s in zip(masks, scores, strict=True)]
+      )
+    )([mask.score for mask in masks])
+    np.testing.assert_allclose(grads[0][0, 0], [0, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(grads[1][0, 0], [0, 0, -0.25, -0.25])
+    np.testing.assert_allclose(grads[2][0, 0], [0, -0.5])
+
+  def test_no_scores(self):
+    with self.assertRaisesRegex(ValueError, 'halting scores; got none'):
+      losses.ponder_cost([])
+    scored = self._mask('layer1.1', [1], [0.5])
+    with self.assertRaisesRegex(ValueError, r"got \['layer1.2'\]"):
+      losses.ponder_cost([scored, scored.replace(name='layer1.2', score=None)])
 
 
 if __name__ == '__main__':

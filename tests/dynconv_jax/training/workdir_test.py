@@ -143,6 +143,37 @@ def test_masks_open_at_the_bias():
   np.testing.assert_array_equal(unit(x), np.full((1, 4, 4), 2.5))
 
 
+def _open_shares(model):
+  images = np.random.default_rng(0).normal(size=(4, 8, 8, 3))
+  view = nnx.view(model, deterministic=True, use_running_average=True)
+  return [float(mask.density().mean()) for mask in view(images)[1]]
+
+
+@pytest.mark.parametrize('gate', ['ff1', 'ff2', 'recurrent'])
+def test_gates_of_skipnet_open_and_sharpen(gate):
+  model = workdir.build_model(_config(method='skipnet', skip_gate=gate), 6)
+  workdir.open_masks(model, -1.0)
+  assert _open_shares(model) == [0.0, 0.0]
+  workdir.open_masks(model, 1.5)
+  assert _open_shares(model) == [1.0, 1.0]
+  workdir.sharpen_gates(model, 0.5)
+  layer = model.layer2[0].masker.last_layer
+  assert layer.bias[...].tolist()[-1] == 3.0
+
+
+@pytest.mark.parametrize('gate', ['ff1', 'ff2', 'recurrent'])
+def test_the_second_stage_starts_from_the_first(gate, dense):
+  first = _network(6, method='skipnet', skip_gate=gate)
+  fresh = workdir.initialize_from(first, dense)
+  assert fresh == [name for name in _weights(first) if 'masker' in name]
+  second = _network(
+    6, method='skipnet', skip_gate=gate, skip_training='reinforce', seed=5
+  )
+  assert second.layer2[0].masker.training == 'reinforce'
+  assert workdir.initialize_from(second, first) == []
+  chex.assert_trees_all_equal(_weights(second), _weights(first))
+
+
 def test_a_dense_network_has_no_masks_to_open(dense):
   before = _weights(dense)
   workdir.open_masks(dense, 2.5)

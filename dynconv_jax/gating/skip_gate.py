@@ -1,0 +1,262 @@
+"""SkipNet's gates: feed-forward and recurrent, one decision an image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dynconv_jax.gating.gate import Decision, Gate
+from dynconv_jax.gating.gumbel import straight_through
+
+SKIP_GATES = ('ff1', 'ff2', 'recurrent')
+SKIP_TRAININGS = ('supervised', 'reinforce')
+
+# Size of the recurrent gate's input and state (authors' code).
+_HIDDEN = 10
+
+
+class SkipGate(Gate):
+  """Decides per image whether a block is executed; subclasses give the logit.
+
+  Wang et al., ECCV 2018, section 3 and the authors' code. A gate reads the
+  output of one block and decides the next, `x = m block(x) + (1 - m) x`; where
+  the shapes differ, the x that is kept is projected. A block is executed where
+  that has a probability above 1/2. Only training by reinforcement samples,
+  whatever `gumbel_noise`, and no gradient passes its samples.
+
+  Args:
+    training: 'supervised', straight-through; or 'reinforce', sampled.
+  """
+
+  per_image = True
+  interpolates = True
+
+  def __init__(self, training: str):
+    super().__init__()
+    self.training = training
+
+  @property
+  def last_layer(self) -> nnx.Conv | nnx.Linear | None:
+    """The layer that gives the logits; None where another gate holds it."""
+    raise NotImplementedError
+
+  def open(self, logit: float) -> None:
+    """Makes the logit the same for every image; above 0 executes the block."""
+    if layer := self.last_layer:
+      layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+      # Of two outputs it is the difference that counts.
+      bias = jnp.zeros_like(layer.bias[...])
+      layer.bias[...] = bias.at[-1].set(logit)
+
+  def sharpen(self, temperature: float) -> None:
+    """Divides the logits for good, so that samples are nearly decisions."""
+    if layer := self.last_layer:
+      for variable in (layer.kernel, layer.bias):
+        variable[...] = variable[...] / temperature
+
+  def logits(self, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
+    """Returns float32[N], above 0 to execute, and the carry.
+
+    Args:
+      x: float32[N, H, W, C], the output of the block before.
+      carry: what the gate before returned; None at first.
+    """
+    raise NotImplementedError
+
+  def __call__(
+    self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
+  ):
+    logits, carry = self.logits(x.astype(jnp.float32), carry)
+    score = nnx.sigmoid(logits)[:, None, None]
+    if self.training == 'reinforce' and not self.deterministic:
+      sample = jax.random.bernoulli(self.key(rngs), score)
+      return Decision(sample.astype(jnp.float32), score), carry
+    hard = (score > 0.5).astype(jnp.float32)
+    return Decision(straight_through(hard, score), score), carry
+
+
+class FeedForwardGate(SkipGate):
+  """Convolutions with batch norm, the global average, a linear map.
+
+  Wang et al., ECCV 2018, figure 3 and the authors' code: FF-I halves the map by
+  a maximum and has a 3x3 convolution before the strided one, FF-II has the
+  strided one alone; both keep the channels. Of the softmax over (skip,
+  execute) the probability to execute is the sigmoid of the difference.
+
+  Args:
+    in_features: channels of the block's input.
+    pooled: FF-I; otherwise FF-II.
+    training: see SkipGate.
+    conv: makes a convolution without bias, given channels in and out, kernel
+      size, `strides`, `dtype` and `rngs`.
+    norm: makes the batch norm, given the channels and `rngs`.
+    rngs: stream `params`.
+  """
+
+  def __init__(
+    self, in_features: int, *, pooled: bool, training: str, conv, norm, rngs
+  ):
+    super().__init__(training)
+    self.pooled = pooled
+
+    def conv3x3(strides):
+      return conv(
+        in_features,
+        in_features,
+        3,
+        strides=strides,
+        dtype=jnp.float32,
+        rngs=rngs,
+      )
+
+    self.conv1 = conv3x3(1 if pooled else 2)
+    self.bn1 = norm(in_features, rngs=rngs)
+    self.conv2 = nnx.data(conv3x3(2) if pooled else None)
+    self.bn2 = nnx.data(norm(in_features, rngs=rngs) if pooled else None)
+    self.linear = _conv1x1(in_features, 2, rngs)
+
+  @property
+  def last_layer(self):
+    return self.linear
+
+  def logits(self, x, carry):
+    if self.pooled:
+      x = _halve(x)
+    x = nnx.relu(self.bn1(self.conv1(x)))
+    if self.pooled:
+      x = nnx.relu(self.bn2(self.conv2(x)))
+    x = self.linear(jnp.mean(x, axis=(1, 2), keepdims=True))[:, 0, 0]
+    return x[:, 1] - x[:, 0], carry
+
+
+class Control(nnx.Module):
+  """An LSTM that steps from gate to gate, and a linear map of its output.
+
+  Args:
+    rngs: stream `params`.
+  """
+
+  def __init__(self, *, rngs: nnx.Rngs):
+    init = nnx.initializers.glorot_normal()  # As the authors' code.
+    self.rnn = nnx.OptimizedLSTMCell(
+      _HIDDEN,
+      _HIDDEN,
+      kernel_init=init,
+      recurrent_kernel_init=init,
+      dtype=jnp.float32,
+      rngs=rngs,
+    )
+    self.proj = nnx.Linear(
+      _HIDDEN, 1, kernel_init=init, dtype=jnp.float32, rngs=rngs
+    )
+
+  def __call__(
+    self, x: jax.Array, state: tuple[jax.Array, jax.Array] | None
+  ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Returns float32[N], the logits, and the new state.
+
+    Args:
+      x: float32[N, 10].
+      state: float32[N, 10] cell and output; None, zeros, at first.
+    """
+    if state is None:
+      state = (jnp.zeros_like(x), jnp.zeros_like(x))
+    state, y = self.rnn(state, x)
+    return self.proj(y)[:, 0], state
+
+
+class RecurrentGate(SkipGate):
+  """The global average, a 1x1 convolution, and an LSTM for all gates.
+
+  Wang et al., ECCV 2018, figure 3 and the authors' code. The network's first
+  gate holds the LSTM and hands it on with its state: a module that several
+  others hold would be copied, or forbidden, where state is split in tree mode.
+
+  Args:
+    in_features: channels of the block's input.
+    first: whether this is the network's first gate.
+    training: see SkipGate.
+    rngs: stream `params`.
+  """
+
+  def __init__(
+    self, in_features: int, *, first: bool, training: str, rngs: nnx.Rngs
+  ):
+    super().__init__(training)
+    self.embed = _conv1x1(in_features, _HIDDEN, rngs)
+    self.control = nnx.data(Control(rngs=rngs) if first else None)
+
+  @property
+  def last_layer(self):
+    return self.control and self.control.proj
+
+  def logits(self, x, carry):
+    control, state = carry or (self.control, None)
+    if control is None:
+      raise ValueError(
+        'a recurrent gate needs what the gate before returned; got None for '
+        'one that is not the first'
+      )
+    x = self.embed(jnp.mean(x, axis=(1, 2), keepdims=True))[:, 0, 0]
+    logits, state = control(x, state)
+    return logits, (control, state)
+
+
+def create_skip_gate(
+  kind: str,
+  in_features: int,
+  *,
+  first: bool,
+  training: str,
+  conv,
+  norm,
+  rngs: nnx.Rngs,
+) -> SkipGate:
+  """Returns the gate of a block; arguments as of the gates' classes.
+
+  Args:
+    kind: one of SKIP_GATES.
+    in_features: channels of the block's input.
+    first: whether this is the network's first gate.
+    training: one of SKIP_TRAININGS.
+    conv: makes a convolution.
+    norm: makes a batch norm.
+    rngs: stream `params`.
+  """
+  if kind == 'recurrent':
+    return RecurrentGate(in_features, first=first, training=training, rngs=rngs)
+  return FeedForwardGate(
+    in_features,
+    pooled=kind == 'ff1',
+    training=training,
+    conv=conv,
+    norm=norm,
+    rngs=rngs,
+  )
+
+
+def _conv1x1(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Conv:
+  return nnx.Conv(
+    in_features,
+    out_features,
+    (1, 1),
+    dtype=jnp.float32,
+    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    rngs=rngs,
+  )
+
+
+def _halve(x: jax.Array) -> jax.Array:
+  """Returns the 2x2 maximum at stride 2; an extent of 1 stays.
+
+  By reshaping, because the gradient of XLA's windows is slow on a CPU.
+  """
+  n, h, w, c = x.shape
+  rows, columns = min(2, h), min(2, w)
+  x = x[:, : h // rows * rows, : w // columns * columns]
+  return jnp.max(
+    x.reshape(n, h // rows, rows, w // columns, columns, c), axis=(2, 4)
+  )
