@@ -16,19 +16,16 @@ import importlib.util
 import json
 import platform
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
 from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
-from experiments import program
+from experiments import program, turns
 
 _MODEL = flags.DEFINE_string(
-  'model', 'resnet18', 'An ImageNet ResNet; PyTorch has resnet18 and resnet34.'
+  'model', 'resnet18', f'One of {", ".join(ARCHITECTURES)}.'
 )
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 64, 'Pixels.', lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images.', lower_bound=1)
@@ -47,24 +44,22 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   check_choice('model', _MODEL.value, ARCHITECTURES)
   if _WORKER.value:
-    _serve(_WORKERS[_WORKER.value]())
+    step = _WORKERS[_WORKER.value]()
+    turns.serve(lambda _: turns.seconds(step, _STEPS.value))
     return
   names = list(_WORKERS)
   if importlib.util.find_spec('torch') is None:
     print('PyTorch is not installed: left out (pip install -e .[torch])')
-    names = [name for name in names if not name.startswith('torch')]
-  elif ARCHITECTURES[_MODEL.value].block.__name__ != 'BasicBlock':
-    print(f'the PyTorch network has basic blocks only: {_MODEL.value} left out')
     names = [name for name in names if not name.startswith('torch')]
   workers = {name: _start(name) for name in names}
   times: dict[str, list[float]] = {name: [] for name in names}
   try:
     for _ in range(_ROUNDS.value):
       for name, worker in workers.items():
-        times[name].extend(_turn(worker))
+        times[name].extend(worker.ask())
   finally:
     for worker in workers.values():
-      worker.kill()
+      worker.stop()
   milliseconds = {
     name: 1e3 * statistics.median(values) for name, values in times.items()
   }
@@ -88,43 +83,14 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(result))
 
 
-def _start(name: str) -> subprocess.Popen:
+def _start(name: str) -> turns.Worker:
   own = ('model', 'image_size', 'batch_size', 'steps')
   arguments = [f'--{flag}={flags.FLAGS[flag].value}' for flag in own]
-  worker = subprocess.Popen(
-    [
-      sys.executable,
-      '-m',
-      'experiments.benchmark_training',
-      f'--worker={name}',
-      *arguments,
-    ],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
+  worker = turns.Worker(
+    'experiments.benchmark_training', [f'--worker={name}', *arguments]
   )
-  _turn(worker)  # Compiles and warms up.
+  worker.ask()  # Compiles and warms up.
   return worker
-
-
-def _turn(worker: subprocess.Popen) -> list[float]:
-  worker.stdin.write('go\n')
-  worker.stdin.flush()
-  line = worker.stdout.readline()
-  if not line:
-    raise OSError('a timed process ended early; its error is above')
-  return json.loads(line)
-
-
-def _serve(step: Callable[[], None]) -> None:
-  """Times a few steps for each line that comes in."""
-  for _ in sys.stdin:
-    seconds = []
-    for _ in range(_STEPS.value):
-      start = time.perf_counter()
-      step()
-      seconds.append(time.perf_counter() - start)
-    print(json.dumps(seconds), flush=True)
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray]:
@@ -173,41 +139,12 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
 
 def _torch_step(channels_last: bool) -> Callable[[], None]:
   import torch
-  from torch import nn
   from torch.nn import functional
 
-  class Block(nn.Module):
-    def __init__(self, in_features, features, stride):
-      super().__init__()
-      self.conv1 = nn.Conv2d(in_features, features, 3, stride, 1, bias=False)
-      self.bn1 = nn.BatchNorm2d(features)
-      self.conv2 = nn.Conv2d(features, features, 3, 1, 1, bias=False)
-      self.bn2 = nn.BatchNorm2d(features)
-      self.shortcut = nn.Identity()
-      if stride != 1 or in_features != features:
-        self.shortcut = nn.Sequential(
-          nn.Conv2d(in_features, features, 1, stride, bias=False),
-          nn.BatchNorm2d(features),
-        )
+  from experiments import torch_resnet
 
-    def forward(self, x):
-      y = functional.relu(self.bn1(self.conv1(x)))
-      return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-  layers = [
-    nn.Conv2d(3, 64, 7, 2, 3, bias=False),
-    nn.BatchNorm2d(64),
-    nn.ReLU(),
-    nn.MaxPool2d(3, 2, 1),
-  ]
-  features = 64
-  for stage, depth in enumerate(ARCHITECTURES[_MODEL.value].depths):
-    for i in range(depth):
-      stride = 2 if stage and not i else 1
-      layers.append(Block(features, 64 * 2**stage, stride))
-      features = 64 * 2**stage
-  layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, _CLASSES)]
-  model = nn.Sequential(*layers)
+  torch_resnet.use_all_cores()
+  model = torch_resnet.ResNet(_MODEL.value, _CLASSES)
   images, labels = _inputs()
   images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
   if channels_last:

@@ -1,4 +1,4 @@
-"""Figures: learning curves, block density, ponder maps, accuracy and MACs."""
+"""Figures: learning curves, block density, ponder maps, accuracy, speed."""
 
 from dynconv_jax.plotting.curves import plot_block_density, plot_learning_curves
 from dynconv_jax.plotting.ponder import (
@@ -8,6 +8,7 @@ from dynconv_jax.plotting.ponder import (
   save_overlay,
 )
 from dynconv_jax.plotting.results import read_results
+from dynconv_jax.plotting.speedup import plot_speedup
 from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
   'plot_block_density',
   'plot_learning_curves',
   'plot_ponder_grid',
+  'plot_speedup',
   'ponder_cost_map',
   'read_results',
   'save_overlay',

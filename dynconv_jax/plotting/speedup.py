@@ -1,0 +1,89 @@
+"""Speed-up of sparse execution against mask density."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from dynconv_jax.plotting import style
+
+_COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
+
+
+@style.styled()
+def plot_speedup(
+  runs: Sequence[Mapping[str, Any]],
+  path: str | os.PathLike,
+  *,
+  title: str = '',
+) -> Figure:
+  """Writes how much faster than dense execution is, against mask density.
+
+  One curve a batch size, the MAC-proportional ideal dashed, and break-even: the
+  density at which a curve crosses 1, taken as linear between measurements.
+
+  Args:
+    runs: of 'batch_size', 'density', 'sparse_over_fastest_dense' and
+      'mac_ideal', as experiments.benchmark gives.
+    path: of the figure, written as .png and .svg.
+    title: above it.
+
+  Raises:
+    ValueError: there are no runs.
+  """
+  if not runs:
+    raise ValueError('there are no runs to plot')
+  figure = style.new_figure(5.4, 3.8)
+  ax = figure.add_subplot()
+  sizes = sorted({run['batch_size'] for run in runs})
+  ideal = {run['density']: 1 / run['mac_ideal'] for run in runs}
+  ax.plot(
+    *zip(*sorted(ideal.items()), strict=True),
+    color=style.GREY,
+    linestyle='--',
+    marker='.',
+    label='MAC-proportional ideal',
+  )
+  for i, size in enumerate(sizes):
+    points = sorted(
+      (run['density'], 1 / run['sparse_over_fastest_dense'])
+      for run in runs
+      if run['batch_size'] == size
+    )
+    color = _COLORS[i % len(_COLORS)]
+    densities, speedups = map(np.array, zip(*points, strict=True))
+    even = break_even(densities, speedups)
+    label = f'batch {size}'
+    if even is not None:
+      label += f', break-even at {even:.2f}'
+      ax.plot(even, 1, marker='|', markersize=14, color=color)
+    ax.plot(densities, speedups, color=color, marker='o', label=label)
+  ax.axhline(1, color=style.INK, linewidth=0.8)
+  ax.set_xlim(0, 1.02)
+  ax.set_ylim(bottom=0)
+  ax.set_xlabel('mask density')
+  ax.set_ylabel('speed-up over the fastest dense')
+  if title:
+    ax.set_title(title)
+  ax.legend(loc='best')
+  style.save_figure(figure, path)
+  return figure
+
+
+def break_even(densities: np.ndarray, speedups: np.ndarray) -> float | None:
+  """Returns the largest density at which the speed-up falls to 1, or None.
+
+  Args:
+    densities: float[n], increasing.
+    speedups: float[n], over dense execution, at each.
+  """
+  for i in range(len(densities) - 1, 0, -1):
+    high, low = speedups[i - 1], speedups[i]
+    if high >= 1 > low:
+      share = (high - 1) / (high - low)
+      return float(densities[i - 1] + share * (densities[i] - densities[i - 1]))
+  return None
