@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -13,7 +14,7 @@ from flax import nnx
 
 from dynconv_jax.data import spots
 from dynconv_jax.plotting.results import read_results
-from dynconv_jax.training import checkpoints, workdir
+from dynconv_jax.training import checkpoints, inputs, workdir
 
 # MACs of a CIFAR ResNet-8 of 4, 8 and 16 channels on 24 x 24 pixels.
 _STEM = 24**2 * 4 * 27
@@ -167,6 +168,60 @@ def test_density_of_blocks_objects_and_background(summary, outputs):
   )
 
 
+def test_gates_that_sample(program, dynconv_run, summary, tmp_path):
+  folder = _copy(dynconv_run, tmp_path / 'run')
+  before = {path.name for path in folder.iterdir()}
+
+  def evaluate():
+    arguments = ('--split=test', '--num_maps=0', '--stochastic_gates')
+    lines = program('evaluate', f'--workdir={folder}', *arguments)
+    return json.loads(lines.splitlines()[-1])
+
+  sampled = evaluate()
+  assert evaluate() == sampled
+  assert sampled['stochastic_gates'] and not summary['stochastic_gates']
+  stem = 'test_stochastic'
+  assert {path.name for path in folder.iterdir()} - before == {
+    f'evaluation_{stem}.json',
+    f'block_density_{stem}.png',
+    f'block_density_{stem}.svg',
+  }
+  # Batches of 8, each with the run's seed folded with its number.
+  model = workdir.load_run(dynconv_run).model
+  view = nnx.view(model, deterministic=False)
+  call = nnx.jit(lambda m, x, key: m(x, rngs=nnx.Rngs(gumbel=key))[1])
+  config = workdir.read_config(dynconv_run)
+  batches = inputs.eval_batches(config, inputs.open_split(config, 'test'))
+  densities = []
+  for number, batch in enumerate(batches):
+    key = jax.random.fold_in(jax.random.key(0), number)
+    masks = call(view, batch['image'], key)
+    densities += [
+      [float(mask.hard[i].mean()) for mask in masks]
+      for i in np.flatnonzero(batch['weight'])
+    ]
+  assert len(densities) == 20
+  expected = dict(
+    zip(summary['block_density'], np.mean(densities, 0), strict=True)
+  )
+  assert sampled['block_density'] == pytest.approx(expected, rel=1e-5)
+  assert sampled['block_density'] != pytest.approx(
+    summary['block_density'], abs=1e-2
+  )
+
+
+@pytest.mark.parametrize('method', ['dense', 'sact', 'act'])
+def test_methods_that_cannot_sample(
+  program, dense_run, method, monkeypatch, tmp_path
+):
+  folder = _copy(dense_run, tmp_path / 'run', method=method)
+  monkeypatch.setattr(workdir, 'build_model', None)
+  with pytest.raises(
+    ValueError, match=f'needs gates that sample, .*; the run is of {method}$'
+  ):
+    program('evaluate', f'--workdir={folder}', '--stochastic_gates')
+
+
 def test_files_that_are_written(evaluated, summary, dynconv_run):
   folder, lines = evaluated
   assert json.loads((folder / 'evaluation_test.json').read_text()) == summary
@@ -275,6 +330,7 @@ def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
     (['--checkpoint=first'], 'value should be one of <best|latest>'),
     (['--convention=flops'], r'value should be one of <conv|conv\+linear>'),
     (['--num_maps=-1'], 'num_maps'),
+    (['--stochastic_gates=often'], 'stochastic_gates'),
   ],
 )
 def test_bad_arguments_end_it_before_any_compute(
