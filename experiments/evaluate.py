@@ -16,6 +16,7 @@ _stochastic.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ from dynconv_jax.data.augment import denormalize
 from dynconv_jax.macs import count_macs
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
+from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.training import inputs
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
@@ -59,6 +61,13 @@ _CONVENTION = flags.DEFINE_enum(
 )
 _STOCHASTIC = flags.DEFINE_bool(
   'stochastic_gates', False, "Gates sample as in training, by the run's seed."
+)
+_EXECUTION = flags.DEFINE_enum(
+  'execution',
+  'dense',
+  ['dense', 'sparse', 'auto'],
+  'sparse: only where the masks are set, to the same result; auto: so where '
+  'that is measured to be faster.',
 )
 _NUM_MAPS = flags.DEFINE_integer(
   'num_maps', 12, 'Images in the grid of ponder-cost maps.', lower_bound=0
@@ -90,6 +99,15 @@ def main(argv: Sequence[str]) -> None:
       '--stochastic_gates needs gates that sample, those of '
       f'{" or ".join(_SAMPLING)}; the run is of {config.method}'
     )
+  if _EXECUTION.value != 'dense' and _STOCHASTIC.value:
+    raise ValueError(
+      f'--execution={_EXECUTION.value} takes the decisions of evaluation, not '
+      'those of --stochastic_gates'
+    )
+  if _EXECUTION.value != 'dense' and config.method == 'dense':
+    raise ValueError(
+      f'--execution={_EXECUTION.value} needs a gated network; the run is dense'
+    )
   source = inputs.open_split(config, _SPLIT.value)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
@@ -118,7 +136,18 @@ def main(argv: Sequence[str]) -> None:
       key = jax.random.fold_in(root, next(number))
     return predict(params, model_state, images, key)
 
-  result = evaluate(network, batches, report)
+  overflows = []
+  executor = functools.cache(
+    lambda shape: SparseExecutor(run.model, shape, mode=_EXECUTION.value)
+  )
+
+  def sparse_network(images):
+    logits, stats = executor(images.shape)(images)
+    overflows.append(int(stats.overflows.sum()))
+    return logits, stats.masks
+
+  dense = _EXECUTION.value == 'dense'
+  result = evaluate(network if dense else sparse_network, batches, report)
   summary = {
     'split': _SPLIT.value,
     'step': run.step,
@@ -130,6 +159,9 @@ def main(argv: Sequence[str]) -> None:
     summary['budget'] = config.target
   if config.method in _SAMPLING:
     summary['stochastic_gates'] = _STOCHASTIC.value
+  if not dense:
+    summary['execution'] = _EXECUTION.value
+    summary['overflows'] = sum(overflows)
   if batches.num_skipped:
     summary['skipped'] = batches.num_skipped
 
