@@ -166,7 +166,9 @@ def skip_penalty(masks: Sequence[ExecutionMask]) -> jax.Array:
 
 
 def skip_rewards(
-  actions: jax.Array, cross_entropy: jax.Array, skip_weight: float
+  actions: jax.Array,
+  cross_entropy: jax.Array,
+  skip_weight: float | jax.Array,
 ) -> jax.Array:
   """Returns what each of SkipNet's gates has to gain, float32[blocks, N].
 
@@ -186,7 +188,7 @@ def skip_rewards(
 def reinforce_loss(
   masks: Sequence[ExecutionMask],
   cross_entropy: jax.Array,
-  skip_weight: float,
+  skip_weight: float | jax.Array,
 ) -> jax.Array:
   """Returns a loss whose gradient is REINFORCE's, unweighted.
 

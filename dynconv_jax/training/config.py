@@ -141,8 +141,9 @@ class Config:
   )
   budget_warmup: float = _field(
     0.0,
-    'Share of the training over which the target falls from 1 to the budget; '
-    '0, as in the paper: it is the budget from the start.',
+    'Share of the training over which the target falls from 1 to the budget, '
+    "SkipNet's skip_weight rises from 0 to its value; 0, as in the papers: "
+    'they are so from the start.',
   )
   sparsity_weight: float = _field(10.0, "Weight of DynConv's sparsity loss.")
   target_rates: str = _field(

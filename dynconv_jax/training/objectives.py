@@ -17,7 +17,7 @@ def gating_loss(
   masks: Sequence[ExecutionMask],
   cross_entropy: jax.Array,
   progress: float | jax.Array,
-) -> tuple[float, jax.Array]:
+) -> tuple[float | jax.Array, jax.Array]:
   """Returns the weight and the value of the loss on where is computed.
 
   Args:
@@ -37,10 +37,11 @@ def gating_loss(
     rates = [rate for rate in config.block_target_rates() if rate != 1]
     return config.target_rate_weight, losses.target_rate_loss(masks, rates)
   if config.method == 'skipnet':
+    skip_weight = schedules.skip_weight(config, progress)
     if config.skip_training == 'supervised':
-      return config.skip_weight, losses.skip_penalty(masks)
+      return skip_weight, losses.skip_penalty(masks)
     return config.reinforce_weight, losses.reinforce_loss(
-      masks, cross_entropy, config.skip_weight
+      masks, cross_entropy, skip_weight
     )
   if config.method in ('sact', 'act'):
     return config.ponder_weight, losses.ponder_cost(masks)

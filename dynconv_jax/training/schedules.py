@@ -75,3 +75,10 @@ def budget(config: Config, progress: jax.Array) -> jax.Array:
   if config.budget_warmup:
     warm = jnp.minimum(1.0, progress / config.budget_warmup)
   return 1.0 - (1.0 - config.budget) * warm
+
+
+def skip_weight(config: Config, progress: jax.Array) -> float | jax.Array:
+  """Returns SkipNet's alpha at a share of the training."""
+  if not config.budget_warmup:
+    return config.skip_weight
+  return config.skip_weight * jnp.minimum(1.0, progress / config.budget_warmup)

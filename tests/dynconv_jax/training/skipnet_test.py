@@ -1,0 +1,134 @@
+"""SkipNet in training: its loss in the step, gradients, traces, whole runs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
+from dynconv_jax.training import objectives, schedules, workdir
+from dynconv_jax.training import state as state_lib
+from dynconv_jax.training.config import Config
+
+
+def _config(**changes):
+  changes = {'method': 'skipnet', 'width_multiplier': 0.25, **changes}
+  return dataclasses.replace(Config(), **changes)
+
+
+def _batch(seed, n=8):
+  rng = np.random.default_rng(seed)
+  return {
+    'image': jnp.asarray(rng.normal(size=(n, 8, 8, 3)), jnp.float32),
+    'label': jnp.asarray(np.eye(3)[rng.integers(0, 3, n)], jnp.float32),
+  }
+
+
+def _losses(config):
+  """Returns params and a function of them: cross-entropy, gating loss."""
+  graphdef, params, rest = state_lib.split(workdir.build_model(config, 3))
+  batch = _batch(0)
+
+  def losses(params):
+    model = nnx.merge(graphdef, params, rest)
+    logits, masks = model(batch['image'], rngs=nnx.Rngs(gumbel=1))
+    cross_entropy = optax.softmax_cross_entropy(logits, batch['label'])
+    _, gating = objectives.gating_loss(config, masks, cross_entropy, 0.5)
+    return jnp.mean(cross_entropy), gating
+
+  return params, losses
+
+
+def _gates(tree):
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if 'masker' in jax.tree_util.keystr(path)
+  }
+
+
+@pytest.mark.parametrize('gate', SKIP_GATES)
+def test_supervised_gradients_reach_every_gate_parameter(gate):
+  params, losses = _losses(_config(skip_gate=gate))
+  for i in range(2):
+    grads = _gates(jax.jit(jax.grad(lambda p, i=i: losses(p)[i]))(params))
+    assert len(grads) == {'ff1': 16, 'ff2': 10, 'recurrent': 9}[gate]
+    for name, grad in grads.items():
+      assert np.any(grad), (i, name)
+
+
+@pytest.mark.parametrize('gate', SKIP_GATES)
+def test_reinforce_alone_moves_the_gates_of_the_second_stage(gate):
+  params, losses = _losses(_config(skip_gate=gate, skip_training='reinforce'))
+  direct, reinforced = (
+    _gates(jax.jit(jax.grad(lambda p, i=i: losses(p)[i]))(params))
+    for i in range(2)
+  )
+  for name, grad in direct.items():
+    assert not np.any(grad), name
+    assert np.any(reinforced[name]), name
+
+
+def test_the_loss_of_each_stage_by_hand():
+  actions = np.array([[1.0, 0.0], [0.0, 0.0]])  # Blocks by images.
+  scores = np.array([[0.75, 0.5], [0.125, 0.25]])
+
+  class Masks:
+    """What the losses read of an execution mask."""
+
+    def __init__(self, i):
+      self.hard = jnp.asarray(actions[i])[:, None, None]
+      self.score = jnp.asarray(scores[i])[:, None, None]
+      self.name = f'layer{i + 1}.0'
+
+    def density(self):
+      return self.hard[:, 0, 0]
+
+  masks = [Masks(0), Masks(1)]
+  cross_entropy = jnp.array([1.0, 3.0])
+  config = _config(skip_weight=0.4, budget_warmup=0.5, reinforce_weight=0.02)
+  for progress, alpha in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.4), (1.0, 0.4)):
+    weight, loss = objectives.gating_loss(
+      config, masks, cross_entropy, progress
+    )
+    np.testing.assert_allclose([weight, loss], [alpha, 0.25], rtol=1e-6)
+    second = dataclasses.replace(config, skip_training='reinforce')
+    weight, loss = objectives.gating_loss(
+      second, masks, cross_entropy, progress
+    )
+    # A skipped block earns alpha / 2.
+    rewards = [[alpha / 2 - 1, alpha - 3], [alpha / 2 - 1, alpha / 2 - 3]]
+    log_p = np.log([[0.75, 0.5], [0.875, 0.75]])
+    assert weight == 0.02
+    np.testing.assert_allclose(loss, -np.sum(log_p * rewards) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize('training', SKIP_TRAININGS)
+def test_steps_train_the_gates_in_one_trace(training, monkeypatch):
+  config = _config(skip_training=training, budget_warmup=0.5, epochs=2)
+  model = workdir.build_model(config, 3)
+  tx = schedules.optimizer(config, schedules.learning_rate(config, 2))
+  state = state_lib.create_state(model, tx, config)
+  traces = []
+  gating_loss = objectives.gating_loss
+  monkeypatch.setattr(
+    objectives,
+    'gating_loss',
+    lambda *arguments: traces.append(1) or gating_loss(*arguments),
+  )
+  step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, steps_per_epoch=2
+  )
+  before = jax.tree.map(jnp.copy, _gates(state.params))
+  for i in range(4):
+    state = step(state, _batch(i))
+  assert len(traces) == 1
+  assert state.first_bad.tolist() == [-1, -1]
+  assert 0 < state.sums['executed_fraction'] <= 2
+  after = _gates(state.params)
+  for name, value in before.items():
+    assert np.any(after[name] != value), name
