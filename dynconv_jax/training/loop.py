@@ -81,14 +81,14 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   # Model and optimiser.
   resumed = checkpoints.exists(workdir)
   model = workdir_lib.build_model(config, len(class_names))
+  if config.mask_bias is not None:
+    workdir_lib.open_masks(model, config.mask_bias)
   if config.init_from and not resumed:
     source = workdir_lib.load_run(config.init_from)
     workdir_lib.initialize_from(model, source.model)
   if config.pretrained and not resumed:
     path = interop.find_pretrained(config.pretrained, config.data_dir)
     interop.load_pretrained(model, interop.read_state_dict(path))
-  if config.mask_bias is not None:
-    workdir_lib.open_masks(model, config.mask_bias)
   workdir_lib.sharpen_gates(model, config.skip_temperature)
   teacher = None
   if config.distill_from:
