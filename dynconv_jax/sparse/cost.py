@@ -1,0 +1,176 @@
+"""Which plan is the fastest for a block, by short measurements."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dynconv_jax.gating.mask import dilate
+from dynconv_jax.sparse.fold import FoldedBlock
+from dynconv_jax.sparse.plan import (
+  BlockPlan,
+  chunk_sizes,
+  default_plan,
+  run_block,
+)
+
+# Densities that are measured; times between them are taken as linear.
+_DENSITIES = (0.2, 0.6)
+_REPEATS = 5
+
+
+def calibrate(
+  block: FoldedBlock,
+  shape: tuple[int, int, int, int],
+  dtype: jnp.dtype,
+  *,
+  per_image: bool,
+  density: float,
+) -> BlockPlan:
+  """Returns the fastest plan of a block, and up to which load it is sparse.
+
+  Each candidate is timed on clustered masks of two densities. Its time is
+  taken as linear in the load, the executed share of the branch's dense MACs.
+
+  Args:
+    block: the folded block.
+    shape: (N, H, W, C) of its input.
+    dtype: of its input.
+    per_image: whether its mask is constant over an image.
+    density: the one at which the candidates are compared.
+  """
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), dtype)
+  output = block.output_shape(shape)
+  cases = [
+    _case(block, shape, clustered_masks(rng, output, d, per_image))
+    for d in _DENSITIES
+  ]
+  candidates = _candidates(output, per_image)
+  times = {plan: [np.inf] * len(cases) for plan in candidates}
+  for repeat in range(_REPEATS + 1):
+    for plan in candidates:
+      # A dense plan takes as long for any mask.
+      for i, case in enumerate(cases[: 1 if plan.form == 'dense' else None]):
+        start = time.perf_counter()
+        jax.block_until_ready(run_block(block, x, *case, plan))
+        if repeat:  # The first compiles.
+          times[plan][i] = min(times[plan][i], time.perf_counter() - start)
+  loads = [float(load) for _, _, load in cases]
+  return choose_plan(times, loads, density)
+
+
+def choose_plan(
+  times: dict[BlockPlan, list[float]], loads: list[float], density: float
+) -> BlockPlan:
+  """Returns the fastest plan at a density, and its limit.
+
+  Args:
+    times: seconds of each plan at each load; of dense ones at the first.
+    loads: two shares of dense MACs, increasing.
+    density: the density to expect; its load is taken as linear between them.
+  """
+  dense = min(
+    (p for p in times if p.form == 'dense'), key=lambda p: times[p][0]
+  )
+  dense_time = times[dense][0]
+  expected = np.interp(density, _DENSITIES, loads)
+  if density > _DENSITIES[-1]:
+    rest = (density - _DENSITIES[-1]) / (1 - _DENSITIES[-1])
+    expected = loads[-1] + rest * (1 - loads[-1])
+
+  def line(plan):
+    low, high = times[plan]
+    slope = max((high - low) / max(loads[1] - loads[0], 1e-6), 1e-12)
+    return low - slope * loads[0], slope
+
+  def predicted(plan):
+    start, slope = line(plan)
+    return start + slope * expected
+
+  best = min((p for p in times if p.form != 'dense'), key=predicted)
+  start, slope = line(best)
+  limit = (dense_time - start) / slope
+  if limit <= 0:
+    return dense
+  return BlockPlan(
+    best.form,
+    best.sizes,
+    nine=best.nine,
+    im2col=dense.im2col if best.form != 'images' else best.im2col,
+    limit=min(limit, 1.0),
+  )
+
+
+def clustered_masks(
+  rng: np.random.Generator,
+  shape: tuple[int, int, int],
+  density: float,
+  per_image: bool = False,
+) -> np.ndarray:
+  """Returns float32[N, h, w] of {0, 1}: smooth random fields, thresholded.
+
+  Each has exactly round(density * h * w) active positions, at least one; with
+  per-image masks so many images, spread over the batch.
+
+  Args:
+    rng: source of randomness.
+    shape: (N, h, w).
+    density: share of active positions, in (0, 1].
+    per_image: whether whole images are active.
+  """
+  n, h, w = shape
+  if per_image:
+    active = np.arange(n) < max(1, round(density * n))
+    return np.broadcast_to(active[:, None, None], shape).astype(np.float32)
+  field = rng.normal(size=shape)
+  # A Gaussian low-pass of an eighth of the map, periodic.
+  decay = np.add.outer(
+    (np.fft.fftfreq(h) * h / 8) ** 2, (np.fft.fftfreq(w) * w / 8) ** 2
+  )
+  smooth = np.fft.ifft2(np.fft.fft2(field) * np.exp(-8 * decay)).real
+  ranks = smooth.reshape(n, -1).argsort(-1).argsort(-1).reshape(shape)
+  return (ranks < max(1, round(density * h * w))).astype(np.float32)
+
+
+def _case(block, shape, hard):
+  """The masks and the load of a block."""
+  hard = jnp.asarray(hard)
+  bottleneck = block.third is not None
+  dilated = dilate(hard, block.second.strides if bottleneck else 1)
+  if bottleneck:
+    dilated = dilated[:, : shape[1], : shape[2]]
+  first = block.first.kernel.size
+  rest = block.second.kernel.size
+  if bottleneck:
+    rest += block.third.kernel.size
+  dense = first * dilated.size + rest * hard.size
+  load = (first * jnp.sum(dilated) + rest * jnp.sum(hard)) / dense
+  return hard, dilated, load
+
+
+def _candidates(shape, per_image):
+  """The plans that may be the fastest for a block of (N, h, w) outputs."""
+  n, h, w = shape
+  small = h * w <= 400
+  plans = [BlockPlan('dense')]
+  if small:
+    plans.append(BlockPlan('dense', im2col=True))
+  if per_image:
+    plan = default_plan(shape, True)
+    plans.append(plan)
+    if small:
+      plans.append(BlockPlan('images', plan.sizes, im2col=True))
+    return plans
+  size = n * h * w
+  plans.append(BlockPlan('chunks', chunk_sizes(size, 4)))
+  if small and size <= 512:
+    plans.append(BlockPlan('buckets'))
+  if not small:
+    plans.append(BlockPlan('chunks', chunk_sizes(size, 4), nine=True))
+  if size > 512:
+    plans.append(BlockPlan('chunks', chunk_sizes(size, 16)))
+  return list(dict.fromkeys(plans))

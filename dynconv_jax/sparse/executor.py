@@ -1,0 +1,257 @@
+"""Executes gated networks only where their masks are set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax import lax
+
+from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.models.layers import BatchNorm, max_pool
+from dynconv_jax.models.resnet import ResNet, check_choice
+from dynconv_jax.sparse.cost import calibrate
+from dynconv_jax.sparse.dense import convolve, run_dense
+from dynconv_jax.sparse.fold import fold_network
+from dynconv_jax.sparse.plan import BlockPlan, default_plan, run_block
+
+MODES = ('auto', 'sparse', 'dense')
+
+
+@flax.struct.dataclass
+class ExecutionStats:
+  """What was executed of a batch.
+
+  Attributes:
+    masks: one ExecutionMask a masked block, as the model returns them.
+    positions: int32[blocks], active positions of each, over the batch.
+    dilated_positions: int32[blocks], those of its first convolution.
+    overflows: int32[blocks], 1 where the batch was above what the block's plan
+      executes sparsely, so that all positions were computed; 0 elsewhere, and
+      where the plan is dense by itself.
+    names: of the blocks, such as 'layer2.0'.
+  """
+
+  masks: list[ExecutionMask]
+  positions: jax.Array
+  dilated_positions: jax.Array
+  overflows: jax.Array
+  names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+
+class SparseExecutor:
+  """Runs a trained network, each branch where its mask is set only.
+
+  The logits are those of the model, whose branches are computed everywhere and
+  multiplied by the mask, up to rounding. Batch norm is folded into the
+  convolutions when the executor is made: later changes of the model's
+  parameters do not reach it. One function is compiled, at the first call (one
+  more where masks are given).
+
+  Args:
+    model: the evaluation view of a gated network, nnx.view(model,
+      deterministic=True, use_running_average=True).
+    image_shape: (N, H, W, 3) of every batch.
+    mode: 'sparse': every gated block by its active positions, or images;
+      'dense': every block everywhere, masked; 'auto': the faster of both by a
+      cost model, measured here for each distinct shape of block, and decided
+      anew for each batch by its masks.
+    limit: share of a block's dense MACs in (0, 1] above which it is executed
+      densely, however the cost model decides; exact all the same, and counted.
+    density: for 'auto', the density of masks to expect, in (0, 1].
+    plans: one BlockPlan a block in network order, instead of those of the mode.
+  """
+
+  def __init__(
+    self,
+    model: ResNet,
+    image_shape: Sequence[int],
+    *,
+    mode: str = 'auto',
+    limit: float = 1.0,
+    density: float = 0.5,
+    plans: Sequence[BlockPlan] | None = None,
+  ):
+    check_choice('mode', mode, MODES)
+    self.image_shape = _check_image_shape(image_shape)
+    _check_model(model)
+    for name, value in (('limit', limit), ('density', density)):
+      if not 0 < value <= 1:
+        raise ValueError(f'{name} must be in (0, 1]; got {value}')
+    num_blocks = len(model.blocks)
+    if plans is not None and len(plans) != num_blocks:
+      raise ValueError(
+        f'plans must be one a block, {num_blocks}; got {len(plans)}'
+      )
+    self.mode = mode
+    self._network = fold_network(model)
+    graphdef, state = nnx.split(model)
+    self._state = nnx.as_pure(state)
+
+    def forward(network, state, images, masks):
+      return self._forward(nnx.merge(graphdef, state), network, images, masks)
+
+    self._run = jax.jit(forward)
+    self._options = (mode, limit, density)
+    self.plans = self._make_plans(model) if plans is None else list(plans)
+
+  def __call__(
+    self, images: jax.Array, masks: Sequence[jax.Array] | None = None
+  ) -> tuple[jax.Array, ExecutionStats]:
+    """Returns logits, and what was executed.
+
+    Args:
+      images: float[N, H, W, 3], normalised.
+      masks: float32[N, h, w] of {0, 1}, one a block in network order, to obey
+        instead of the gates' decisions; [N, 1, 1] for whole images. The gates
+        are evaluated all the same: they are a part of the cost.
+
+    Returns:
+      logits: float32[N, num_classes].
+      stats: ExecutionStats.
+
+    Raises:
+      ValueError: images or masks of another shape.
+    """
+    if tuple(jnp.shape(images)) != self.image_shape:
+      raise ValueError(
+        f'images must be {self.image_shape}; got {tuple(jnp.shape(images))}'
+      )
+    if masks is not None:
+      masks = list(masks)
+      num_blocks = len(self._network.blocks)
+      if len(masks) != num_blocks:
+        raise ValueError(
+          f'masks must be one a block, {num_blocks}; got {len(masks)}'
+        )
+    return self._run(self._network, self._state, images, masks)
+
+  def _forward(self, model, network, images, forced):
+    """The model's `__call__` with the blocks executed by their plans."""
+    x = images.astype(model.dtype)
+    x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
+    if model.architecture.stem == 'imagenet':
+      x = max_pool(x)
+    given = iter(forced or [None] * len(model.blocks))
+    folded, plans = iter(network.blocks), iter(self.plans)
+    carry, executed, overflows = None, [], []
+    for stage in model.stages:
+      for block in stage:
+        mask, carry = block.decide(x, carry)
+        hard, plan = next(given), next(plans)
+        if hard is not None:
+          mask = _obey(block, x, mask, hard)
+        x, overflow = _execute(next(folded), x, mask, plan, hard)
+        if mask is not None:
+          executed.append(mask)
+          overflows.append(overflow)
+      if block.masker is not None:
+        output, carry = block.masker.end_stage(x, carry)
+        # With given masks a stage's output is its last block's.
+        x = (
+          output if forced is None else lax.optimization_barrier((x, output))[0]
+        )
+    return model.head(x), ExecutionStats(
+      masks=executed,
+      positions=_counts(mask.hard for mask in executed),
+      dilated_positions=_counts(mask.dilated for mask in executed),
+      overflows=jnp.stack(overflows),
+      names=tuple(mask.name for mask in executed),
+    )
+
+  def _make_plans(self, model):
+    mode, limit, density = self._options
+    shapes = _block_shapes(model, self.image_shape)
+    plans, measured = [], {}
+    for block, folded, shape in zip(
+      model.blocks, self._network.blocks, shapes, strict=True
+    ):
+      per_image = block.masker is not None and block.masker.per_image
+      if mode == 'dense':
+        plan = BlockPlan('dense')
+      elif mode == 'sparse':
+        plan = default_plan(folded.output_shape(shape), per_image)
+      else:
+        key = (shape, jax.tree.map(jnp.shape, folded), per_image)
+        key = str((key, jax.tree.structure(folded)))
+        if key not in measured:
+          measured[key] = calibrate(
+            folded, shape, model.dtype, per_image=per_image, density=density
+          )
+          logging.info('%s of %s: %s', block.name, shape, measured[key])
+        plan = measured[key]
+      plans.append(plan.limited(limit))
+    return plans
+
+
+def _obey(block, x, mask, hard):
+  """The given mask; the gate's decision, unused, is computed before it."""
+  if mask is not None:
+    hard, _ = lax.optimization_barrier((jnp.asarray(hard), mask.hard))
+  shape = (x.shape[0], *(-(-n // block.strides) for n in x.shape[1:3]))
+  if hard.shape == (shape[0], 1, 1):
+    hard = jnp.broadcast_to(hard, shape)
+  return block.decide(x, None, hard.astype(jnp.float32))[0]
+
+
+def _execute(block, x, mask, plan, given):
+  """A block's output, and 1 where its plan's limit was passed."""
+  if mask is None:
+    return run_dense(block, x, im2col=plan.im2col), None
+  if plan.form == 'images' and given is not None and given.shape[1:] != (1, 1):
+    plan = default_plan(mask.hard.shape, False).limited(plan.limit)
+  load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * x.shape[0])
+  x = run_block(block, x, mask.hard, mask.dilated, load, plan)
+  passed = plan.form != 'dense' and load > plan.limit
+  return x, jnp.asarray(passed, jnp.int32)
+
+
+def _counts(maps):
+  return jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in maps])
+
+
+def _block_shapes(model, image_shape):
+  """The input shape of each block, (N, H, W, C)."""
+  images = jax.ShapeDtypeStruct(image_shape, jnp.float32)
+  shapes = []
+
+  def trace(images):
+    x = model.stem(images)
+    for block in model.blocks:
+      shapes.append(x.shape)
+      x = block(x)
+
+  jax.eval_shape(trace, images)
+  return shapes
+
+
+def _check_image_shape(image_shape):
+  shape = tuple(image_shape)
+  whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in shape)
+  if len(shape) != 4 or not whole or shape[-1] != 3:
+    raise ValueError(f'image_shape must be (N, H, W, 3); got {image_shape}')
+  return tuple(int(n) for n in shape)
+
+
+def _check_model(model):
+  gates = [block.masker for block in model.blocks if block.masker is not None]
+  if not gates:
+    raise ValueError(
+      'the network has no gates: every position would be executed; make it '
+      'with a gated method'
+    )
+  norms = [node for _, node in nnx.iter_graph(model)]
+  training = any(
+    isinstance(node, BatchNorm) and not node.use_running_average
+    for node in norms
+  ) or not all(gate.deterministic for gate in gates)
+  if training:
+    raise ValueError(
+      'SparseExecutor needs the evaluation view of the model: '
+      'nnx.view(model, deterministic=True, use_running_average=True)'
+    )

@@ -1,0 +1,133 @@
+"""Residual networks in evaluation with batch norm folded into convolutions."""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from dynconv_jax.models.blocks import Block
+from dynconv_jax.models.resnet import ResNet
+
+
+@flax.struct.dataclass
+class Layer:
+  """A convolution with a bias, padded by k // 2.
+
+  Attributes:
+    kernel: float[k, k, in_features, features], in the compute dtype.
+    bias: float32[features].
+    strides: of the convolution.
+  """
+
+  kernel: jax.Array
+  bias: jax.Array
+  strides: int = flax.struct.field(pytree_node=False)
+
+  @property
+  def size(self) -> int:
+    """k, the extent of the kernel."""
+    return self.kernel.shape[0]
+
+  @property
+  def matrix(self) -> jax.Array:
+    """The kernel as float[k * k * in_features, features]."""
+    return self.kernel.reshape(-1, self.kernel.shape[-1])
+
+  def output_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns (N, h, w) of the output for an input of (N, H, W, ...)."""
+    return (shape[0], *(-(-n // self.strides) for n in shape[1:3]))
+
+
+@flax.struct.dataclass
+class FoldedBlock:
+  """`relu(shortcut(x) + mask * branch(x))` as plain convolutions.
+
+  Attributes:
+    first: the convolution on the dilated mask, with a ReLU after it.
+    second: the 3x3 convolution on the mask.
+    third: the 1x1 convolution on the mask, None in a basic block; where there
+      is one a ReLU is between.
+    projection: of the shortcut, or None: the identity.
+  """
+
+  first: Layer
+  second: Layer
+  third: Layer | None
+  projection: Layer | None
+
+  def output_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Returns (N, h, w) of the output for an input of (N, H, W, ...)."""
+    return self.second.output_shape(self.first.output_shape(shape))
+
+
+@flax.struct.dataclass
+class FoldedNetwork:
+  """The folded convolutions of a network.
+
+  Attributes:
+    stem: the first convolution.
+    blocks: the residual blocks in network order.
+  """
+
+  stem: Layer
+  blocks: tuple[FoldedBlock, ...]
+
+
+def fold_conv(conv: nnx.Conv, norm: nnx.BatchNorm, dtype) -> Layer:
+  """Returns a convolution without bias and its batch norm as one layer.
+
+  The product is formed in float64 and rounded once.
+
+  Args:
+    conv: without bias.
+    norm: in evaluation: its running statistics count.
+    dtype: of the folded kernel.
+  """
+  scale, bias, mean, var = (
+    np.asarray(v[...], np.float64)
+    for v in (norm.scale, norm.bias, norm.mean, norm.var)
+  )
+  scale = scale / np.sqrt(var + norm.epsilon)
+  strides = conv.strides
+  return Layer(
+    kernel=jnp.asarray(np.asarray(conv.kernel[...], np.float64) * scale, dtype),
+    bias=jnp.asarray(bias - mean * scale, jnp.float32),
+    strides=strides if isinstance(strides, int) else strides[0],
+  )
+
+
+def fold_block(block: Block, dtype) -> FoldedBlock:
+  """Returns the convolutions of a residual block.
+
+  Args:
+    block: basic or bottleneck.
+    dtype: of the folded kernels.
+  """
+  convs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+  if hasattr(block, 'conv3'):
+    convs.append((block.conv3, block.bn3))
+  layers = [fold_conv(conv, norm, dtype) for conv, norm in convs]
+  projection = None
+  if block.downsample is not None:
+    projection = fold_conv(*block.downsample, dtype)
+  return FoldedBlock(
+    first=layers[0],
+    second=layers[1],
+    third=layers[2] if len(layers) == 3 else None,
+    projection=projection,
+  )
+
+
+def fold_network(model: ResNet) -> FoldedNetwork:
+  """Returns the convolutions of a network.
+
+  Args:
+    model: in evaluation.
+  """
+  return FoldedNetwork(
+    stem=fold_conv(model.conv1, model.bn1, model.dtype),
+    blocks=tuple(fold_block(block, model.dtype) for block in model.blocks),
+  )
