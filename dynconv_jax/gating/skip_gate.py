@@ -84,7 +84,9 @@ class FeedForwardGate(SkipGate):
   Wang et al., ECCV 2018, figure 3 and the authors' code: FF-I halves the map by
   a maximum and has a 3x3 convolution before the strided one, FF-II has the
   strided one alone; both keep the channels. Of the softmax over (skip,
-  execute) the probability to execute is the sigmoid of the difference.
+  execute) the probability to execute is the sigmoid of the difference. Beside a
+  basic block without projection that is 16 % of the block's MACs for FF-I and
+  12.5 % for FF-II; a recurrent gate's are below 1 %.
 
   Args:
     in_features: channels of the block's input.
