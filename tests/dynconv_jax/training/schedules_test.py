@@ -234,5 +234,15 @@ class BudgetTest(parameterized.TestCase):
     )
 
 
+class SkipWeightTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0.0, 0.0, 0.3), (0.5, 0.0, 0.0), (0.5, 0.25, 0.15), (0.5, 0.75, 0.3)
+  )
+  def test_rises_to_its_value(self, warmup, progress, expected):
+    config = Config(skip_weight=0.3, budget_warmup=warmup)
+    weight = schedules.skip_weight(config, jnp.float32(progress))
+    self.assertAlmostEqual(float(weight), expected, places=6)
+
+
 if __name__ == '__main__':
   absltest.main()
