@@ -80,7 +80,8 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
       'Where you trust it, save its state_dict alone and give that. PyTorch '
       f'says: {" ".join(reason.split())}'
     ) from error
-  except (EOFError, RuntimeError, ValueError, KeyError, TypeError) as error:
+  # What a damaged file surfaces as depends on where it is damaged.
+  except (EOFError, KeyError, OSError, RuntimeError, TypeError) as error:
     raise ValueError(f'cannot read {path}: {error}') from error
   if not isinstance(loaded, Mapping):
     raise ValueError(

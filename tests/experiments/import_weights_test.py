@@ -1,0 +1,94 @@
+"""Weights leave a workdir and make another, which other programs accept."""
+
+import json
+
+import numpy as np
+import pytest
+
+from dynconv_jax import interop
+from dynconv_jax.training import loop, workdir
+
+_MODEL = ('--model=cifar_resnet8', '--width_multiplier=0.25')
+_SPOTS = ('--spots_size=24', '--spots_train=64', '--spots_test=20')
+
+
+@pytest.fixture(scope='module')
+def exported(program, dynconv_run, tmp_path_factory):
+  path = tmp_path_factory.mktemp('exported') / 'w.safetensors'
+  stdout = program(
+    'export_weights', f'--workdir={dynconv_run}', f'--output={path}'
+  )
+  assert stdout.startswith(f'wrote {path}, step ')
+  return path
+
+
+def _import(program, path, folder, *more):
+  return program(
+    'import_weights',
+    f'--from_torch={path}',
+    f'--workdir={folder}',
+    '--method=dynconv',
+    *_MODEL,
+    *more,
+  )
+
+
+def _assert_same(run, other):
+  weights = interop.to_torch_state_dict(run.model)
+  for name, array in interop.to_torch_state_dict(other.model).items():
+    np.testing.assert_array_equal(array, weights[name], name)
+
+
+def test_an_imported_network_is_a_run_to_other_programs(
+  program, dynconv_run, exported, tmp_path
+):
+  folder = tmp_path / 'imported'
+  data = f'--data_dir={dynconv_run.parent.parent / "data"}'
+  places = ('--dataset=spots', '--image_size=24', '--crop=none', data, *_SPOTS)
+  stdout = _import(program, exported, folder, *places)
+  run, trained = workdir.load_run(folder), workdir.load_run(dynconv_run)
+  assert stdout.split(': ')[0] == (
+    f'cifar_resnet8 dynconv, {len(trained.class_names)} classes'
+  )
+  assert run.class_names == trained.class_names
+  assert run.step == 0
+  _assert_same(run, trained)
+  record = json.loads((folder / 'imported.json').read_text())
+  assert record == {'source': str(exported)}
+  accuracies = [
+    json.loads(
+      program('evaluate', f'--workdir={w}', '--num_maps=0').splitlines()[-1]
+    )['accuracy']
+    for w in (folder, dynconv_run)
+  ]
+  assert accuracies[0] == accuracies[1]
+  with pytest.raises(ValueError, match='holds imported weights, no training'):
+    loop.train(run.config, folder)
+  with pytest.raises(ValueError, match='holds a run; choose another'):
+    _import(program, exported, folder, *places)
+
+
+def test_moving_averages_and_numbered_classes(
+  program, dynconv_run, exported, tmp_path
+):
+  folder = tmp_path / 'imported'
+  _import(program, exported, folder, '--ema_decay=0.9')
+  run = workdir.load_run(folder)
+  _assert_same(run, workdir.load_run(dynconv_run))
+  count = interop.num_classes(interop.read_state_dict(exported))
+  assert run.class_names == tuple(map(str, range(count)))
+
+
+def test_errors(program, exported, tmp_path):
+  names = tmp_path / 'names.txt'
+  names.write_text('only\n')
+  for flags, message in (
+    (['--num_classes=1000'], 'num_classes must be'),
+    (['--pretrained=a.pth'], 'from --from_torch alone'),
+    ([f'--class_names={names}'], r'names\.txt has 1 classes'),
+    (['--method=dense'], r'unexpected: layer1\.0\.masker'),
+    (['--model=cifar_resnet14'], r'missing: .*layer1\.1\.conv1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _import(program, exported, tmp_path / 'imported', *flags)
+    assert not (tmp_path / 'imported').exists()
