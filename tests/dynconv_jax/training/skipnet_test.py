@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
-from dynconv_jax.training import objectives, schedules, workdir
+from dynconv_jax.training import loop, objectives, schedules, workdir
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config
 
@@ -132,3 +132,41 @@ def test_steps_train_the_gates_in_one_trace(training, monkeypatch):
   after = _gates(state.params)
   for name, value in before.items():
     assert np.any(after[name] != value), name
+
+
+@pytest.mark.slow
+def test_both_stages_on_spots(tmp_path):
+  config = _config(
+    data_dir=str(tmp_path / 'data'),
+    model='cifar_resnet14',
+    width_multiplier=0.5,
+    cache='device',
+    crop='none',
+    mask_bias=2.0,
+    budget_warmup=1.0,
+    skip_weight=0.8,
+    epochs=12,
+    learning_rate=0.1,
+    weight_decay=5e-4,
+    warmup_epochs=1.0,
+  )
+  first = loop.train(config, tmp_path / 'first')['validation']
+  # Chance is 0.17.
+  assert first['accuracy'] > 0.8
+  assert 0.5 < first['executed_fraction'] < 0.9
+  second = loop.train(
+    dataclasses.replace(
+      config,
+      init_from=str(tmp_path / 'first'),
+      skip_training='reinforce',
+      skip_temperature=0.05,
+      budget_warmup=0.0,
+      epochs=2,
+      learning_rate=1e-4,
+      warmup_epochs=0.0,
+    ),
+    tmp_path / 'second',
+  )['validation']
+  # It goes on from there.
+  assert second['accuracy'] > 0.8
+  assert second['executed_fraction'] <= first['executed_fraction'] + 0.02
