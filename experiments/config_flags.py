@@ -40,7 +40,7 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     flag_values: parsed; by default the program's.
 
   Raises:
-    ValueError: an entry of a list of numbers is not a number.
+    ValueError: an entry of a list of numbers is not one.
   """
   types = typing.get_type_hints(Config)
   values = {}
@@ -48,12 +48,14 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     value = flag_values[field.name].value
     if types[field.name] == tuple[str, ...]:
       value = tuple(value)
-    elif types[field.name] == tuple[float, ...]:
+    elif types[field.name] in (tuple[float, ...], tuple[int, ...]):
+      kind, _ = typing.get_args(types[field.name])
       try:
-        value = tuple(float(v) for v in value)
+        value = tuple(kind(v) for v in value)
       except ValueError:
+        numbers = 'integers' if kind is int else 'numbers'
         raise ValueError(
-          f'{field.name} must be numbers, with commas between; got {value}'
+          f'{field.name} must be {numbers}, with commas between; got {value}'
         ) from None
     values[field.name] = value
   return Config(**values)

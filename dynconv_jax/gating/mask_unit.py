@@ -70,12 +70,16 @@ class Squeeze(nnx.Module):
 class MaskUnit(Gate):
   """Decides per image and position whether a block's branch is executed.
 
-  In training the mask is sampled; in evaluation it is logits >= 0.
+  In training the mask is sampled; in evaluation it is logits >= 0. With a
+  granularity above 1 one decision holds for a patch of positions, which is
+  read off the average-pooled map (Han et al., LASNet, NeurIPS 2022, section
+  3.2): coarser masks are cheaper to execute on a large GPU.
 
   Args:
     in_features: channels of the block's input.
     strides: stride of the block: the mask has the block's output resolution.
     kernel_size: 3, or 1 for the variant of the authors' pose network.
+    granularity: side of a patch, in positions of the block's output.
     conv_general_dilated: the convolution function.
     rngs: stream `params`.
   """
@@ -86,13 +90,17 @@ class MaskUnit(Gate):
     *,
     strides: int,
     kernel_size: int = 3,
+    granularity: int = 1,
     conv_general_dilated=jax.lax.conv_general_dilated,
     rngs: nnx.Rngs,
   ):
     super().__init__()
+    self.strides = strides
+    self.granularity = granularity
     self.maskconv = Squeeze(
       in_features,
-      strides=strides,
+      # Pooling does the stride of the block too.
+      strides=strides if granularity == 1 else 1,
       kernel_size=kernel_size,
       conv_general_dilated=conv_general_dilated,
       rngs=rngs,
@@ -101,9 +109,37 @@ class MaskUnit(Gate):
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
-    logits = self.maskconv(x)
+    pooled = x
+    if self.granularity > 1:
+      pooled = _average_pool(x, self.granularity * self.strides)
+    logits = self.maskconv(pooled)
     if self.deterministic:
-      return Decision((logits >= 0).astype(jnp.float32)), carry
-    key = None if gumbel_noise is False else self.key(rngs)
-    hard = binary_gumbel(logits, key, temperature, gumbel_noise)
+      hard = (logits >= 0).astype(jnp.float32)
+    else:
+      key = None if gumbel_noise is False else self.key(rngs)
+      hard = binary_gumbel(logits, key, temperature, gumbel_noise)
+    if self.granularity > 1:
+      hard = jnp.repeat(hard, self.granularity, axis=1)
+      hard = jnp.repeat(hard, self.granularity, axis=2)
+      h, w = (-(-n // self.strides) for n in x.shape[1:3])
+      hard = hard[:, :h, :w]
     return Decision(hard), carry
+
+
+def _average_pool(x: jax.Array, size: int) -> jax.Array:
+  """Returns float32 means of size x size patches; those at the edge are cut."""
+
+  def summed(v):
+    return jax.lax.reduce_window(
+      v.astype(jnp.float32),
+      0.0,
+      jax.lax.add,
+      (1, size, size, 1),
+      (1, size, size, 1),
+      [
+        (0, -n % size if axis in (1, 2) else 0)
+        for axis, n in enumerate(v.shape)
+      ],
+    )
+
+  return summed(x) / summed(jnp.ones((1, *x.shape[1:3], 1)))

@@ -28,6 +28,7 @@ def create_model(
   num_classes: int = 1000,
   width_multiplier: float = 1.0,
   mask_kernel_size: int = 3,
+  mask_granularity: Sequence[int] = (1,),
   target_rates: Sequence[float] | None = None,
   skip_gate: str = 'recurrent',
   skip_training: str = 'supervised',
@@ -42,6 +43,8 @@ def create_model(
     num_classes: outputs of the head, at least 1.
     width_multiplier: scales the channels of stem and stages, > 0.
     mask_kernel_size: of DynConv's mask units, 3 or 1.
+    mask_granularity: of DynConv's masks, the side of a patch in positions of
+      the block's output: one for all stages, or one a stage.
     target_rates: of ConvNet-AIG, one a block; where it is 1 the block has no
       gate and is always executed. None: every block has one.
     skip_gate: of SkipNet, one of SKIP_GATES.
@@ -68,6 +71,7 @@ def create_model(
     )
   if mask_kernel_size not in (1, 3):
     raise ValueError(f'mask_kernel_size must be 1 or 3; got {mask_kernel_size}')
+  mask_granularity = stage_granularities(name, mask_granularity)
   num_blocks = sum(architecture.depths)
   if target_rates is None:
     target_rates = (0.0,) * num_blocks
@@ -84,6 +88,7 @@ def create_model(
         in_features,
         strides=strides,
         kernel_size=mask_kernel_size,
+        granularity=mask_granularity[stage],
         conv_general_dilated=conv_general_dilated,
         rngs=rngs,
       )
@@ -119,6 +124,25 @@ def create_model(
     dtype=dtype,
     rngs=rngs,
   )
+
+
+def stage_granularities(name: str, given: Sequence[int]) -> tuple[int, ...]:
+  """Returns the side of DynConv's patches in each stage.
+
+  Args:
+    name: a key of ARCHITECTURES.
+    given: one for all stages, or one a stage.
+
+  Raises:
+    ValueError: there are not so many, or one is not positive.
+  """
+  stages = len(ARCHITECTURES[name].depths)
+  if len(given) not in (1, stages) or any(side < 1 for side in given):
+    raise ValueError(
+      f'mask_granularity must be 1 or {stages} integers >= 1 for {name}; got '
+      f'{",".join(map(str, given))}'
+    )
+  return tuple(given) * (stages if len(given) == 1 else 1)
 
 
 def check_gated(name: str, method: str, target_rates: Sequence[float]) -> None:

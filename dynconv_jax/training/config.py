@@ -12,7 +12,11 @@ from dynconv_jax.data.sources import DATASETS
 from dynconv_jax.gating.layer_gate import target_rates
 from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
 from dynconv_jax.interop.pretrained import check_pretrained
-from dynconv_jax.models.create import METHODS, check_gated
+from dynconv_jax.models.create import (
+  METHODS,
+  check_gated,
+  stage_granularities,
+)
 from dynconv_jax.models.resnet import (
   ARCHITECTURES,
   check_choice,
@@ -110,6 +114,11 @@ class Config:
   method: str = _field('dynconv', f'One of {", ".join(METHODS)}.')
   width_multiplier: float = _field(1.0, 'Scales the channels.')
   mask_kernel_size: int = _field(3, "Kernel of DynConv's mask units: 3 or 1.")
+  mask_granularity: tuple[int, ...] = _field(
+    (1,),
+    "Side of DynConv's patches, in positions of a block's output: one for all "
+    'stages, or one a stage.',
+  )
   compute_dtype: str = _field(
     'float32', 'float32 or bfloat16; parameters, masks, losses are float32.'
   )
@@ -123,9 +132,9 @@ class Config:
   )
   mask_bias: float | None = _field(
     None,
-    "Opening logit of DynConv's mask units and SkipNet's gates: weights of "
-    "the squeeze branch, of a gate's last layer, start at 0 and the bias at "
-    'this. Unset: their own initialisation.',
+    "Opening logit of fresh mask units of DynConv's and gates of SkipNet's: "
+    "weights of the squeeze branch, of a gate's last layer, start at 0 and the "
+    'bias at this. Unset: their own initialisation.',
   )
   distill_from: str = _field('', 'Workdir of the run whose network teaches.')
   distill_temperature: float = _field(4.0, 'Softens logits in distillation.')
@@ -276,6 +285,7 @@ class Config:
         )
     if self.model in ARCHITECTURES:
       attempt(check_image_size, self.model, self.image_size)
+      attempt(stage_granularities, self.model, self.mask_granularity)
       attempt(self._check_gated)
     for name, (holds, allowed) in self._ranges().items():
       if not holds:
@@ -420,6 +430,8 @@ def parse_value(kind: Any, text: str) -> Any:
     return tuple(filter(None, text.split(',')))
   if kind == tuple[float, ...]:
     return tuple(float(t) for t in text.split(',') if t)
+  if kind == tuple[int, ...]:
+    return tuple(int(t) for t in text.split(',') if t)
   if kind == float | None:
     return float(text) if text else None
   return kind(text)

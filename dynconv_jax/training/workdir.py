@@ -138,6 +138,7 @@ def build_model(
       num_classes=num_classes,
       width_multiplier=config.width_multiplier,
       mask_kernel_size=config.mask_kernel_size,
+      mask_granularity=config.mask_granularity,
       target_rates=(
         config.block_target_rates() if config.method == 'convnet_aig' else None
       ),

@@ -62,6 +62,46 @@ class MaskUnitTest(parameterized.TestCase):
     np.testing.assert_array_equal(mask, expected >= 0)
     self.assertEqual(mask.dtype, jnp.float32)
 
+  @parameterized.parameters(
+    (1, 2, (8, 8)), (1, 4, (7, 10)), (2, 2, (8, 12)), (2, 3, (7, 9))
+  )
+  def test_patches_against_loops(self, strides, granularity, shape):
+    unit = MaskUnit(
+      5, strides=strides, granularity=granularity, rngs=nnx.Rngs(0)
+    )
+    side = strides * granularity
+    # Means of patches are small: as far from 0 as the bias all the same.
+    x = side * _images(4, *shape, 5)
+    rows, columns = (range(0, n, side) for n in shape)
+    pooled = np.array(
+      [
+        [
+          [image[i : i + side, j : j + side].mean((0, 1)) for j in columns]
+          for i in rows
+        ]
+        for image in x
+      ]
+    )
+    logits = _logits(unit, pooled, 1)
+    self.assertGreater(np.abs(logits).min(), 1e-4)
+    self.assertBetween((logits > 0).mean(), 0.05, 0.95)
+    h, w = (-(-n // strides) for n in shape)
+    expected = [
+      [
+        [logit[i // granularity, j // granularity] >= 0 for j in range(w)]
+        for i in range(h)
+      ]
+      for logit in logits
+    ]
+    mask = _mask(nnx.view(unit, deterministic=True), x)
+    np.testing.assert_array_equal(mask, expected)
+    # A sample is one a patch, too.
+    sample = np.asarray(_mask(unit, x, rngs=nnx.Rngs(gumbel=0)))
+    for i in range(h):
+      for j in range(w):
+        corner = i - i % granularity, j - j % granularity
+        np.testing.assert_array_equal(sample[:, i, j], sample[:, *corner])
+
   def test_threshold_is_inclusive(self):
     unit = _unit()
     state = nnx.state(unit)

@@ -40,6 +40,7 @@ OTHER = Config(
   method='dense',
   width_multiplier=0.5,
   mask_kernel_size=1,
+  mask_granularity=(4, 4, 2, 1),
   compute_dtype='bfloat16',
   init_from='runs/dense',
   pretrained='hf:timm/resnet18.tv_in1k',
@@ -172,7 +173,7 @@ class DifferingTest(absltest.TestCase):
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
-    dataclasses.replace(OTHER, milestones=(0.5,)),
+    dataclasses.replace(OTHER, milestones=(0.5,), init_from=''),
     Config(milestones=()),
     Config(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
     Config(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
