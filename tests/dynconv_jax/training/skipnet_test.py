@@ -167,6 +167,7 @@ def test_both_stages_on_spots(tmp_path):
     ),
     tmp_path / 'second',
   )['validation']
-  # It goes on from there.
+  # It goes on from the first stage's best checkpoint; gates opened anew would
+  # execute everything.
   assert second['accuracy'] > 0.8
-  assert second['executed_fraction'] <= first['executed_fraction'] + 0.02
+  assert 0.5 < second['executed_fraction'] < 0.9
