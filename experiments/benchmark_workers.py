@@ -112,7 +112,8 @@ class _Jax:
     from jax import numpy as jnp
 
     from dynconv_jax.macs import count_macs
-    from dynconv_jax.sparse import SparseExecutor, clustered_masks
+    from dynconv_jax.sparse import SparseExecutor
+    from dynconv_jax.sparse.cost import clustered_masks
 
     if self.trained is None or self.case is None:
       self.model = self._model(self.settings['method'])
@@ -151,7 +152,9 @@ class _Jax:
       for kind, executor in executors.items()
     }
     self.steps['dense'] = _cycle(self._dense(), batches)
+    self.batches = batches
     stats = [self.sparse(batch, self.masks)[1] for batch in batches]
+    self.stats = stats[0]
     arguments = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
     gated = count_macs(self.model, arguments)
     dense = count_macs(self._model('dense'), arguments)
@@ -175,13 +178,24 @@ class _Jax:
     """The network without gates, folded, in XLA's best form for each block."""
     import jax
 
-    from dynconv_jax.sparse import dense_forward, fold_network
+    from dynconv_jax.models.layers import max_pool
+    from dynconv_jax.sparse.dense import convolve, run_dense
+    from dynconv_jax.sparse.fold import fold_network
 
     model = self._model('dense')
-    network = fold_network(model)
-    im2col = tuple(plan.im2col for plan in self.sparse.plans)
-    forward = jax.jit(functools.partial(dense_forward, model, im2col=im2col))
-    return lambda images: forward(network, images)
+    plans = self.sparse.plans
+
+    @jax.jit
+    def forward(network, images):
+      x = convolve(images.astype(self.dtype), network.stem)
+      x = jax.nn.relu(x).astype(self.dtype)
+      if model.architecture.stem == 'imagenet':
+        x = max_pool(x)
+      for block, plan in zip(network.blocks, plans, strict=True):
+        x = run_dense(block, x, im2col=plan.im2col)
+      return model.head(x)
+
+    return functools.partial(forward, fold_network(model))
 
   def step(self, kind, batch_size, density):
     assert self.case == (batch_size, density)
@@ -189,8 +203,53 @@ class _Jax:
 
   def blocks(self, batch_size, density):
     """Times each block by its plan and densely."""
+    import jax
+    from jax import numpy as jnp
+
+    from dynconv_jax.sparse.fold import fold_block
+    from dynconv_jax.sparse.plan import BlockPlan, run_block
+
     assert self.case == (batch_size, density)
-    return self.sparse.time_blocks(self.masks)
+    x = jax.eval_shape(self.model.stem, self.batches[0])
+    rng, rows = np.random.default_rng(2), []
+    decided = {mask.name: mask for mask in self.stats.masks}
+    for block, plan in zip(self.model.blocks, self.sparse.plans, strict=True):
+      shape, x = x.shape, jax.eval_shape(block, x)
+      if block.name not in decided:
+        continue
+      mask = decided[block.name]
+      features = jnp.asarray(np.maximum(rng.normal(size=shape), 0), self.dtype)
+      load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * shape[0])
+      run = functools.partial(
+        run_block,
+        fold_block(block, self.dtype),
+        features,
+        mask.hard,
+        mask.dilated,
+        load,
+      )
+      forms = {
+        'dense_ms': BlockPlan('dense', im2col=plan.im2col),
+        'sparse_ms': plan,
+      }
+      times = {name: [] for name in forms}
+      for repeat in range(8):
+        for name, form in forms.items():
+          taken = turns.seconds(
+            lambda form=form, run=run: jax.block_until_ready(run(form)), 1
+          )
+          times[name] += taken if repeat else []  # The first compiles.
+      row = {k: 1e3 * float(np.median(v)) for k, v in times.items()}
+      rows.append(
+        {
+          'name': block.name,
+          'plan': plan.form,
+          'load': float(load),
+          **row,
+          'sparse_over_dense': row['sparse_ms'] / row['dense_ms'],
+        }
+      )
+    return rows
 
 
 class _Torch:
@@ -210,10 +269,12 @@ class _Torch:
     self.model = self.model.to(
       dtype=self.dtype, memory_format=torch.channels_last
     )
-    self.compiled = None
+    self.network = self.model
     if compiled:
+      import torch._inductor.config
+
       torch._inductor.config.freezing = True
-      self.compiled = torch.compile(self.model)
+      self.network = torch.compile(self.model)
     self.steps = {}
 
   def step(self, kind, batch_size, density):
@@ -230,11 +291,10 @@ class _Torch:
     masks = None
     if kind == 'torch_index':
       masks = self._masks(images, density)
-    model = self.compiled or self.model
 
     def step():
-      with torch.inference_mode(not self.compiled), torch.no_grad():
-        model(images, masks) if masks else model(images)
+      with torch.no_grad():
+        self.network(images, masks)
 
     return step
 
@@ -243,7 +303,7 @@ class _Torch:
     import torch
 
     from dynconv_jax.gating.mask import dilate
-    from dynconv_jax.sparse import clustered_masks
+    from dynconv_jax.sparse.cost import clustered_masks
 
     rng, masks = np.random.default_rng(1), []
     with torch.inference_mode():
