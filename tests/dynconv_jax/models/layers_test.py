@@ -87,7 +87,7 @@ class ConvTest(parameterized.TestCase):
 
 
 class ConvGeneralDilatedTest(parameterized.TestCase):
-  """The im2col form, which a CPU runs on maps smaller than the kernel."""
+  """The forms that a CPU runs on small maps and for single features."""
 
   @parameterized.parameters(
     ((2, 2), 3, 1),
@@ -95,9 +95,12 @@ class ConvGeneralDilatedTest(parameterized.TestCase):
     ((4, 3), 3, 2),
     ((1, 5), 3, 1),
     ((4, 5), 7, 2),
+    ((6, 5), 3, 1, 1),
+    ((7, 6), 3, 2, 1),
+    ((1, 1), 3, 1, 1),
   )
-  def test_equals_plain_with_gradients(self, shape, k, strides):
-    x, kernel = _normal(2, *shape, 3), _normal(k, k, 3, 4, seed=1)
+  def test_equals_plain_with_gradients(self, shape, k, strides, features=4):
+    x, kernel = _normal(2, *shape, 3), _normal(k, k, 3, features, seed=1)
     arguments = (strides,) * 2, ((k // 2,) * 2,) * 2
     layout = {'dimension_numbers': ('NHWC', 'HWIO', 'NHWC')}
 
