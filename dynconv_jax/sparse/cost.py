@@ -17,8 +17,10 @@ from dynconv_jax.sparse.plan import (
   run_block,
 )
 
-# Densities that are measured; times between them are taken as linear.
+# Densities that are measured; times between them are taken as linear. Of whole
+# images there may be one only.
 _DENSITIES = (0.2, 0.6)
+_IMAGE_DENSITIES = (0.0, 1.0)
 _REPEATS = 5
 
 
@@ -45,9 +47,10 @@ def calibrate(
   rng = np.random.default_rng(0)
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), dtype)
   output = block.output_shape(shape)
+  densities = _IMAGE_DENSITIES if per_image else _DENSITIES
   cases = [
     _case(block, shape, clustered_masks(rng, output, d, per_image))
-    for d in _DENSITIES
+    for d in densities
   ]
   candidates = _candidates(output, per_image)
   times = {plan: [np.inf] * len(cases) for plan in candidates}
@@ -60,27 +63,28 @@ def calibrate(
         if repeat:  # The first compiles.
           times[plan][i] = min(times[plan][i], time.perf_counter() - start)
   loads = [float(load) for _, _, load in cases]
-  return choose_plan(times, loads, density)
+  return choose_plan(times, densities, loads, density)
 
 
 def choose_plan(
-  times: dict[BlockPlan, list[float]], loads: list[float], density: float
+  times: dict[BlockPlan, list[float]],
+  densities: tuple[float, float],
+  loads: list[float],
+  density: float,
 ) -> BlockPlan:
   """Returns the fastest plan at a density, and its limit.
 
   Args:
-    times: seconds of each plan at each load; of dense ones at the first.
-    loads: two shares of dense MACs, increasing.
-    density: the density to expect; its load is taken as linear between them.
+    times: seconds of each plan at each density; of dense ones at the first.
+    densities: the two that were measured, increasing.
+    loads: the shares of dense MACs that they took.
+    density: the one to expect; its load is taken as linear between, and 1 at 1.
   """
   dense = min(
     (p for p in times if p.form == 'dense'), key=lambda p: times[p][0]
   )
   dense_time = times[dense][0]
-  expected = np.interp(density, _DENSITIES, loads)
-  if density > _DENSITIES[-1]:
-    rest = (density - _DENSITIES[-1]) / (1 - _DENSITIES[-1])
-    expected = loads[-1] + rest * (1 - loads[-1])
+  expected = np.interp(density, (0, *densities, 1), (0, *loads, 1))
 
   def line(plan):
     low, high = times[plan]
@@ -113,18 +117,18 @@ def clustered_masks(
 ) -> np.ndarray:
   """Returns float32[N, h, w] of {0, 1}: smooth random fields, thresholded.
 
-  Each has exactly round(density * h * w) active positions, at least one; with
-  per-image masks so many images, spread over the batch.
+  Each has round(density * h * w) active positions, at least one above 0; with
+  per-image masks the first round(density * N) images are active.
 
   Args:
     rng: source of randomness.
     shape: (N, h, w).
-    density: share of active positions, in (0, 1].
+    density: share of active positions, in [0, 1].
     per_image: whether whole images are active.
   """
   n, h, w = shape
   if per_image:
-    active = np.arange(n) < max(1, round(density * n))
+    active = np.arange(n) < max(density > 0, round(density * n))
     return np.broadcast_to(active[:, None, None], shape).astype(np.float32)
   field = rng.normal(size=shape)
   # A Gaussian low-pass of an eighth of the map, periodic.
@@ -133,7 +137,7 @@ def clustered_masks(
   )
   smooth = np.fft.ifft2(np.fft.fft2(field) * np.exp(-8 * decay)).real
   ranks = smooth.reshape(n, -1).argsort(-1).argsort(-1).reshape(shape)
-  return (ranks < max(1, round(density * h * w))).astype(np.float32)
+  return (ranks < max(density > 0, round(density * h * w))).astype(np.float32)
 
 
 def _case(block, shape, hard):
@@ -166,9 +170,9 @@ def _candidates(shape, per_image):
       plans.append(BlockPlan('images', plan.sizes, im2col=True))
     return plans
   size = n * h * w
-  plans.append(BlockPlan('chunks', chunk_sizes(size, 4)))
-  if small and size <= 512:
-    plans.append(BlockPlan('buckets'))
+  plans.append(default_plan(shape, False))
+  if plans[-1].form == 'buckets':
+    return [*plans, BlockPlan('buckets', nine=True)]
   if not small:
     plans.append(BlockPlan('chunks', chunk_sizes(size, 4), nine=True))
   if size > 512:

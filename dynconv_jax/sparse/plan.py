@@ -25,6 +25,7 @@ class BlockPlan:
     sizes: rows a chunk, or images at a time, decreasing.
     nine: whether a 3x3 on rows is nine products added up.
     im2col: whether a dense 3x3 is gathered windows and one product.
+    buckets: how many static numbers of rows there are, evenly spaced.
     limit: share of the branch's dense MACs above which a batch is executed
       densely after all.
   """
@@ -33,6 +34,7 @@ class BlockPlan:
   sizes: tuple[int, ...] = ()
   nine: bool = False
   im2col: bool = False
+  buckets: int = 8
   limit: float = 1.0
 
   def __post_init__(self):
@@ -55,8 +57,10 @@ def default_plan(shape: tuple[int, int, int], per_image: bool) -> BlockPlan:
   if per_image:
     # Enough rows for the matrix products of a small map to be efficient.
     return BlockPlan('images', (min(num_images, -(-196 // (h * w))),))
-  size = num_images * h * w
-  return BlockPlan('chunks', chunk_sizes(size, 4))
+  if jax.default_backend() != 'cpu':
+    # A loop of dynamic length asks the host before each of its steps.
+    return BlockPlan('buckets')
+  return BlockPlan('chunks', chunk_sizes(num_images * h * w, 4))
 
 
 def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
@@ -101,7 +105,9 @@ def run_block(
         block, x, hard, dilated, sizes=plan.sizes, nine=plan.nine
       )
     if plan.form == 'buckets':
-      return run_buckets(block, x, hard, dilated, nine=plan.nine)
+      return run_buckets(
+        block, x, hard, dilated, buckets=plan.buckets, nine=plan.nine
+      )
     return run_images(
       block, x, hard[:, 0, 0], images=plan.sizes[0], im2col=plan.im2col
     )

@@ -1,4 +1,4 @@
-"""Active positions of a mask as compact rows, and where their neighbours are."""
+"""Active positions of a mask as compact rows, and their neighbours."""
 
 from __future__ import annotations
 

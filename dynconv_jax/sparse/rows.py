@@ -159,7 +159,7 @@ def run_buckets(
   hard: jax.Array,
   dilated: jax.Array,
   *,
-  buckets: int = 8,
+  buckets: int,
   nine: bool = False,
 ) -> jax.Array:
   """Returns a block's output; its active rows are computed at once.
