@@ -151,7 +151,7 @@ def _case(block, shape, hard):
   rest = block.second.kernel.size
   if bottleneck:
     rest += block.third.kernel.size
-  dense = first * dilated.size + rest * hard.size
+  dense = float(first * dilated.size + rest * hard.size)
   load = (first * jnp.sum(dilated) + rest * jnp.sum(hard)) / dense
   return hard, dilated, load
 

@@ -205,9 +205,9 @@ def _execute(block, x, mask, plan, given):
     return run_dense(block, x, im2col=plan.im2col), None
   if plan.form == 'images' and given is not None and given.shape[1:] != (1, 1):
     plan = default_plan(mask.hard.shape, False).limited(plan.limit)
-  load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * x.shape[0])
+  load = jnp.sum(mask.executed_macs()) / float(mask.dense_macs() * len(x))
   x = run_block(block, x, mask.hard, mask.dilated, load, plan)
-  passed = plan.form != 'dense' and load > plan.limit
+  passed = load > plan.limit if plan.may_overflow else False
   return x, jnp.asarray(passed, jnp.int32)
 
 

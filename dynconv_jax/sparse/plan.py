@@ -6,7 +6,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from dynconv_jax.sparse.dense import run_dense, run_images
 from dynconv_jax.sparse.fold import FoldedBlock
@@ -40,6 +39,11 @@ class BlockPlan:
   def __post_init__(self):
     if self.form not in FORMS:
       raise ValueError(f'form must be {", ".join(FORMS)}; got {self.form!r}')
+
+  @property
+  def may_overflow(self) -> bool:
+    """Whether a batch may be executed densely though the plan is sparse."""
+    return self.form != 'dense' and self.limit < 1
 
   def limited(self, limit: float) -> BlockPlan:
     """Returns the plan with a limit that is not above the given one."""
@@ -112,8 +116,6 @@ def run_block(
       block, x, hard[:, 0, 0], images=plan.sizes[0], im2col=plan.im2col
     )
 
-  if plan.form == 'dense':
-    return dense()
-  if plan.limit >= 1:
-    return sparse()
-  return jax.lax.cond(load > jnp.float32(plan.limit), dense, sparse)
+  if plan.may_overflow:
+    return jax.lax.cond(load > plan.limit, dense, sparse)
+  return dense() if plan.form == 'dense' else sparse()
