@@ -19,111 +19,21 @@ from dynconv_jax.models.resnet import Architecture, ResNet
 torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 
 import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
+from torch_twin import TorchResNet  # noqa: E402
 
 TEMPERATURE, BUDGET, PROGRESS = 2.0, 0.3, 0.1
 
 
-class TorchMaskUnit(nn.Module):
-  """The authors' `MaskUnit` without noise, straight-through in training."""
-
-  def __init__(self, features, stride):
-    super().__init__()
-    self.maskconv = nn.Module()
-    self.maskconv.conv = nn.Conv2d(features, 1, 3, stride, 1)
-    self.maskconv.fc = nn.Linear(features, 1)
-
-  def forward(self, x):
-    squeezed = self.maskconv.fc(x.mean((2, 3)))
-    logits = self.maskconv.conv(x) + squeezed[:, :, None, None]
-    # Too close to the threshold, rounding would decide.
-    assert logits.abs().min() > 1e-4
-    hard = (logits >= 0).to(x.dtype)
-    soft = torch.sigmoid(logits / TEMPERATURE)
-    return (hard - soft).detach() + soft
-
-
-class TorchBlock(nn.Module):
-  """torchvision's block; `costs` holds its (executed, dense) MACs."""
-
-  def __init__(self, inputs, planes, stride, bottleneck):
-    super().__init__()
-    outputs = 4 * planes if bottleneck else planes
-    shapes = [(inputs, planes, 3, stride), (planes, planes, 3, 1)]
-    if bottleneck:
-      shapes = [
-        (inputs, planes, 1, 1),
-        (planes, planes, 3, stride),
-        (planes, outputs, 1, 1),
-      ]
-    self.number, self.stride = len(shapes), stride if bottleneck else 1
-    for i, (a, b, k, s) in enumerate(shapes, start=1):
-      setattr(self, f'conv{i}', nn.Conv2d(a, b, k, s, k // 2, bias=False))
-      setattr(self, f'bn{i}', nn.BatchNorm2d(b))
-    self.downsample = nn.Identity()
-    if stride != 1 or inputs != outputs:
-      self.downsample = nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, stride, bias=False),
-        nn.BatchNorm2d(outputs),
-      )
-    self.masker = TorchMaskUnit(inputs, stride)
-
-  def forward(self, x):
-    mask = self.masker(x)
-    y, sizes = x, []
-    for i in range(1, self.number + 1):
-      y = getattr(self, f'bn{i}')(getattr(self, f'conv{i}')(y))
-      sizes.append(y.shape)
-      y = F.relu(y) if i < self.number else y
-    stuffed = torch.zeros(len(x), 1, *sizes[0][2:], dtype=x.dtype)
-    stuffed[:, :, :: self.stride, :: self.stride] = mask.detach()
-    dilated = F.max_pool2d(stuffed, 3, 1, 1)
-    executed, dense = 0, 0
-    for i, size in enumerate(sizes, start=1):
-      kernel = getattr(self, f'conv{i}').weight.numel()
-      executed = executed + kernel * (dilated if i == 1 else mask).sum()
-      dense += kernel * size[0] * size[2] * size[3]
-    self.costs, self.mask, self.dilated = (executed, dense), mask, dilated
-    return F.relu(self.downsample(x) + mask * y)
-
-
-class TorchResNet(nn.Module):
-  def __init__(self, depths, width, classes, bottleneck, imagenet):
-    super().__init__()
-    self.imagenet = imagenet
-    kernel, stride = (7, 2) if imagenet else (3, 1)
-    self.conv1 = nn.Conv2d(3, width, kernel, stride, kernel // 2, bias=False)
-    self.bn1 = nn.BatchNorm2d(width)
-    inputs, self.blocks = width, []
-    for stage, depth in enumerate(depths):
-      planes, blocks = width * 2**stage, []
-      for i in range(depth):
-        s = 2 if stage and not i else 1
-        blocks.append(TorchBlock(inputs, planes, s, bottleneck))
-        inputs = 4 * planes if bottleneck else planes
-      setattr(self, f'layer{stage + 1}', nn.Sequential(*blocks))
-      self.blocks += blocks
-    self.fc = nn.Linear(inputs, classes)
-
-  def forward(self, x):
-    x = F.relu(self.bn1(self.conv1(x)))
-    x = F.max_pool2d(x, 3, 2, 1) if self.imagenet else x
-    for block in self.blocks:
-      x = block(x)
-    return self.fc(x.mean((2, 3)))
-
-  def sparsity(self):
-    """The authors' `SparsityCriterion`."""
-    q = np.cos(np.pi / 2 * PROGRESS / 0.33) ** 2
-    upper, lower = 1 - q * (1 - BUDGET), q * BUDGET
-    outside = 0
-    for executed, dense in (block.costs for block in self.blocks):
-      outside += F.relu(executed / dense - upper) ** 2
-      outside += F.relu(lower - executed / dense) ** 2
-    executed, dense = map(
-      sum, zip(*(b.costs for b in self.blocks), strict=True)
-    )
-    return (executed / dense - BUDGET) ** 2 + outside / len(self.blocks)
+def _sparsity(twin):
+  """The authors' `SparsityCriterion`."""
+  q = np.cos(np.pi / 2 * PROGRESS / 0.33) ** 2
+  upper, lower = 1 - q * (1 - BUDGET), q * BUDGET
+  outside = 0
+  for executed, dense in (block.costs for block in twin.blocks):
+    outside += F.relu(executed / dense - upper) ** 2
+    outside += F.relu(lower - executed / dense) ** 2
+  executed, dense = map(sum, zip(*(b.costs for b in twin.blocks), strict=True))
+  return (executed / dense - BUDGET) ** 2 + outside / len(twin.blocks)
 
 
 def _named(state):
@@ -152,7 +62,8 @@ def _cifar():
     width_multiplier=0.25,
     rngs=nnx.Rngs(0),
   )
-  return model, TorchResNet((1, 1, 1), 4, 5, False, False), (3, 9, 8, 3)
+  twin = TorchResNet((1, 1, 1), 4, 5, False, False, temperature=TEMPERATURE)
+  return model, twin, (3, 9, 8, 3)
 
 
 def _imagenet():
@@ -166,7 +77,8 @@ def _imagenet():
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),
   )
-  return model, TorchResNet((1, 2), 4, 5, True, True), (3, 26, 24, 3)
+  twin = TorchResNet((1, 2), 4, 5, True, True, temperature=TEMPERATURE)
+  return model, twin, (3, 26, 24, 3)
 
 
 class TwinTest(parameterized.TestCase):
@@ -192,8 +104,10 @@ class TwinTest(parameterized.TestCase):
     self.assertTrue(all(m.endswith('num_batches_tracked') for m in missing))
     torch_images = torch.tensor(images.transpose(0, 3, 1, 2)).double()
     torch_logits = twin(torch_images)
+    # Too close to the threshold, rounding would decide.
+    self.assertGreater(twin.margin(), 1e-4)
     torch_loss = F.cross_entropy(torch_logits, torch.tensor(labels))
-    torch_loss = torch_loss + 10 * twin.sparsity()
+    torch_loss = torch_loss + 10 * _sparsity(twin)
     torch_loss.backward()
 
     def objective(params):
