@@ -26,6 +26,12 @@ _SMALLER = {
     '--epochs=1',
     '--batch_size=16',
   ],
+  'benchmark': [
+    '--model=cifar_resnet8',
+    '--image_size=32',
+    '--rounds=1',
+    '--steps=1',
+  ],
   'benchmark_training': ['--batch_size=2', '--rounds=1', '--steps=1'],
 }
 
