@@ -1,6 +1,11 @@
 """Draws figures from what was measured.
 
-Accuracy against GMACs, or against another column:
+Accuracy against GMACs, and against latency where it was measured, beside the
+table, as experiments.sweep draws them:
+python -m experiments.plot --results=results/NAME/results.csv \
+  [--series=recipe] [--chance=0.167]
+
+One figure, accuracy against GMACs or against another column:
 python -m experiments.plot --results=results/NAME/results.csv --output=FIG.png \
   [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
 
@@ -18,7 +23,10 @@ from absl import flags
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.curves import plot_learning_curves
 from dynconv_jax.plotting.results import read_results
-from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+from dynconv_jax.plotting.tradeoff import (
+  plot_accuracy_against_macs,
+  plot_results,
+)
 from dynconv_jax.training import workdir
 from experiments import program
 
@@ -27,8 +35,8 @@ _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'The figure, written as .png and .svg. Required with --results; of a run by '
-  'default learning_curves in its folder.',
+  'The figure, written as .png and .svg; by default, beside the table or in '
+  'the folder of the run.',
 )
 _X = flags.DEFINE_string(
   'x', 'gmacs_mean', 'Column of the horizontal axis of --results.'
@@ -48,13 +56,20 @@ def main(argv: Sequence[str]) -> None:
   if (_RESULTS.value is None) == (_WORKDIR.value is None):
     raise ValueError('give one of --results=FILE.csv and --workdir=DIR')
   if _RESULTS.value is not None:
+    results = pathlib.Path(_RESULTS.value).expanduser()
     if _OUTPUT.value is None:
-      raise ValueError('--results needs --output=FIG.png')
+      if flags.FLAGS['x'].present:
+        raise ValueError('--x needs --output=FIG.png')
+      figures = plot_results(
+        read_results(results), results.parent, _SERIES.value, _CHANCE.value
+      )
+      for paths in figures:
+        print('wrote ' + ' and '.join(map(str, paths)))
+      return
     output = pathlib.Path(_OUTPUT.value).expanduser()
     style.figure_paths(output)
-    rows = read_results(pathlib.Path(_RESULTS.value).expanduser())
     plot_accuracy_against_macs(
-      rows, output, _X.value, _SERIES.value, _CHANCE.value
+      read_results(results), output, _X.value, _SERIES.value, _CHANCE.value
     )
   else:
     for name in ('x', 'series', 'chance'):

@@ -9,7 +9,10 @@ from dynconv_jax.plotting.ponder import (
 )
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.speedup import plot_speedup
-from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+from dynconv_jax.plotting.tradeoff import (
+  plot_accuracy_against_macs,
+  plot_results,
+)
 
 __all__ = [
   'overlay_ponder_map',
@@ -17,6 +20,7 @@ __all__ = [
   'plot_block_density',
   'plot_learning_curves',
   'plot_ponder_grid',
+  'plot_results',
   'plot_speedup',
   'ponder_cost_map',
   'read_results',

@@ -16,6 +16,8 @@ from absl import logging
 _REQUIRED = ('model', 'method', 'accuracy')
 # Columns that name a run: no axis, even where their cells are numbers.
 _NAMES = ('model', 'method', 'seed')
+# Weights of the loss on computing, of methods that have no budget.
+_WEIGHTS = ('skip_weight', 'ponder_weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Point:
     seeds: runs in the mean.
     model: its name.
     budget: the target budget, None where the row has none.
+    weight: of the loss on computing where that is what is chosen in place of a
+      budget, else None.
+    width_multiplier: of the channels.
+    image_size: side of the input in pixels, None where the row has none.
   """
 
   x: float
@@ -39,23 +45,30 @@ class Point:
   seeds: int
   model: str
   budget: float | None
+  weight: float | None = None
+  width_multiplier: float = 1.0
+  image_size: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
   """The settings of one model and method, or the dense models of one family.
 
+  Dense networks of one model that differ in width are a curve of their own.
+
   Attributes:
     method: such as 'dynconv'.
     model: such as 'resnet101', or 'resnet' where dense models differ in depth.
     series: the cell that tells the curve apart from others, or ''.
     points: in order of x.
+    width_multiplier: of all points; None where they differ in it.
   """
 
   method: str
   model: str
   series: str
   points: tuple[Point, ...]
+  width_multiplier: float | None = 1.0
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
@@ -106,7 +119,8 @@ def accuracy_curves(
 
   Args:
     rows: cells as text or numbers: 'model', 'method', 'accuracy' in [0, 1] and
-      the column of x; optionally 'budget', 'seed', 'accuracy_low' and
+      the column of x; optionally 'budget', 'skip_weight', 'ponder_weight',
+      'width_multiplier', 'image_size', 'seed', 'accuracy_low' and
       'accuracy_high'. A row with no value of x is left out.
     x: the numeric column that the points are ordered by.
     series: a further column that tells curves apart, such as 'recipe'.
@@ -117,30 +131,63 @@ def accuracy_curves(
       interval, or two rows are the same run.
   """
   _check_columns(rows, x, series)
-  settings = {}
+  parsed = []
   for number, row in enumerate(rows, 1):
     point = _parse(row, x, number)
     if point is None:
       logging.warning('row %d has no %s: left out', number, x)
       continue
-    method = str(row['method'])
-    family = _family(point.model) if method == 'dense' else point.model
-    curve = (method, family, str(row[series]) if series else '')
-    # What a dense row has for a budget, 1 or nothing, tells nothing apart.
-    setting = (point.model, None if method == 'dense' else point.budget)
-    runs = settings.setdefault(curve, {}).setdefault(setting, [])
-    runs.append((number, str(row.get('seed', '')), point))
-  if not settings:
+    kind = str(row[series]) if series else ''
+    parsed.append((str(row['method']), kind, number, row, point))
+  if not parsed:
     raise ValueError(f'no row has a value in the column {x!r}')
+  dense = [(kind, p) for method, kind, _, _, p in parsed if method == 'dense']
+
+  settings = {}
+  for method, kind, number, row, point in parsed:
+    # What a dense row has for a budget, 1 or nothing, tells nothing apart.
+    setting = dataclasses.replace(
+      point,
+      x=0,
+      accuracy=0,
+      below=0,
+      above=0,
+      **({'budget': None} if method == 'dense' else {}),
+    )
+    width = point.width_multiplier
+    curves = [(method, point.model, width, kind)]
+    if method == 'dense':
+      curves = _dense_curves(point, kind, [p for k, p in dense if k == kind])
+    for curve in curves:
+      runs = settings.setdefault(curve, {}).setdefault(setting, [])
+      runs.append((number, str(row.get('seed', '')), point))
 
   curves = []
-  for (method, family, kind), groups in settings.items():
+  for (method, family, width, kind), groups in settings.items():
     points = [point for runs in groups.values() for point in _average(runs)]
     models = {point.model for point in points}
     model = family if len(models) > 1 else models.pop()
     points.sort(key=lambda point: (point.x, point.accuracy))
-    curves.append(Curve(method, model, kind, tuple(points)))
+    curves.append(Curve(method, model, kind, tuple(points), width))
   return curves
+
+
+def _dense_curves(
+  point: Point, kind: str, dense: Sequence[Point]
+) -> list[tuple[str, str, float | None, str]]:
+  """Returns the curves a dense network is on: by depth, by width, or both."""
+  width, family = point.width_multiplier, _family(point.model)
+  widths = {p.width_multiplier for p in dense if p.model == point.model}
+  by_depth = ('dense', family, width, kind)
+  if len(widths) == 1:
+    return [by_depth]
+  by_width = ('dense', point.model, None, kind)
+  models = {
+    p.model
+    for p in dense
+    if _family(p.model) == family and p.width_multiplier == width
+  }
+  return [by_depth, by_width] if len(models) > 1 else [by_width]
 
 
 def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
@@ -158,6 +205,8 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
       f'row {number}: accuracy {accuracy:g} is outside its interval, {low:g} '
       f'to {high:g}'
     )
+  weights = [_number(row, name, number, optional=True) for name in _WEIGHTS]
+  width = _number(row, 'width_multiplier', number, optional=True)
   return Point(
     x=at,
     accuracy=accuracy,
@@ -166,6 +215,9 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
     seeds=1,
     model=str(row['model']),
     budget=_number(row, 'budget', number, optional=True),
+    weight=next((w for w in weights if w is not None), None),
+    width_multiplier=1.0 if width is None else width,
+    image_size=_number(row, 'image_size', number, optional=True),
   )
 
 
@@ -178,9 +230,9 @@ def _average(runs: Sequence[tuple[int, str, Point]]) -> list[Point]:
   for seed, numbers in rows_of_seed.items():
     if len(numbers) == 1:
       continue
-    # Without budgets nothing says that the runs are of one setting: they are
+    # With neither, nothing says that the runs are of one setting: they are
     # points of a curve that another knob than the budget moves along.
-    if points[0].budget is None:
+    if points[0].budget is None and points[0].weight is None:
       return points
     raise ValueError(
       f'rows {", ".join(map(str, numbers))} have the same model, method, '

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from dynconv_jax.plotting import style
-from dynconv_jax.plotting.results import Curve, accuracy_curves
+from dynconv_jax.plotting.results import Curve, Point, accuracy_curves
 
 # Name, colour and marker of a method: the same in every figure.
 _METHODS = {
@@ -29,6 +30,7 @@ _X_LABELS = {
   'gmacs_p50': 'GMACs per image (median)',
   'gmacs_p95': 'GMACs per image (95th percentile)',
   'executed_fraction': 'executed / dense MACs of the masked layers',
+  'latency_ms': 'latency of a batch (ms)',
 }
 _UNITS = ('us', 'ms', 's', 'mb', 'mib', 'gb', 'gib')
 
@@ -44,10 +46,12 @@ def plot_accuracy_against_macs(
   """Draws accuracy against GMACs, or against any other numeric column.
 
   One curve a model and method, its points in order of x and labelled with their
-  budgets; dense networks of a family (ResNet-18, -34, ...) are one curve,
-  labelled with their depths. Error bars, which the figure explains, are the
-  standard deviation over the seeds of a setting, or the 95 % interval of a
-  single run (`accuracy_low` to `accuracy_high`) where its row has one.
+  budgets, or the weights that stand for them; dense networks of a family
+  (ResNet-18, -34, ...) are one curve, labelled with their depths, and those of
+  one model that differ in width another, labelled with their widths. Error
+  bars, which the figure explains, are the standard deviation over the seeds of
+  a setting, or the 95 % interval of a single run (`accuracy_low` to
+  `accuracy_high`) where its row has one.
 
   Args:
     rows: of a results.csv; see `results.accuracy_curves`.
@@ -79,10 +83,48 @@ def plot_accuracy_against_macs(
     _draw_chance(ax, chance)
   ax.legend(loc='best')
   notes = _notes(curves)
+  if x.startswith('latency'):
+    notes += _latency_notes(rows)
   if notes:
     style.footnote(figure, '\n'.join(notes))
   style.save_figure(figure, path)
   return figure
+
+
+def plot_results(
+  rows: Sequence[Mapping[str, object]],
+  folder: str | os.PathLike,
+  series: str | None = None,
+  chance: float | None = None,
+) -> list[tuple[pathlib.Path, pathlib.Path]]:
+  """Draws the figures of a results table: against GMACs and against latency.
+
+  Args:
+    rows: as of `plot_accuracy_against_macs`. Latency is drawn where a row has
+      one, 'latency_ms'.
+    folder: where accuracy_against_macs and accuracy_against_latency, .png and
+      .svg, are written.
+    series: a column that tells curves apart; by default 'recipe' where a row
+      has one.
+    chance: accuracy of guessing, in [0, 1], drawn as a line where given.
+
+  Returns:
+    The paths of each figure, PNG and SVG.
+
+  Raises:
+    ValueError: as `plot_accuracy_against_macs`.
+  """
+  if series is None and any(row.get('recipe') for row in rows):
+    series = 'recipe'
+  figures = {'accuracy_against_macs': 'gmacs_mean'}
+  if any(row.get('latency_ms') for row in rows):
+    figures['accuracy_against_latency'] = 'latency_ms'
+  written = []
+  for name, x in figures.items():
+    path = pathlib.Path(folder) / f'{name}.png'
+    plot_accuracy_against_macs(rows, path, x, series, chance)
+    written.append(style.figure_paths(path))
+  return written
 
 
 def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
@@ -102,16 +144,11 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
     markerfacecolor=color if rank == 0 else 'white',
     elinewidth=1,
     capsize=2.5,
-    label=f'{name} {_display(curve.model)}'
-    + (f', {curve.series}' if curve.series else ''),
+    label=_name(name, curve),
   )
   for point in points:
-    if curve.method == 'dense':
-      text = point.model.removeprefix(curve.model)
-    else:
-      text = '' if point.budget is None else f'{point.budget:g}'
     ax.annotate(
-      text,
+      _point_label(curve, point),
       (point.x, point.accuracy),
       xytext=(5, -4),
       textcoords='offset points',
@@ -119,6 +156,35 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
       fontsize=7,
       color=color,
     )
+
+
+def _name(method: str, curve: Curve) -> str:
+  """Returns what the legend calls a curve."""
+  name, width = f'{method} {_display(curve.model)}', curve.width_multiplier
+  if width is None:
+    name += ', by width'
+  elif width != 1:
+    name += f' \N{MULTIPLICATION SIGN}{width:g}'
+  return name + (f', {curve.series}' if curve.series else '')
+
+
+def _point_label(curve: Curve, point: Point) -> str:
+  """Returns what tells a point from others of its curve."""
+  parts = []
+  if curve.method == 'dense':
+    parts.append(point.model.removeprefix(curve.model))
+    if curve.width_multiplier is None:
+      parts.append(f'\N{MULTIPLICATION SIGN}{point.width_multiplier:g}')
+  else:
+    knob = point.weight if point.budget is None else point.budget
+    parts.append('' if knob is None else f'{knob:g}')
+  if len(_sizes(curve)) > 1:
+    parts.append(f'{point.image_size:g} px')
+  return ', '.join(filter(None, parts))
+
+
+def _sizes(curve: Curve) -> set[float]:
+  return {p.image_size for p in curve.points if p.image_size is not None}
 
 
 def _draw_chance(ax: Axes, chance: float) -> None:
@@ -167,8 +233,26 @@ def _notes(curves: Sequence[Curve]) -> list[str]:
   numbers = []
   if any(p.budget is not None for curve in gated for p in curve.points):
     numbers.append('computational budget')
+  if any(p.budget is None and p.weight for c in gated for p in c.points):
+    numbers.append('weight of the loss on computing (methods without a budget)')
   if any(p.model != c.model for c in curves for p in c.points):
     numbers.append('depth of a dense network')
+  if any(curve.width_multiplier is None for curve in curves):
+    numbers.append('\N{MULTIPLICATION SIGN} width of a dense network')
+  if any(len(_sizes(curve)) > 1 for curve in curves):
+    numbers.append('side of the input')
   if numbers:
     notes.append('numbers: ' + '; '.join(numbers))
   return notes
+
+
+def _latency_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
+  """Returns batch and machine of the latencies, where the rows have them."""
+  batches, machines = (
+    sorted({str(row[name]) for row in rows if row.get(name)})
+    for name in ('latency_batch_size', 'latency_machine')
+  )
+  parts = [f'batch of {" or ".join(batches)}'] if batches else []
+  return [', '.join(parts + [' or '.join(machines)] * bool(machines))] * bool(
+    parts or machines
+  )

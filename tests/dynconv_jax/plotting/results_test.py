@@ -125,6 +125,65 @@ def test_series_tell_curves_apart():
   assert [curve.series for curve in curves] == ['plain', 'distilled']
 
 
+def test_narrower_dense_networks_are_a_curve_of_their_own():
+  rows = [
+    _row(0.60, 0.04, 'dense', width_multiplier='0.5', seed=0),
+    _row(0.64, 0.04, 'dense', width_multiplier='0.5', seed=1),
+    _row(0.66, 0.15, 'dense', width_multiplier='1.0', seed=0),
+    _row(0.70, 0.30, 'dense', 'resnet34', width_multiplier='1.0'),
+    _row(0.61, 0.05, width_multiplier='0.5', budget=0.5),
+    _row(0.65, 0.08, width_multiplier='1.0', budget=0.5),
+  ]
+  curves = {
+    (c.method, c.model, c.width_multiplier): c for c in accuracy_curves(rows)
+  }
+  assert {key: len(c.points) for key, c in curves.items()} == {
+    ('dense', 'resnet18', None): 2,
+    ('dense', 'resnet', 1): 2,
+    ('dynconv', 'resnet18', 0.5): 1,
+    ('dynconv', 'resnet18', 1): 1,
+  }
+  narrow, whole = curves['dense', 'resnet18', None].points
+  assert (narrow.width_multiplier, narrow.seeds) == (0.5, 2)
+  assert narrow.accuracy == pytest.approx(0.62)
+  assert whole in curves['dense', 'resnet', 1].points
+  # Of one depth only, there is no curve by depth.
+  (alone,) = accuracy_curves(rows[:3])
+  assert (alone.model, alone.width_multiplier) == ('resnet18', None)
+
+
+def test_seeds_of_methods_that_have_a_weight_for_a_budget():
+  rows = [
+    _row(a, g, method, budget='', skip_weight=skip, ponder_weight=p, seed=s)
+    for method, skip, p, s, a, g in (
+      ('skipnet', 0.1, '', 0, 0.6, 0.1),
+      ('skipnet', 0.1, '', 1, 0.7, 0.2),
+      ('skipnet', 0.2, '', 0, 0.5, 0.05),
+      ('sact', '', 0.01, 0, 0.8, 0.3),
+      ('sact', '', 0.02, 0, 0.7, 0.2),
+    )
+  ]
+  skipnet, sact = accuracy_curves(rows)
+  assert [(p.weight, p.seeds) for p in skipnet.points] == [(0.2, 1), (0.1, 2)]
+  assert skipnet.points[1].accuracy == pytest.approx(0.65)
+  assert [(p.weight, p.accuracy) for p in sact.points] == [
+    (0.02, 0.7),
+    (0.01, 0.8),
+  ]
+
+
+def test_input_sizes_are_settings():
+  rows = [
+    _row(a, g, budget=0.5, seed=0, image_size=size)
+    for size, a, g in ((64, 0.6, 0.1), (80, 0.7, 0.2))
+  ]
+  (curve,) = accuracy_curves(rows)
+  assert [(p.image_size, p.accuracy) for p in curve.points] == [
+    (64, 0.6),
+    (80, 0.7),
+  ]
+
+
 def test_rows_without_x_are_left_out():
   rows = [_row(0.6, 0.1, ms='3.5', budget=0.5), _row(0.7, 0.2, 'dense', ms='')]
   (curve,) = accuracy_curves(rows, 'ms')

@@ -1,8 +1,12 @@
 import numpy as np
 import pytest
 
+from dynconv_jax.models.create import METHODS
 from dynconv_jax.plotting import style
-from dynconv_jax.plotting.tradeoff import plot_accuracy_against_macs
+from dynconv_jax.plotting.tradeoff import (
+  plot_accuracy_against_macs,
+  plot_results,
+)
 
 
 @pytest.fixture
@@ -123,3 +127,73 @@ def test_errors_come_before_any_file(tmp_path):
   with pytest.raises(ValueError, match="got 'macs'"):
     plot_accuracy_against_macs(_ROWS, tmp_path / 'fig', 'macs')
   assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_every_method_looks_different(tmp_path):
+  rows = [_row(method, '', 0, 0.6, 0.1) for method in METHODS]
+  ax = plot_accuracy_against_macs(rows, tmp_path / 'fig').axes[0]
+  lines = [container.lines[0] for container in ax.containers]
+  for looks in (lambda line: line.get_color(), lambda line: line.get_marker()):
+    assert len(set(map(looks, lines))) == len(METHODS)
+  labels = [text.get_text() for text in ax.get_legend().get_texts()]
+  assert labels == [
+    f'{name} ResNet-18'
+    for name in ('dense', 'DynConv', 'ConvNet-AIG', 'SkipNet', 'SACT', 'ACT')
+  ]
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_points_say_what_was_varied(tmp_path):
+  rows = [
+    _row('dense', '', 0, 0.6, 0.04, width_multiplier=0.5),
+    _row('dense', '', 0, 0.7, 0.15, width_multiplier=1),
+    _row('dynconv', 0.5, 0, 0.6, 0.04, width_multiplier=0.5),
+    _row('skipnet', '', 0, 0.65, 0.1, width_multiplier=1, skip_weight=1.5),
+    _row('act', '', 0, 0.6, 0.1, image_size=64, ponder_weight=0.01),
+    _row('act', '', 0, 0.62, 0.12, image_size=80, ponder_weight=0.01),
+  ]
+  figure = plot_accuracy_against_macs(rows, tmp_path / 'fig')
+  (ax,) = figure.axes
+  assert [text.get_text() for text in ax.get_legend().get_texts()] == [
+    'dense ResNet-18, by width',
+    'DynConv ResNet-18 \N{MULTIPLICATION SIGN}0.5',
+    'SkipNet ResNet-18',
+    'ACT ResNet-18',
+  ]
+  assert [text.get_text() for text in ax.texts] == [
+    '\N{MULTIPLICATION SIGN}0.5',
+    '\N{MULTIPLICATION SIGN}1',
+    '0.5',
+    '1.5',
+    '0.01, 64 px',
+    '0.01, 80 px',
+  ]
+  note = figure.get_supxlabel()
+  for what in ('width of a dense', 'weight of the loss', 'side of the input'):
+    assert what in note
+
+
+def test_figures_of_a_table(tmp_path):
+  written = plot_results(_ROWS, tmp_path)
+  assert [[p.name for p in paths] for paths in written] == [
+    ['accuracy_against_macs.png', 'accuracy_against_macs.svg']
+  ]
+  rows = [
+    {
+      **row,
+      'recipe': '',
+      'latency_ms': 3,
+      'latency_batch_size': 8,
+      'latency_machine': 'cpu',
+    }
+    for row in _ROWS
+  ]
+  # Told apart by the recipe, or the rows would be of one run.
+  rows.append({**rows[0], 'recipe': 'distilled'})
+  written = plot_results(rows, tmp_path)
+  assert sorted(tmp_path.iterdir()) == sorted(p for ps in written for p in ps)
+  svg = (tmp_path / 'accuracy_against_latency.svg').read_text()
+  assert len(written) == 2
+  assert 'batch of 8, cpu' in svg
+  assert 'DynConv ResNet-18, distilled' in svg
