@@ -47,10 +47,12 @@ def for_chunks(
 
 
 def padded_size(limit: int, sizes: Sequence[int]) -> int:
-  """Returns how many rows chunks of these sizes may reach for up to `limit`.
+  """Returns how many rows a buffer needs for chunks over up to `limit` rows.
+
+  A chunk of the first size has to fit even where it never runs.
 
   Args:
     limit: the largest count.
     sizes: of the chunks, decreasing.
   """
-  return limit + sizes[-1] - 1
+  return max(limit + sizes[-1] - 1, sizes[0])

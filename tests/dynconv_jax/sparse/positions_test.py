@@ -1,0 +1,89 @@
+"""Tests of compacted positions against loops over the map."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from dynconv_jax.sparse.chunks import for_chunks, padded_size
+from dynconv_jax.sparse.positions import (
+  find_positions,
+  take_or_zero,
+  windows,
+)
+
+
+class PositionsTest(chex.TestCase):
+  @parameterized.parameters(0.0, 0.02, 0.5, 0.97, 1.0)
+  def test_positions_are_those_of_a_loop(self, density):
+    mask = np.random.default_rng(0).random((2, 5, 7)) < density
+    found = jax.jit(find_positions, static_argnums=1)(
+      jnp.asarray(mask, jnp.float32), 3
+    )
+    indices, rows = [], []
+    for flat, active in enumerate(mask.reshape(-1)):
+      rows.append(len(indices) if active else mask.size)
+      if active:
+        indices.append(flat)
+    self.assertEqual(found.count, len(indices))
+    chex.assert_shape(found.indices, (mask.size + 3,))
+    np.testing.assert_array_equal(found.indices[: len(indices)], indices)
+    np.testing.assert_array_equal(found.indices[len(indices) :], mask.size)
+    np.testing.assert_array_equal(found.rows, rows)
+
+  @parameterized.product(shape=((1, 1), (4, 6), (5, 7)), strides=(1, 2))
+  def test_windows_are_those_of_a_loop(self, shape, strides):
+    height, width = shape
+    rng = np.random.default_rng(0)
+    rows = rng.permutation(2 * height * width).reshape(2, height, width)
+    missing = 999
+    reads = windows(jnp.asarray(rows, jnp.int32), strides, missing)
+    h, w = -(-height // strides), -(-width // strides)
+    self.assertEqual(reads.shape, (h, w))
+    expected = np.full((2, h, w, 3, 3), missing)
+    for n, i, j, a, b in np.ndindex(expected.shape):
+      y, x = i * strides + a - 1, j * strides + b - 1
+      if 0 <= y < height and 0 <= x < width:
+        expected[n, i, j, a, b] = rows[n, y, x]
+    np.testing.assert_array_equal(
+      reads.rows(jnp.arange(2 * h * w)), expected.reshape(-1, 9)
+    )
+
+  def test_what_is_missing_is_zero_and_not_a_neighbour(self):
+    table = jnp.full((3, 2), jnp.nan).at[1].set(1.0)
+    taken = take_or_zero(table, jnp.array([1, 3, 7]))
+    np.testing.assert_array_equal(taken, [[1, 1], [0, 0], [0, 0]])
+
+
+class ChunksTest(chex.TestCase):
+  def test_a_buffer_holds_a_chunk_that_never_runs(self):
+    self.assertEqual(padded_size(3, (32, 8)), 32)
+    self.assertEqual(padded_size(60, (32, 8)), 67)
+
+  @parameterized.product(
+    count=(0, 1, 5, 8, 23, 32), sizes=((8,), (8, 3), (5, 1))
+  )
+  def test_chunks_cover_every_row_once(self, count, sizes):
+    capacity = padded_size(32, sizes)
+
+    @jax.jit
+    def run(count):
+      def body(start, size, carry):
+        visits, order = carry
+        at = start + jnp.arange(size)
+        return visits.at[at].add(1), order + 1
+
+      init = jnp.zeros(capacity, jnp.int32), 0
+      return for_chunks(count, sizes, body, init)
+
+    visits, num_chunks = run(jnp.int32(count))
+    self.assertTrue((visits[:count] == 1).all())
+    # No more than the last chunk reaches past the count.
+    self.assertLess(visits[count:].sum(), sizes[-1])
+    large, rest = divmod(count, sizes[0])
+    self.assertEqual(num_chunks, large + -(-rest // sizes[-1]))
+
+
+if __name__ == '__main__':
+  absltest.main()
