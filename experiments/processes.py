@@ -1,0 +1,244 @@
+"""Child processes, so many at a time, which stop when their parent must."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import pathlib
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+# Seconds between looks at the children.
+_INTERVAL = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Commands to be run one after the other.
+
+  Attributes:
+    commands: is asked for the next one when the last has ended well; what it
+      raises is the end of the job, as a command that fails is.
+    log: file that all they print is appended to.
+    needs: names of jobs that must have ended well before.
+  """
+
+  commands: Iterator[Sequence[str]]
+  log: pathlib.Path
+  needs: tuple[str, ...] = ()
+
+
+class Interrupted(Exception):
+  """A signal ended the jobs.
+
+  Attributes:
+    signal: its number.
+  """
+
+  def __init__(self, received: signal.Signals):
+    super().__init__(received.name)
+    self.signal = int(received)
+
+
+def run_jobs(
+  jobs: Mapping[str, Job],
+  parallel: int,
+  watch: Callable[[Sequence[str], Mapping[str, str]], None],
+  pass_fds: Sequence[int] = (),
+) -> dict[str, str]:
+  """Runs jobs, each with its share of the cores, in their order.
+
+  SIGINT and SIGTERM are passed on to the children and nothing new is started.
+
+  Args:
+    jobs: by name.
+    parallel: how many at a time.
+    watch: is called all the time with the names of the jobs that run and what
+      this function returns.
+    pass_fds: file descriptors that the children keep open.
+
+  Returns:
+    By name, in order of the end: '' or, of a job that failed, why.
+
+  Raises:
+    Interrupted: a signal came; all children have ended.
+  """
+  shares = core_shares(parallel)
+  free, waiting = list(range(parallel)), dict(jobs)
+  running: dict[str, tuple[_Child, int]] = {}
+  ended: dict[str, str] = {}
+  stopped = None
+
+  def advance(name, slot):
+    """Starts the next command of a job, or ends it."""
+    error = ''
+    try:
+      command = next(jobs[name].commands, None)
+      if command is not None:
+        share = shares[slot] if parallel > 1 else None
+        environment = dict(os.environ)
+        if parallel > 1:  # Else each takes most of a GPU's memory at once.
+          environment.setdefault(
+            'XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / parallel:.3f}'
+          )
+        child = _Child(command, jobs[name].log, share, environment, pass_fds)
+        running[name] = child, slot
+        return
+    except (OSError, ValueError) as failure:
+      error = str(failure)
+    ended[name] = error
+    free.append(slot)
+
+  with _signals() as received:
+    try:
+      while running or (waiting and not stopped):
+        while received:
+          stopped = received.pop(0)
+          for child, _ in running.values():
+            child.send(stopped)
+        before = len(ended)
+        for name in list(waiting):
+          needs = [need for need in jobs[name].needs if need in jobs]
+          if failed := [need for need in needs if ended.get(need)]:
+            del waiting[name]
+            ended[name] = f'needs {", ".join(failed)}, which failed'
+          elif free and not stopped and all(need in ended for need in needs):
+            del waiting[name]
+            advance(name, free.pop(0))
+        for name, (child, slot) in list(running.items()):
+          if child.running():
+            continue
+          del running[name]
+          if error := child.error():
+            free.append(slot)
+            # What a signal ended has not failed: it goes on later.
+            if not stopped:
+              ended[name] = error
+          elif stopped:
+            free.append(slot)
+          else:
+            advance(name, slot)
+        if waiting and not running and len(ended) == before and not stopped:
+          ended |= dict.fromkeys(waiting, 'needs a run that needs this one')
+          waiting.clear()
+        watch(list(running), ended)
+        if running and not received:
+          time.sleep(_INTERVAL)
+    finally:
+      for child, _ in running.values():
+        child.end()
+  if stopped:
+    raise Interrupted(stopped)
+  return ended
+
+
+class _Child:
+  """A process whose output goes to a file."""
+
+  def __init__(self, command, log, cores, environment, pass_fds):
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open('ab') as file:
+      file.write(f'\n$ {shlex.join(command)}\n'.encode())
+      file.flush()
+      self._log, self._start = log, file.tell()
+      # In a session of its own, Ctrl-C reaches it through us only, once.
+      self._process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=file,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        pass_fds=pass_fds,
+      )
+    # Before it has threads: they have the affinity of who starts them.
+    if cores and hasattr(os, 'sched_setaffinity'):
+      with contextlib.suppress(ProcessLookupError):
+        os.sched_setaffinity(self._process.pid, cores)
+
+  def running(self) -> bool:
+    return self._process.poll() is None
+
+  def send(self, number: int) -> None:
+    self._process.send_signal(number)
+
+  def end(self) -> None:
+    self._process.terminate()
+    self._process.wait()
+
+  def error(self) -> str:
+    """Returns '' after success, else the last line that it printed."""
+    code = self._process.returncode
+    if code == 0:
+      return ''
+    with self._log.open('rb') as file:
+      file.seek(self._start)
+      lines = file.read().decode(errors='replace').split('\n')
+    line = next((line.strip() for line in lines[::-1] if line.strip()), '')
+    if code > 0:
+      return line or f'ended with status {code}'
+    ended = f'ended by {signal.Signals(-code).name}'
+    return f'{ended}, after: {line}' if line else ended
+
+
+def core_shares(parallel: int) -> list[list[int]]:
+  """Returns the cores of each of some processes.
+
+  They share no core, unless they are more than the cores.
+
+  Args:
+    parallel: their number, at least 1.
+  """
+  if not hasattr(os, 'sched_getaffinity'):
+    return [[] for _ in range(parallel)]
+  cores = sorted(os.sched_getaffinity(0))
+  if parallel >= len(cores):
+    return [[cores[i % len(cores)]] for i in range(parallel)]
+  ends = [i * len(cores) // parallel for i in range(parallel + 1)]
+  return [cores[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[int]:
+  """Holds a folder for this process and the children that keep it open.
+
+  Args:
+    folder: is made.
+
+  Yields:
+    The file descriptor of the lock, for `run_jobs`.
+
+  Raises:
+    OSError: others hold it.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / '.lock').open('w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise OSError(
+        f'{folder}: another sweep, or a process of one, is at work here'
+      ) from None
+    yield file.fileno()
+
+
+@contextlib.contextmanager
+def _signals():
+  """Yields a list that SIGTERM and SIGINT are put into as they come."""
+  received: list[signal.Signals] = []
+  old = {
+    kind: signal.signal(
+      kind, lambda number, _: received.append(signal.Signals(number))
+    )
+    for kind in (signal.SIGTERM, signal.SIGINT)
+  }
+  try:
+    yield received
+  finally:
+    for kind, handler in old.items():
+      signal.signal(kind, handler)

@@ -1,0 +1,347 @@
+"""Trains and evaluates a grid of runs: results.csv and its figures.
+
+python -m experiments.sweep --flagfile=BASE.flags \
+  --grid='method=dense,dynconv' --grid='budget=0.3,0.5,0.7' \
+  --grid='seed=0,1,2' --results=results/NAME \
+  [--workdir=workdir/NAME] [--parallel=N] [any flag of a training run]
+
+Runs the product of the grids. A flag that does not matter to a method, such as
+the budget to a dense network, does not multiply its runs. --grid=METHOD:FLAG=
+is for one method alone: dense:width_multiplier=0.5,0.71,1 gives the baseline of
+narrower networks, skipnet:mask_bias=2 a setting of its own. Values that are
+lists are separated by semicolons. Seeds come one after the other, so that a
+sweep that is cut short has fewer seeds. Runs that start from, or are distilled
+from, a run of the sweep (--grid=dynconv:distill_from=,WORKDIR/dense_seed0) wait
+for it.
+
+Each run has a workdir of its own, with sweep.log. Started again, the same
+command goes on: what is trained and has a row is passed over. A failure does
+not end the sweep; its error is told at the end. Latency is measured after all
+trainings.
+
+Six classes of Food-101 (DIR: an unpacked Food-101), two cores:
+python -m experiments.sweep --food101_dir=DIR \
+  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+  --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
+  --grid=dense:width_multiplier=0.55,0.71,0.84,1 --grid=budget=0.3,0.5,0.7 \
+  --grid=skip_weight=0.5,1,1.5 --grid=skipnet:mask_bias=2 \
+  --grid=skipnet:budget_warmup=0.6 --grid=ponder_weight=0.003,0.01,0.03 \
+  --grid=seed=0 --checkpoint=latest --parallel=2 \
+  --results=results/food101_6_resnet18_64px
+
+The same at 224 pixels with ResNet-50, on a GPU:
+python -m experiments.sweep --food101_dir=DIR \
+  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+  --model=resnet50 --image_size=224 --cache_size=256 \
+  --compute_dtype=bfloat16 --epochs=100 \
+  --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
+  --grid=dense:model=resnet18,resnet34,resnet50 --grid=budget=0.3,0.5,0.7 \
+  --grid=skip_weight=0.5,1,1.5 --grid=skipnet:mask_bias=2 \
+  --grid=skipnet:budget_warmup=0.6 --grid=ponder_weight=0.001,0.003,0.01 \
+  --grid=seed=0 --checkpoint=latest --results=results/food101_6_resnet50_224px
+
+The student project's experiment, whose MACs vary by the size of the input:
+python -m experiments.sweep --food101_dir=DIR \
+  --flagfile=experiments/flags/food101_6_resnet18_64px.flags --budget=0.5 \
+  --cache_size=112 --grid=method=dense,dynconv --grid=image_size=48,64,80 \
+  --grid=seed=0 --checkpoint=latest --results=results/food101_6_input_size
+
+CIFAR-10, ResNet-32, by the published recipe (DIR: CIFAR-10's binary files):
+python -m experiments.sweep --cifar10_dir=DIR \
+  --flagfile=experiments/flags/cifar10_resnet32.flags \
+  --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 \
+  --grid=dense:width_multiplier=0.55,0.71,0.84,1 --grid=seed=0,1,2 \
+  --checkpoint=latest --results=results/cifar10_resnet32
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags, logging
+
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.plotting.tradeoff import plot_results
+from dynconv_jax.training import workdir as workdir_lib
+from dynconv_jax.training.config import Config
+from experiments import config_flags, processes, program
+from experiments.grid import Run, make_runs
+from experiments.results_table import check_table, write_result
+from experiments.sweep_progress import Progress
+
+_GRID = flags.DEFINE_multi_string(
+  'grid', None, '[METHOD:]FLAG=VALUE,VALUE,...; once a flag.', required=True
+)
+_RESULTS = flags.DEFINE_string(
+  'results', None, 'Folder of results.csv and the figures.', required=True
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir',
+  None,
+  "Folder of the runs' workdirs; by default workdir/NAME for results/NAME.",
+)
+_PARALLEL = flags.DEFINE_integer(
+  'parallel',
+  1,
+  'Runs at a time, each on its share of the cores.',
+  lower_bound=1,
+)
+_CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint', 'best', ['best', 'latest'], 'What is evaluated.'
+)
+_RECIPE = flags.DEFINE_string(
+  'recipe', '', "The rows' column `recipe`, to tell curves of sweeps apart."
+)
+_LATENCY_BATCH_SIZE = flags.DEFINE_integer(
+  'latency_batch_size',
+  1,
+  'Images a batch in the measurement of latency; 0: not measured.',
+  lower_bound=0,
+)
+config_flags.define()
+
+_TABLE = 'results.csv'
+_TRAINED = 'trained.json'
+_SPLIT = 'test'
+_PLACES = {
+  field.name
+  for field in dataclasses.fields(Config)
+  if field.metadata['operational']
+}
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the grid, then draws the figures; status 1 if a run failed."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  results = pathlib.Path(_RESULTS.value).expanduser()
+  root = pathlib.Path(_WORKDIR.value or f'workdir/{results.absolute().name}')
+  root = root.expanduser()
+  table = results / _TABLE
+  runs = _check(results, root)
+  check_table(table)
+  try:
+    with processes.locked(root) as lock:
+      failures = _train(runs, root, table, lock)
+      if _LATENCY_BATCH_SIZE.value:
+        failures |= _measure(runs, root, table, lock)
+  except processes.Interrupted as interrupted:
+    print(
+      f'{interrupted}: what is trained is saved in {root}; the same command '
+      'goes on from there',
+      file=sys.stderr,
+    )
+    sys.exit(128 + interrupted.signal)
+  if table.exists():
+    print(f'wrote {table}')
+    for png, svg in plot_results(read_results(table), results):
+      print(f'wrote {png} and {svg}')
+  if failures:
+    for name, error in failures.items():
+      print(f'{name} failed: {error}', file=sys.stderr)
+    print(
+      f'{len(failures)} of {len(runs)} runs failed; their output is in '
+      f'{root}/RUN/sweep.log',
+      file=sys.stderr,
+    )
+    sys.exit(1)
+
+
+def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
+  """Returns the runs; raises ValueError naming all that is wrong."""
+  errors, runs = [], []
+  if results.suffix == '.csv':
+    errors.append(
+      f'results must be a folder, in which {_TABLE} is written; got {results}'
+    )
+  try:
+    runs = make_runs(config_flags.read(), _GRID.value)
+  except ValueError as error:
+    errors.append(str(error))
+  for run in runs:
+    try:
+      workdir_lib.check_flags(root / run.name, run.config)
+    except ValueError as error:
+      errors.append(str(error))
+  if errors:
+    raise ValueError('; '.join(errors))
+  return runs
+
+
+def _train(
+  runs: Sequence[Run], root: pathlib.Path, table: pathlib.Path, lock: int
+) -> dict[str, str]:
+  """Trains and evaluates what is not yet; returns the errors by run."""
+  rows = _rows(table)
+  left = [
+    run
+    for run in runs
+    if run.name not in rows or not (root / run.name / _TRAINED).exists()
+  ]
+  places = {_place(root / run.name): run.name for run in runs}
+  jobs = {}
+  for run in left:
+    sources = (run.config.init_from, run.config.distill_from)
+    needs = {places.get(_place(source)) for source in sources if source}
+    jobs[run.name] = processes.Job(
+      _commands(run, root / run.name, table),
+      root / run.name / 'sweep.log',
+      tuple(needs - {None}),
+    )
+  logging.info(
+    '%d runs, %d of them finished before; %d at a time',
+    *(len(runs), len(runs) - len(left), _PARALLEL.value),
+  )
+  configs = {root / run.name: run.config for run in left}
+  with Progress('trained', configs, len(runs) - len(left)) as progress:
+    ended = processes.run_jobs(
+      jobs, _PARALLEL.value, progress.show, pass_fds=[lock]
+    )
+  return {name: error for name, error in ended.items() if error}
+
+
+def _place(folder: str | os.PathLike) -> str:
+  return os.path.realpath(os.path.expanduser(folder))
+
+
+def _commands(
+  run: Run, folder: pathlib.Path, table: pathlib.Path
+) -> Iterator[list[str]]:
+  """Yields the commands of a run; afterwards its row is in the table."""
+  marker = folder / _TRAINED
+  if not marker.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    flagfile = folder / 'sweep.flags'
+    flagfile.write_text(run.config.to_flags())
+    yield _command('train', flagfile=flagfile, workdir=folder)
+    _write(marker, json.dumps({'commit': _commit()}) + '\n')
+  # A table of its own: only this process writes the common one.
+  own = folder / _TABLE
+  yield _command(
+    'evaluate',
+    workdir=folder,
+    split=_SPLIT,
+    checkpoint=_CHECKPOINT.value,
+    results=own,
+  )
+  row = {**_rows(own)[run.name], **run.settings}
+  if recipe := ', '.join(filter(None, (_RECIPE.value, run.recipe))):
+    row['recipe'] = recipe
+  row['training_seconds'] = _training_seconds(folder)
+  row |= json.loads(marker.read_text())
+  # What makes the run again, without the places of one machine.
+  lines = run.config.to_flags().splitlines(keepends=True)
+  kept = [line for line in lines if line.split('=')[0][2:] not in _PLACES]
+  _write(table.parent / 'flags' / f'{run.name}.flags', ''.join(kept))
+  write_result(table, row)
+
+
+def _measure(
+  runs: Sequence[Run], root: pathlib.Path, table: pathlib.Path, lock: int
+) -> dict[str, str]:
+  """Measures latency, one run after the other; returns the errors by run."""
+  rows, batch_size = _rows(table), str(_LATENCY_BATCH_SIZE.value)
+  jobs = {
+    run.name: processes.Job(
+      _latency_commands(run, root / run.name, table),
+      root / run.name / 'sweep.log',
+    )
+    for run in runs
+    if run.name in rows
+    and not (
+      rows[run.name].get('latency_ms')
+      and rows[run.name].get('latency_batch_size') == batch_size
+    )
+  }
+  with Progress(
+    'timed', dict.fromkeys(jobs), len(runs) - len(jobs)
+  ) as progress:
+    ended = processes.run_jobs(jobs, 1, progress.show, pass_fds=[lock])
+  machines = {row.get('latency_machine') for row in _rows(table).values()}
+  if len(machines - {None, ''}) > 1:
+    logging.warning('%s has latencies of several machines', table)
+  return {name: f'latency: {error}' for name, error in ended.items() if error}
+
+
+def _latency_commands(
+  run: Run, folder: pathlib.Path, table: pathlib.Path
+) -> Iterator[list[str]]:
+  """Yields the command that times a run; afterwards its row has the times."""
+  output = folder / 'latency'
+  yield _command(
+    'benchmark',
+    workdir=folder,
+    split=_SPLIT,
+    batch_size=_LATENCY_BATCH_SIZE.value,
+    peers='none',
+    output=output,
+  )
+  measured = json.loads((output / 'benchmark.json').read_text())
+  dense, sparse = measured['dense_ms'], measured.get('sparse_ms')
+  own = dense if run.config.method == 'dense' else sparse
+  row = {
+    'run': run.name,
+    'split': _SPLIT,
+    # As it would be used: the sparse one, where there are masks.
+    'latency_ms': round(own, 4),
+    'latency_dense_ms': round(dense, 4),
+    'latency_sparse_ms': '' if sparse is None else round(sparse, 4),
+    'latency_batch_size': measured['batch_size'],
+    'latency_machine': measured['cpu'],
+  }
+  write_result(table, row)
+
+
+def _command(name: str, **values: Any) -> list[str]:
+  flags_ = [f'--{flag}={value}' for flag, value in values.items()]
+  return [sys.executable, '-m', f'experiments.{name}', *flags_]
+
+
+def _rows(table: pathlib.Path) -> dict[str, dict[str, str]]:
+  """Returns the rows of the test split by run."""
+  rows = read_results(table) if table.exists() else []
+  return {row['run']: row for row in rows if row.get('split') == _SPLIT}
+
+
+def _training_seconds(folder: pathlib.Path) -> int | str:
+  rows = workdir_lib.read_metrics(folder)
+  seconds = [row['seconds'] for row in rows if 'seconds' in row]
+  return round(seconds[-1]) if seconds else ''
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f'.{path.name}.partial')
+  partial.write_text(text)
+  os.replace(partial, path)
+
+
+def _commit() -> str:
+  """Returns the commit of the code, '-dirty' if it was changed since."""
+  root = pathlib.Path(workdir_lib.__file__).parents[2]
+  git = functools.partial(
+    subprocess.run, cwd=root, capture_output=True, text=True
+  )
+  try:
+    head = git(['git', 'rev-parse', 'HEAD'])
+    code = ['dynconv_jax', 'experiments']
+    changed = git(['git', 'diff', '--quiet', 'HEAD', '--', *code])
+  except OSError:  # There is no git.
+    return 'unknown'
+  if head.returncode:
+    return 'unknown'
+  return head.stdout.strip() + ('-dirty' if changed.returncode else '')
+
+
+if __name__ == '__main__':
+  program.run(main)
