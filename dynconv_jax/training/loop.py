@@ -107,15 +107,17 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   workdir_lib.write_flags(workdir, config)
   keep = config.keep_checkpoints
   with checkpoints.open_manager(workdir, keep=keep) as manager:
-    step = 0
+    step, seconds_before = 0, 0.0
     if resumed:
       target = checkpoints.like(state, replicated)
       state, info, step = checkpoints.restore(manager, target)
       checkpoints.drop_after(manager, step)
       batches.set_state(info['batches'])
+      seconds_before = info.get('seconds', 0.0)
       logging.info('resumed %s at step %d of %d', workdir, step, total_steps)
 
     # Loop.
+    began = time.monotonic() - seconds_before
     with (
       Records(workdir, step) as records,
       contextlib.closing(Progress(config, steps_per_epoch, step)) as progress,
@@ -135,6 +137,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         accuracy = None
         if ended:
           row = {'step': step, 'epoch': epoch}
+          row['seconds'] = time.monotonic() - began  # Of all sessions.
           extra = {'learning_rate': float(schedule(step - 1))}
           if config.target is not None:
             extra['budget'] = config.target
@@ -151,6 +154,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         due = ended and epoch % config.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}
+          info['seconds'] = time.monotonic() - began
           checkpoints.save(manager, step, state, info, accuracy)
       checkpoints.wait(manager)
     best = checkpoints.best_step(manager)

@@ -1,6 +1,7 @@
 """Whole runs on a few drawn images: interrupted, damaged, spoilt, full."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -53,9 +54,13 @@ def _assert_same_run(folder, expected, step=14):
   expected_state, expected_info = _saved(expected, step)
   assert {'params', 'model_state', 'opt_state', 'ema'} <= set(state)
   chex.assert_trees_all_equal(state, expected_state)
-  assert info == expected_info
-  name = workdir.METRICS_FILE
-  assert (folder / name).read_text() == (expected / name).read_text()
+  assert _untimed(info) == _untimed(expected_info)
+  rows, expected_rows = map(workdir.read_metrics, (folder, expected))
+  assert [*map(_untimed, rows)] == [*map(_untimed, expected_rows)]
+
+
+def _untimed(values):
+  return {name: v for name, v in values.items() if name != 'seconds'}
 
 
 def _interrupt_at(step, number=signal.SIGTERM):
@@ -139,6 +144,19 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   assert handlers == [
     signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
   ]
+
+
+def test_seconds_are_of_all_sessions(config, tmp_path):
+  # A clock that each look moves on by one second.
+  clock = mock.Mock(monotonic=mock.Mock(side_effect=itertools.count()))
+  with mock.patch.object(loop, 'time', clock):
+    with _interrupt_at(7), pytest.raises(loop.Interrupted):
+      loop.train(config, tmp_path)
+    loop.train(config, tmp_path)
+  # Of each session the beginning, the row and the checkpoint are looked at.
+  rows = workdir.read_metrics(tmp_path)
+  assert [row['seconds'] for row in rows] == [1, 1, 2 + 1, 2 + 1]
+  assert [_saved(tmp_path, step)[1]['seconds'] for step in (7, 14)] == [2, 4]
 
 
 def test_images_decoded_each_time_resume_as_well(config, tmp_path):
