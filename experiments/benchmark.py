@@ -30,7 +30,7 @@ from typing import Any
 
 from absl import flags
 
-from dynconv_jax.models.create import METHODS
+from dynconv_jax.models.create import METHODS, stage_granularities
 from dynconv_jax.models.resnet import (
   ARCHITECTURES,
   check_choice,
@@ -44,6 +44,11 @@ _IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.')
 _BATCH_SIZE = flags.DEFINE_list('batch_size', '8', 'Images; one or more.')
 _DENSITY = flags.DEFINE_list(
   'density', '0.5', 'Share of active positions, in (0, 1]; one or more.'
+)
+_GRANULARITY = flags.DEFINE_list(
+  'mask_granularity',
+  '1',
+  "Side of DynConv's patches, positions: one for all stages, or one a stage.",
 )
 _NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
@@ -141,6 +146,8 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   if _MODEL.value in ARCHITECTURES:
     try:
       check_image_size(_MODEL.value, _IMAGE_SIZE.value)
+      sides = [int(side) for side in _GRANULARITY.value]
+      stage_granularities(_MODEL.value, sides)
     except ValueError as error:
       errors.append(str(error))
 
@@ -185,9 +192,11 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
 
 def _time(case, workers, peers) -> dict[str, Any]:
   """Returns the medians of one batch size and density."""
-  kinds = {'dense': 'jax', 'masked_dense': 'jax', 'sparse': 'jax'}
-  kinds |= {peer: PEERS[peer][1] for peer in peers}
   info = workers['jax'].ask(kind='prepare', **case)
+  kinds = {'dense': 'jax'}
+  if gated := 'plans' in info:
+    kinds |= {'masked_dense': 'jax', 'sparse': 'jax'}
+  kinds |= {peer: PEERS[peer][1] for peer in peers}
   times: dict[str, list[float]] = {kind: [] for kind in kinds}
   for _ in range(_ROUNDS.value):
     for kind, worker in kinds.items():
@@ -201,12 +210,17 @@ def _time(case, workers, peers) -> dict[str, Any]:
     **case,
     **info,
     'dense_ms': dense,
-    'masked_dense_ms': milliseconds['masked_dense'],
-    'sparse_ms': milliseconds['sparse'],
-    'sparse_over_dense': milliseconds['sparse'] / dense,
     'peers': {peer: milliseconds[peer] for peer in peers},
     'fastest_dense': 'jax' if fastest == 'dense' else fastest,
-    'sparse_over_fastest_dense': milliseconds['sparse'] / milliseconds[fastest],
+  }
+  if not gated:
+    return result
+  sparse = milliseconds['sparse']
+  result |= {
+    'masked_dense_ms': milliseconds['masked_dense'],
+    'sparse_ms': sparse,
+    'sparse_over_dense': sparse / dense,
+    'sparse_over_fastest_dense': sparse / milliseconds[fastest],
   }
   if _PER_BLOCK.value:
     result['blocks'] = workers['jax'].ask(kind='blocks', **case)
@@ -218,20 +232,20 @@ def _print(result) -> None:
     f'batch {result["batch_size"]}, density {result["density"]:.3f}, '
     f'MAC-proportional ideal {result["mac_ideal"]:.3f}'
   )
-  rows = {
-    'dense': result['dense_ms'],
-    'masked dense': result['masked_dense_ms'],
-    'sparse': result['sparse_ms'],
-    **result['peers'],
-  }
+  rows = {'dense': result['dense_ms']}
+  if gated := 'sparse_ms' in result:
+    rows['masked dense'] = result['masked_dense_ms']
+    rows['sparse'] = result['sparse_ms']
+  rows |= result['peers']
   for name, value in rows.items():
     print(
       f'  {name:16} {value:9.2f} ms   {value / result["dense_ms"]:.3f} of dense'
     )
-  print(
-    f'  sparse is {result["sparse_over_fastest_dense"]:.3f} of the fastest '
-    f'dense, {result["fastest_dense"]}'
-  )
+  if gated:
+    print(
+      f'  sparse is {result["sparse_over_fastest_dense"]:.3f} of the fastest '
+      f'dense, {result["fastest_dense"]}'
+    )
   for block in result.get('blocks', ()):
     print(
       f'  {block["name"]:12} load {block["load"]:.3f}  dense '
@@ -248,6 +262,7 @@ def _settings() -> dict[str, Any]:
     num_classes=_NUM_CLASSES.value,
     compute_dtype=_DTYPE.value,
     mode=_MODE.value,
+    mask_granularity=_GRANULARITY.value,
     steps=_STEPS.value,
     workdir=_WORKDIR.value,
     split=_SPLIT.value,
@@ -258,6 +273,7 @@ def _settings() -> dict[str, Any]:
 
 def _own_flags() -> list[str]:
   settings = {k: v for k, v in _settings().items() if v is not None}
+  settings['mask_granularity'] = ','.join(settings['mask_granularity'])
   return [f'--{name}={value}' for name, value in settings.items()]
 
 

@@ -16,6 +16,8 @@ from experiments import turns
 
 Step = Callable[[], None]
 
+_MASK_SEED = 1  # The same masks in every process.
+
 
 def serve(name: str, settings: Mapping[str, Any]) -> None:
   """Answers requests for timings until there are no more.
@@ -50,6 +52,27 @@ def _images(settings, batch_size):
   return rng.standard_normal((batch_size, size, size, 3)).astype(np.float32)
 
 
+def _mask(rng, shape, density, side=1, per_image=False):
+  """A clustered mask, of square patches where `side` is above 1."""
+  from dynconv_jax.sparse.cost import clustered_masks
+
+  n, h, w = shape
+  patches = (n, -(-h // side), -(-w // side))
+  mask = clustered_masks(rng, patches, density, per_image)
+  return mask.repeat(side, 1).repeat(side, 2)[:, :h, :w]
+
+
+def _output_shapes(model, images):
+  """(N, h, w) of the output of each block."""
+  import jax
+
+  x, shapes = jax.eval_shape(model.stem, images), []
+  for block in model.blocks:
+    x = jax.eval_shape(block, x)
+    shapes.append(x.shape[:3])
+  return shapes
+
+
 class _Jax:
   """Dense, masked dense and sparse execution by XLA."""
 
@@ -66,9 +89,15 @@ class _Jax:
       self.settings = {
         **settings,
         'model': self.trained.config.model,
-        'method': self.trained.config.method,
+        # A dense network is planned as a gated one of its shape would be.
+        'method': (
+          'dynconv'
+          if self.trained.config.method == 'dense'
+          else self.trained.config.method
+        ),
         'num_classes': len(self.trained.class_names),
       }
+      self.dtype = jnp.dtype(self.trained.config.compute_dtype)
     self.case = None
 
   def _model(self, method):
@@ -76,12 +105,16 @@ class _Jax:
 
     from dynconv_jax import create_model
 
-    if self.trained and method != 'dense':
+    if self.trained and method == self.trained.config.method:
       return self.trained.model
     model = create_model(
       self.settings['model'],
       method=method,
       num_classes=self.settings['num_classes'],
+      mask_granularity=tuple(map(int, self.settings['mask_granularity'])),
+      width_multiplier=(
+        self.trained.config.width_multiplier if self.trained else 1.0
+      ),
       dtype=self.dtype,
       rngs=nnx.Rngs(0),
     )
@@ -112,8 +145,7 @@ class _Jax:
     from jax import numpy as jnp
 
     from dynconv_jax.macs import count_macs
-    from dynconv_jax.sparse import SparseExecutor
-    from dynconv_jax.sparse.cost import clustered_masks
+    from dynconv_jax.sparse import BlockPlan, SparseExecutor
 
     if self.trained is None or self.case is None:
       self.model = self._model(self.settings['method'])
@@ -121,31 +153,35 @@ class _Jax:
     shape = batches[0].shape
     self.masks = None
     if density is not None:
-      rng = np.random.default_rng(1)
       abstract = jax.eval_shape(self.model, batches[0])[1]
       decided = {mask.name: mask.hard.shape for mask in abstract}
+      rng = np.random.default_rng(_MASK_SEED)
       self.masks = [
         jnp.asarray(
-          clustered_masks(
+          _mask(
             rng,
+            # A block without a gate is executed everywhere.
             decided[block.name],
             density,
+            side=getattr(block.masker, 'granularity', 1),
             per_image=block.masker.per_image,
           )
+          if block.name in decided
+          else np.ones(shape, np.float32)
         )
-        for block in self.model.blocks
-        if block.name in decided
+        for block, shape in zip(
+          self.model.blocks, _output_shapes(self.model, batches[0]), strict=True
+        )
       ]
+    self.sparse = SparseExecutor(
+      self.model, shape, mode=self.settings['mode'], density=density or 0.5
+    )
+    # Dense in the same forms as the network without gates, below.
+    plans = [BlockPlan('dense', im2col=p.im2col) for p in self.sparse.plans]
     executors = {
-      'masked_dense': SparseExecutor(self.model, shape, mode='dense'),
-      'sparse': SparseExecutor(
-        self.model,
-        shape,
-        mode=self.settings['mode'],
-        density=density or 0.5,
-      ),
+      'masked_dense': SparseExecutor(self.model, shape, plans=plans),
+      'sparse': self.sparse,
     }
-    self.sparse = executors['sparse']
     self.case = (batch_size, density)
     self.steps = {
       kind: _cycle(functools.partial(executor, masks=self.masks), batches)
@@ -153,6 +189,8 @@ class _Jax:
     }
     self.steps['dense'] = _cycle(self._dense(), batches)
     self.batches = batches
+    if self.trained and self.trained.config.method == 'dense':
+      return {'density': 1.0, 'mac_ideal': 1.0}
     stats = [self.sparse(batch, self.masks)[1] for batch in batches]
     self.stats = stats[0]
     arguments = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
@@ -303,16 +341,22 @@ class _Torch:
     import torch
 
     from dynconv_jax.gating.mask import dilate
-    from dynconv_jax.sparse.cost import clustered_masks
+    from dynconv_jax.models.create import stage_granularities
+    from dynconv_jax.models.resnet import ARCHITECTURES
 
-    rng, masks = np.random.default_rng(1), []
+    sides = stage_granularities(
+      self.settings['model'], tuple(map(int, self.settings['mask_granularity']))
+    )
+    depths = ARCHITECTURES[self.settings['model']].depths
+    sides = np.repeat(sides, depths).tolist()
+    rng, masks = np.random.default_rng(_MASK_SEED), []
     with torch.inference_mode():
       x = self.model.stem(images)
-      for block in self.model.blocks:
+      for block, side in zip(self.model.blocks, sides, strict=True):
         height, width = x.shape[2:]
         x = block(x)
         n, _, h, w = x.shape
-        hard = clustered_masks(rng, (n, h, w), density)
+        hard = _mask(rng, (n, h, w), density, side)
         stride = block.stride if len(block.convs) == 3 else 1
         dilated = np.array(dilate(hard, stride)) > 0
         if len(block.convs) == 3:

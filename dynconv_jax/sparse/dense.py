@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dynconv_jax.models.layers import conv_general_dilated
 from dynconv_jax.sparse.chunks import for_chunks
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
 from dynconv_jax.sparse.positions import find_positions, take
@@ -38,7 +39,7 @@ def convolve(x: jax.Array, layer: Layer, im2col: bool = False) -> jax.Array:
     return matmul(x[:, ::s, ::s], layer.matrix, layer.bias)
   pad = k // 2
   if not im2col:
-    y = lax.conv_general_dilated(
+    y = conv_general_dilated(
       x,
       layer.kernel,
       (s, s),
