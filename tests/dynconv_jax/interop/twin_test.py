@@ -33,14 +33,18 @@ def _network(name, method, width_multiplier, **kwargs):
 
 
 def _compare(name, model, twin):
-  for seed in range(20):  # Of images whose decisions no rounding makes.
+  gated = [block for block in twin.blocks if block.gate != 'dense']
+  # Images whose decisions no rounding makes, and whose masks are not all ones,
+  # nor all zeros: these would hide most of the network.
+  for seed in range(40):
     images = torch_twin.random_images(name, 3, seed)
     with torch.no_grad():
       expected = twin(images).numpy()
-    if twin.margin() > 1e-5:
+    masks = [block.mask.numpy().ravel() for block in gated] or [[0.5]]
+    if twin.margin() > 1e-5 and 0.1 < np.concatenate(masks).mean() < 0.9:
       break
   else:
-    pytest.fail('no images without decisions at the threshold')
+    pytest.fail('no images of mixed decisions away from the threshold')
   inputs = images.numpy().transpose(0, 2, 3, 1)
   # Not compiled as a whole: a deep network has few shapes and many layers.
   logits, masks = model(inputs)
@@ -48,7 +52,6 @@ def _compare(name, model, twin):
   np.testing.assert_allclose(
     logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max()
   )
-  gated = [block for block in twin.blocks if block.gate != 'dense']
   assert [m.name for m in masks] == [
     f'layer{s}.{i}'
     for s in range(1, 5)
@@ -58,10 +61,6 @@ def _compare(name, model, twin):
   for mask, block in zip(masks, gated, strict=True):
     np.testing.assert_array_equal(mask.hard, block.mask[:, 0].round())
     np.testing.assert_array_equal(mask.dilated, block.dilated[:, 0])
-  if gated:
-    # Masks of ones, or of zeros, would hide most of the network.
-    density = np.concatenate([np.ravel(m.hard) for m in masks]).mean()
-    assert 0.1 < density < 0.9
 
 
 @pytest.mark.parametrize('method', ['dense', 'dynconv', 'convnet_aig'])
