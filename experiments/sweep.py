@@ -70,6 +70,7 @@ from absl import flags, logging
 
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
+from dynconv_jax.training import inputs
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import Config
 from experiments import config_flags, processes, program
@@ -201,6 +202,10 @@ def _train(
     '%d runs, %d of them finished before; %d at a time',
     *(len(runs), len(runs) - len(left), _PARALLEL.value),
   )
+  if _PARALLEL.value > 1:
+    # Processes that prepare the same dataset at once get in each other's way.
+    for config in {run.config.dataset: run.config for run in left}.values():
+      inputs.open_splits(config)
   configs = {root / run.name: run.config for run in left}
   with Progress('trained', configs, len(runs) - len(left)) as progress:
     ended = processes.run_jobs(

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from dynconv_jax.training import workdir
+from dynconv_jax.training import inputs, workdir
 from dynconv_jax.training.config import Config
 from experiments import processes
 from experiments.sweep_progress import Progress
@@ -109,6 +109,8 @@ def sweep(tmp_path, program, monkeypatch):
   fake.write_text(_FAKE.format(python=sys.executable, root=str(tmp_path)))
   fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
   monkeypatch.setattr(sys, 'executable', str(fake))
+  # The script has no use for data.
+  monkeypatch.setattr(inputs, 'open_splits', lambda config: None)
   return _Sweep(tmp_path, program)
 
 
