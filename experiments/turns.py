@@ -52,7 +52,7 @@ class Worker:
   def stop(self) -> None:
     """Ends the process."""
     self._process.kill()
-    self._process.wait()
+    self._process.communicate()  # Closes the pipes too.
 
 
 def serve(answer: Callable[[Mapping[str, Any]], Any]) -> None:

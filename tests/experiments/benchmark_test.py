@@ -1,0 +1,158 @@
+"""Tests of the benchmark of sparse execution, and of processes taking turns."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from dynconv_jax.sparse.cost import clustered_masks
+from experiments import benchmark_workers, turns
+
+_SMALL = (
+  '--model=cifar_resnet8',
+  '--image_size=32',
+  '--num_classes=3',
+  '--rounds=1',
+  '--steps=1',
+  '--peers=none',
+  '--mode=sparse',
+)
+
+
+@pytest.mark.slow
+def test_two_densities(program, tmp_path):
+  output = tmp_path / 'output'
+  printed = program(
+    'benchmark',
+    *_SMALL,
+    '--density=0.25,1',
+    '--batch_size=2',
+    '--per_block',
+    f'--output={output}',
+  )
+  summary = json.loads(printed.splitlines()[-1])
+  assert json.loads((output / 'benchmark.json').read_text()) == summary
+  assert (output / 'speedup.png').exists()
+  assert (output / 'speedup.svg').exists()
+  sparse, full = summary['runs']
+  assert summary['model'] == 'cifar_resnet8' and 'core' in summary['cpu']
+  assert full['density'] == 1.0
+  assert sparse['density'] == pytest.approx(0.25, abs=0.02)
+  # Of a network that is executed everywhere the mask units are left:
+  # (16 + 16 + 32) * 9 + 1 products, at 32 x 32, 16 x 16 and 8 x 8 positions.
+  units = 32**2 * (16 * 9 + 1) + 16**2 * (16 * 9 + 1) + 8**2 * (32 * 9 + 1)
+  blocks = 32**2 * (3 * 16 * 9 + 2 * 16 * 16 * 9)
+  blocks += 16**2 * (16 * 32 * 10 + 32 * 32 * 9)
+  blocks += 8**2 * (32 * 64 * 10 + 64 * 64 * 9)
+  assert full['mac_ideal'] == pytest.approx(1 + units / blocks, rel=1e-6)
+  assert 0.25 < sparse['mac_ideal'] < 0.7
+  for run in sparse, full:
+    assert run['sparse_over_dense'] == pytest.approx(
+      run['sparse_ms'] / run['dense_ms']
+    )
+    assert run['fastest_dense'] == 'jax' and run['peers'] == {}
+    assert [b['name'] for b in run['blocks']] == [
+      'layer1.0',
+      'layer2.0',
+      'layer3.0',
+    ]
+    assert all(b['dense_ms'] > 0 and b['sparse_ms'] > 0 for b in run['blocks'])
+  assert all(b['load'] == 1 for b in full['blocks'])
+
+
+@pytest.mark.slow
+def test_a_trained_network_on_its_own_masks(program, dynconv_run):
+  printed = program(
+    'benchmark',
+    *_SMALL,
+    f'--workdir={dynconv_run}',
+    '--split=validation',
+    '--num_batches=2',
+    '--batch_size=3',
+  )
+  summary = json.loads(printed.splitlines()[-1])
+  assert summary['workdir'] == dynconv_run.name
+  assert 0 < summary['density'] < 1
+  assert summary['sparse_ms'] > 0
+
+
+@pytest.mark.slow
+def test_peers(program):
+  torch = pytest.importorskip('torch', reason='pip install -e .[torch]')
+  del torch
+  arguments = _SMALL
+  printed = program(
+    'benchmark', *arguments, '--batch_size=1', '--peers=torch,torch_index'
+  )
+  summary = json.loads(printed.splitlines()[-1])
+  assert list(summary['peers']) == ['torch', 'torch_index']
+  times = {'jax': summary['dense_ms'], 'torch': summary['peers']['torch']}
+  assert summary['fastest_dense'] == min(times, key=times.get)
+  assert summary['sparse_over_fastest_dense'] == pytest.approx(
+    summary['sparse_ms'] / min(times.values())
+  )
+
+
+@pytest.mark.parametrize(
+  'arguments, messages',
+  [
+    (
+      ['--model=resnet5', '--method=dense', '--density=0', '--batch_size=x'],
+      [
+        "unknown model 'resnet5'",
+        "unknown method 'dense'",
+        'density must be one or more in (0, 1]; got 0',
+        'batch_size must be one or more > 0; got x',
+      ],
+    ),
+    (['--peers=tensorflow'], ['peers must be auto, none or some of torch']),
+    (['--image_size=16'], ['image_size must be at least']),
+    (['--mask_granularity=4,2'], ['mask_granularity must be 1 or 4 integers']),
+    (['--mode=fast'], ["unknown mode 'fast'; allowed: auto, sparse, dense"]),
+    (['surplus'], ['unknown arguments: surplus']),
+  ],
+)
+def test_errors(program, arguments, messages):
+  with pytest.raises(ValueError) as caught:
+    program('benchmark', *arguments)
+  for message in messages:
+    assert message in str(caught.value)
+
+
+def test_masks_of_patches_are_those_of_fewer_positions():
+  mask = benchmark_workers._mask(np.random.default_rng(0), (2, 7, 10), 0.3, 4)
+  patches = clustered_masks(np.random.default_rng(0), (2, 2, 3), 0.3)
+  assert mask.shape == (2, 7, 10)
+  for i in range(7):
+    for j in range(10):
+      np.testing.assert_array_equal(mask[:, i, j], patches[:, i // 4, j // 4])
+
+
+def _worker(tmp_path, monkeypatch, answer):
+  (tmp_path / 'timed.py').write_text(
+    f'from experiments import turns\nturns.serve({answer})\n'
+  )
+  monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{":".join(sys.path)}')
+  return turns.Worker('timed', [])
+
+
+def test_a_worker_answers_and_stops(tmp_path, monkeypatch):
+  worker = _worker(tmp_path, monkeypatch, 'lambda r: [r["n"] + 1, "x"]')
+  assert worker.ask(n=1) == [2, 'x']
+  assert worker.ask(n=5) == [6, 'x']
+  worker.stop()
+  assert worker._process.poll() is not None
+
+
+def test_a_worker_that_fails(tmp_path, monkeypatch):
+  worker = _worker(tmp_path, monkeypatch, 'lambda r: 1 / 0')
+  with pytest.raises(OSError, match='a timed process ended early'):
+    worker.ask()
+  worker.stop()
+
+
+def test_seconds():
+  calls = []
+  times = turns.seconds(lambda: calls.append(1), 3)
+  assert len(calls) == len(times) == 3 and all(t >= 0 for t in times)
