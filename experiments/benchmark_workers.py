@@ -257,7 +257,7 @@ class _Jax:
         continue
       mask = decided[block.name]
       features = jnp.asarray(np.maximum(rng.normal(size=shape), 0), self.dtype)
-      load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * shape[0])
+      load = jnp.mean(mask.executed_macs()) / float(mask.dense_macs())
       run = functools.partial(
         run_block,
         fold_block(block, self.dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import jax
@@ -100,10 +101,8 @@ def choose_plan(
   limit = (dense_time - start) / slope
   if limit <= 0:
     return dense
-  return BlockPlan(
-    best.form,
-    best.sizes,
-    nine=best.nine,
+  return dataclasses.replace(
+    best,
     im2col=dense.im2col if best.form != 'images' else best.im2col,
     limit=min(limit, 1.0),
   )
@@ -176,4 +175,8 @@ def _candidates(shape, per_image):
   # Nine products added up are not faster in chunks, which stay in the cache.
   if size > 512:
     plans.append(BlockPlan('chunks', chunk_sizes(size, 16)))
+  # Small chunks keep one core busy, one product of all rows all of them; large
+  # maps have large chunks.
+  if size <= 4096:
+    plans.append(BlockPlan('buckets', buckets=16))
   return list(dict.fromkeys(plans))
