@@ -1,5 +1,6 @@
 """Weights leave a workdir and make another, which other programs accept."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -92,3 +93,42 @@ def test_errors(program, exported, tmp_path):
     with pytest.raises(ValueError, match=message):
       _import(program, exported, tmp_path / 'imported', *flags)
     assert not (tmp_path / 'imported').exists()
+
+
+def test_training_starts_from_a_file(
+  program, dynconv_run, exported, tmp_path, caplog
+):
+  """Gates of another method and a classifier of another size are fresh."""
+  weights = interop.read_state_dict(exported)
+  dense = {k: v for k, v in weights.items() if 'masker' not in k}
+  dense['fc.weight'] = np.ones((7, dense['fc.weight'].shape[1]), np.float32)
+  dense['fc.bias'] = np.ones(7, np.float32)
+  path = tmp_path / 'dense.safetensors'
+  interop.write_safetensors(path, dense)
+  config = workdir.load_run(dynconv_run).config
+  config = dataclasses.replace(
+    config, pretrained=str(path), learning_rate=1e-12, weight_decay=0.0
+  )
+  with caplog.at_level('INFO'):
+    loop.train(config, tmp_path / 'run')
+  (line,) = [t for t in caplog.messages if t.startswith('initialised afresh')]
+  assert 'fc.weight' in line and 'masker' in line
+  started = workdir.load_run(tmp_path / 'run').model
+  trained = interop.to_torch_state_dict(started)
+  fresh = interop.to_torch_state_dict(
+    workdir.build_model(config, len(trained['fc.bias']))
+  )
+  for name, array in trained.items():
+    if name.endswith('.weight') or name.endswith('.bias'):
+      same = fresh if 'masker' in name or name.startswith('fc') else dense
+      np.testing.assert_allclose(array, same[name], atol=1e-6, err_msg=name)
+
+
+def test_two_sources_of_weights(dynconv_run, exported, tmp_path):
+  config = workdir.load_run(dynconv_run).config
+  config = dataclasses.replace(
+    config, pretrained=str(exported), init_from=str(dynconv_run)
+  )
+  with pytest.raises(ValueError, match='init_from and pretrained exclude each'):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
