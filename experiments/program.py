@@ -57,7 +57,7 @@ def share_cpu(devices: int, batch_size: int) -> None:
 
   XLA runs many of a step's operations on one core, so two devices with half a
   batch each are quicker on two cores than one with all of it. Devices that
-  XLA_FLAGS asks for stay.
+  XLA_FLAGS asks for stay, and those of a process that has used JAX before.
 
   Args:
     devices: their number; 0: one a core, but at most 2, or 1 where the batch
@@ -73,7 +73,12 @@ def share_cpu(devices: int, batch_size: int) -> None:
       else os.cpu_count()
     )
     devices = 2 if cores > 1 and batch_size % 2 == 0 else 1
-  jax.config.update('jax_num_cpu_devices', devices)
+  try:
+    jax.config.update('jax_num_cpu_devices', devices)
+  except (
+    RuntimeError
+  ):  # JAX is in use already, as where a test calls a program.
+    logging.info('JAX keeps its %d devices', jax.local_device_count())
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

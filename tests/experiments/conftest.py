@@ -5,6 +5,7 @@ import importlib.util
 import io
 import pathlib
 
+import jax
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -22,6 +23,8 @@ class Programs:
 
   def __init__(self):
     self._loaded = {}
+    # In use from now on: no program changes the devices of the other tests.
+    jax.devices()
 
   def __call__(self, name: str, *arguments, stdout=None) -> str:
     """Returns what a program prints to stdout; its errors come through.

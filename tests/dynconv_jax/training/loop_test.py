@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_trained_again(config, finished, tmp_path):
       path.write_bytes(b'')
   # The network that is loaded is the previous one's, and it is said.
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
-    run = workdir.load_run(copy)
+    run = workdir.load_run(copy, best=False)
   assert run.step == 7
   assert 'fell back to the checkpoint of step 7' in '\n'.join(logs.output)
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
