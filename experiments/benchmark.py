@@ -10,7 +10,7 @@ are crossed.
 
 Each framework runs in a process of its own; the processes take turns, and
 medians are given. PyTorch and ONNX Runtime are measured where they are
-installed. The last line is JSON; --output=DIR writes it to a file as well, with
+installed (pip install -e .[benchmark]). The last line is JSON; --output=DIR writes it to a file as well, with
 a figure.
 """
 
