@@ -10,8 +10,8 @@ are crossed.
 
 Each framework runs in a process of its own; the processes take turns, and
 medians are given. PyTorch and ONNX Runtime are measured where they are
-installed (pip install -e .[benchmark]). The last line is JSON; --output=DIR writes it to a file as well, with
-a figure.
+installed (pip install -e .[benchmark]). The last line is JSON; --output=DIR
+writes it to a file as well, with a figure.
 """
 
 from __future__ import annotations
