@@ -130,11 +130,7 @@ def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
   Raises:
     ValueError: there are no masks, or some have no score.
   """
-  if not masks or any(mask.score is None for mask in masks):
-    raise ValueError(
-      'the ponder cost needs masks with halting scores; got '
-      f'{[mask.name for mask in masks if mask.score is None] or "none"}'
-    )
+  _check_scores(masks, 'the ponder cost needs masks with halting scores')
   stages: dict[str, jax.Array] = {}
   for mask in masks:
     stage, _ = mask.name.split('.')
@@ -208,11 +204,10 @@ def reinforce_loss(
   Raises:
     ValueError: there are no masks, or some have no score.
   """
-  if not masks or any(mask.score is None for mask in masks):
-    raise ValueError(
-      'REINFORCE needs masks with the probabilities they were sampled from; '
-      f'got {[mask.name for mask in masks if mask.score is None] or "none"}'
-    )
+  _check_scores(
+    masks,
+    'REINFORCE needs masks with the probabilities they were sampled from',
+  )
   # Constant over positions.
   actions = jnp.stack([mask.hard[:, 0, 0] for mask in masks])
   scores = jnp.stack([mask.score[:, 0, 0] for mask in masks])
@@ -221,6 +216,12 @@ def reinforce_loss(
   log_p = jnp.log(jnp.where(actions == 1, scores, 1 - scores))
   losses = -log_p * jax.lax.stop_gradient(rewards)
   return jnp.sum(jnp.mean(losses, axis=1))
+
+
+def _check_scores(masks: Sequence[ExecutionMask], need: str) -> None:
+  without = [mask.name for mask in masks if mask.score is None]
+  if without or not masks:
+    raise ValueError(f'{need}; got {without or "none"}')
 
 
 def distillation_loss(

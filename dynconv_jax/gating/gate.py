@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -95,3 +96,20 @@ class Gate(nnx.Module):
     """
     if deterministic is not None:
       self.deterministic = deterministic
+
+
+def conv1x1(in_features: int, out_features: int, **kwargs) -> nnx.Conv:
+  """Returns a float32 1x1 convolution with a bias, as gates have them.
+
+  Args:
+    in_features: channels of the input.
+    out_features: channels of the output.
+    **kwargs: `rngs`, and others of nnx.Conv.
+  """
+  kwargs = {
+    'kernel_init': nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    **kwargs,
+  }
+  return nnx.Conv(
+    in_features, out_features, (1, 1), dtype=jnp.float32, **kwargs
+  )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
+from dynconv_jax.gating.gate import Decision, Gate, conv1x1
 from dynconv_jax.gating.gumbel import binary_gumbel
 
 # Channels between the two layers, and the opening logits of 'skip' and
@@ -36,20 +36,11 @@ class LayerGate(Gate):
 
   def __init__(self, in_features: int, *, norm, rngs: nnx.Rngs):
     super().__init__()
-    self.fc1 = nnx.Conv(
-      in_features,
-      _HIDDEN,
-      (1, 1),
-      dtype=jnp.float32,
-      kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
-      rngs=rngs,
-    )
+    self.fc1 = conv1x1(in_features, _HIDDEN, rngs=rngs)
     self.fc1bn = norm(_HIDDEN, rngs=rngs)
-    self.fc2 = nnx.Conv(
+    self.fc2 = conv1x1(
       _HIDDEN,
       2,
-      (1, 1),
-      dtype=jnp.float32,
       kernel_init=nnx.initializers.normal(0.001),
       bias_init=lambda key, shape, dtype: jnp.array(_OPENING, dtype),
       rngs=rngs,

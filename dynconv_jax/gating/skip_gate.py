@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
+from dynconv_jax.gating.gate import Decision, Gate, conv1x1
 from dynconv_jax.gating.gumbel import straight_through
 
 SKIP_GATES = ('ff1', 'ff2', 'recurrent')
@@ -118,7 +118,7 @@ class FeedForwardGate(SkipGate):
     self.bn1 = norm(in_features, rngs=rngs)
     self.conv2 = nnx.data(conv3x3(2) if pooled else None)
     self.bn2 = nnx.data(norm(in_features, rngs=rngs) if pooled else None)
-    self.linear = _conv1x1(in_features, 2, rngs)
+    self.linear = conv1x1(in_features, 2, rngs=rngs)
 
   @property
   def last_layer(self):
@@ -188,7 +188,7 @@ class RecurrentGate(SkipGate):
     self, in_features: int, *, first: bool, training: str, rngs: nnx.Rngs
   ):
     super().__init__(training)
-    self.embed = _conv1x1(in_features, _HIDDEN, rngs)
+    self.embed = conv1x1(in_features, _HIDDEN, rngs=rngs)
     self.control = nnx.data(Control(rngs=rngs) if first else None)
 
   @property
@@ -236,17 +236,6 @@ def create_skip_gate(
     training=training,
     conv=conv,
     norm=norm,
-    rngs=rngs,
-  )
-
-
-def _conv1x1(in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Conv:
-  return nnx.Conv(
-    in_features,
-    out_features,
-    (1, 1),
-    dtype=jnp.float32,
-    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
     rngs=rngs,
   )
 

@@ -15,13 +15,11 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
   """Convolves like `lax.conv_general_dilated`, quickly on small maps on a CPU.
 
   XLA's CPU backend runs a convolution in a naive loop where the map is smaller
-  than the kernel, in the forward pass or in the input's gradient: 3x3 on 2x2
-  maps, 512 channels, batch 64, takes 540 ms there and 8 ms as im2col and one
-  GEMM. One of a single feature, as in mask units, is slow on any map: 3x3 on
-  28x28 maps, 512 channels, batch 8, takes 13 ms, and 7 ms as one GEMM that
-  gives the products of all taps. Such convolutions are written both ways with
-  `lax.platform_dependent`; other platforms, and MAC counters, see the plain
-  convolution.
+  than the kernel, in the forward pass or in the input's gradient; im2col and
+  one GEMM are far quicker there. One of a single feature, as in mask units, is
+  slow on any map; one GEMM that gives the products of all taps is quicker. Such
+  convolutions are written both ways with `lax.platform_dependent`; other
+  platforms, and MAC counters, see the plain convolution.
 
   Args:
     x: float[N, H, W, C].
@@ -166,8 +164,7 @@ def max_pool(x: jax.Array) -> jax.Array:
   """Returns the 3x3 maximum at stride 2, padding 1, of float[N, H, W, C].
 
   The gradient goes to a window's first maximum, as in PyTorch. It is written
-  out because XLA's own, `select_and_scatter`, is slow on a CPU: 132 ms of CPU
-  time against 9 for 64 maps of 32x32x64.
+  out because XLA's own, `select_and_scatter`, is slow on a CPU.
   """
   return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 

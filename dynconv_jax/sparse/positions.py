@@ -38,7 +38,7 @@ def find_positions(mask: jax.Array, padding: int = 0) -> Positions:
   rank = jnp.cumsum(active, dtype=jnp.int32)
   rows = jnp.where(active, rank - 1, size)
   # Inactive positions all write to one slot, which is out of the list: on a
-  # CPU five times as fast as a binary search of the cumulative sum.
+  # CPU faster than a binary search of the cumulative sum.
   slots = jnp.where(active, rows, size + padding)
   indices = jnp.full(size + padding + 1, size, jnp.int32)
   indices = indices.at[slots].set(

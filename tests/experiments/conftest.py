@@ -5,6 +5,7 @@ import importlib.util
 import io
 import pathlib
 
+import absl_logging
 import jax
 import pytest
 from absl import flags
@@ -39,7 +40,9 @@ class Programs:
       if name not in self._loaded:
         self._loaded[name] = _load(name)
       module, own = self._loaded[name]
-      with flagsaver.flagsaver(), contextlib.ExitStack() as stack:
+      with contextlib.ExitStack() as stack:
+        stack.enter_context(absl_logging.kept())
+        stack.enter_context(flagsaver.flagsaver())
         for flag in own:
           flags.FLAGS[flag.name] = flag
           stack.callback(delattr, flags.FLAGS, flag.name)

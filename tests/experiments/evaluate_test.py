@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from flax import nnx
 
 from dynconv_jax.data import spots
 from dynconv_jax.plotting.results import read_results
+from dynconv_jax.sparse import executor as sparse_executor
 from dynconv_jax.training import checkpoints, inputs, workdir
 
 # MACs of a CIFAR ResNet-8 of 4, 8 and 16 channels on 24 x 24 pixels.
@@ -220,6 +222,47 @@ def test_methods_that_cannot_sample(
     ValueError, match=f'needs gates that sample, .*; the run is of {method}$'
   ):
     program('evaluate', f'--workdir={folder}', '--stochastic_gates')
+
+
+@pytest.mark.parametrize('execution', ['sparse', 'auto'])
+def test_sparse_execution_gives_the_same(
+  program, dynconv_run, summary, tmp_path, execution
+):
+  folder = _copy(dynconv_run, tmp_path / 'run')
+  asked = []
+  original = sparse_executor.SparseExecutor.__call__
+
+  def call(self, images, masks=None):
+    asked.append((self.mode, images.shape))
+    return original(self, images, masks)
+
+  with mock.patch.object(sparse_executor.SparseExecutor, '__call__', call):
+    lines = program(
+      'evaluate',
+      f'--workdir={folder}',
+      '--split=test',
+      '--num_maps=0',
+      f'--execution={execution}',
+    )
+  # All 20 images, in padded batches of 8.
+  assert asked == [(execution, (8, 24, 24, 3))] * 3
+  sparse = json.loads(lines.splitlines()[-1])
+  assert sparse.pop('execution') == execution
+  assert sparse.pop('overflows') >= 0
+  assert sparse.pop('loss') == pytest.approx(summary['loss'], rel=1e-5)
+  assert sparse == {k: v for k, v in summary.items() if k != 'loss'}
+
+
+def test_sparse_execution_of_what_has_no_decisions(
+  program, dense_run, dynconv_run, monkeypatch
+):
+  monkeypatch.setattr(workdir, 'build_model', None)
+  for run, flag, message in (
+    (dense_run, '--nostochastic_gates', 'needs a gated network'),
+    (dynconv_run, '--stochastic_gates', 'takes the decisions of evaluation'),
+  ):
+    with pytest.raises(ValueError, match=f'--execution=sparse {message}'):
+      program('evaluate', f'--workdir={run}', '--execution=sparse', flag)
 
 
 def test_files_that_are_written(evaluated, summary, dynconv_run):

@@ -9,6 +9,7 @@ import sys
 import time
 from unittest import mock
 
+import absl_logging
 import pytest
 from absl import flags, logging
 
@@ -93,13 +94,8 @@ def _guarded(main):
 @pytest.fixture
 def absl_handler():
   """Leaves absl's logging as it was."""
-  root, handler = stdlib_logging.getLogger(), logging.get_absl_handler()
-  verbosity, level = logging.get_verbosity(), root.level
-  handlers, filters = list(root.handlers), list(handler.filters)
-  yield handler
-  logging.set_verbosity(verbosity)
-  root.setLevel(level)
-  root.handlers[:], handler.filters[:] = handlers, filters
+  with absl_logging.kept():
+    yield logging.get_absl_handler()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +130,14 @@ def test_a_bug_keeps_its_traceback(absl_handler):
   logging.set_verbosity(logging.DEBUG)
   with pytest.raises(ValueError, match='looked into'):
     _guarded(mistaken)(['program'])
+
+
+def test_programs_called_here_leave_logging_as_it_was(program, tmp_path):
+  loggers = [stdlib_logging.getLogger(), logging.get_absl_logger()]
+  before = [logger.level for logger in loggers]
+  with pytest.raises(ValueError, match='budget'):
+    program('train', '--budget=2', f'--workdir={tmp_path}/run')
+  assert [logger.level for logger in loggers] == before
 
 
 def test_only_our_own_progress_is_shown(absl_handler):

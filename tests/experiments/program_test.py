@@ -1,0 +1,43 @@
+"""Tests of what the programs share."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+_CORES = len(os.sched_getaffinity(0))
+
+
+def _devices(arguments, xla_flags='', before=''):
+  """The number of devices of a process that calls `share_cpu`."""
+  code = f"""
+import jax
+from experiments import program
+{before}
+program.share_cpu{arguments}
+print(jax.local_device_count())
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    env={**os.environ, 'XLA_FLAGS': xla_flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  return int(done.stdout)
+
+
+@pytest.mark.parametrize(
+  'arguments, xla_flags, before, expected',
+  [
+    ((0, 64), '', '', min(_CORES, 2)),
+    ((0, 63), '', '', 1),
+    ((1, 64), '', '', 1),
+    ((3, 63), '', '', 3),
+    ((2, 64), '--xla_force_host_platform_device_count=4', '', 4),
+    ((3, 63), '', 'jax.devices()', 1),
+  ],
+)
+def test_devices_of_the_cpu(arguments, xla_flags, before, expected):
+  assert _devices(arguments, xla_flags, before) == expected
