@@ -36,6 +36,7 @@ from dynconv_jax.models.resnet import (
   check_choice,
   check_image_size,
 )
+from dynconv_jax.training.workdir import read_config
 from experiments import program, turns
 
 _MODEL = flags.DEFINE_string('model', 'resnet50', 'A key of ARCHITECTURES.')
@@ -82,10 +83,12 @@ PEERS = {
   'torch_compiled': ('torch', 'torch_compiled'),
   'torch_index': ('torch', 'torch'),
   'onnxruntime': ('onnxruntime', 'onnxruntime'),
+  # The sparse network, exported by dynconv_jax.sparse.onnx.
+  'onnx_sparse': ('onnxruntime', 'onnxruntime'),
 }
 # Those that compute everywhere.
 _DENSE_PEERS = ('torch', 'torch_compiled', 'onnxruntime')
-_EXPORTING = ('torch', 'onnx', 'onnxscript')
+_EXPORTED = ('dynconv', 'convnet_aig')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -175,12 +178,17 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     )
   if errors:
     raise ValueError('; '.join(errors))
+  method = _METHOD.value
+  if _WORKDIR.value:
+    method = read_config(pathlib.Path(_WORKDIR.value).expanduser()).method
   peers = []
   for peer in wanted:
-    needed = {PEERS[peer][0]} | set(_EXPORTING if 'onnx' in peer else ())
+    needed = {PEERS[peer][0]} | ({'onnx'} if 'onnx' in peer else set())
     missing = [n for n in sorted(needed) if not importlib.util.find_spec(n)]
     if missing:
       print(f'{peer} is left out: {", ".join(missing)} not installed')
+    elif peer == 'onnx_sparse' and method not in _EXPORTED:
+      print(f'{peer} is left out: it knows {", ".join(_EXPORTED)} only')
     elif not (peer == 'torch_index' and _WORKDIR.value):
       peers.append(peer)
   if _WORKDIR.value:
@@ -222,6 +230,10 @@ def _time(case, workers, peers) -> dict[str, Any]:
     'sparse_over_dense': sparse / dense,
     'sparse_over_fastest_dense': sparse / milliseconds[fastest],
   }
+  if 'onnx_sparse' in peers:
+    result['onnx_sparse_over_fastest_dense'] = (
+      milliseconds['onnx_sparse'] / milliseconds[fastest]
+    )
   if _PER_BLOCK.value:
     result['blocks'] = workers['jax'].ask(kind='blocks', **case)
   return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,11 @@ from matplotlib.figure import Figure
 
 from dynconv_jax.plotting import style
 
+# Column, what its curves are called, line and face.
+_KINDS = (
+  ('sparse_over_fastest_dense', '', '-', None),
+  ('onnx_sparse_over_fastest_dense', ' in ONNX Runtime', ':', 'white'),
+)
 _COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
 
 
@@ -23,12 +29,14 @@ def plot_speedup(
 ) -> Figure:
   """Writes how much faster than dense execution is, against mask density.
 
-  One curve a batch size, the MAC-proportional ideal dashed, and break-even: the
-  density at which a curve crosses 1, taken as linear between measurements.
+  One curve a batch size, a second where the exported network was timed too, the
+  MAC-proportional ideal dashed, and break-even: the density at which a curve
+  crosses 1, taken as linear between measurements.
 
   Args:
     runs: of 'batch_size', 'density', 'sparse_over_fastest_dense' and
-      'mac_ideal', as experiments.benchmark gives.
+      'mac_ideal', some of 'onnx_sparse_over_fastest_dense', as
+      experiments.benchmark gives.
     path: of the figure, written as .png and .svg.
     title: above it.
 
@@ -48,20 +56,30 @@ def plot_speedup(
     marker='.',
     label='MAC-proportional ideal',
   )
-  for i, size in enumerate(sizes):
-    points = sorted(
-      (run['density'], 1 / run['sparse_over_fastest_dense'])
-      for run in runs
-      if run['batch_size'] == size
-    )
-    color = _COLORS[i % len(_COLORS)]
-    densities, speedups = map(np.array, zip(*points, strict=True))
-    even = break_even(densities, speedups)
-    label = f'batch {size}'
-    if even is not None:
-      label += f', break-even at {even:.2f}'
-      ax.plot(even, 1, marker='|', markersize=14, color=color)
-    ax.plot(densities, speedups, color=color, marker='o', label=label)
+  for size, color in zip(sizes, itertools.cycle(_COLORS), strict=False):
+    for column, name, line, face in _KINDS:
+      points = sorted(
+        (run['density'], 1 / run[column])
+        for run in runs
+        if run['batch_size'] == size and column in run
+      )
+      if not points:
+        continue
+      densities, speedups = map(np.array, zip(*points, strict=True))
+      even = break_even(densities, speedups)
+      label = f'batch {size}{name}'
+      if even is not None:
+        label += f', break-even at {even:.2f}'
+        ax.plot(even, 1, marker='|', markersize=14, color=color)
+      ax.plot(
+        densities,
+        speedups,
+        color=color,
+        linestyle=line,
+        marker='o',
+        markerfacecolor=face or color,
+        label=label,
+      )
   ax.axhline(1, color=style.INK, linewidth=0.8)
   ax.set_xlim(0, 1.02)
   ax.set_ylim(bottom=0)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.models.blocks import Block
+from dynconv_jax.models.layers import BatchNorm
 from dynconv_jax.models.resnet import ResNet
 
 
@@ -121,13 +122,33 @@ def fold_block(block: Block, dtype) -> FoldedBlock:
   )
 
 
-def fold_network(model: ResNet) -> FoldedNetwork:
+def fold_network(model: ResNet, dtype=None) -> FoldedNetwork:
   """Returns the convolutions of a network.
 
   Args:
     model: in evaluation.
+    dtype: of the folded kernels; None: the model's.
   """
+  dtype = dtype or model.dtype
   return FoldedNetwork(
-    stem=fold_conv(model.conv1, model.bn1, model.dtype),
-    blocks=tuple(fold_block(block, model.dtype) for block in model.blocks),
+    stem=fold_conv(model.conv1, model.bn1, dtype),
+    blocks=tuple(fold_block(block, dtype) for block in model.blocks),
   )
+
+
+def check_evaluation(model: ResNet) -> None:
+  """Raises ValueError unless a model is the evaluation view.
+
+  Args:
+    model: whose batch norms are about to be folded.
+  """
+  norms = [node for _, node in nnx.iter_graph(model)]
+  gates = [block.masker for block in model.blocks if block.masker is not None]
+  if any(
+    isinstance(node, BatchNorm) and not node.use_running_average
+    for node in norms
+  ) or not all(gate.deterministic for gate in gates):
+    raise ValueError(
+      'batch norm can be folded in the evaluation view of a model only: '
+      'nnx.view(model, deterministic=True, use_running_average=True)'
+    )

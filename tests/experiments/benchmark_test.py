@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dynconv_jax.sparse.cost import clustered_masks
-from experiments import benchmark_workers, turns
+from experiments import benchmark_networks, turns
 
 _SMALL = (
   '--model=cifar_resnet8',
@@ -94,6 +94,21 @@ def test_peers(program):
   )
 
 
+@pytest.mark.slow
+def test_the_exported_network_is_timed_too(program, tmp_path):
+  pytest.importorskip('onnxruntime', reason='pip install -e .[benchmark]')
+  arguments = (*_SMALL, '--batch_size=1', '--peers=onnxruntime,onnx_sparse')
+  printed = program('benchmark', *arguments, f'--output={tmp_path}')
+  summary = json.loads(printed.splitlines()[-1])
+  peers = summary['peers']
+  assert list(peers) == ['onnxruntime', 'onnx_sparse']
+  times = {'jax': summary['dense_ms'], 'onnxruntime': peers['onnxruntime']}
+  assert summary['fastest_dense'] == min(times, key=times.get)
+  assert summary['onnx_sparse_over_fastest_dense'] == pytest.approx(
+    peers['onnx_sparse'] / min(times.values())
+  )
+
+
 @pytest.mark.parametrize(
   'arguments, messages',
   [
@@ -121,7 +136,7 @@ def test_errors(program, arguments, messages):
 
 
 def test_masks_of_patches_are_those_of_fewer_positions():
-  mask = benchmark_workers._mask(np.random.default_rng(0), (2, 7, 10), 0.3, 4)
+  mask = benchmark_networks._mask(np.random.default_rng(0), (2, 7, 10), 0.3, 4)
   patches = clustered_masks(np.random.default_rng(0), (2, 2, 3), 0.3)
   assert mask.shape == (2, 7, 10)
   for i in range(7):

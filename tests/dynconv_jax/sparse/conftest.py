@@ -23,11 +23,16 @@ SMALL = {
 def make_network():
   """Makes an evaluation view whose parameters and statistics are random."""
 
-  def make(family, method, dtype=jnp.float32, seed=0):
+  def make(family, method, dtype=jnp.float32, seed=0, **kwargs):
     with mock.patch.dict(ARCHITECTURES, SMALL):
       model = nnx.eval_shape(
         lambda: create_model(
-          family, method=method, num_classes=5, dtype=dtype, rngs=nnx.Rngs(0)
+          family,
+          method=method,
+          num_classes=5,
+          dtype=dtype,
+          rngs=nnx.Rngs(0),
+          **kwargs,
         )
       )
     rng = np.random.default_rng(seed)

@@ -1,0 +1,88 @@
+"""A minimal writer of ONNX graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+_OPSET = 18
+_IR_VERSION = 10
+
+
+class Graph:
+  """Nodes and constants, in order; names begin with what is being written.
+
+  Attributes:
+    scope: of the nodes to come, such as 'layer1.0'.
+  """
+
+  def __init__(self):
+    self.scope = ''
+    self._nodes, self._constants, self._inputs = [], [], []
+
+  def __call__(self, op: str, *inputs: str | np.ndarray, **attributes) -> str:
+    """Returns the name of a new node's output.
+
+    Args:
+      op: of the standard operator set.
+      *inputs: names of values, or constants.
+      **attributes: of the operator.
+    """
+    output = f'{self.scope}/{op}_{len(self._nodes)}'
+    names = [
+      value if isinstance(value, str) else self._constant(value)
+      for value in inputs
+    ]
+    self._nodes.append(
+      helper.make_node(op, names, [output], output, **attributes)
+    )
+    return output
+
+  def input(self, name: str, shape: Sequence[int | str]) -> str:
+    """Returns the name of a new float32 input of the graph."""
+    self._inputs.append(_float(name, shape))
+    return name
+
+  def model(
+    self, outputs: dict[str, tuple[str, Sequence[int | str]]]
+  ) -> onnx.ModelProto:
+    """Returns the checked model.
+
+    Args:
+      outputs: by name, the value and its shape, float32.
+    """
+    for name, (value, _) in outputs.items():
+      self._nodes.append(helper.make_node('Identity', [value], [name]))
+    graph = helper.make_graph(
+      self._nodes,
+      'dynconv_jax',
+      self._inputs,
+      [_float(name, shape) for name, (_, shape) in outputs.items()],
+      self._constants,
+    )
+    model = helper.make_model(
+      graph,
+      producer_name='dynconv_jax',
+      opset_imports=[helper.make_opsetid('', _OPSET)],
+      ir_version=_IR_VERSION,
+    )
+    onnx.checker.check_model(model)
+    return model
+
+  def _constant(self, value: np.ndarray) -> str:
+    name = f'{self.scope}/constant_{len(self._constants)}'
+    value = np.ascontiguousarray(value)
+    self._constants.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def integers(*values: int) -> np.ndarray:
+  """Returns int64 values: shapes, axes and indices are of that type."""
+  return np.array(values, np.int64)
+
+
+def _float(name, shape):
+  return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)

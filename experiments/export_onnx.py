@@ -1,0 +1,74 @@
+"""Writes a trained network as an ONNX model that computes where it matters.
+
+python -m experiments.export_onnx --workdir=workdir/spots_dynconv \
+  --output=workdir/spots_dynconv.onnx [--form=dense]
+
+Dense, DynConv and ConvNet-AIG networks. The model's input 'images' is
+float32[N, H, W, 3], of any N, normalised by the mean and deviation in its
+metadata, which names the classes too. Its outputs are 'logits' and, of a gated
+network, 'density', the share of active positions of each image and block.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+import onnx
+from absl import flags
+
+from dynconv_jax.data.augment import MEAN, STD
+from dynconv_jax.sparse.onnx import FORMS, export_onnx
+from dynconv_jax.training.workdir import load_run
+from experiments import program
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+_OUTPUT = flags.DEFINE_string(
+  'output', None, 'The file, which ends in .onnx.', required=True
+)
+_CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+)
+_FORM = flags.DEFINE_enum(
+  'form',
+  'sparse',
+  FORMS,
+  'Of gated blocks: at active positions only, or everywhere and masked.',
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Reads the weights and writes the file."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  output = pathlib.Path(_OUTPUT.value).expanduser()
+  if output.suffix != '.onnx':
+    raise ValueError(f'output must end in .onnx; got {output}')
+  run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
+  config = run.config
+  model = export_onnx(
+    run.model, (config.image_size, config.image_size), form=_FORM.value
+  )
+  metadata = {
+    'model': config.model,
+    'method': config.method,
+    'width_multiplier': str(config.width_multiplier),
+    'step': str(run.step),
+    'class_names': json.dumps(run.class_names),
+    'mean': json.dumps(MEAN),
+    'std': json.dumps(STD),
+  }
+  onnx.helper.set_model_props(model, metadata)
+  output.parent.mkdir(parents=True, exist_ok=True)
+  partial = output.with_name(f'.{output.name}.partial')
+  onnx.save(model, partial)
+  os.replace(partial, output)
+  print(f'wrote {output}, step {run.step}')
+
+
+if __name__ == '__main__':
+  program.run(main)
