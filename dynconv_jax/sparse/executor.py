@@ -17,6 +17,15 @@ from dynconv_jax.models.layers import BatchNorm, max_pool
 from dynconv_jax.models.resnet import ResNet, check_choice
 from dynconv_jax.sparse.cost import calibrate
 from dynconv_jax.sparse.dense import convolve, run_dense
+from dynconv_jax.sparse.devices import (
+  AXIS,
+  REPLICATED,
+  SPLIT,
+  make_mesh,
+  num_shares,
+  on_shares,
+  put,
+)
 from dynconv_jax.sparse.fold import fold_network
 from dynconv_jax.sparse.plan import BlockPlan, default_plan, run_block
 
@@ -31,9 +40,9 @@ class ExecutionStats:
     masks: one ExecutionMask a masked block, as the model returns them.
     positions: int32[blocks], active positions of each, over the batch.
     dilated_positions: int32[blocks], those of its first convolution.
-    overflows: int32[blocks], 1 where the batch was above what the block's plan
-      executes sparsely, so that all positions were computed; 0 elsewhere, and
-      where the plan is dense by itself.
+    overflows: int32[blocks], 1 where the batch, or one device's share of it,
+      was above what the block's plan executes sparsely, so that all positions
+      were computed; 0 elsewhere, and where the plan is dense by itself.
     names: of the blocks, such as 'layer2.0'.
   """
 
@@ -65,6 +74,9 @@ class SparseExecutor:
       densely, however the cost model decides; exact all the same, and counted.
     density: for 'auto', the density of masks to expect, in (0, 1].
     plans: one BlockPlan a block in network order, instead of those of the mode.
+    devices: that share each batch, N / len(devices) images each; None: all
+      local ones of a CPU where they divide N, one otherwise. Plans are made for
+      a share.
   """
 
   def __init__(
@@ -76,6 +88,7 @@ class SparseExecutor:
     limit: float = 1.0,
     density: float = 0.5,
     plans: Sequence[BlockPlan] | None = None,
+    devices: Sequence[jax.Device] | None = None,
   ):
     check_choice('mode', mode, MODES)
     self.image_shape = _check_image_shape(image_shape)
@@ -89,14 +102,25 @@ class SparseExecutor:
         f'plans must be one a block, {num_blocks}; got {len(plans)}'
       )
     self.mode = mode
-    self._network = fold_network(model)
+    self.mesh = make_mesh(devices, self.image_shape[0])
     graphdef, state = nnx.split(model)
-    self._state = nnx.as_pure(state)
+    self._network, self._state = put(
+      (fold_network(model), nnx.as_pure(state)), self.mesh, REPLICATED
+    )
+    self._inputs = _block_shapes(model, self.image_shape)
+    self._names = [block.name for block in model.blocks]
 
     def forward(network, state, images, masks):
       return self._forward(nnx.merge(graphdef, state), network, images, masks)
 
-    self._run = jax.jit(forward)
+    self._run = jax.jit(
+      on_shares(
+        forward,
+        self.mesh,
+        (REPLICATED, REPLICATED, SPLIT, SPLIT),
+        (SPLIT, SPLIT, REPLICATED),
+      )
+    )
     self._options = (mode, limit, density)
     self.plans = self._make_plans(model) if plans is None else list(plans)
 
@@ -123,16 +147,31 @@ class SparseExecutor:
         f'images must be {self.image_shape}; got {tuple(jnp.shape(images))}'
       )
     if masks is not None:
-      masks = list(masks)
-      num_blocks = len(self._network.blocks)
-      if len(masks) != num_blocks:
-        raise ValueError(
-          f'masks must be one a block, {num_blocks}; got {len(masks)}'
-        )
-    return self._run(self._network, self._state, images, masks)
+      masks = self._check_masks(masks)
+    images, masks = put((images, masks), self.mesh, SPLIT)
+    logits, masks, counts = self._run(self._network, self._state, images, masks)
+    names = tuple(mask.name for mask in masks)
+    return logits, ExecutionStats(masks, **counts, names=names)
+
+  def _check_masks(self, masks):
+    masks, num_blocks = list(masks), len(self._names)
+    if len(masks) != num_blocks:
+      raise ValueError(
+        f'masks must be one a block, {num_blocks}; got {len(masks)}'
+      )
+    for mask, name, block, shape in zip(
+      masks, self._names, self._network.blocks, self._inputs, strict=True
+    ):
+      shape, given = block.output_shape(shape), tuple(jnp.shape(mask))
+      if given not in (shape, (shape[0], 1, 1)):
+        raise ValueError(f'mask of {name} must be {shape}; got {given}')
+    return masks
 
   def _forward(self, model, network, images, forced):
-    """The model's `__call__` with the blocks executed by their plans."""
+    """The model's `__call__` with the blocks executed by their plans.
+
+    Of a device's share of the images; the counts are of the whole batch.
+    """
     x = images.astype(model.dtype)
     x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
     if model.architecture.stem == 'imagenet':
@@ -156,21 +195,24 @@ class SparseExecutor:
         x = (
           output if forced is None else lax.optimization_barrier((x, output))[0]
         )
-    return model.head(x), ExecutionStats(
-      masks=executed,
-      positions=_counts(mask.hard for mask in executed),
-      dilated_positions=_counts(mask.dilated for mask in executed),
-      overflows=jnp.stack(overflows),
-      names=tuple(mask.name for mask in executed),
-    )
+    counts = {
+      'positions': _counts(mask.hard for mask in executed),
+      'dilated_positions': _counts(mask.dilated for mask in executed),
+    }
+    overflows = jnp.stack(overflows)
+    if self.mesh is not None:
+      counts = lax.psum(counts, AXIS)
+      overflows = lax.pmax(overflows, AXIS)
+    return model.head(x), executed, {**counts, 'overflows': overflows}
 
   def _make_plans(self, model):
     mode, limit, density = self._options
-    shapes = _block_shapes(model, self.image_shape)
+    shares = num_shares(self.mesh)
     plans, measured = [], {}
     for block, folded, shape in zip(
-      model.blocks, self._network.blocks, shapes, strict=True
+      model.blocks, self._network.blocks, self._inputs, strict=True
     ):
+      shape = (shape[0] // shares, *shape[1:])
       per_image = block.masker is not None and block.masker.per_image
       if mode == 'dense':
         plan = BlockPlan('dense')
@@ -181,7 +223,12 @@ class SparseExecutor:
         key = str((key, jax.tree.structure(folded)))
         if key not in measured:
           measured[key] = calibrate(
-            folded, shape, model.dtype, per_image=per_image, density=density
+            folded,
+            shape,
+            model.dtype,
+            per_image=per_image,
+            density=density,
+            mesh=self.mesh,
           )
           logging.info('%s of %s: %s', block.name, shape, measured[key])
         plan = measured[key]
