@@ -51,6 +51,10 @@ class _Jax:
   """Dense, masked dense and sparse execution by XLA."""
 
   def __init__(self, settings):
+    from experiments import program
+
+    program.share_cpu(0, 2)  # A batch that is odd is run by one device.
+    program.keep_memory()
     self.networks = Networks(settings)
     self.dtype = self.networks.dtype
     self.case = None
@@ -118,13 +122,13 @@ class _Jax:
     import jax
 
     from dynconv_jax.models.layers import max_pool
+    from dynconv_jax.sparse import devices
     from dynconv_jax.sparse.dense import convolve, run_dense
     from dynconv_jax.sparse.fold import fold_network
 
     model = self.networks.model('dense')
-    plans = self.sparse.plans
+    plans, mesh = self.sparse.plans, self.sparse.mesh
 
-    @jax.jit
     def forward(network, images):
       x = convolve(images.astype(self.dtype), network.stem)
       x = jax.nn.relu(x).astype(self.dtype)
@@ -134,7 +138,10 @@ class _Jax:
         x = run_dense(block, x, im2col=plan.im2col)
       return model.head(x)
 
-    return functools.partial(forward, fold_network(model))
+    specs = (devices.REPLICATED, devices.SPLIT)
+    run = jax.jit(devices.on_shares(forward, mesh, specs, devices.SPLIT))
+    network = devices.put(fold_network(model), mesh, devices.REPLICATED)
+    return lambda images: run(network, devices.put(images, mesh, devices.SPLIT))
 
   def step(self, kind, batch_size, density):
     assert self.case == (batch_size, density)
@@ -145,13 +152,16 @@ class _Jax:
     import jax
     from jax import numpy as jnp
 
+    from dynconv_jax.sparse import devices
+    from dynconv_jax.sparse.cost import run_on_shares
     from dynconv_jax.sparse.fold import fold_block
-    from dynconv_jax.sparse.plan import BlockPlan, run_block
+    from dynconv_jax.sparse.plan import BlockPlan
 
     assert self.case == (batch_size, density)
     x = jax.eval_shape(self.model.stem, self.batches[0])
     rng, rows = np.random.default_rng(2), []
     decided = {mask.name: mask for mask in self.stats.masks}
+    mesh = self.sparse.mesh
     for block, plan in zip(self.model.blocks, self.sparse.plans, strict=True):
       shape, x = x.shape, jax.eval_shape(block, x)
       if block.name not in decided:
@@ -159,13 +169,17 @@ class _Jax:
       mask = decided[block.name]
       features = jnp.asarray(np.maximum(rng.normal(size=shape), 0), self.dtype)
       load = jnp.mean(mask.executed_macs()) / float(mask.dense_macs())
+      folded, load = devices.put(
+        (fold_block(block, self.dtype), load), mesh, devices.REPLICATED
+      )
       run = functools.partial(
-        run_block,
-        fold_block(block, self.dtype),
-        features,
+        run_on_shares,
+        folded,
+        devices.put(features, mesh, devices.SPLIT),
         mask.hard,
         mask.dilated,
         load,
+        mesh=mesh,
       )
       forms = {
         'dense_ms': BlockPlan('dense', im2col=plan.im2col),

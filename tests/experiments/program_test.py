@@ -41,3 +41,28 @@ print(jax.local_device_count())
 )
 def test_devices_of_the_cpu(arguments, xla_flags, before, expected):
   assert _devices(arguments, xla_flags, before) == expected
+
+
+@pytest.mark.parametrize('kept', [False, True])
+def test_memory_is_kept(kept):
+  """Page faults of using 128 MiB for the second time, after freeing it."""
+  code = f"""
+import ctypes, resource
+from experiments import program
+if {kept}:
+  program.keep_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+for _ in range(2):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  memory = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(2**27)))
+  ctypes.memset(memory, 1, 2**27)
+  libc.free(memory)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  pages = 2**27 // os.sysconf('SC_PAGE_SIZE')
+  assert (int(done.stdout) < pages // 100) == kept
