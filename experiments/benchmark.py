@@ -114,22 +114,29 @@ def main(argv: Sequence[str]) -> None:
     for case in cases:
       results.append(_time(case, workers, peers))
       _print(results[-1])
-  summary = {**_common(), 'runs': results}
-  if len(results) == 1:
-    summary = {**_common(), **results[0]}
+      if output:
+        _write(output, results)
   if output:
-    path = output / 'benchmark.json'
-    partial = path.with_suffix('.partial')
-    partial.write_text(json.dumps(summary, indent=2) + '\n')
-    os.replace(partial, path)
-    print(f'wrote {path}')
-    if not _WORKDIR.value:
-      from dynconv_jax.plotting.speedup import plot_speedup
+    print(f'wrote {output}')
+  print(json.dumps(_summary(results)))
 
-      figure = output / 'speedup.png'
-      plot_speedup(results, figure, title=_title())
-      print(f'wrote {figure} and {figure.with_suffix(".svg")}')
-  print(json.dumps(summary))
+
+def _summary(results) -> dict[str, Any]:
+  if len(results) == 1:
+    return {**_common(), **results[0]}
+  return {**_common(), 'runs': results}
+
+
+def _write(output: pathlib.Path, results) -> None:
+  """Writes the JSON file, whole or not at all, and the figure."""
+  path = output / 'benchmark.json'
+  partial = path.with_suffix('.partial')
+  partial.write_text(json.dumps(_summary(results), indent=2) + '\n')
+  os.replace(partial, path)
+  if not _WORKDIR.value:
+    from dynconv_jax.plotting.speedup import plot_speedup
+
+    plot_speedup(results, output / 'speedup.png', title=_title())
 
 
 def _check() -> tuple[list[dict[str, Any]], list[str]]:

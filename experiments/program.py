@@ -86,9 +86,8 @@ def keep_memory() -> None:
   """Lets the C library keep freed memory, where it is glibc.
 
   XLA allocates the temporaries of each call anew. Large ones come from the
-  system, which clears every page again: at batch 8 of a ResNet-50, a fifth of
-  the CPU time of sparse execution. One arena, without separate mappings, which
-  is not trimmed, hands the same pages out.
+  system, which clears every page again. One arena, without separate mappings,
+  which is not trimmed, hands the same pages out.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   config = config_flags.read()
   program.share_cpu(_CPU_DEVICES.value, config.batch_size)
+  program.keep_memory()
   try:
     summary = loop.train(config, folder)
   except loop.Interrupted as interrupted:
