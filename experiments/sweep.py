@@ -19,17 +19,21 @@ command goes on: what is trained and has a row is passed over. A failure does
 not end the sweep; its error is told at the end. Latency is measured after all
 trainings.
 
-Six classes of Food-101 (DIR: an unpacked Food-101), two cores:
+Six classes of Food-101 (DIR: an unpacked Food-101), two cores, from the dense
+run workdir/food/dense, and narrower dense networks:
 python -m experiments.sweep --food101_dir=DIR \
-  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+  --flagfile=experiments/flags/food101_6_resnet18_64px_from_dense.flags \
   --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
-  --grid=dense:width_multiplier=0.55,0.71,0.84,1 --grid=budget=0.3,0.5,0.7 \
-  --grid=skip_weight=0.5,1,1.5 --grid=skipnet:mask_bias=2 \
-  --grid=skipnet:budget_warmup=0.6 --grid=ponder_weight=0.003,0.01,0.03 \
-  --grid=seed=0 --checkpoint=latest --parallel=2 \
-  --results=results/food101_6_resnet18_64px
+  --grid=budget=0.3,0.5,0.7 --grid=skip_weight=0.3,0.6,1.2 \
+  --grid=skipnet:budget_warmup=0.6 --grid=sact:ponder_weight=0.01,0.05,0.2 \
+  --grid=act:ponder_weight=0.02,0.1,0.2 --grid=seed=0 --checkpoint=latest \
+  --parallel=2 --results=results/food101_6_resnet18_64px
+python -m experiments.sweep --food101_dir=DIR --epochs=36 \
+  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+  --grid=method=dense --grid=width_multiplier=0.55,0.71 --grid=seed=0 \
+  --checkpoint=latest --parallel=2 --results=results/food101_6_resnet18_64px
 
-The same at 224 pixels with ResNet-50, on a GPU:
+At 224 pixels with ResNet-50, from scratch, on a GPU:
 python -m experiments.sweep --food101_dir=DIR \
   --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
   --model=resnet50 --image_size=224 --cache_size=256 \
