@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import pathlib
+from unittest import mock
 
 import absl_logging
 import jax
@@ -13,6 +14,7 @@ from absl.testing import flagsaver
 
 from dynconv_jax.training import loop
 from dynconv_jax.training.config import Config
+from experiments import program as shared
 
 
 class Programs:
@@ -43,6 +45,8 @@ class Programs:
       with contextlib.ExitStack() as stack:
         stack.enter_context(absl_logging.kept())
         stack.enter_context(flagsaver.flagsaver())
+        # A process of many tests has to give memory back.
+        stack.enter_context(mock.patch.object(shared, 'keep_memory'))
         for flag in own:
           flags.FLAGS[flag.name] = flag
           stack.callback(delattr, flags.FLAGS, flag.name)
