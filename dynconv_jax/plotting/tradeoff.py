@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ _X_LABELS = {
   'executed_fraction': 'executed / dense MACs of the masked layers',
   'latency_ms': 'latency of a batch (ms)',
 }
+# Characters a line of the notes below a figure.
+_NOTE_WIDTH = 92
 _UNITS = ('us', 'ms', 's', 'mb', 'mib', 'gb', 'gib')
 
 
@@ -86,7 +89,8 @@ def plot_accuracy_against_macs(
   if x.startswith('latency'):
     notes += _latency_notes(rows)
   if notes:
-    style.footnote(figure, '\n'.join(notes))
+    wrapped = [textwrap.fill(note, _NOTE_WIDTH) for note in notes]
+    style.footnote(figure, '\n'.join(wrapped))
   style.save_figure(figure, path)
   return figure
 
