@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from dynconv_jax.gating.mask import ExecutionMask
-from dynconv_jax.models.layers import BatchNorm, max_pool
+from dynconv_jax.models.layers import max_pool
 from dynconv_jax.models.resnet import ResNet, check_choice
 from dynconv_jax.sparse.cost import calibrate
 from dynconv_jax.sparse.dense import convolve, run_dense
@@ -26,7 +26,7 @@ from dynconv_jax.sparse.devices import (
   on_shares,
   put,
 )
-from dynconv_jax.sparse.fold import fold_network
+from dynconv_jax.sparse.fold import check_evaluation, fold_network
 from dynconv_jax.sparse.plan import BlockPlan, default_plan, run_block
 
 MODES = ('auto', 'sparse', 'dense')
@@ -286,19 +286,9 @@ def _check_image_shape(image_shape):
 
 
 def _check_model(model):
-  gates = [block.masker for block in model.blocks if block.masker is not None]
-  if not gates:
+  if all(block.masker is None for block in model.blocks):
     raise ValueError(
       'the network has no gates: every position would be executed; make it '
       'with a gated method'
     )
-  norms = [node for _, node in nnx.iter_graph(model)]
-  training = any(
-    isinstance(node, BatchNorm) and not node.use_running_average
-    for node in norms
-  ) or not all(gate.deterministic for gate in gates)
-  if training:
-    raise ValueError(
-      'SparseExecutor needs the evaluation view of the model: '
-      'nnx.view(model, deterministic=True, use_running_average=True)'
-    )
+  check_evaluation(model)

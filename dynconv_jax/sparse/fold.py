@@ -149,6 +149,6 @@ def check_evaluation(model: ResNet) -> None:
     for node in norms
   ) or not all(gate.deterministic for gate in gates):
     raise ValueError(
-      'batch norm can be folded in the evaluation view of a model only: '
+      'folding batch norm needs the evaluation view of the model: '
       'nnx.view(model, deterministic=True, use_running_average=True)'
     )
