@@ -26,7 +26,7 @@ def algorithm(states, scores):
       return output + remainder * state, n, remainder
 
 
-def stage(states, scores):
+def run_stage(states, scores):
   """The algorithm at every position: (output, units, remainders)."""
   states, scores = np.float64(states), np.float64(scores)
   output = np.zeros(states.shape[1:])

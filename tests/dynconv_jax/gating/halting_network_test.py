@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
-from halting_algorithm import randomize
+from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
 from dynconv_jax.gating.halting import HaltingUnit
@@ -97,7 +97,7 @@ class NetworkTest(parameterized.TestCase):
         y = np.asarray(block(x))
         if states:
           scores.append(np.broadcast_to(block.masker.score(x), x.shape[:3]))
-          _, units, _ = stage([*states, y], scores)
+          _, units, _ = run_stage([*states, y], scores)
           active = units > len(states)
           mask = next(given)
           np.testing.assert_array_equal(mask.hard, active)
@@ -107,7 +107,7 @@ class NetworkTest(parameterized.TestCase):
         states.append(y)
         x = jnp.asarray(y)
       if units is not None:
-        x, units, remainders = stage(states, scores)
+        x, units, remainders = run_stage(states, scores)
         cost += np.mean(units + remainders)
         x = jnp.asarray(x, jnp.float32)
     np.testing.assert_allclose(logits, model.head(x), rtol=1e-4, atol=1e-5)

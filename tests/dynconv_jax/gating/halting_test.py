@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
-from halting_algorithm import randomize, stage
+from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
 from dynconv_jax.gating.halting import HaltingUnit
@@ -84,7 +84,7 @@ class HaltingTest(parameterized.TestCase):
     scores = np.random.default_rng(1).beta(0.5, 1, (num_units - 1, 2, 5, 4))
     scores[:, :, 0] = 1
     states = _states(scores)
-    output, units, remainders = stage(states, states[:-1, ..., 0])
+    output, units, remainders = run_stage(states, states[:-1, ..., 0])
     self.assertLen(np.unique(units), num_units)
     decisions, given = _run(_unit(3, True, _Known), states)
     np.testing.assert_allclose(given, output, rtol=1e-4, atol=1e-5)
@@ -100,7 +100,7 @@ class HaltingTest(parameterized.TestCase):
   def test_images_halt_as_a_whole(self):
     scores = np.random.default_rng(1).beta(0.5, 1, (3, 8, 1, 1))
     states = _states(np.broadcast_to(scores, (3, 8, 2, 3)))
-    output, units, _ = stage(states, states[:-1, ..., 0])
+    output, units, _ = run_stage(states, states[:-1, ..., 0])
     self.assertGreater(len(np.unique(units)), 2)
     unit = _unit(3, False, _Known)
     self.assertTrue(unit.per_image)
@@ -140,7 +140,7 @@ class HaltingTest(parameterized.TestCase):
     for decision in decisions:
       chex.assert_type(decision, jnp.float32)
     states = np.asarray(states, np.float32)
-    expected, _, _ = stage(states, states[:-1, ..., 0])
+    expected, _, _ = run_stage(states, states[:-1, ..., 0])
     np.testing.assert_allclose(
       np.asarray(output, np.float32), expected, rtol=2**-8, atol=1e-3
     )
