@@ -54,6 +54,9 @@ _GRANULARITY = flags.DEFINE_list(
 _NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
 _MODE = flags.DEFINE_string('mode', 'auto', 'Of the executor.')
+_NATIVE = flags.DEFINE_bool(
+  'native', None, 'Kernels compiled on this machine; by default where they can.'
+)
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'A trained run, whose network and masks are timed.'
 )
@@ -211,6 +214,8 @@ def _time(case, workers, peers) -> dict[str, Any]:
   kinds = {'dense': 'jax'}
   if gated := 'plans' in info:
     kinds |= {'masked_dense': 'jax', 'sparse': 'jax'}
+    if info['native']:
+      kinds['native_dense'] = 'jax'
   kinds |= {peer: PEERS[peer][1] for peer in peers}
   times: dict[str, list[float]] = {kind: [] for kind in kinds}
   for _ in range(_ROUNDS.value):
@@ -237,6 +242,9 @@ def _time(case, workers, peers) -> dict[str, Any]:
     'sparse_over_dense': sparse / dense,
     'sparse_over_fastest_dense': sparse / milliseconds[fastest],
   }
+  if info['native']:
+    result['native_dense_ms'] = milliseconds['native_dense']
+    result['sparse_over_native_dense'] = sparse / milliseconds['native_dense']
   if 'onnx_sparse' in peers:
     result['onnx_sparse_over_fastest_dense'] = (
       milliseconds['onnx_sparse'] / milliseconds[fastest]
@@ -255,6 +263,8 @@ def _print(result) -> None:
   if gated := 'sparse_ms' in result:
     rows['masked dense'] = result['masked_dense_ms']
     rows['sparse'] = result['sparse_ms']
+    if 'native_dense_ms' in result:
+      rows['native dense'] = result['native_dense_ms']
   rows |= result['peers']
   for name, value in rows.items():
     print(
@@ -281,6 +291,7 @@ def _settings() -> dict[str, Any]:
     num_classes=_NUM_CLASSES.value,
     compute_dtype=_DTYPE.value,
     mode=_MODE.value,
+    native=_NATIVE.value,
     mask_granularity=_GRANULARITY.value,
     steps=_STEPS.value,
     workdir=_WORKDIR.value,

@@ -53,7 +53,6 @@ class _Jax:
   def __init__(self, settings):
     from experiments import program
 
-    program.share_cpu(0, 2)  # A batch that is odd is run by one device.
     program.keep_memory()
     self.networks = Networks(settings)
     self.dtype = self.networks.dtype
@@ -80,11 +79,14 @@ class _Jax:
       shape,
       mode=self.networks.settings['mode'],
       density=density or 0.5,
+      native=self.networks.settings['native'],
     )
     # Dense in the same forms as the network without gates, below.
     plans = [BlockPlan('dense', im2col=p.im2col) for p in self.sparse.plans]
     executors = {
-      'masked_dense': SparseExecutor(self.model, shape, plans=plans),
+      'masked_dense': SparseExecutor(
+        self.model, shape, plans=plans, native=False
+      ),
       'sparse': self.sparse,
     }
     self.case = (batch_size, density)
@@ -93,6 +95,8 @@ class _Jax:
       for kind, executor in executors.items()
     }
     self.steps['dense'] = _cycle(self._dense(), batches)
+    if self.sparse.native:
+      self.steps['native_dense'] = _cycle(self._native_dense(), batches)
     self.batches = batches
     if not self.networks.is_gated:
       return {'density': 1.0, 'mac_ideal': 1.0}
@@ -108,6 +112,7 @@ class _Jax:
     return {
       'density': density,
       'mac_ideal': float(executed.mean() / dense.total),
+      'native': self.sparse.native,
       'overflows': int(sum(s.overflows.sum() for s in stats)),
       'plans': {
         block.name: plan.form
@@ -122,12 +127,10 @@ class _Jax:
     import jax
 
     from dynconv_jax.models.layers import max_pool
-    from dynconv_jax.sparse import devices
     from dynconv_jax.sparse.dense import convolve, run_dense
     from dynconv_jax.sparse.fold import fold_network
 
-    model = self.networks.model('dense')
-    plans, mesh = self.sparse.plans, self.sparse.mesh
+    model, plans = self.networks.model('dense'), self.sparse.plans
 
     def forward(network, images):
       x = convolve(images.astype(self.dtype), network.stem)
@@ -138,10 +141,27 @@ class _Jax:
         x = run_dense(block, x, im2col=plan.im2col)
       return model.head(x)
 
-    specs = (devices.REPLICATED, devices.SPLIT)
-    run = jax.jit(devices.on_shares(forward, mesh, specs, devices.SPLIT))
-    network = devices.put(fold_network(model), mesh, devices.REPLICATED)
-    return lambda images: run(network, devices.put(images, mesh, devices.SPLIT))
+    return functools.partial(jax.jit(forward), fold_network(model))
+
+  def _native_dense(self):
+    """The network without gates by the kernels that execute sparsely."""
+    import jax
+
+    from dynconv_jax.models.layers import max_pool
+    from dynconv_jax.sparse import native
+    from dynconv_jax.sparse.fold import fold_network
+
+    model = self.networks.model('dense')
+
+    def forward(network, images):
+      x = native.convolve_relu(images, network.stem)
+      if model.architecture.stem == 'imagenet':
+        x = max_pool(x)
+      for block in network.blocks:
+        x = native.run_native(block, x)
+      return model.head(x)
+
+    return functools.partial(jax.jit(forward), native.pack(fold_network(model)))
 
   def step(self, kind, batch_size, density):
     assert self.case == (batch_size, density)
@@ -152,16 +172,14 @@ class _Jax:
     import jax
     from jax import numpy as jnp
 
-    from dynconv_jax.sparse import devices
-    from dynconv_jax.sparse.cost import run_on_shares
+    from dynconv_jax.sparse import native
     from dynconv_jax.sparse.fold import fold_block
-    from dynconv_jax.sparse.plan import BlockPlan
+    from dynconv_jax.sparse.plan import BlockPlan, run_block
 
     assert self.case == (batch_size, density)
     x = jax.eval_shape(self.model.stem, self.batches[0])
     rng, rows = np.random.default_rng(2), []
     decided = {mask.name: mask for mask in self.stats.masks}
-    mesh = self.sparse.mesh
     for block, plan in zip(self.model.blocks, self.sparse.plans, strict=True):
       shape, x = x.shape, jax.eval_shape(block, x)
       if block.name not in decided:
@@ -169,17 +187,11 @@ class _Jax:
       mask = decided[block.name]
       features = jnp.asarray(np.maximum(rng.normal(size=shape), 0), self.dtype)
       load = jnp.mean(mask.executed_macs()) / float(mask.dense_macs())
-      folded, load = devices.put(
-        (fold_block(block, self.dtype), load), mesh, devices.REPLICATED
-      )
+      folded = fold_block(block, self.dtype)
+      if self.sparse.native:
+        folded = native.pack(folded)
       run = functools.partial(
-        run_on_shares,
-        folded,
-        devices.put(features, mesh, devices.SPLIT),
-        mask.hard,
-        mask.dilated,
-        load,
-        mesh=mesh,
+        run_block, folded, features, mask.hard, mask.dilated, load
       )
       forms = {
         'dense_ms': BlockPlan('dense', im2col=plan.im2col),
@@ -189,7 +201,7 @@ class _Jax:
       for repeat in range(8):
         for name, form in forms.items():
           taken = turns.seconds(
-            lambda form=form, run=run: jax.block_until_ready(run(form)), 1
+            lambda form=form, run=run: jax.block_until_ready(run(plan=form)), 1
           )
           times[name] += taken if repeat else []  # The first compiles.
       row = {k: 1e3 * float(np.median(v)) for k, v in times.items()}

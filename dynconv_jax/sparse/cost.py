@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dynconv_jax.gating.mask import dilate
-from dynconv_jax.sparse.devices import (
-  REPLICATED,
-  SPLIT,
-  num_shares,
-  on_shares,
-  put,
-)
 from dynconv_jax.sparse.fold import FoldedBlock
 from dynconv_jax.sparse.plan import (
   BlockPlan,
@@ -41,7 +32,7 @@ def calibrate(
   *,
   per_image: bool,
   density: float,
-  mesh: Mesh | None = None,
+  native: bool = False,
 ) -> BlockPlan:
   """Returns the fastest plan of a block, and up to which load it is sparse.
 
@@ -50,34 +41,29 @@ def calibrate(
 
   Args:
     block: the folded block.
-    shape: (N, H, W, C) of its input, one device's share.
+    shape: (N, H, W, C) of its input.
     dtype: of its input.
     per_image: whether its mask is constant over an image.
     density: the one at which the candidates are compared.
-    mesh: of devices that share a batch: all are timed at once, a share each.
+    native: whether the candidate that executes active positions is by the
+      kernels for this machine; the block is packed for them.
   """
-  shares = num_shares(mesh)
   rng = np.random.default_rng(0)
-  x = rng.normal(size=(shares * shape[0], *shape[1:]))
-  x = put(jnp.asarray(np.maximum(x, 0), dtype), mesh, SPLIT)
+  x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), dtype)
   output = block.output_shape(shape)
   densities = _IMAGE_DENSITIES if per_image else _DENSITIES
-
-  def masks(density):
-    share = [
-      clustered_masks(rng, output, density, per_image) for _ in range(shares)
-    ]
-    return np.concatenate(share)
-
-  cases = [_case(block, shape, masks(d), mesh) for d in densities]
-  candidates = _candidates(output, per_image)
+  cases = [
+    _case(block, shape, clustered_masks(rng, output, d, per_image))
+    for d in densities
+  ]
+  candidates = _candidates(output, per_image, native)
   times = {plan: [np.inf] * len(cases) for plan in candidates}
   for repeat in range(_REPEATS + 1):
     for plan in candidates:
       # A dense plan takes as long for any mask.
       for i, case in enumerate(cases[: 1 if plan.form == 'dense' else None]):
         start = time.perf_counter()
-        jax.block_until_ready(run_on_shares(block, x, *case, plan, mesh))
+        jax.block_until_ready(run_block(block, x, *case, plan))
         if repeat:  # The first compiles.
           times[plan][i] = min(times[plan][i], time.perf_counter() - start)
   loads = [float(load) for _, _, load in cases]
@@ -156,36 +142,7 @@ def clustered_masks(
   return (ranks < max(density > 0, round(density * h * w))).astype(np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=('plan', 'mesh'))
-def run_on_shares(
-  block: FoldedBlock,
-  x: jax.Array,
-  hard: jax.Array,
-  dilated: jax.Array,
-  load: jax.Array,
-  plan: BlockPlan,
-  mesh: Mesh | None,
-) -> jax.Array:
-  """Returns what `plan.run_block` does, each device computing its share.
-
-  Args:
-    block: on all devices.
-    x: of the whole batch, split, as are the masks.
-    hard: see `run_block`.
-    dilated: likewise.
-    load: of every share alike, on all devices.
-    plan: how.
-    mesh: of the devices, see `devices.make_mesh`.
-  """
-  return on_shares(
-    functools.partial(run_block, plan=plan),
-    mesh,
-    (REPLICATED, SPLIT, SPLIT, SPLIT, REPLICATED),
-    SPLIT,
-  )(block, x, hard, dilated, load)
-
-
-def _case(block, shape, hard, mesh):
+def _case(block, shape, hard):
   """The masks and the load of a block."""
   hard = jnp.asarray(hard)
   bottleneck = block.third is not None
@@ -198,16 +155,18 @@ def _case(block, shape, hard, mesh):
     rest += block.third.kernel.size
   dense = float(first * dilated.size + rest * hard.size)
   load = (first * jnp.sum(dilated) + rest * jnp.sum(hard)) / dense
-  return *put((hard, dilated), mesh, SPLIT), put(load, mesh, REPLICATED)
+  return hard, dilated, load
 
 
-def _candidates(shape, per_image):
+def _candidates(shape, per_image, native):
   """The plans that may be the fastest for a block of (N, h, w) outputs."""
   n, h, w = shape
   small = h * w <= 400
   plans = [BlockPlan('dense')]
   if small:
     plans.append(BlockPlan('dense', im2col=True))
+  if native:
+    return [*plans, default_plan(shape, per_image, native)]
   if per_image:
     plan = default_plan(shape, True)
     plans.append(plan)

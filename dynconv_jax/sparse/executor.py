@@ -15,17 +15,9 @@ from jax import lax
 from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.models.layers import max_pool
 from dynconv_jax.models.resnet import ResNet, check_choice
+from dynconv_jax.sparse import native as native_lib
 from dynconv_jax.sparse.cost import calibrate
 from dynconv_jax.sparse.dense import convolve, run_dense
-from dynconv_jax.sparse.devices import (
-  AXIS,
-  REPLICATED,
-  SPLIT,
-  make_mesh,
-  num_shares,
-  on_shares,
-  put,
-)
 from dynconv_jax.sparse.fold import check_evaluation, fold_network
 from dynconv_jax.sparse.plan import BlockPlan, default_plan, run_block
 
@@ -40,9 +32,9 @@ class ExecutionStats:
     masks: one ExecutionMask a masked block, as the model returns them.
     positions: int32[blocks], active positions of each, over the batch.
     dilated_positions: int32[blocks], those of its first convolution.
-    overflows: int32[blocks], 1 where the batch, or one device's share of it,
-      was above what the block's plan executes sparsely, so that all positions
-      were computed; 0 elsewhere, and where the plan is dense by itself.
+    overflows: int32[blocks], 1 where the batch was above what the block's plan
+      executes sparsely, so that all positions were computed; 0 elsewhere, and
+      where the plan is dense by itself.
     names: of the blocks, such as 'layer2.0'.
   """
 
@@ -74,9 +66,8 @@ class SparseExecutor:
       densely, however the cost model decides; exact all the same, and counted.
     density: for 'auto', the density of masks to expect, in (0, 1].
     plans: one BlockPlan a block in network order, instead of those of the mode.
-    devices: that share each batch, N / len(devices) images each; None: all
-      local ones of a CPU where they divide N, one otherwise. Plans are made for
-      a share.
+    native: whether kernels that are compiled on this machine may serve, see
+      `native.py`; None: where they can.
   """
 
   def __init__(
@@ -88,7 +79,7 @@ class SparseExecutor:
     limit: float = 1.0,
     density: float = 0.5,
     plans: Sequence[BlockPlan] | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    native: bool | None = None,
   ):
     check_choice('mode', mode, MODES)
     self.image_shape = _check_image_shape(image_shape)
@@ -101,26 +92,28 @@ class SparseExecutor:
       raise ValueError(
         f'plans must be one a block, {num_blocks}; got {len(plans)}'
       )
+    usable = mode != 'dense' and native_lib.usable(model.dtype)
+    if native and not usable:
+      raise ValueError(
+        'native needs a CPU, a C++ compiler, a model in float32 and a mode '
+        f"other than 'dense'; got mode {mode!r}, {model.dtype} on "
+        f'{jax.default_backend()}'
+      )
     self.mode = mode
-    self.mesh = make_mesh(devices, self.image_shape[0])
+    self.native = usable and native is not False
+    network = fold_network(model)
+    if self.native:
+      network = native_lib.pack(network)
+      model = native_lib.with_native_gates(model)
     graphdef, state = nnx.split(model)
-    self._network, self._state = put(
-      (fold_network(model), nnx.as_pure(state)), self.mesh, REPLICATED
-    )
+    self._network, self._state = network, nnx.as_pure(state)
     self._inputs = _block_shapes(model, self.image_shape)
     self._names = [block.name for block in model.blocks]
 
     def forward(network, state, images, masks):
       return self._forward(nnx.merge(graphdef, state), network, images, masks)
 
-    self._run = jax.jit(
-      on_shares(
-        forward,
-        self.mesh,
-        (REPLICATED, REPLICATED, SPLIT, SPLIT),
-        (SPLIT, SPLIT, REPLICATED),
-      )
-    )
+    self._run = jax.jit(forward)
     self._options = (mode, limit, density)
     self.plans = self._make_plans(model) if plans is None else list(plans)
 
@@ -148,10 +141,7 @@ class SparseExecutor:
       )
     if masks is not None:
       masks = self._check_masks(masks)
-    images, masks = put((images, masks), self.mesh, SPLIT)
-    logits, masks, counts = self._run(self._network, self._state, images, masks)
-    names = tuple(mask.name for mask in masks)
-    return logits, ExecutionStats(masks, **counts, names=names)
+    return self._run(self._network, self._state, images, masks)
 
   def _check_masks(self, masks):
     masks, num_blocks = list(masks), len(self._names)
@@ -168,12 +158,12 @@ class SparseExecutor:
     return masks
 
   def _forward(self, model, network, images, forced):
-    """The model's `__call__` with the blocks executed by their plans.
-
-    Of a device's share of the images; the counts are of the whole batch.
-    """
+    """The model's `__call__` with the blocks executed by their plans."""
     x = images.astype(model.dtype)
-    x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
+    if self.native:
+      x = native_lib.convolve_relu(x, network.stem)
+    else:
+      x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
     if model.architecture.stem == 'imagenet':
       x = max_pool(x)
     given = iter(forced or [None] * len(model.blocks))
@@ -195,29 +185,25 @@ class SparseExecutor:
         x = (
           output if forced is None else lax.optimization_barrier((x, output))[0]
         )
-    counts = {
-      'positions': _counts(mask.hard for mask in executed),
-      'dilated_positions': _counts(mask.dilated for mask in executed),
-    }
-    overflows = jnp.stack(overflows)
-    if self.mesh is not None:
-      counts = lax.psum(counts, AXIS)
-      overflows = lax.pmax(overflows, AXIS)
-    return model.head(x), executed, {**counts, 'overflows': overflows}
+    return model.head(x), ExecutionStats(
+      masks=executed,
+      positions=_counts(mask.hard for mask in executed),
+      dilated_positions=_counts(mask.dilated for mask in executed),
+      overflows=jnp.stack(overflows),
+      names=tuple(mask.name for mask in executed),
+    )
 
   def _make_plans(self, model):
     mode, limit, density = self._options
-    shares = num_shares(self.mesh)
     plans, measured = [], {}
     for block, folded, shape in zip(
       model.blocks, self._network.blocks, self._inputs, strict=True
     ):
-      shape = (shape[0] // shares, *shape[1:])
       per_image = block.masker is not None and block.masker.per_image
       if mode == 'dense':
         plan = BlockPlan('dense')
       elif mode == 'sparse':
-        plan = default_plan(folded.output_shape(shape), per_image)
+        plan = default_plan(folded.output_shape(shape), per_image, self.native)
       else:
         key = (shape, jax.tree.map(jnp.shape, folded), per_image)
         key = str((key, jax.tree.structure(folded)))
@@ -228,7 +214,7 @@ class SparseExecutor:
             model.dtype,
             per_image=per_image,
             density=density,
-            mesh=self.mesh,
+            native=self.native,
           )
           logging.info('%s of %s: %s', block.name, shape, measured[key])
         plan = measured[key]
@@ -249,6 +235,8 @@ def _obey(block, x, mask, hard):
 def _execute(block, x, mask, plan, given):
   """A block's output, and 1 where its plan's limit was passed."""
   if mask is None:
+    if plan.form == 'native':
+      return native_lib.run_native(block, x), None
     return run_dense(block, x, im2col=plan.im2col), None
   if plan.form == 'images' and given is not None and given.shape[1:] != (1, 1):
     plan = default_plan(mask.hard.shape, False).limited(plan.limit)

@@ -21,11 +21,13 @@ class Layer:
     kernel: float[k, k, in_features, features], in the compute dtype.
     bias: float32[features].
     strides: of the convolution.
+    panels: kernel and bias as `native.py` reads them, or None.
   """
 
   kernel: jax.Array
   bias: jax.Array
   strides: int = flax.struct.field(pytree_node=False)
+  panels: jax.Array | None = None
 
   @property
   def size(self) -> int:

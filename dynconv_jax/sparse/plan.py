@@ -9,9 +9,10 @@ import jax
 
 from dynconv_jax.sparse.dense import run_dense, run_images
 from dynconv_jax.sparse.fold import FoldedBlock
+from dynconv_jax.sparse.native import run_native
 from dynconv_jax.sparse.rows import run_buckets, run_chunks
 
-FORMS = ('dense', 'chunks', 'buckets', 'images')
+FORMS = ('dense', 'native', 'chunks', 'buckets', 'images')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +20,10 @@ class BlockPlan:
   """How a block is executed; every plan gives the same result.
 
   Attributes:
-    form: 'dense', all positions; 'chunks' or 'buckets', active positions, see
-      `rows.run_chunks` and `rows.run_buckets`; 'images', whole active images.
+    form: 'dense', all positions; 'native', active positions by kernels of this
+      machine's CPU, see `native.run_native`; 'chunks' or 'buckets', active
+      positions by XLA, see `rows.run_chunks` and `rows.run_buckets`; 'images',
+      whole active images by XLA.
     sizes: rows a chunk, or images at a time, decreasing.
     nine: whether a 3x3 on rows is nine products added up.
     im2col: whether a dense 3x3 is gathered windows and one product.
@@ -50,13 +53,18 @@ class BlockPlan:
     return dataclasses.replace(self, limit=min(self.limit, limit))
 
 
-def default_plan(shape: tuple[int, int, int], per_image: bool) -> BlockPlan:
+def default_plan(
+  shape: tuple[int, int, int], per_image: bool, native: bool = False
+) -> BlockPlan:
   """Returns a plan that is good on most machines, without measuring.
 
   Args:
     shape: (N, h, w) of the block's output.
     per_image: whether its mask is constant over an image.
+    native: whether there are kernels for this machine.
   """
+  if native:
+    return BlockPlan('native')
   num_images, h, w = shape
   if per_image:
     # Enough rows for the matrix products of a small map to be efficient.
@@ -104,6 +112,8 @@ def run_block(
     return run_dense(block, x, hard, im2col=plan.im2col)
 
   def sparse():
+    if plan.form == 'native':
+      return run_native(block, x, hard, dilated)
     if plan.form == 'chunks':
       return run_chunks(
         block, x, hard, dilated, sizes=plan.sizes, nine=plan.nine

@@ -11,12 +11,21 @@ from flax import nnx
 from dynconv_jax import create_model
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 from dynconv_jax.models.resnet import ARCHITECTURES, Architecture
+from dynconv_jax.sparse import native as native_lib
 
 # Identities, projections and strides of both families, in four blocks.
 SMALL = {
   'basic': Architecture(BasicBlock, (2, 2), 8, 'cifar'),
   'bottleneck': Architecture(Bottleneck, (2, 2), 8, 'imagenet'),
 }
+
+
+@pytest.fixture(params=(False, True), ids=('xla', 'native'))
+def native(request):
+  """Whether the kernels that are compiled on this machine serve."""
+  if request.param and not native_lib.usable(jnp.dtype(jnp.float32)):
+    pytest.skip('the kernels need a CPU and a C++ compiler')
+  return request.param
 
 
 @pytest.fixture(scope='session')

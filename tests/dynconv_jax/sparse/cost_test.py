@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from dynconv_jax.sparse import native as native_lib
 from dynconv_jax.sparse.cost import calibrate, choose_plan, clustered_masks
 from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.plan import BlockPlan, chunk_sizes
@@ -66,13 +67,19 @@ class CostTest(chex.TestCase):
     self.assertEqual(masks.mean((1, 2)).tolist(), [1, 1, 0, 0])
 
 
-def test_a_block_is_measured(make_network):
+def test_a_block_is_measured(make_network, native):
   model = make_network('bottleneck', 'dynconv')
   block = fold_block(model.blocks[1], jnp.float32)
   plan = calibrate(
-    block, (1, 6, 5, 32), jnp.float32, per_image=False, density=0.5
+    native_lib.pack(block) if native else block,
+    (1, 6, 5, 32),
+    jnp.float32,
+    per_image=False,
+    density=0.5,
+    native=native,
   )
-  assert plan.form in ('dense', 'chunks')
+  sparse = ('native',) if native else ('chunks', 'buckets')
+  assert plan.form in ('dense', *sparse)
   assert 0 < plan.limit <= 1
 
 

@@ -51,11 +51,12 @@ def assert_same(got, expected, tolerance=1e-5):
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('method', [m for m in METHODS if m != 'dense'])
 def test_the_executor_equals_the_masked_dense_forward(
-  make_network, family, method
+  make_network, native, family, method
 ):
   model, images = make_network(family, method), make_images()
   expected, masks = masked_dense(model, images)
-  logits, stats = SparseExecutor(model, images.shape, mode='sparse')(images)
+  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
+  logits, stats = executor(images)
   assert_same(logits, expected)
   assert stats.names == tuple(mask.name for mask in masks)
   for got, mask, positions, dilated in zip(
@@ -74,7 +75,7 @@ def test_the_executor_equals_the_masked_dense_forward(
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('batch', (1, 3))
 def test_given_masks_are_obeyed_and_nothing_is_traced_again(
-  make_network, family, batch
+  make_network, native, family, batch
 ):
   model, images = (
     make_network(family, 'dynconv'),
@@ -102,7 +103,7 @@ def test_given_masks_are_obeyed_and_nothing_is_traced_again(
     name: dense(nnx.as_pure(state), images, masks)[0]
     for name, masks in cases.items()
   }
-  executor = SparseExecutor(model, images.shape, mode='sparse')
+  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
   chex.clear_trace_counter()
   once = chex.assert_max_traces(ResNet.head, n=1)
   with mock.patch.object(ResNet, 'head', once):
@@ -112,12 +113,13 @@ def test_given_masks_are_obeyed_and_nothing_is_traced_again(
       assert stats.positions.tolist() == [int(m.sum()) for m in masks]
 
 
-def test_whole_images_are_given_by_one_value_each(make_network):
+def test_whole_images_are_given_by_one_value_each(make_network, native):
   model, images = make_network('bottleneck', 'convnet_aig'), make_images()
   shapes = mask_shapes(model, images)
   active = [np.array(a, np.float32) for a in ((1, 0, 1), (0, 0, 0))] * 2
-  executor = SparseExecutor(model, images.shape, mode='sparse')
-  assert {plan.form for plan in executor.plans} == {'images'}
+  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
+  form = 'native' if native else 'images'
+  assert {plan.form for plan in executor.plans} == {form}
   full = [
     np.broadcast_to(a[:, None, None], shape)
     for a, shape in zip(active, shapes, strict=True)
@@ -134,7 +136,7 @@ def test_whole_images_are_given_by_one_value_each(make_network):
   )
 
 
-def test_what_is_above_the_limit_is_exact_and_counted(make_network):
+def test_what_is_above_the_limit_is_exact_and_counted(make_network, native):
   model, images = make_network('bottleneck', 'dynconv'), make_images()
   shapes = mask_shapes(model, images)
   rng = np.random.default_rng(0)
@@ -143,7 +145,9 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network):
     clustered_masks(rng, shape, density)
     for shape, density in zip(shapes, densities, strict=True)
   ]
-  executor = SparseExecutor(model, images.shape, mode='sparse', limit=0.5)
+  executor = SparseExecutor(
+    model, images.shape, mode='sparse', limit=0.5, native=native
+  )
   logits, stats = executor(images, masks=masks)
   assert stats.overflows.tolist() == [0, 1, 0, 1]
   assert_same(logits, masked_dense(model, images, masks)[0])
@@ -185,9 +189,11 @@ def test_bfloat16_is_as_near_to_float32_as_the_dense_forward(make_network):
   assert 0 < error < bound
 
 
-def test_an_image_that_is_no_number_leaves_the_others_alone(make_network):
+def test_an_image_that_is_no_number_leaves_the_others_alone(
+  make_network, native
+):
   model, images = make_network('bottleneck', 'dynconv'), make_images()
-  executor = SparseExecutor(model, images.shape, mode='sparse')
+  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
   expected, _ = executor(images)
   logits, _ = executor(images.at[-1].set(jnp.nan))
   np.testing.assert_allclose(logits[:-1], expected[:-1], rtol=1e-5)
@@ -210,6 +216,10 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   error('limit must be in (0, 1]; got 0', model, shape, limit=0)
   error('density must be in (0, 1]; got 1.5', model, shape, density=1.5)
   error('plans must be one a block, 4; got 1', model, shape, plans=[None])
+  rounded = make_network('basic', 'dynconv', jnp.bfloat16)
+  message = 'native needs a CPU, a C++ compiler, a model in float32'
+  error(message, rounded, shape, native=True)
+  error(message, model, shape, mode='dense', native=True)
   error('the network has no gates', make_network('basic', 'dense'), shape)
   training = nnx.view(model, deterministic=False, use_running_average=False)
   error('needs the evaluation view', training, shape)

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
+from dynconv_jax.sparse import native
 from dynconv_jax.sparse.cost import clustered_masks
 from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.plan import BlockPlan, run_block
@@ -24,11 +25,14 @@ POSITION_PLANS = {
   'buckets': BlockPlan('buckets', buckets=3),
   'buckets_nine': BlockPlan('buckets', nine=True, buckets=2),
   'limited': BlockPlan('chunks', (32, 8), limit=0.5),
+  'native': BlockPlan('native'),
+  'native_limited': BlockPlan('native', limit=0.5),
 }
 IMAGE_PLANS = {
   'images_1': BlockPlan('images', (1,)),
   'images_2': BlockPlan('images', (2,), im2col=True),
   'chunks': BlockPlan('chunks', (64,)),
+  'native': BlockPlan('native'),
 }
 BLOCKS = {
   'basic': (BasicBlock, IN_FEATURES, 1),
@@ -82,6 +86,16 @@ def masked_dense(kind):
   return run
 
 
+def folded_block(kind, plan):
+  """The block's convolutions, as the plan needs them."""
+  folded = fold_block(make_block(kind), jnp.float32)
+  if plan.form != 'native':
+    return folded
+  if not native.usable(jnp.dtype(jnp.float32)):
+    raise absltest.SkipTest('the kernels need a CPU and a C++ compiler')
+  return native.pack(folded)
+
+
 def make_input(size=(7, 9)):
   x = np.random.default_rng(1).normal(size=(BATCH, *size, IN_FEATURES))
   return jnp.asarray(np.maximum(x, 0), jnp.float32)
@@ -105,8 +119,7 @@ def make_masks(shape):
 
 
 def compare(kind, plan, masks, x):
-  block = make_block(kind)
-  folded = fold_block(block, jnp.float32)
+  folded = folded_block(kind, plan)
   for name, hard in masks.items():
     expected, mask = masked_dense(kind)(x, jnp.asarray(hard))
     load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * BATCH)
@@ -139,7 +152,7 @@ class RowsTest(chex.TestCase):
     }
     compare(kind, IMAGE_PLANS[plan], masks, x)
 
-  @parameterized.parameters('chunks', 'buckets', 'dense')
+  @parameterized.parameters('chunks', 'buckets', 'native', 'dense')
   def test_maps_of_one_position(self, plan):
     x = make_input((1, 1))
     masks = {
@@ -148,17 +161,16 @@ class RowsTest(chex.TestCase):
     }
     compare('bottleneck', POSITION_PLANS[plan], masks, x)
 
-  @parameterized.parameters('chunks', 'chunks_nine', 'buckets')
+  @parameterized.parameters('chunks', 'chunks_nine', 'buckets', 'native')
   def test_nothing_is_read_that_was_not_computed(self, plan):
     """What is not a number at inactive positions stays there."""
     x = make_input()
     hard = np.zeros(x.shape[:3], np.float32)
     hard[0, 2:4, 2:5] = 1
-    block = make_block('bottleneck')
     expected, mask = masked_dense('bottleneck')(x, jnp.asarray(hard))
     spoilt = jnp.where(mask.dilated[..., None] != 0, x, jnp.nan)
     out = run_block(
-      fold_block(block, jnp.float32),
+      folded_block('bottleneck', POSITION_PLANS[plan]),
       spoilt,
       mask.hard,
       mask.dilated,
@@ -175,7 +187,8 @@ class RowsTest(chex.TestCase):
 
   def test_an_unknown_form_is_an_error(self):
     with self.assertRaisesRegex(
-      ValueError, "form must be dense, chunks, buckets, images; got 'rows'"
+      ValueError,
+      "form must be dense, native, chunks, buckets, images; got 'rows'",
     ):
       BlockPlan('rows')
 

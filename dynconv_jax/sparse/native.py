@@ -1,0 +1,266 @@
+"""Blocks at active positions by kernels that are compiled on this machine.
+
+XLA has static shapes and copies the rows that it gathers. The kernels in
+kernels.cc count at run time and read rows where they are. A C++ compiler
+compiles them at first use; without one, XLA's forms are used.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import tempfile
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
+from dynconv_jax.models.resnet import ResNet
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedNetwork, Layer
+
+Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock)
+
+_SOURCE = pathlib.Path(__file__).with_name('kernels.cc')
+_FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
+_WIDTH = 32  # kWidth of kernels.cc.
+# Positions of the images that a block computes at a time: about those whose
+# rows fit into a shared cache.
+_GROUP_POSITIONS = 3136
+
+
+def usable(dtype: jnp.dtype) -> bool:
+  """Returns whether the kernels compute in a dtype on JAX's default backend.
+
+  Args:
+    dtype: of the features.
+  """
+  return (
+    jax.default_backend() == 'cpu'
+    and dtype == jnp.float32
+    and _register() is not None
+  )
+
+
+def pack(network: Folded) -> Folded:
+  """Returns a network or block with packed weights, `Layer.panels`.
+
+  Args:
+    network: in float32.
+  """
+  return jax.tree.map(
+    lambda layer: layer.replace(panels=_panels(layer.matrix, layer.bias)),
+    network,
+    is_leaf=lambda node: isinstance(node, Layer),
+  )
+
+
+def with_native_gates(model: ResNet) -> ResNet:
+  """Returns a copy of a network whose mask units compute by the kernels.
+
+  Args:
+    model: in evaluation.
+  """
+  model = nnx.clone(model)
+  for block in model.blocks:
+    if isinstance(block.masker, MaskUnit):
+      block.masker.maskconv = NativeSqueeze(block.masker.maskconv)
+  return model
+
+
+def run_native(
+  block: FoldedBlock,
+  x: jax.Array,
+  hard: jax.Array | None = None,
+  dilated: jax.Array | None = None,
+) -> jax.Array:
+  """Returns a block's output, the branch computed at active positions only.
+
+  Args:
+    block: the folded block, packed.
+    x: float32[N, H, W, in_features], rectified.
+    hard: float32[N, h, w] of {0, 1}, where the branch is executed; None:
+      everywhere.
+    dilated: float32[N, ...] of {0, 1}, where its first convolution is; None:
+      everywhere.
+
+  Returns:
+    float32[N, h, w, features].
+  """
+  if hard is None:
+    hard = jnp.ones(block.output_shape(x.shape), jnp.float32)
+  if dilated is None:
+    dilated = jnp.ones(block.first.output_shape(x.shape), jnp.float32)
+  n, middle, end = len(x), dilated.shape[1:], hard.shape[1:]
+  group = min(n, max(1, _GROUP_POSITIONS // (end[0] * end[1])))
+  features = (block.third or block.second).bias.size
+  inner = block.second.bias.size if block.third is not None else 0
+  none = jnp.zeros((0, 1, _WIDTH), jnp.float32)
+  layers = (block.first, block.second, block.third, block.projection)
+  shapes = (
+    (n, *end, features),
+    (group * middle[0] * middle[1], block.first.bias.size),
+    (group * end[0] * end[1], inner),
+  )
+  out, _, _ = jax.ffi.ffi_call(
+    _register()['block'],
+    [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+    # What is inactive stays where the shortcut is the identity.
+    input_output_aliases={0: 0} if block.projection is None else {},
+  )(
+    x,
+    hard,
+    dilated,
+    *(none if layer is None else layer.panels for layer in layers),
+    first_size=np.int64(block.first.size),
+    first_strides=np.int64(block.first.strides),
+    second_strides=np.int64(block.second.strides),
+    group=np.int64(group),
+  )
+  return out
+
+
+def convolve_relu(x: jax.Array, layer: Layer) -> jax.Array:
+  """Returns float32[N, h, w, features]: a convolution and a ReLU.
+
+  Args:
+    x: float32[N, H, W, in_features].
+    layer: packed.
+  """
+  pad = layer.size // 2
+  shape = (*layer.output_shape(x.shape), layer.bias.size)
+  return jax.ffi.ffi_call(
+    _register()['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
+  )(
+    jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))),
+    layer.panels,
+    size=np.int64(layer.size),
+    strides=np.int64(layer.strides),
+    relu=True,
+  )
+
+
+class NativeSqueeze(nnx.Module):
+  """Computes what a mask unit's `Squeeze` does.
+
+  Args:
+    squeeze: gives the weights.
+  """
+
+  def __init__(self, squeeze: Squeeze):
+    conv, fc = squeeze.conv, squeeze.fc
+    kernel = np.asarray(conv.kernel[...])
+    self.size, self.strides = kernel.shape[0], _first(conv.strides)
+    taps = kernel.reshape(self.size**2, -1).T
+    matrix = np.hstack([taps, np.asarray(fc.kernel[...])])
+    bias = np.zeros(matrix.shape[1], np.float32)
+    # The last column is averaged over the map, its bias with it.
+    bias[-1] = float(conv.bias[0]) + float(fc.bias[0])
+    self.panels = nnx.Param(_panels(matrix, bias))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns float32[N, h, w]: logits of a float32[N, H, W, C] input."""
+    n, height, width, _ = x.shape
+    shapes = (
+      (n, -(-height // self.strides), -(-width // self.strides)),
+      (n * height * width, self.size**2 + 1),
+    )
+    logits, _ = jax.ffi.ffi_call(
+      _register()['mask_logits'],
+      [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
+    )(
+      x,
+      self.panels[...],
+      size=np.int64(self.size),
+      strides=np.int64(self.strides),
+    )
+    return logits
+
+
+def _first(strides):
+  return strides if isinstance(strides, int) else strides[0]
+
+
+def _panels(matrix, bias):
+  """float32[panels, 1 + rows, 32] of [rows, columns]: see kernels.cc."""
+  matrix = np.vstack([np.asarray(bias), np.asarray(matrix)])
+  matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % _WIDTH)))
+  panels = matrix.reshape(len(matrix), -1, _WIDTH).transpose(1, 0, 2)
+  return jnp.asarray(np.ascontiguousarray(panels))
+
+
+@functools.cache
+def _register(flags: tuple[str, ...] = ()) -> dict[str, str] | None:
+  """Compiles and registers the kernels; returns their names, None without."""
+  try:
+    path = build(flags)
+    library = ctypes.CDLL(str(path))
+  except (OSError, subprocess.SubprocessError) as error:
+    logging.warning(
+      'sparse blocks are left to XLA, which is slower: the kernels were not '
+      'compiled. %s',
+      getattr(error, 'stderr', None) or error,
+    )
+    return None
+  names = {}
+  for name in ('block', 'convolution', 'mask_logits'):
+    # Compiled programs are cached by name: each build has names of its own.
+    names[name] = f'dynconv_{name}_{path.stem}'
+    handler = jax.ffi.pycapsule(getattr(library, f'dynconv_{name}'))
+    jax.ffi.register_ffi_target(names[name], handler, platform='cpu')
+  return names
+
+
+def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
+  """Compiles the kernels, unless it was done before; returns the library.
+
+  The compiler is that of the environment variable CXX, or c++. Libraries are
+  kept in ~/.cache/dynconv_jax/kernels.
+
+  Args:
+    flags: of the compiler, after the usual ones.
+
+  Raises:
+    OSError: there is no compiler, or the library cannot be written.
+    subprocess.CalledProcessError: the compiler's error.
+  """
+  compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
+  command = [*compiler, *_FLAGS, *flags, f'-I{jax.ffi.include_dir()}']
+  version = subprocess.run(
+    [*compiler, '--version'], capture_output=True, text=True, check=True
+  ).stdout
+  parts = (_SOURCE.read_text(), str(command), version, _processor())
+  digest = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
+  folder = pathlib.Path('~/.cache/dynconv_jax/kernels').expanduser()
+  path = folder / f'{digest}.so'
+  if not path.exists():
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+      library = pathlib.Path(temporary) / path.name
+      subprocess.run(
+        [*command, str(_SOURCE), '-o', str(library)],
+        capture_output=True,
+        text=True,
+        check=True,
+      )
+      library.replace(path)  # Atomic: others may be doing the same.
+  return path
+
+
+def _processor() -> str:
+  """What -march=native depends on: a home may be shared by machines."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+  except OSError:
+    return platform.platform() + platform.processor()
+  kept = ('model name', 'flags', 'Features', 'CPU part')
+  return '\n'.join(sorted({x for x in lines if x.startswith(kept)}))
