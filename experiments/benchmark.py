@@ -214,8 +214,8 @@ def _time(case, workers, peers) -> dict[str, Any]:
   kinds = {'dense': 'jax'}
   if gated := 'plans' in info:
     kinds |= {'masked_dense': 'jax', 'sparse': 'jax'}
-    if info['native']:
-      kinds['native_dense'] = 'jax'
+  if info['native']:
+    kinds['native_dense'] = 'jax'
   kinds |= {peer: PEERS[peer][1] for peer in peers}
   times: dict[str, list[float]] = {kind: [] for kind in kinds}
   for _ in range(_ROUNDS.value):
@@ -233,6 +233,8 @@ def _time(case, workers, peers) -> dict[str, Any]:
     'peers': {peer: milliseconds[peer] for peer in peers},
     'fastest_dense': 'jax' if fastest == 'dense' else fastest,
   }
+  if info['native']:
+    result['native_dense_ms'] = milliseconds['native_dense']
   if not gated:
     return result
   sparse = milliseconds['sparse']
@@ -243,7 +245,6 @@ def _time(case, workers, peers) -> dict[str, Any]:
     'sparse_over_fastest_dense': sparse / milliseconds[fastest],
   }
   if info['native']:
-    result['native_dense_ms'] = milliseconds['native_dense']
     result['sparse_over_native_dense'] = sparse / milliseconds['native_dense']
   if 'onnx_sparse' in peers:
     result['onnx_sparse_over_fastest_dense'] = (
@@ -260,11 +261,11 @@ def _print(result) -> None:
     f'MAC-proportional ideal {result["mac_ideal"]:.3f}'
   )
   rows = {'dense': result['dense_ms']}
+  if 'native_dense_ms' in result:
+    rows['native dense'] = result['native_dense_ms']
   if gated := 'sparse_ms' in result:
     rows['masked dense'] = result['masked_dense_ms']
     rows['sparse'] = result['sparse_ms']
-    if 'native_dense_ms' in result:
-      rows['native dense'] = result['native_dense_ms']
   rows |= result['peers']
   for name, value in rows.items():
     print(

@@ -99,7 +99,8 @@ class _Jax:
       self.steps['native_dense'] = _cycle(self._native_dense(), batches)
     self.batches = batches
     if not self.networks.is_gated:
-      return {'density': 1.0, 'mac_ideal': 1.0}
+      native = self.sparse.native
+      return {'density': 1.0, 'mac_ideal': 1.0, 'native': native}
     stats = [self.sparse(batch, self.masks)[1] for batch in batches]
     self.stats = stats[0]
     arguments = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)

@@ -29,7 +29,7 @@ constexpr int kWidth = 32;  // Columns of a panel, see native.py.
 // Tiles of kTile rows and one panel: as many sums as there are registers, less
 // those that hold the panel's row and a broadcast.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 7;
+constexpr int kLanes = 16, kTile = 10;
 #elif defined(__AVX__)
 constexpr int kLanes = 8, kTile = 3;
 #else
@@ -135,10 +135,10 @@ void Multiply(ffi::ThreadPool& pool, const Product& product, int64_t count,
   // A task is a block of rows and a group of panels; several a thread, so that
   // all end at about the same time.
   const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t wanted = 4 * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t wanted = 8 * std::max<int64_t>(pool.num_threads(), 1);
   int64_t block = std::max<int64_t>(kTaskBytes / (4 * product.depth), 1);
   block = std::min(block, divide(count, wanted));
-  block = std::max<int64_t>(divide(block, kTile), 8) * kTile;
+  block = std::max<int64_t>(divide(block, kTile), 4) * kTile;
   const int64_t blocks = divide(count, block), panels = product.num_panels();
   const int64_t group = divide(panels, std::min(panels, divide(wanted, blocks)));
   const int64_t groups = divide(panels, group);

@@ -3,9 +3,11 @@
 import json
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dynconv_jax.sparse import native
 from dynconv_jax.sparse.cost import clustered_masks
 from experiments import benchmark_networks, turns
 
@@ -51,6 +53,10 @@ def test_two_densities(program, tmp_path):
     assert run['sparse_over_dense'] == pytest.approx(
       run['sparse_ms'] / run['dense_ms']
     )
+    if native.usable(jnp.dtype(jnp.float32)):
+      assert run['sparse_over_native_dense'] == pytest.approx(
+        run['sparse_ms'] / run['native_dense_ms']
+      )
     assert run['fastest_dense'] == 'jax' and run['peers'] == {}
     assert [b['name'] for b in run['blocks']] == [
       'layer1.0',
