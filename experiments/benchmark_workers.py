@@ -148,7 +148,6 @@ class _Jax:
     """The network without gates by the kernels that execute sparsely."""
     import jax
 
-    from dynconv_jax.models.layers import max_pool
     from dynconv_jax.sparse import native
     from dynconv_jax.sparse.fold import fold_network
 
@@ -157,7 +156,7 @@ class _Jax:
     def forward(network, images):
       x = native.convolve_relu(images, network.stem)
       if model.architecture.stem == 'imagenet':
-        x = max_pool(x)
+        x = native.max_pool(x)
       for block in network.blocks:
         x = native.run_native(block, x)
       return model.head(x)

@@ -93,11 +93,12 @@ class SparseExecutor:
         f'plans must be one a block, {num_blocks}; got {len(plans)}'
       )
     usable = mode != 'dense' and native_lib.usable(model.dtype)
-    if native and not usable:
+    asked = native or any(p.form == 'native' for p in plans or ())
+    if asked and not (usable and native is not False):
       raise ValueError(
         'native needs a CPU, a C++ compiler, a model in float32 and a mode '
-        f"other than 'dense'; got mode {mode!r}, {model.dtype} on "
-        f'{jax.default_backend()}'
+        f"other than 'dense'; got native {native}, mode {mode!r}, "
+        f'{model.dtype} on {jax.default_backend()}'
       )
     self.mode = mode
     self.native = usable and native is not False
@@ -165,7 +166,7 @@ class SparseExecutor:
     else:
       x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
     if model.architecture.stem == 'imagenet':
-      x = max_pool(x)
+      x = native_lib.max_pool(x) if self.native else max_pool(x)
     given = iter(forced or [None] * len(model.blocks))
     folded, plans = iter(network.blocks), iter(self.plans)
     carry, executed, overflows = None, [], []

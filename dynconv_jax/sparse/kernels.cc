@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -35,7 +36,8 @@ constexpr int kLanes = 8, kTile = 3;
 #else
 constexpr int kLanes = 4, kTile = 2;
 #endif
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef float Vector
+    __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 // Input rows that a task reads for one panel after the other: they stay in the
 // second-level cache.
@@ -304,6 +306,33 @@ ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
   return ffi::Error::Success();
 }
 
+// The maximum over 3x3 windows, 2 apart, padded by 1.
+ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, FloatsOut out) {
+  const Map in = MapOf(x), end = MapOf(*out);
+  const int64_t channels = x.dimensions()[3];
+  const float* xs = x.typed_data();
+  float* outs = out->typed_data();
+  Parallel(pool, out->dimensions()[0] * end.height, [=](int64_t task) {
+    const int64_t image = task / end.height, top = task % end.height * 2 - 1;
+    const int64_t first_y = std::max<int64_t>(top, 0);
+    const int64_t last_y = std::min(top + 3, in.height);
+    for (int64_t column = 0; column < end.width; ++column) {
+      const int64_t first_x = std::max<int64_t>(column * 2 - 1, 0);
+      const int64_t last_x = std::min(column * 2 + 2, in.width);
+      float* best = outs + (task * end.width + column) * channels;
+      std::fill_n(best, channels, -std::numeric_limits<float>::infinity());
+      for (int64_t y = first_y; y < last_y; ++y)
+        for (int64_t x = first_x; x < last_x; ++x) {
+          const float* row =
+              xs + (image * in.area() + y * in.width + x) * channels;
+          for (int64_t c = 0; c < channels; ++c)  // Keeps NaN.
+            best[c] = row[c] > best[c] || row[c] != row[c] ? row[c] : best[c];
+        }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 // The logits of a mask unit: a size x size convolution with one output plus a
 // linear map of the average over the map. Both are linear: the products of all
 // taps and that of the average, the last, are formed in one pass over x, and
@@ -370,6 +399,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,
                                   .Attr<int64_t>("size")
                                   .Attr<int64_t>("strides")
                                   .Attr<bool>("relu"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_max_pool, MaxPool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()   // x
+                                  .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_mask_logits, MaskLogits,
                               ffi::Ffi::Bind()

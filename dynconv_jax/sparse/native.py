@@ -149,6 +149,19 @@ def convolve_relu(x: jax.Array, layer: Layer) -> jax.Array:
   )
 
 
+def max_pool(x: jax.Array) -> jax.Array:
+  """Returns what `layers.max_pool` does: 3x3 windows, stride 2, padding 1.
+
+  Args:
+    x: float32[N, H, W, C].
+  """
+  n, height, width, features = x.shape
+  shape = (n, -(-height // 2), -(-width // 2), features)
+  return jax.ffi.ffi_call(
+    _register()['max_pool'], jax.ShapeDtypeStruct(shape, jnp.float32)
+  )(x)
+
+
 class NativeSqueeze(nnx.Module):
   """Computes what a mask unit's `Squeeze` does.
 
@@ -212,7 +225,7 @@ def _register(flags: tuple[str, ...] = ()) -> dict[str, str] | None:
     )
     return None
   names = {}
-  for name in ('block', 'convolution', 'mask_logits'):
+  for name in ('block', 'convolution', 'max_pool', 'mask_logits'):
     # Compiled programs are cached by name: each build has names of its own.
     names[name] = f'dynconv_{name}_{path.stem}'
     handler = jax.ffi.pycapsule(getattr(library, f'dynconv_{name}'))

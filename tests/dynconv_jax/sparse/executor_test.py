@@ -215,11 +215,13 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   error("unknown mode 'fast'", model, shape, mode='fast')
   error('limit must be in (0, 1]; got 0', model, shape, limit=0)
   error('density must be in (0, 1]; got 1.5', model, shape, density=1.5)
-  error('plans must be one a block, 4; got 1', model, shape, plans=[None])
+  plans = [BlockPlan('dense')]
+  error('plans must be one a block, 4; got 1', model, shape, plans=plans)
   rounded = make_network('basic', 'dynconv', jnp.bfloat16)
   message = 'native needs a CPU, a C++ compiler, a model in float32'
   error(message, rounded, shape, native=True)
   error(message, model, shape, mode='dense', native=True)
+  error(message, model, shape, plans=[BlockPlan('native')] * 4, native=False)
   error('the network has no gates', make_network('basic', 'dense'), shape)
   training = nnx.view(model, deterministic=False, use_running_average=False)
   error('needs the evaluation view', training, shape)

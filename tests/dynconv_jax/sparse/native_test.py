@@ -13,6 +13,7 @@ from flax import nnx
 
 from dynconv_jax.gating.mask import dilate
 from dynconv_jax.gating.mask_unit import Squeeze
+from dynconv_jax.models import layers
 from dynconv_jax.sparse import SparseExecutor, native
 from dynconv_jax.sparse.dense import convolve, run_dense
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
@@ -120,6 +121,14 @@ def test_a_convolution_and_a_relu(size, strides):
   packed = native.pack((layer,))[0]
   expected = jax.nn.relu(convolve(x, layer))
   assert_near(native.convolve_relu(x, packed), expected)
+
+
+@pytest.mark.parametrize('size', ((1, 1), (6, 9), (7, 4)))
+def test_max_pool(size):
+  x = np.random.default_rng(0).normal(size=(2, *size, 20)).astype(np.float32)
+  x[0, 0, 0, 3] = np.nan
+  x[1, -1, -1] = -np.inf
+  np.testing.assert_array_equal(native.max_pool(x), layers.max_pool(x))
 
 
 def test_what_is_no_number_stays_so():
