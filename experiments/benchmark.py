@@ -63,6 +63,9 @@ _WORKDIR = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
   'split', 'validation', 'Of the run, for --workdir.'
 )
+_CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint', 'best', ['best', 'latest'], "Which of the workdir's weights."
+)
 _NUM_BATCHES = flags.DEFINE_integer(
   'num_batches', 8, 'Different batches of the split.', lower_bound=1
 )
@@ -296,6 +299,7 @@ def _settings() -> dict[str, Any]:
     mask_granularity=_GRANULARITY.value,
     steps=_STEPS.value,
     workdir=_WORKDIR.value,
+    checkpoint=_CHECKPOINT.value,
     split=_SPLIT.value,
     num_batches=_NUM_BATCHES.value,
     food101_dir=_FOOD101_DIR.value,
@@ -319,8 +323,12 @@ def _common() -> dict[str, Any]:
     del settings[name]
   if _WORKDIR.value:
     settings['workdir'] = pathlib.Path(_WORKDIR.value).name
+    del settings['num_classes'], settings['mask_granularity']
+    config = read_config(pathlib.Path(_WORKDIR.value).expanduser())
+    for name in ('model', 'method', 'image_size', 'compute_dtype'):
+      settings[name] = getattr(config, name)
   else:
-    del settings['split']
+    del settings['split'], settings['checkpoint']
   return {**settings, 'cpu': _cpu(), 'versions': versions}
 
 

@@ -33,7 +33,9 @@ class Networks:
     self.settings = dict(settings)
     self.trained = None
     if settings['workdir']:
-      self.trained = workdir.load_run(settings['workdir'])
+      self.trained = workdir.load_run(
+        settings['workdir'], best=settings['checkpoint'] == 'best'
+      )
       config = self.trained.config
       # A dense network is planned as a gated one of its shape would be.
       method = 'dynconv' if config.method == 'dense' else config.method

@@ -299,6 +299,7 @@ def _latency_commands(
     'benchmark',
     workdir=folder,
     split=_SPLIT,
+    checkpoint=_CHECKPOINT.value,
     batch_size=_LATENCY_BATCH_SIZE.value,
     peers='none',
     output=output,

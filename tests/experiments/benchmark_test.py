@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from dynconv_jax.sparse import native
 from dynconv_jax.sparse.cost import clustered_masks
+from dynconv_jax.training.workdir import read_config
 from experiments import benchmark_networks, turns
 
 _SMALL = (
@@ -81,6 +83,23 @@ def test_a_trained_network_on_its_own_masks(program, dynconv_run):
   assert summary['workdir'] == dynconv_run.name
   assert 0 < summary['density'] < 1
   assert summary['sparse_ms'] > 0
+  config = read_config(dynconv_run)
+  assert summary['model'] == config.model != 'resnet50'
+  assert summary['image_size'] == config.image_size
+  assert summary['checkpoint'] == 'best'
+
+
+@pytest.mark.parametrize('checkpoint', ('best', 'latest'))
+def test_the_weights_are_those_asked_for(checkpoint):
+  settings = {'workdir': 'some', 'checkpoint': checkpoint}
+  with (
+    mock.patch.object(
+      benchmark_networks.workdir, 'load_run', side_effect=OSError
+    ) as load,
+    pytest.raises(OSError),
+  ):
+    benchmark_networks.Networks(settings)
+  load.assert_called_once_with('some', best=checkpoint == 'best')
 
 
 @pytest.mark.slow

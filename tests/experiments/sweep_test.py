@@ -60,6 +60,7 @@ if program == 'evaluate':
     writer.writerow(row)
 if program == 'benchmark':
   assert (given['split'], given['peers']) == ('test', 'none')
+  assert given['checkpoint'] == 'latest'
   output = pathlib.Path(given['output'])
   output.mkdir(exist_ok=True)
   times = dict(dense_ms=8 * width) | ({{}} if dense else dict(sparse_ms=5.0))
