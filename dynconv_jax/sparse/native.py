@@ -20,6 +20,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from absl import logging
 from flax import nnx
@@ -251,7 +252,14 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
   version = subprocess.run(
     [*compiler, '--version'], capture_output=True, text=True, check=True
   ).stdout
-  parts = (_SOURCE.read_text(), str(command), version, _processor())
+  # The headers are jaxlib's, which may be upgraded in place.
+  parts = (
+    _SOURCE.read_text(),
+    str(command),
+    version,
+    jaxlib.__version__,
+    _processor(),
+  )
   digest = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
   folder = pathlib.Path('~/.cache/dynconv_jax/kernels').expanduser()
   path = folder / f'{digest}.so'
