@@ -22,12 +22,14 @@ class Layer:
     bias: float32[features].
     strides: of the convolution.
     panels: kernel and bias as `native.py` reads them, or None.
+    squares: the same of a 3x3 for outputs of 2x2 at a time, or None.
   """
 
   kernel: jax.Array
   bias: jax.Array
   strides: int = flax.struct.field(pytree_node=False)
   panels: jax.Array | None = None
+  squares: jax.Array | None = None
 
   @property
   def size(self) -> int:

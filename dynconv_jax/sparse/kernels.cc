@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <thread>
@@ -36,12 +37,35 @@ constexpr int kLanes = 8, kTile = 3;
 #else
 constexpr int kLanes = 4, kTile = 2;
 #endif
-typedef float Vector
-    __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+
+// A Vector or a float at any address.
+template <typename T>
+T Load(const float* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+void Store(float* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+constexpr int64_t kLine = 16;            // Floats that a cache line holds.
+constexpr int64_t kAhead = 32 * kWidth;  // Weights that are fetched ahead.
 
 // Input rows that a task reads for one panel after the other: they stay in the
 // second-level cache.
 constexpr int64_t kTaskBytes = 256 << 10;
+
+// Squares of outputs that a task transforms, see MultiplySquares.
+constexpr int64_t kSquares = 4 * kTile;
+
+// What a tile of squares takes, and a convolution by squares more than by rows,
+// where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more taps
+// of weights to fetch from memory.
+constexpr int64_t kSquareCost = 20, kSquareStart = 32;
 
 // Calls run(0) ... run(tasks - 1), on the caller and the other threads of the
 // pool. The caller never waits for a task that no thread has begun.
@@ -65,24 +89,35 @@ void Parallel(ffi::ThreadPool& pool, int64_t tasks, const Function& run) {
     if (++spins > 1000) std::this_thread::yield();
 }
 
+int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
+
 // rows x weights + bias, then `add` what the output holds, then a ReLU.
 struct Product {
   const float* panels;
   int64_t taps, depth, columns;
   bool add, relu;
-  int64_t num_panels() const { return (columns + kWidth - 1) / kWidth; }
+  int64_t num_panels() const { return Divide(columns, kWidth); }
+
+  template <typename T>
+  void Finish(T sum, float* out) const {
+    if (add) sum += Load<T>(out);
+    if (relu) sum = sum < 0 ? T{} : sum;  // Keeps NaN.
+    Store(out, sum);
+  }
 };
 
 // M rows of one panel, of which V vectors; rows[tap * M + i] points at `depth`
-// floats.
+// floats. M more pointers follow, what is read next: it is fetched meanwhile.
 template <int M, int V>
 void Tile(const Product& product, const float* const* rows, int64_t panel,
           float* const* outputs) {
   const float* weights =
       product.panels + panel * (1 + product.taps * product.depth) * kWidth;
-  const auto load = [&](int v) {
-    return *reinterpret_cast<const Vector*>(weights + v * kLanes);
-  };
+  const int64_t start = panel * kWidth;
+  for (int i = 0; i < M; ++i)
+    for (int v = 0; v < V; ++v)
+      __builtin_prefetch(outputs[i] + start + v * kLanes, 1);
+  const auto load = [&](int v) { return Load<Vector>(weights + v * kLanes); };
   Vector sums[M][V];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) sums[i][v] = load(v);
@@ -90,31 +125,29 @@ void Tile(const Product& product, const float* const* rows, int64_t panel,
   for (int64_t tap = 0; tap < product.taps; ++tap, rows += M) {
     const float* row[M];
     for (int i = 0; i < M; ++i) row[i] = rows[i];
-    for (int64_t k = 0; k < product.depth; ++k, weights += kWidth) {
-      Vector w[V];
-      for (int v = 0; v < V; ++v) w[v] = load(v);
-      for (int i = 0; i < M; ++i)
-        for (int v = 0; v < V; ++v) sums[i][v] += row[i][k] * w[v];
+    for (int64_t k = 0; k < product.depth;) {
+      for (int i = 0; i < M; ++i) __builtin_prefetch(rows[M + i] + k);
+      const int64_t end = std::min(k + kLine, product.depth);
+      for (; k < end; ++k, weights += kWidth) {
+        __builtin_prefetch(weights + kAhead);
+        __builtin_prefetch(weights + kAhead + kLine);
+        Vector w[V];
+        for (int v = 0; v < V; ++v) w[v] = load(v);
+        for (int i = 0; i < M; ++i)
+          for (int v = 0; v < V; ++v) sums[i][v] += row[i][k] * w[v];
+      }
     }
   }
-  const int64_t start = panel * kWidth;
   const int64_t width = std::min<int64_t>(product.columns - start, V * kLanes);
   for (int i = 0; i < M; ++i) {
     float* out = outputs[i] + start;
     if (width == V * kLanes) {
-      for (int v = 0; v < V; ++v) {
-        Vector& at = *reinterpret_cast<Vector*>(out + v * kLanes);
-        Vector y = sums[i][v];
-        if (product.add) y += at;
-        if (product.relu) y = y < 0 ? Vector{} : y;  // Keeps NaN.
-        at = y;
-      }
+      for (int v = 0; v < V; ++v)
+        product.Finish(sums[i][v], out + v * kLanes);
     } else {
       const float* sum = reinterpret_cast<const float*>(sums[i]);
-      for (int64_t j = 0; j < width; ++j) {
-        const float y = product.add ? out[j] + sum[j] : sum[j];
-        out[j] = product.relu && y < 0 ? 0 : y;
-      }
+      for (int64_t j = 0; j < width; ++j)
+        product.Finish(Load<float>(sum + j), out + j);
     }
   }
 }
@@ -136,18 +169,17 @@ void Multiply(ffi::ThreadPool& pool, const Product& product, int64_t count,
   if (count == 0) return;
   // A task is a block of rows and a group of panels; several a thread, so that
   // all end at about the same time.
-  const auto divide = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t wanted = 8 * std::max<int64_t>(pool.num_threads(), 1);
   int64_t block = std::max<int64_t>(kTaskBytes / (4 * product.depth), 1);
-  block = std::min(block, divide(count, wanted));
-  block = std::max<int64_t>(divide(block, kTile), 4) * kTile;
-  const int64_t blocks = divide(count, block), panels = product.num_panels();
-  const int64_t group = divide(panels, std::min(panels, divide(wanted, blocks)));
-  const int64_t groups = divide(panels, group);
+  block = std::min(block, Divide(count, wanted));
+  block = std::max<int64_t>(Divide(block, kTile), 4) * kTile;
+  const int64_t blocks = Divide(count, block), panels = product.num_panels();
+  const int64_t group = Divide(panels, std::min(panels, Divide(wanted, blocks)));
+  const int64_t groups = Divide(panels, group);
   Parallel(pool, blocks * groups, [&](int64_t task) {
     const int64_t start = task / groups * block;
     const int64_t size = std::min(block, count - start);
-    std::vector<const float*> rows(size * product.taps);
+    std::vector<const float*> rows(size * product.taps + kTile);
     std::vector<float*> outputs(size);
     for (int64_t i = 0; i < size; ++i) {
       const int64_t first = i - i % kTile;  // Of the tile.
@@ -178,24 +210,31 @@ Map MapOf(const Buffer& buffer) {
   return {buffer.dimensions()[1], buffer.dimensions()[2]};
 }
 
-// Positions in [start, end) that are active, or those that are not.
-std::vector<int64_t> Find(const float* mask, bool active, int64_t start,
-                          int64_t end) {
-  std::vector<int64_t> positions;
-  positions.reserve(end - start);
-  for (int64_t i = start; i < end; ++i)
-    if ((mask[i] != 0) == active) positions.push_back(i);
-  return positions;
-}
+// The active positions of a mask in the images of [start, end), or the others.
+struct Positions {
+  const float* mask;
+  Map map;
+  int64_t start, end;
+  std::vector<int64_t> numbers;
+
+  Positions(const Floats& mask, bool active, int64_t start, int64_t end)
+      : mask(mask.typed_data()), map(MapOf(mask)), start(start), end(end) {
+    numbers.reserve((end - start) * map.area());
+    for (int64_t i = start * map.area(); i < end * map.area(); ++i)
+      if ((this->mask[i] != 0) == active) numbers.push_back(i);
+  }
+  int64_t size() const { return numbers.size(); }
+};
 
 // The reads of a size x size convolution, padded by size / 2, at positions of
-// the map `out`; row(j) points at position j of the map `in`.
+// its output; row(j) points at position j of the map `in`.
 template <typename Row>
-auto Windows(int64_t size, int64_t strides, Map in, Map out,
-             const std::vector<int64_t>& positions, const float* zeros,
-             const Row& row) {
+auto Windows(int64_t size, int64_t strides, Map in, const Positions& positions,
+             const float* zeros, const Row& row) {
+  const Map out = positions.map;
   return [=, &positions](int64_t i, const float** rows, int64_t step) {
-    const int64_t position = positions[i], image = position / out.area();
+    const int64_t position = positions.numbers[i];
+    const int64_t image = position / out.area();
     const int64_t top = position / out.width % out.height * strides - size / 2;
     const int64_t left = position % out.width * strides - size / 2;
     for (int64_t y = top; y < top + size; ++y)
@@ -206,17 +245,190 @@ auto Windows(int64_t size, int64_t strides, Map in, Map out,
   };
 }
 
+// 2x2 outputs of a map: the row of each that is active, -1 of the others.
+struct Square {
+  int64_t image, top, left, rows[4];
+};
+
+// The squares that have an active position.
+std::vector<Square> FindSquares(const Positions& positions) {
+  const Map map = positions.map;
+  std::vector<Square> squares;
+  squares.reserve((positions.end - positions.start) * Divide(map.height, 2) *
+                  Divide(map.width, 2));
+  int64_t next = 0;  // The active positions are numbered line by line.
+  for (int64_t image = positions.start; image < positions.end; ++image)
+    for (int64_t top = 0; top < map.height; top += 2) {
+      const float* line =
+          positions.mask + (image * map.height + top) * map.width;
+      int64_t row = next;
+      for (int64_t x = 0; x < map.width; ++x) next += line[x] != 0;
+      for (int64_t left = 0; left < map.width; left += 2) {
+        Square square{image, top, left, {-1, -1, -1, -1}};
+        bool any = false;
+        for (int64_t x = left; x < std::min(left + 2, map.width); ++x) {
+          if (line[x] != 0) square.rows[x - left] = row++, any = true;
+          if (top + 1 < map.height && line[map.width + x] != 0)
+            square.rows[2 + x - left] = next++, any = true;
+        }
+        if (any) squares.push_back(square);
+      }
+    }
+  return squares;
+}
+
+// B' d B of Winograd's F(2x2, 3x3): d[i] is at rows[i] + channel, the result goes
+// to out + i * step.
+template <typename T>
+void TransformInput(const float* const* rows, int64_t channel, float* out,
+                    int64_t step) {
+  T a[4][4];
+  for (int x = 0; x < 4; ++x) {
+    T d[4];
+    for (int y = 0; y < 4; ++y) d[y] = Load<T>(rows[4 * y + x] + channel);
+    a[0][x] = d[0] - d[2];
+    a[1][x] = d[1] + d[2];
+    a[2][x] = d[2] - d[1];
+    a[3][x] = d[1] - d[3];
+  }
+  for (int y = 0; y < 4; ++y, out += 4 * step) {
+    Store<T>(out, a[y][0] - a[y][2]);
+    Store<T>(out + step, a[y][1] + a[y][2]);
+    Store<T>(out + 2 * step, a[y][2] - a[y][1]);
+    Store<T>(out + 3 * step, a[y][1] - a[y][3]);
+  }
+}
+
+// A' m A of Winograd's F(2x2, 3x3), at the square's active outputs.
+template <typename T>
+void TransformOutput(const float* m, const Product& product,
+                     float* const* outputs, int64_t column) {
+  T a[2][4];
+  for (int x = 0; x < 4; ++x) {
+    T d[4];
+    for (int y = 0; y < 4; ++y) d[y] = Load<T>(m + (4 * y + x) * kWidth);
+    a[0][x] = d[0] + d[1] + d[2];
+    a[1][x] = d[1] - d[2] - d[3];
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (outputs[i] == nullptr) continue;
+    const T* b = a[i / 2];
+    product.Finish<T>(i % 2 ? b[1] - b[2] - b[3] : b[0] + b[1] + b[2],
+                      outputs[i] + column);
+  }
+}
+
+// A 3x3 convolution with strides 1 by Winograd's minimal filtering F(2x2, 3x3)
+// (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016):
+// 16 products of a row a square instead of 9 an output. Weights are G g G', see
+// native.py: float[panels][16][1 + depth][kWidth].
+template <typename Row, typename Writes>
+void MultiplySquares(ffi::ThreadPool& pool, const Product& product,
+                     const std::vector<Square>& squares, Map map,
+                     const float* zeros, const Row& row,
+                     const Writes& writes) {
+  const int64_t count = squares.size(), depth = product.depth;
+  const int64_t wanted = 8 * std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t block =
+      std::min<int64_t>(kSquares, Divide(Divide(count, wanted), kTile) * kTile);
+  const int64_t blocks = Divide(count, block), panels = product.num_panels();
+  // The inputs are transformed anew for each group of panels.
+  const int64_t group = std::min(
+      panels, std::max<int64_t>(Divide(panels, Divide(wanted, blocks)), 4));
+  const int64_t groups = Divide(panels, group);
+  Parallel(pool, blocks * groups, [&](int64_t task) {
+    const int64_t start = task / groups * block;
+    const int64_t size = std::min(block, count - start);
+    thread_local std::vector<float> scratch;
+    const size_t floats = 16 * size * (depth + kWidth);
+    if (scratch.size() < floats) scratch.resize(floats);
+    float *inputs = scratch.data(), *products = inputs + 16 * size * depth;
+    std::vector<float*> outputs(4 * size);
+    for (int64_t i = 0; i < size; ++i) {
+      const Square& square = squares[start + i];
+      const float* rows[16];
+      for (int64_t j = 0; j < 16; ++j) {
+        const int64_t y = square.top - 1 + j / 4, x = square.left - 1 + j % 4;
+        const bool inside = 0 <= y && y < map.height && 0 <= x && x < map.width;
+        rows[j] = inside ? row((square.image * map.height + y) * map.width + x)
+                         : zeros;
+      }
+      float* input = inputs + i * depth;
+      int64_t k = 0;
+      for (; k + kLanes <= depth; k += kLanes)
+        TransformInput<Vector>(rows, k, input + k, size * depth);
+      for (; k < depth; ++k)
+        TransformInput<float>(rows, k, input + k, size * depth);
+      for (int j = 0; j < 4; ++j)
+        outputs[4 * i + j] =
+            square.rows[j] < 0 ? nullptr : writes(square.rows[j]);
+    }
+    const int64_t first = task % groups * group;
+    for (int64_t panel = first; panel < std::min(first + group, panels);
+         ++panel) {
+      const int64_t width =
+          std::min<int64_t>(product.columns - panel * kWidth, kWidth);
+      const auto tile = width <= kWidth / 2 ? TileOf<kWidth / kLanes / 2>
+                                            : TileOf<kWidth / kLanes>;
+      for (int64_t j = 0; j < 16; ++j)
+        for (int64_t i = 0; i < size; i += kTile) {
+          const int64_t rows = std::min<int64_t>(kTile, size - i);
+          const float* reads[2 * kTile] = {};
+          float* sums[kTile];
+          for (int64_t k = 0; k < rows; ++k) {
+            reads[k] = inputs + (j * size + i + k) * depth;
+            sums[k] = products + ((i + k) * 16 + j) * kWidth;
+          }
+          tile(rows,
+               {product.panels + (panel * 16 + j) * (1 + depth) * kWidth, 1,
+                depth, kWidth, false, false},
+               reads, 0, sums);
+        }
+      for (int64_t i = 0; i < size; ++i) {
+        const float* m = products + i * 16 * kWidth;
+        int64_t j = 0;
+        for (; j + kLanes <= width; j += kLanes)
+          TransformOutput<Vector>(m + j, product, &outputs[4 * i],
+                                  panel * kWidth + j);
+        for (; j < width; ++j)
+          TransformOutput<float>(m + j, product, &outputs[4 * i],
+                                 panel * kWidth + j);
+      }
+    }
+  });
+}
+
+// A size x size convolution at the active positions of a mask. `squares` are its
+// weights for MultiplySquares, if any: faster where positions are neighbours.
+template <typename Row, typename Writes>
+void Convolve(ffi::ThreadPool& pool, Product product, const Floats& squares,
+              int64_t size, int64_t strides, Map in, const Positions& positions,
+              const float* zeros, const Row& row, const Writes& writes) {
+  if (squares.element_count() > 0) {
+    const auto found = FindSquares(positions);
+    if (kSquareStart + kSquareCost * Divide(found.size(), kTile) <
+        9 * Divide(positions.size(), kTile)) {
+      product.panels = squares.typed_data();
+      MultiplySquares(pool, product, found, in, zeros, row, writes);
+      return;
+    }
+  }
+  Multiply(pool, product, positions.size(),
+           Windows(size, strides, in, positions, zeros, row), writes);
+}
+
 // relu(shortcut(x) + mask * branch(x)). The branch is relu(first) and second,
 // in a bottleneck relu(second) and third. Without a projection (size 0) x and
 // out are one buffer, and what is not active stays. y and z are scratch for the
 // rows of `group` images.
 ffi::Error Block(ffi::ThreadPool pool, Floats x, Floats hard, Floats dilated,
                  Floats first, Floats second, Floats third, Floats projection,
-                 FloatsOut out, FloatsOut y, FloatsOut z, int64_t first_size,
+                 Floats first_squares, Floats second_squares, FloatsOut out,
+                 FloatsOut y, FloatsOut z, int64_t first_size,
                  int64_t first_strides, int64_t second_strides, int64_t group) {
   const int64_t images = x.dimensions()[0], channels = x.dimensions()[3];
   const int64_t planes = y->dimensions()[1], features = out->dimensions()[3];
-  const Map in = MapOf(x), middle = MapOf(dilated), end = MapOf(hard);
+  const Map in = MapOf(x), middle = MapOf(dilated);
   const float* xs = x.typed_data();
   float *outs = out->typed_data(), *ys = y->typed_data(), *zs = z->typed_data();
   const std::vector<float> zeros(std::max(channels, planes));
@@ -225,54 +437,51 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, Floats hard, Floats dilated,
   for (int64_t image = 0; image < images; image += group) {
     // A group of images after the other: their maps stay in the cache.
     const int64_t stop = std::min(image + group, images);
-    const auto find = [&](const Floats& mask, Map map, bool active) {
-      return Find(mask.typed_data(), active, image * map.area(),
-                  stop * map.area());
+    const Positions active(hard, true, image, stop);
+    const auto out_row = [&](int64_t i) {
+      return outs + active.numbers[i] * features;
     };
-    const auto active = find(hard, end, true);
-    const auto out_row = [&](int64_t i) { return outs + active[i] * features; };
 
     if (projection.element_count() > 0) {
       const int64_t strides = first_strides * second_strides;
       Product product{projection.typed_data(), 1,     channels,
                       features,                false, false};
       Multiply(pool, product, active.size(),
-               Windows(1, strides, in, end, active, zeros.data(), x_row),
+               Windows(1, strides, in, active, zeros.data(), x_row),
                out_row);
-      const auto rest = find(hard, end, false);
+      const Positions rest(hard, false, image, stop);
       product.relu = true;
       Multiply(pool, product, rest.size(),
-               Windows(1, strides, in, end, rest, zeros.data(), x_row),
-               [&](int64_t i) { return outs + rest[i] * features; });
+               Windows(1, strides, in, rest, zeros.data(), x_row),
+               [&](int64_t i) { return outs + rest.numbers[i] * features; });
     }
 
-    const auto needed = find(dilated, middle, true);
-    Multiply(pool,
+    const Positions needed(dilated, true, image, stop);
+    Convolve(pool,
              {first.typed_data(), first_size * first_size, channels, planes,
               false, true},
-             needed.size(),
-             Windows(first_size, first_strides, in, middle, needed,
-                     zeros.data(), x_row),
-             [=](int64_t i) { return ys + i * planes; });
+             first_squares, first_size, first_strides, in, needed, zeros.data(),
+             x_row, [=](int64_t i) { return ys + i * planes; });
 
     const int64_t offset = image * middle.area();
     std::vector<const float*> y_rows((stop - image) * middle.area(),
                                      zeros.data());
-    for (size_t i = 0; i < needed.size(); ++i)
-      y_rows[needed[i] - offset] = ys + i * planes;
-    const auto windows =
-        Windows(3, second_strides, middle, end, active, zeros.data(),
-                [&](int64_t j) { return y_rows[j - offset]; });
+    for (int64_t i = 0; i < needed.size(); ++i)
+      y_rows[needed.numbers[i] - offset] = ys + i * planes;
+    const auto y_row = [&](int64_t j) { return y_rows[j - offset]; };
+    const auto convolve = [&](Product product, const auto& writes) {
+      Convolve(pool, product, second_squares, 3, second_strides, middle, active,
+               zeros.data(), y_row, writes);
+    };
     Product product{second.typed_data(), 9, planes, features, true, true};
     if (third.element_count() == 0) {
-      Multiply(pool, product, active.size(), windows, out_row);
+      convolve(product, out_row);
       continue;
     }
     const int64_t last = z->dimensions()[1];
     product.columns = last;
     product.add = false;
-    Multiply(pool, product, active.size(), windows,
-             [=](int64_t i) { return zs + i * last; });
+    convolve(product, [=](int64_t i) { return zs + i * last; });
     Multiply(
         pool, {third.typed_data(), 1, last, features, true, true},
         active.size(),
@@ -382,6 +591,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                                   .Arg<Floats>()   // second
                                   .Arg<Floats>()   // third
                                   .Arg<Floats>()   // projection
+                                  .Arg<Floats>()   // first_squares
+                                  .Arg<Floats>()   // second_squares
                                   .Ret<Floats>()   // out
                                   .Ret<Floats>()   // y
                                   .Ret<Floats>()   // z

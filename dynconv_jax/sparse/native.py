@@ -58,10 +58,16 @@ def pack(network: Folded) -> Folded:
   Args:
     network: in float32.
   """
+
+  def packed(layer):
+    squares = layer.size == 3 and layer.strides == 1
+    return layer.replace(
+      panels=_panels(layer.matrix, layer.bias),
+      squares=_squares(layer.kernel, layer.bias) if squares else None,
+    )
+
   return jax.tree.map(
-    lambda layer: layer.replace(panels=_panels(layer.matrix, layer.bias)),
-    network,
-    is_leaf=lambda node: isinstance(node, Layer),
+    packed, network, is_leaf=lambda node: isinstance(node, Layer)
   )
 
 
@@ -122,6 +128,7 @@ def run_native(
     hard,
     dilated,
     *(none if layer is None else layer.panels for layer in layers),
+    *(none if layer.squares is None else layer.squares for layer in layers[:2]),
     first_size=np.int64(block.first.size),
     first_strides=np.int64(block.first.strides),
     second_strides=np.int64(block.second.strides),
@@ -210,6 +217,22 @@ def _panels(matrix, bias):
   matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % _WIDTH)))
   panels = matrix.reshape(len(matrix), -1, _WIDTH).transpose(1, 0, 2)
   return jnp.asarray(np.ascontiguousarray(panels))
+
+
+def _squares(kernel, bias):
+  """float32[panels, 16, 1 + depth, 32]: `MultiplySquares` of kernels.cc.
+
+  The kernel [3, 3, depth, columns] is transformed in float64 and rounded once.
+  The second row and column of A are ones: there the bias reaches each output.
+  """
+  g = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+  taps = np.einsum('ai,bj,ijdc->abdc', g, g, np.asarray(kernel, np.float64))
+  biases = np.zeros((4, 4, taps.shape[-1]))
+  biases[1, 1] = bias
+  taps = taps.reshape(16, *taps.shape[2:]).astype(np.float32)
+  biases = biases.reshape(16, -1).astype(np.float32)
+  panels = [_panels(*pair) for pair in zip(taps, biases, strict=True)]
+  return jnp.stack(panels, axis=1)
 
 
 @functools.cache

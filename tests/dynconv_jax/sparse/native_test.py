@@ -34,6 +34,11 @@ def make_layer(rng, size, in_features, features, strides=1):
   )
 
 
+def make_basic_block(rng, features):
+  layers = [make_layer(rng, 3, features, features) for _ in range(2)]
+  return FoldedBlock(*layers, None, None)
+
+
 def make_block(rng, in_features, planes, features, strides=1):
   projected = strides > 1 or features != in_features
   return FoldedBlock(
@@ -53,7 +58,7 @@ def compare(block, shape, rng, density=0.5):
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), jnp.float32)
   hard = rng.random(block.output_shape(shape)) < density
   hard = jnp.asarray(hard, jnp.float32)
-  strides = block.second.strides
+  strides = block.second.strides if block.third is not None else 1
   dilated = dilate(hard, strides)[:, : shape[1], : shape[2]]
   # A fresh function: the kernels of the moment, not those of a cached trace.
   run = jax.jit(lambda *args: native.run_native(*args))
@@ -91,6 +96,76 @@ def test_groups_of_images(strides):
 def test_many_rows_are_shared_among_threads():
   rng = np.random.default_rng(0)
   compare(make_block(rng, 64, 96, 64), (2, 61, 67, 64), rng, density=0.7)
+
+
+# Odd sizes and even ones, every remainder of tiles and panels.
+@pytest.mark.parametrize('features', (1, 7, 16, 17, 31, 33, 48, 65))
+@pytest.mark.parametrize('size', ((13, 17), (14, 22)))
+def test_squares_of_outputs(features, size):
+  rng = np.random.default_rng(features)
+  for density in (0.9, 1.1):
+    shape = (2, *size, features)
+    compare(
+      make_block(rng, features, features + 2, features), shape, rng, density
+    )
+    compare(make_basic_block(rng, features), shape, rng, density)
+
+
+def test_squares_of_outputs_by_many_tasks():
+  """Blocks of squares, groups of panels, groups of images."""
+  rng = np.random.default_rng(0)
+  block = make_block(rng, 16, 144, 16)
+  compare(block, (5, 37, 41, 16), rng, density=0.95)
+  compare(block, (3, 11, 23, 16), rng, density=1.1)
+
+
+def test_squares_serve_where_positions_are_neighbours():
+  """By squares the same sums are formed in another order."""
+  rng = np.random.default_rng(0)
+  block = native.pack(make_block(rng, 8, 4, 8))
+  by_rows = block.replace(second=block.second.replace(squares=None))
+  x = jnp.asarray(np.maximum(rng.normal(size=(1, 30, 30, 8)), 0), jnp.float32)
+  row, column = np.indices((1, 30, 30))[1:]
+
+  def differ(hard):
+    hard = jnp.asarray(hard, jnp.float32)
+    out, other = (
+      native.run_native(b, x, hard, dilate(hard, 1)) for b in (block, by_rows)
+    )
+    return bool((out != other).any())
+
+  assert differ(row >= 0)
+  assert differ(row < 15)
+  assert not differ((row + column) % 3 == 0)  # At most two of a square.
+  assert not differ(row + column < 3)  # More weights would be fetched.
+
+
+@pytest.mark.parametrize('family', ('basic', 'bottleneck'))
+def test_squares_in_a_network(make_network, family):
+  model = make_network(family, 'dynconv')
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(2, 97, 122, 3)), jnp.float32)
+  executor = SparseExecutor(model, images.shape, mode='sparse', native=True)
+  logits, stats = executor(images)
+  expected, masks = model(images)
+  np.testing.assert_array_equal(
+    stats.positions, [mask.hard.sum() for mask in masks]
+  )
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_by_squares_a_value_reaches_its_window_only():
+  """What is no number shows where it went."""
+  rng = np.random.default_rng(0)
+  block = native.pack(make_block(rng, 8, 4, 8))
+  for y, x in ((14, 14), (14, 15), (15, 14), (15, 15)):
+    images = rng.normal(size=(1, 30, 30, 8)).astype(np.float32)
+    images[0, y, x] = np.nan
+    reached = np.isnan(native.run_native(block, jnp.asarray(images))).all(-1)
+    expected = np.zeros((30, 30), bool)
+    expected[y - 1 : y + 2, x - 1 : x + 2] = True
+    np.testing.assert_array_equal(reached[0], expected)
 
 
 def test_without_masks_a_block_is_computed_everywhere():
