@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.struct
 import jax
@@ -87,16 +88,17 @@ def dilate(mask: jax.Array, strides: int = 1) -> jax.Array:
     shorter (odd sizes), slice it.
   """
   # Zero-stuffing by s puts output position i at input position i * s, the
-  # centre of its 3x3 window under padding 1.
-  return jax.lax.reduce_window(
-    jax.lax.stop_gradient(mask),
-    0.0,
-    jax.lax.max,
-    window_dimensions=(1, 3, 3),
-    window_strides=(1, 1, 1),
-    padding=((0, 0), (1, strides), (1, strides)),
-    base_dilation=(1, strides, strides),
+  # centre of its 3x3 window under padding 1. The maximum is taken by rows and
+  # by columns: on a CPU several times faster than a reduce_window.
+  around = (1, strides, strides - 1)
+  mask = jax.lax.pad(
+    jax.lax.stop_gradient(mask), 0.0, ((0, 0, 0), around, around)
   )
+  height, width = (size - 2 for size in mask.shape[1:])
+  rows = [mask[:, i : i + height] for i in range(3)]
+  mask = functools.reduce(jnp.maximum, rows)
+  columns = [mask[:, :, i : i + width] for i in range(3)]
+  return functools.reduce(jnp.maximum, columns)
 
 
 def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax import lax
 
 from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.models.layers import max_pool
@@ -30,8 +29,8 @@ class ExecutionStats:
 
   Attributes:
     masks: one ExecutionMask a masked block, as the model returns them.
-    positions: int32[blocks], active positions of each, over the batch.
-    dilated_positions: int32[blocks], those of its first convolution.
+    decisions: float32[N, h, w] of {0, 1} a block: what its gate chose, which is
+      the mask unless one was given.
     overflows: int32[blocks], 1 where the batch was above what the block's plan
       executes sparsely, so that all positions were computed; 0 elsewhere, and
       where the plan is dense by itself.
@@ -39,10 +38,19 @@ class ExecutionStats:
   """
 
   masks: list[ExecutionMask]
-  positions: jax.Array
-  dilated_positions: jax.Array
+  decisions: list[jax.Array]
   overflows: jax.Array
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  @property
+  def positions(self) -> jax.Array:
+    """int32[blocks], active positions of each, over the batch."""
+    return _counts(mask.hard for mask in self.masks)
+
+  @property
+  def dilated_positions(self) -> jax.Array:
+    """int32[blocks], those of its first convolution."""
+    return _counts(mask.dilated for mask in self.masks)
 
 
 class SparseExecutor:
@@ -106,13 +114,16 @@ class SparseExecutor:
     if self.native:
       network = native_lib.pack(network)
       model = native_lib.with_native_gates(model)
-    graphdef, state = nnx.split(model)
+    # What is folded is not passed: its shapes will do.
+    graphdef, state, rest = nnx.split(model, _is_unfolded, ...)
+    shapes = jax.eval_shape(lambda: nnx.as_pure(rest))
     self._network, self._state = network, nnx.as_pure(state)
     self._inputs = _block_shapes(model, self.image_shape)
     self._names = [block.name for block in model.blocks]
 
     def forward(network, state, images, masks):
-      return self._forward(nnx.merge(graphdef, state), network, images, masks)
+      model = nnx.merge(graphdef, state, shapes)
+      return self._forward(model, network, images, masks)
 
     self._run = jax.jit(forward)
     self._options = (mode, limit, density)
@@ -169,27 +180,30 @@ class SparseExecutor:
       x = native_lib.max_pool(x) if self.native else max_pool(x)
     given = iter(forced or [None] * len(model.blocks))
     folded, plans = iter(network.blocks), iter(self.plans)
-    carry, executed, overflows = None, [], []
+    carry, executed, decisions, overflows = None, [], [], []
     for stage in model.stages:
       for block in stage:
         mask, carry = block.decide(x, carry)
         hard, plan = next(given), next(plans)
+        decision = mask
         if hard is not None:
-          mask = _obey(block, x, mask, hard)
+          mask = _obey(block, x, hard)
         x, overflow = _execute(next(folded), x, mask, plan, hard)
         if mask is not None:
           executed.append(mask)
+          decisions.append((mask if decision is None else decision).hard)
           overflows.append(overflow)
       if block.masker is not None:
         output, carry = block.masker.end_stage(x, carry)
-        # With given masks a stage's output is its last block's.
-        x = (
-          output if forced is None else lax.optimization_barrier((x, output))[0]
-        )
+        if forced is None:
+          x = output
+        else:
+          # A stage's output is its last block's, but XLA, which cannot know
+          # that there is no negative sum, computes the gates' as well.
+          x = jnp.where(jnp.sum(decisions[-1]) < 0, output, x)
     return model.head(x), ExecutionStats(
       masks=executed,
-      positions=_counts(mask.hard for mask in executed),
-      dilated_positions=_counts(mask.dilated for mask in executed),
+      decisions=decisions,
       overflows=jnp.stack(overflows),
       names=tuple(mask.name for mask in executed),
     )
@@ -223,14 +237,16 @@ class SparseExecutor:
     return plans
 
 
-def _obey(block, x, mask, hard):
-  """The given mask; the gate's decision, unused, is computed before it."""
-  if mask is not None:
-    hard, _ = lax.optimization_barrier((jnp.asarray(hard), mask.hard))
+def _is_unfolded(path, _):
+  return 'masker' in path or 'fc' in path
+
+
+def _obey(block, x, hard):
+  """The given mask instead of the gate's decision."""
   shape = (x.shape[0], *(-(-n // block.strides) for n in x.shape[1:3]))
   if hard.shape == (shape[0], 1, 1):
     hard = jnp.broadcast_to(hard, shape)
-  return block.decide(x, None, hard.astype(jnp.float32))[0]
+  return block.decide(x, None, jnp.asarray(hard, jnp.float32))[0]
 
 
 def _execute(block, x, mask, plan, given):

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -551,7 +552,7 @@ ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats panels,
                       int64_t strides) {
   const Map in = MapOf(x), end = MapOf(*out);
   const int64_t images = x.dimensions()[0], channels = x.dimensions()[3];
-  const int64_t taps = size * size, columns = taps + 1;
+  const int64_t taps = size * size, columns = products->dimensions()[1];
   const float* xs = x.typed_data();
   float *outs = out->typed_data(), *terms = products->typed_data();
   Multiply(
@@ -559,22 +560,28 @@ ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats panels,
       images * in.area(),
       [=](int64_t i, const float** rows, int64_t) { *rows = xs + i * channels; },
       [=](int64_t i) { return terms + i * columns; });
-  Parallel(pool, images, [=](int64_t image) {
-    const float* first = terms + image * in.area() * columns;
-    double total = 0;
-    for (int64_t i = 0; i < in.area(); ++i) total += first[i * columns + taps];
-    const float average = total / in.area();
-    float* logit = outs + image * end.area();
-    for (int64_t row = 0; row < end.height; ++row)
-      for (int64_t column = 0; column < end.width; ++column, ++logit) {
-        *logit = average;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          const int64_t y = row * strides + tap / size - size / 2;
-          const int64_t x = column * strides + tap % size - size / 2;
-          if (0 <= y && y < in.height && 0 <= x && x < in.width)
-            *logit += first[(y * in.width + x) * columns + tap];
-        }
+  std::vector<double> totals(images * in.height);
+  Parallel(pool, images * in.height, [&](int64_t row) {
+    const float* term = terms + row * in.width * columns + taps;
+    for (int64_t i = 0; i < in.width; ++i) totals[row] += term[i * columns];
+  });
+  Parallel(pool, images * end.height, [&](int64_t task) {
+    const int64_t image = task / end.height, row = task % end.height;
+    const double* total = &totals[image * in.height];
+    const float average = std::accumulate(total, total + in.height, 0.0) /
+                          static_cast<double>(in.area());
+    float* logits = outs + task * end.width;
+    std::fill_n(logits, end.width, average);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t y = row * strides + tap / size - size / 2;
+      if (y < 0 || y >= in.height) continue;
+      const float* term =
+          terms + (image * in.height + y) * in.width * columns + tap;
+      for (int64_t column = 0; column < end.width; ++column) {
+        const int64_t x = column * strides + tap % size - size / 2;
+        if (0 <= x && x < in.width) logits[column] += term[x * columns];
       }
+    }
   });
   return ffi::Error::Success();
 }

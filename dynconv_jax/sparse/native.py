@@ -34,6 +34,7 @@ Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock)
 _SOURCE = pathlib.Path(__file__).with_name('kernels.cc')
 _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 _WIDTH = 32  # kWidth of kernels.cc.
+_LINE = 16  # Floats that a cache line holds.
 # Positions of the images that a block computes at a time: about those whose
 # rows fit into a shared cache.
 _GROUP_POSITIONS = 3136
@@ -193,7 +194,7 @@ class NativeSqueeze(nnx.Module):
     n, height, width, _ = x.shape
     shapes = (
       (n, -(-height // self.strides), -(-width // self.strides)),
-      (n * height * width, self.size**2 + 1),
+      (n * height * width, _LINE * -(-(self.size**2 + 1) // _LINE)),
     )
     logits, _ = jax.ffi.ffi_call(
       _register()['mask_logits'],
