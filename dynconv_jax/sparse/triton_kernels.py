@@ -191,8 +191,8 @@ def convolve_matmul_add(
       (inner < DEPTH)[:, None] & (feature < FEATURES)[None, :],
       other=0.0,
     )
-    total = tl.dot(hidden, weights, input_precision='ieee')
-    _add(total, last_bias, base, out, position, listed, feature, FEATURES)
+    added = tl.dot(hidden, weights, input_precision='ieee')
+    _add(added, last_bias, base, out, position, listed, feature, FEATURES)
 
 
 @triton.jit
@@ -235,9 +235,8 @@ def _products(
       inside &= (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
       row = (image * HEIGHT + y) * WIDTH + x
     if LOOKUP:
-      if TAPS > 1:
-        row = tl.load(rows + row, inside, other=-1)
-        inside = row >= 0
+      row = tl.load(rows + row, inside, other=-1)
+      inside = row >= 0
     left_tile = tl.load(
       table + row[:, None].to(tl.int64) * DEPTH + depth[None, :],
       inside[:, None] & (whole | (depth < DEPTH))[None, :],

@@ -13,7 +13,9 @@ from triton.compiler import ASTSource
 from dynconv_jax.sparse import triton_kernels
 
 _TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
-_PTXAS = pathlib.Path(triton.__file__).with_name('backends') / 'nvidia/bin/ptxas'
+_PTXAS = (
+  pathlib.Path(triton.__file__).with_name('backends') / 'nvidia/bin/ptxas'
+)
 
 
 def record(launches):
