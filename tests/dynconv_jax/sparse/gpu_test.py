@@ -5,7 +5,6 @@ With a GPU they are run on it too; without one those tests are skipped.
 
 import collections
 import functools
-import os
 import re
 import sys
 from unittest import mock
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxlib import gpu_triton
 
 from dynconv_jax.gating.mask import dilate
 from dynconv_jax.gating.mask_unit import Squeeze
@@ -48,7 +48,12 @@ def interpreter():
 
 @pytest.fixture
 def interpreted(interpreter):
-  with mock.patch.object(gpu, 'launch', interpreter):
+  # Blocks that are too wide for a fused kernel take their time.
+  widths = dict.fromkeys(gpu._FUSED_WIDTH, 40)
+  with (
+    mock.patch.object(gpu, 'launch', interpreter),
+    mock.patch.dict(gpu._FUSED_WIDTH, widths),
+  ):
     yield
 
 
@@ -138,13 +143,13 @@ def compare(block, shape):
     assert_near(out, run_dense(block, x, hard), name)
 
 
-# The last bottleneck is too wide for one kernel after its first convolution.
 BLOCKS = {
   'basic': ('basic', 20, 20, 20),
   'basic_projected': ('basic', 17, 33, 33),
   'bottleneck': ('bottleneck', 20, 9, 20),
   'bottleneck_projected': ('bottleneck', 17, 40, 70),
-  'bottleneck_wide': ('bottleneck', 20, 130, 20),
+  # Too wide for one kernel after its first convolution.
+  'bottleneck_wide': ('bottleneck', 20, 42, 20),
 }
 
 
@@ -152,7 +157,6 @@ BLOCKS = {
 @pytest.mark.parametrize('strides', (1, 2))
 @pytest.mark.parametrize('kind', BLOCKS)
 def test_blocks_equal_xla(interpreted, kind, strides, dtype):
-  jax.clear_caches()
   compare(make_block(*BLOCKS[kind], strides, dtype), (2, 7, 9, BLOCKS[kind][1]))
 
 
@@ -160,7 +164,6 @@ def test_blocks_equal_xla(interpreted, kind, strides, dtype):
 @pytest.mark.parametrize('shape', ((1, 1, 1), (3, 1, 6), (1, 12, 23)))
 @pytest.mark.parametrize('strides', (1, 2))
 def test_maps_of_any_size(interpreted, shape, strides, dtype):
-  jax.clear_caches()
   compare(make_block('bottleneck', 8, 5, 8, strides, dtype), (*shape, 8))
 
 
@@ -180,7 +183,6 @@ def test_positions_of_many_tiles(interpreted):
 @pytest.mark.parametrize('kind', ('basic', 'bottleneck', 'bottleneck_wide'))
 def test_nothing_is_read_that_was_not_computed(interpreted, kind):
   """What is not a number at inactive positions stays there."""
-  jax.clear_caches()
   block = make_block(*BLOCKS[kind], 1, jnp.float32)
   x = make_input((2, 7, 9, 20), jnp.float32)
   hard = jnp.zeros(x.shape[:3]).at[0, 2:4, 2:5].set(1)
@@ -281,30 +283,144 @@ def test_mask_logits(kernel_size, strides, size, dtype):
   assert_near(jax.jit(gpu.ColumnSqueeze(squeeze))(x), squeeze(x))
 
 
-class _Recorded:
-  """Stands in for jaxlib's `gpu_triton`, which is made for a GPU only."""
+def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
+  """All that jax-triton does short of a launch; jaxlib's part is recorded."""
+  need('triton')
+  monkeypatch.setenv('TRITON_CACHE_DIR', '')  # jax-triton sets it.
+  calls = []
 
-  def __init__(self):
-    self.calls = []
+  def make_call(kernel, x, y, z, parameters):
+    calls.append((kernel, x, parameters))
+    return mock.Mock(to_proto=lambda *_: b'')
 
-  def attributes(self):
-    return {
-      'get_compute_capability': lambda device: 90,
-      'get_serialized_metadata': None,
-      'TritonKernel': collections.namedtuple(
-        'TritonKernel',
-        'name num_warps num_ctas shared ptx ttir compute_capability',
-      ),
-      'TritonKernelCall': self._call,
-      'create_array_parameter': lambda zeroed, divisible: (zeroed, divisible),
-    }
+  stand_ins = {
+    'get_compute_capability': lambda device: 90,
+    'get_serialized_metadata': None,
+    'TritonKernel': collections.namedtuple(
+      'TritonKernel', 'name warps clusters shared ptx ttir capability'
+    ),
+    'TritonKernelCall': make_call,
+    'create_array_parameter': lambda zeroed, divisible: (zeroed, divisible),
+  }
+  model = make_network('bottleneck', 'dynconv', jnp.bfloat16)
+  with mock.patch.multiple(gpu_triton, create=True, **stand_ins):
+    need('jax_triton')
+    executor = SparseExecutor(model, (1, 33, 33, 3), mode='sparse', native=True)
+    lowered = executor._run.trace(
+      executor._network, executor._state, jnp.zeros((1, 33, 33, 3)), None
+    ).lower(lowering_platforms=('cuda',))
+  text = lowered.as_text()
+  # Each of the four blocks: two lists, two kernels, the last of them in place.
+  assert text.count('@triton_kernel_call') == 16
+  assert text.count('#stablehlo.output_operand_alias') == 4
+  assert {kernel.name for kernel, _, _ in calls} == {
+    *('list_positions', 'convolve', 'convolve_matmul_add')
+  }
+  for kernel, programs, parameters in calls:
+    entry = kernel.ptx[kernel.ptx.index('.entry') :]
+    # Triton adds two, for scratch memory; jaxlib's launcher gives them.
+    assert entry[: entry.index(')')].count('.param') == len(parameters) + 2
+    assert programs >= 1
+    zeroed = [size for size, _ in parameters]
+    counts = kernel.name == 'list_positions'
+    assert zeroed[-1] == (4 if counts else 0) and not any(zeroed[:-1])
 
-  def _call(self, kernel, x, y, z, parameters):
-    self.calls.append((kernel, (x, y, z), parameters))
-    return mock.Mock(to_proto=lambda name, metadata: b'')
+
+def _resnet_blocks(widths, dtype):
+  """Shapes of the blocks of ResNet-50 or ResNet-18 at 224 pixels, batch 128."""
+
+  def layer(size, in_features, features, strides=1):
+    shape = (size, size, in_features, features)
+    bias = jax.ShapeDtypeStruct((features,), jnp.float32)
+    return Layer(jax.ShapeDtypeStruct(shape, dtype), bias, strides)
+
+  side, depth = 56, 64
+  for planes, strides in zip((64, 128, 256, 512), (1, 2, 2, 2), strict=True):
+    for s in (strides, 1):
+      features = planes * widths
+      layers = [layer(1, depth, planes), layer(3, planes, planes, s)]
+      layers.append(layer(1, planes, features))
+      if widths == 1:
+        layers = [layer(3, depth, planes, s), layer(3, planes, planes), None]
+      projected = s > 1 or depth != features
+      block = FoldedBlock(
+        *layers, layer(1, depth, features, s) if projected else None
+      )
+      yield block, jax.ShapeDtypeStruct((128, side, side, depth), dtype)
+      side, depth = side // s, features
 
 
-def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
-  """All that jax-triton does, short of what needs a GPU."""
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
+  """Compiled for an A100 and an H100, with what ptxas says of them."""
+  need('triton')
+  import triton_compiler
+
+  monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+  launches = []
+  with mock.patch.object(gpu, 'launch', triton_compiler.record(launches)):
+    for widths in (1, 4):
+      for block, x in _resnet_blocks(widths, dtype):
+        hard, dilated = (
+          jax.ShapeDtypeStruct(shape, jnp.float32)
+          for shape in (
+            block.output_shape(x.shape),
+            block.first.output_shape(x.shape),
+          )
+        )
+        out = jax.eval_shape(gpu.run_triton, block, x, hard, dilated)
+        assert out.shape[:3] == hard.shape and out.dtype == dtype
+  variants = triton_compiler.variants(launches)
+  assert {kernel for kernel, *_ in variants} == {
+    *('list_positions', 'convolve', 'convolve_add', 'convolve_matmul_add')
+  }
+  for variant in variants:
+    for capability in (80, 90):
+      used = triton_compiler.compile_launch(*variant, capability)
+      # Two programs share an H100's multiprocessor, one fits on an A100's.
+      assert used.shared <= 227 * 1024 // 2, (variant, used)
+      assert used.spilled <= 16, (variant, used)
+      if dtype == jnp.bfloat16 and 'FEATURES' in dict(variant[2]):
+        assert used.tensor_cores, (variant, used)
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('strides', (1, 2))
+@pytest.mark.parametrize(
+  'sizes',
+  (
+    *BLOCKS.values(),
+    ('bottleneck', 512, 128, 512),
+    ('bottleneck', 256, 256, 256),
+  ),
+)
+def test_blocks_equal_xla_on_a_gpu(sizes, strides, dtype):
   need('triton', 'jax_triton')
-  from jaxlib import gpu_triton
+  with jax.default_matmul_precision('highest'):
+    compare(make_block(*sizes, strides, dtype), (8, 29, 31, sizes[1]))
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('mode', ('sparse', 'auto'))
+@pytest.mark.parametrize('family', ('basic', 'bottleneck'))
+def test_the_executor_equals_the_model_on_a_gpu(
+  make_network, family, mode, dtype
+):
+  need('triton', 'jax_triton')
+  model = make_network(family, 'dynconv', dtype)
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(rng.normal(size=(5, 65, 97, 3)), jnp.float32)
+  with jax.default_matmul_precision('highest'):
+    executor = SparseExecutor(model, images.shape, mode=mode, native=True)
+    _, masks = jax.eval_shape(lambda x: model(x), images)
+    masks = [clustered_masks(rng, m.hard.shape, 0.4) for m in masks]
+    logits, _ = executor(images, masks=masks)
+    expected, _ = SparseExecutor(model, images.shape, mode='dense')(
+      images, masks=masks
+    )
+  tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+  scale = float(jnp.abs(expected).max())
+  np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance * scale)
