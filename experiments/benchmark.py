@@ -55,7 +55,9 @@ _NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
 _MODE = flags.DEFINE_string('mode', 'auto', 'Of the executor.')
 _NATIVE = flags.DEFINE_bool(
-  'native', None, 'Kernels compiled on this machine; by default where they can.'
+  'native',
+  None,
+  'Kernels of our own; by default on a CPU where they can be compiled.',
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'A trained run, whose network and masks are timed.'

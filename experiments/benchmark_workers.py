@@ -95,11 +95,11 @@ class _Jax:
       for kind, executor in executors.items()
     }
     self.steps['dense'] = _cycle(self._dense(), batches)
-    if self.sparse.native:
+    native = self.sparse.kernels == 'native'
+    if native:
       self.steps['native_dense'] = _cycle(self._native_dense(), batches)
     self.batches = batches
     if not self.networks.is_gated:
-      native = self.sparse.native
       return {'density': 1.0, 'mac_ideal': 1.0, 'native': native}
     stats = [self.sparse(batch, self.masks)[1] for batch in batches]
     self.stats = stats[0]
@@ -113,7 +113,7 @@ class _Jax:
     return {
       'density': density,
       'mac_ideal': float(executed.mean() / dense.total),
-      'native': self.sparse.native,
+      'native': native,
       'overflows': int(sum(s.overflows.sum() for s in stats)),
       'plans': {
         block.name: plan.form
@@ -188,7 +188,7 @@ class _Jax:
       features = jnp.asarray(np.maximum(rng.normal(size=shape), 0), self.dtype)
       load = jnp.mean(mask.executed_macs()) / float(mask.dense_macs())
       folded = fold_block(block, self.dtype)
-      if self.sparse.native:
+      if self.sparse.kernels == 'native':
         folded = native.pack(folded)
       run = functools.partial(
         run_block, folded, features, mask.hard, mask.dilated, load

@@ -50,17 +50,24 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
   single = kernel.shape[-1] == 1 and max(kernel.shape[:2]) > 1
   if not ordinary or (large and not single):
     return plain(x, kernel)
+  matmul = functools.partial(
+    jnp.matmul, preferred_element_type=kwargs.get('preferred_element_type')
+  )
   return lax.platform_dependent(
     x,
     kernel,
     cpu=functools.partial(
-      _taps if single else _im2col, strides=strides, padding=padding, size=size
+      _taps if single else _im2col,
+      strides=strides,
+      padding=padding,
+      size=size,
+      matmul=matmul,
     ),
     default=plain,
   )
 
 
-def _im2col(x, kernel, strides, padding, size):
+def _im2col(x, kernel, strides, padding, size, matmul):
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   (sh, sw), (h, w) = strides, size
   columns = [
@@ -69,11 +76,11 @@ def _im2col(x, kernel, strides, padding, size):
     for j in range(kernel.shape[1])
   ]
   kernel = kernel.reshape(-1, kernel.shape[-1])
-  return jnp.concatenate(columns, axis=-1) @ kernel
+  return matmul(jnp.concatenate(columns, axis=-1), kernel)
 
 
-def _taps(x, kernel, strides, padding, size):
-  taps = x @ kernel[..., 0].reshape(-1, kernel.shape[2]).T
+def _taps(x, kernel, strides, padding, size, matmul):
+  taps = matmul(x, kernel[..., 0].reshape(-1, kernel.shape[2]).T)
   taps = jnp.pad(taps, ((0, 0), *padding, (0, 0)))
   (sh, sw), (h, w) = strides, size
   return sum(

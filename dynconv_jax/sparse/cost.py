@@ -45,8 +45,9 @@ def calibrate(
     dtype: of its input.
     per_image: whether its mask is constant over an image.
     density: the one at which the candidates are compared.
-    native: whether the candidate that executes active positions is by the
-      kernels for this machine; the block is packed for them.
+    native: whether a candidate is by the kernels for this machine: on a CPU
+      the only one that executes active positions, for which the block is
+      packed.
   """
   rng = np.random.default_rng(0)
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), dtype)
@@ -166,7 +167,9 @@ def _candidates(shape, per_image, native):
   if small:
     plans.append(BlockPlan('dense', im2col=True))
   if native:
-    return [*plans, default_plan(shape, per_image, native)]
+    plans.append(default_plan(shape, per_image, native))
+    if plans[-1].form == 'native':
+      return plans
   if per_image:
     plan = default_plan(shape, True)
     plans.append(plan)

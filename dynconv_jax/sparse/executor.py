@@ -14,11 +14,17 @@ from flax import nnx
 from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.models.layers import max_pool
 from dynconv_jax.models.resnet import ResNet, check_choice
+from dynconv_jax.sparse import gpu
 from dynconv_jax.sparse import native as native_lib
 from dynconv_jax.sparse.cost import calibrate
 from dynconv_jax.sparse.dense import convolve, run_dense
 from dynconv_jax.sparse.fold import check_evaluation, fold_network
-from dynconv_jax.sparse.plan import BlockPlan, default_plan, run_block
+from dynconv_jax.sparse.plan import (
+  BlockPlan,
+  default_plan,
+  kernel_form,
+  run_block,
+)
 
 MODES = ('auto', 'sparse', 'dense')
 
@@ -74,8 +80,13 @@ class SparseExecutor:
       densely, however the cost model decides; exact all the same, and counted.
     density: for 'auto', the density of masks to expect, in (0, 1].
     plans: one BlockPlan a block in network order, instead of those of the mode.
-    native: whether kernels that are compiled on this machine may serve, see
-      `native.py`; None: where they can.
+    native: whether kernels of our own may serve: on a CPU `native.py`, on a GPU
+      `gpu.py`; None: those of a CPU where they can.
+
+  Attributes:
+    plans: one BlockPlan a block.
+    kernels: the form of the plans by kernels, 'native' or 'triton'; None where
+      they do not serve.
   """
 
   def __init__(
@@ -100,20 +111,15 @@ class SparseExecutor:
       raise ValueError(
         f'plans must be one a block, {num_blocks}; got {len(plans)}'
       )
-    usable = mode != 'dense' and native_lib.usable(model.dtype)
-    asked = native or any(p.form == 'native' for p in plans or ())
-    if asked and not (usable and native is not False):
-      raise ValueError(
-        'native needs a CPU, a C++ compiler, a model in float32 and a mode '
-        f"other than 'dense'; got native {native}, mode {mode!r}, "
-        f'{model.dtype} on {jax.default_backend()}'
-      )
     self.mode = mode
-    self.native = usable and native is not False
+    self.kernels = _choose_kernels(mode, model.dtype, native, plans or ())
     network = fold_network(model)
-    if self.native:
+    if self.kernels == 'native':
       network = native_lib.pack(network)
       model = native_lib.with_native_gates(model)
+    elif self.kernels == 'triton':
+      gpu.load()
+      model = gpu.with_column_gates(model)
     # What is folded is not passed: its shapes will do.
     graphdef, state, rest = nnx.split(model, _is_unfolded, ...)
     shapes = jax.eval_shape(lambda: nnx.as_pure(rest))
@@ -128,6 +134,11 @@ class SparseExecutor:
     self._run = jax.jit(forward)
     self._options = (mode, limit, density)
     self.plans = self._make_plans(model) if plans is None else list(plans)
+
+  @property
+  def native(self) -> bool:
+    """Whether kernels of our own serve."""
+    return self.kernels is not None
 
   def __call__(
     self, images: jax.Array, masks: Sequence[jax.Array] | None = None
@@ -172,12 +183,13 @@ class SparseExecutor:
   def _forward(self, model, network, images, forced):
     """The model's `__call__` with the blocks executed by their plans."""
     x = images.astype(model.dtype)
-    if self.native:
+    native = self.kernels == 'native'
+    if native:
       x = native_lib.convolve_relu(x, network.stem)
     else:
       x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
     if model.architecture.stem == 'imagenet':
-      x = native_lib.max_pool(x) if self.native else max_pool(x)
+      x = native_lib.max_pool(x) if native else max_pool(x)
     given = iter(forced or [None] * len(model.blocks))
     folded, plans = iter(network.blocks), iter(self.plans)
     carry, executed, decisions, overflows = None, [], [], []
@@ -261,6 +273,24 @@ def _execute(block, x, mask, plan, given):
   x = run_block(block, x, mask.hard, mask.dilated, load, plan)
   passed = load > plan.limit if plan.may_overflow else False
   return x, jnp.asarray(passed, jnp.int32)
+
+
+def _choose_kernels(mode, dtype, native, plans):
+  """The form of the kernels that serve, None: none."""
+  form = kernel_form()
+  library = {'native': native_lib, 'triton': gpu}[form]
+  usable = mode != 'dense' and library.usable(dtype)
+  planned = {plan.form for plan in plans} & {'native', 'triton'}
+  asked = bool(native or planned)
+  if asked and not (usable and native is not False and planned <= {form}):
+    raise ValueError(
+      'native needs a CPU, a C++ compiler, a model in float32, or a GPU, and a '
+      f"mode other than 'dense'; got native {native}, mode {mode!r}, "
+      f'{dtype} on {jax.default_backend()}'
+    )
+  # Those for a GPU are not timed yet: XLA serves where they are not asked for.
+  serve = asked or (native is None and form == 'native')
+  return form if usable and serve else None
 
 
 def _counts(maps):

@@ -179,14 +179,9 @@ class NativeSqueeze(nnx.Module):
   """
 
   def __init__(self, squeeze: Squeeze):
-    conv, fc = squeeze.conv, squeeze.fc
-    kernel = np.asarray(conv.kernel[...])
-    self.size, self.strides = kernel.shape[0], _first(conv.strides)
-    taps = kernel.reshape(self.size**2, -1).T
-    matrix = np.hstack([taps, np.asarray(fc.kernel[...])])
+    self.size, self.strides, matrix, average = squeeze_columns(squeeze)
     bias = np.zeros(matrix.shape[1], np.float32)
-    # The last column is averaged over the map, its bias with it.
-    bias[-1] = float(conv.bias[0]) + float(fc.bias[0])
+    bias[-1] = average  # The last column is averaged, its bias with it.
     self.panels = nnx.Param(_panels(matrix, bias))
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -208,8 +203,27 @@ class NativeSqueeze(nnx.Module):
     return logits
 
 
-def _first(strides):
-  return strides if isinstance(strides, int) else strides[0]
+def squeeze_columns(
+  squeeze: Squeeze,
+) -> tuple[int, int, np.ndarray, float]:
+  """Returns a mask unit's linear maps as one matrix.
+
+  Args:
+    squeeze: gives the weights.
+
+  Returns:
+    Extent and strides of its convolution; float32[C, size**2 + 1], a column a
+    tap, and that whose products are averaged over the map; the bias.
+  """
+  conv, fc = squeeze.conv, squeeze.fc
+  kernel = np.asarray(conv.kernel[...])
+  strides = conv.strides
+  return (
+    kernel.shape[0],
+    strides if isinstance(strides, int) else strides[0],
+    np.hstack([kernel[..., 0].reshape(-1, kernel.shape[2]).T, fc.kernel[...]]),
+    float(conv.bias[0]) + float(fc.bias[0]),
+  )
 
 
 def _panels(matrix, bias):

@@ -9,10 +9,11 @@ import jax
 
 from dynconv_jax.sparse.dense import run_dense, run_images
 from dynconv_jax.sparse.fold import FoldedBlock
+from dynconv_jax.sparse.gpu import run_triton
 from dynconv_jax.sparse.native import run_native
 from dynconv_jax.sparse.rows import run_buckets, run_chunks
 
-FORMS = ('dense', 'native', 'chunks', 'buckets', 'images')
+FORMS = ('dense', 'native', 'triton', 'chunks', 'buckets', 'images')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +22,10 @@ class BlockPlan:
 
   Attributes:
     form: 'dense', all positions; 'native', active positions by kernels of this
-      machine's CPU, see `native.run_native`; 'chunks' or 'buckets', active
-      positions by XLA, see `rows.run_chunks` and `rows.run_buckets`; 'images',
-      whole active images by XLA.
+      machine's CPU, see `native.run_native`; 'triton', by those for a GPU, see
+      `gpu.run_triton`; 'chunks' or 'buckets', active positions by XLA, see
+      `rows.run_chunks` and `rows.run_buckets`; 'images', whole active images by
+      XLA.
     sizes: rows a chunk, or images at a time, decreasing.
     nine: whether a 3x3 on rows is nine products added up.
     im2col: whether a dense 3x3 is gathered windows and one product.
@@ -64,7 +66,7 @@ def default_plan(
     native: whether there are kernels for this machine.
   """
   if native:
-    return BlockPlan('native')
+    return BlockPlan(kernel_form())
   num_images, h, w = shape
   if per_image:
     # Enough rows for the matrix products of a small map to be efficient.
@@ -73,6 +75,11 @@ def default_plan(
     # A loop of dynamic length asks the host before each of its steps.
     return BlockPlan('buckets')
   return BlockPlan('chunks', chunk_sizes(num_images * h * w, 4))
+
+
+def kernel_form() -> str:
+  """Returns the form of a plan by kernels for JAX's default backend."""
+  return 'triton' if jax.default_backend() == 'gpu' else 'native'
 
 
 def chunk_sizes(size: int, parts: int) -> tuple[int, ...]:
@@ -114,6 +121,8 @@ def run_block(
   def sparse():
     if plan.form == 'native':
       return run_native(block, x, hard, dilated)
+    if plan.form == 'triton':
+      return run_triton(block, x, hard, dilated)
     if plan.form == 'chunks':
       return run_chunks(
         block, x, hard, dilated, sizes=plan.sizes, nine=plan.nine

@@ -125,6 +125,26 @@ class ConvGeneralDilatedTest(parameterized.TestCase):
     for given, expected in zip(*both(x, kernel), strict=True):
       np.testing.assert_allclose(given, expected, rtol=1e-5, atol=1e-5)
 
+  @parameterized.parameters(1, 4)
+  def test_bfloat16_is_summed_in_float32_where_asked(self, features):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 1, 2, 8)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 8, features)), jnp.bfloat16)
+
+    @jax.jit
+    def run(x, kernel):
+      return layers.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        preferred_element_type=jnp.float32,
+      )
+
+    exact = run(x.astype(jnp.float32), kernel.astype(jnp.float32))
+    np.testing.assert_allclose(run(x, kernel), exact, rtol=1e-5, atol=1e-5)
+
   def test_large_maps_are_convolved_plainly(self):
     jaxpr = jax.make_jaxpr(
       lambda x, k: layers.conv_general_dilated(

@@ -188,7 +188,7 @@ class RowsTest(chex.TestCase):
   def test_an_unknown_form_is_an_error(self):
     with self.assertRaisesRegex(
       ValueError,
-      "form must be dense, native, chunks, buckets, images; got 'rows'",
+      "form must be dense, native, triton, chunks, buckets, images; got 'rows'",
     ):
       BlockPlan('rows')
 

@@ -1,0 +1,109 @@
+"""Compiles GPU kernels where there is no GPU, by what comes with Triton."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dynconv_jax.sparse import triton_kernels
+
+_PTXAS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
+_TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
+
+
+class Used(NamedTuple):
+  """What a program takes.
+
+  Attributes:
+    registers: of a thread.
+    spilled: bytes a thread writes to memory for want of registers.
+    shared: bytes of shared memory.
+    tensor_cores: whether they multiply.
+  """
+
+  registers: int
+  spilled: int
+  shared: int
+  tensor_cores: bool
+
+
+def record(launches: list):
+  """Returns a stand-in for `gpu.launch` that notes what would be launched.
+
+  Args:
+    launches: a (kernel, dtypes of its pointers, constants) is added for each.
+  """
+
+  def launch(kernel, *args, out_shape, **options):
+    dtypes = (v.dtype.name for v in (*args, *jax.tree.leaves(out_shape)))
+    for name in ('grid', 'input_output_aliases', 'zeroed_outputs'):
+      options.pop(name, None)
+    launches.append((kernel, tuple(dtypes), tuple(options.items())))
+    return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), out_shape)
+
+  return launch
+
+
+def variants(launches: list) -> list:
+  """Returns one launch for each kind of program, whatever its map's size."""
+  sizes = ('SIZE', 'HEIGHT', 'WIDTH', 'STRIDES', 'DEPTH', 'FEATURES')
+  kinds = {}
+  for launch in launches:
+    constants = [item for item in launch[2] if item[0] not in sizes]
+    kinds.setdefault((launch[0], tuple(constants)), launch)
+  return list(kinds.values())
+
+
+def compile_launch(
+  kernel: str,
+  dtypes: tuple[str, ...],
+  options: tuple[tuple[str, int], ...],
+  capability: int,
+) -> Used:
+  """Compiles a recorded launch.
+
+  Args:
+    kernel: its name.
+    dtypes: of its pointers.
+    options: its constants, and the compiler's options.
+    capability: 80 for an A100, 90 for an H100.
+  """
+  function, constants = getattr(triton_kernels, kernel), dict(options)
+  chosen = {k: v for k, v in constants.items() if k.startswith('num_')}
+  constants = {k: v for k, v in constants.items() if k not in chosen}
+  signature = dict.fromkeys(constants, 'constexpr')
+  for name, dtype in zip(function.arg_names, dtypes, strict=False):
+    signature[name] = _TYPES[dtype]
+  assert set(signature) == set(function.arg_names)
+  aligned = {(i,): [['tt.divisibility', 16]] for i in range(len(dtypes))}
+  compiled = triton.compile(
+    ASTSource(function, signature, constants, aligned),
+    target=GPUTarget('cuda', capability, 32),
+    options=chosen,
+  )
+  ptx = compiled.asm['ptx']
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder, 'kernel.ptx')
+    path.write_text(ptx)
+    gpu = re.search(r'\.target (\w+)', ptx)[1]
+    said = subprocess.run(
+      [_PTXAS, '-v', f'--gpu-name={gpu}', path, '-o', f'{path}.cubin'],
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stderr
+  return Used(
+    registers=int(re.search(r'Used (\d+) registers', said)[1]),
+    spilled=int(re.search(r'(\d+) bytes spill stores', said)[1]),
+    shared=compiled.metadata.shared,
+    tensor_cores='mma' in ptx,
+  )
