@@ -147,6 +147,7 @@ class _Jax:
   def _native_dense(self):
     """The network without gates by the kernels that execute sparsely."""
     import jax
+    from jax import numpy as jnp
 
     from dynconv_jax.sparse import native
     from dynconv_jax.sparse.fold import fold_network
@@ -154,12 +155,13 @@ class _Jax:
     model = self.networks.model('dense')
 
     def forward(network, images):
-      x = native.convolve_relu(images, network.stem)
+      x = native.convolve(images, network.stem, relu=True)
       if model.architecture.stem == 'imagenet':
         x = native.max_pool(x)
       for block in network.blocks:
         x = native.run_native(block, x)
-      return model.head(x)
+      x = jnp.mean(x, (1, 2), keepdims=True)
+      return native.convolve(x, network.head, relu=False)
 
     return functools.partial(jax.jit(forward), native.pack(fold_network(model)))
 

@@ -185,7 +185,7 @@ class SparseExecutor:
     x = images.astype(model.dtype)
     native = self.kernels == 'native'
     if native:
-      x = native_lib.convolve_relu(x, network.stem)
+      x = native_lib.convolve(x, network.stem, relu=True)
     else:
       x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
     if model.architecture.stem == 'imagenet':
@@ -199,7 +199,7 @@ class SparseExecutor:
         hard, plan = next(given), next(plans)
         decision = mask
         if hard is not None:
-          mask = _obey(block, x, hard)
+          mask = _obey(block, x, hard, decision)
         x, overflow = _execute(next(folded), x, mask, plan, hard)
         if mask is not None:
           executed.append(mask)
@@ -213,7 +213,12 @@ class SparseExecutor:
           # A stage's output is its last block's, but XLA, which cannot know
           # that there is no negative sum, computes the gates' as well.
           x = jnp.where(jnp.sum(decisions[-1]) < 0, output, x)
-    return model.head(x), ExecutionStats(
+    x = jnp.mean(x.astype(jnp.float32), (1, 2), keepdims=True)
+    if native:
+      logits = native_lib.convolve(x, network.head, relu=False)
+    else:
+      logits = convolve(x, network.head)
+    return logits[:, 0, 0], ExecutionStats(
       masks=executed,
       decisions=decisions,
       overflows=jnp.stack(overflows),
@@ -250,14 +255,18 @@ class SparseExecutor:
 
 
 def _is_unfolded(path, _):
-  return 'masker' in path or 'fc' in path
+  return 'masker' in path
 
 
-def _obey(block, x, hard):
-  """The given mask instead of the gate's decision."""
+def _obey(block, x, hard, decision):
+  """The given mask instead of the gate's decision, which it waits for."""
   shape = (x.shape[0], *(-(-n // block.strides) for n in x.shape[1:3]))
   if hard.shape == (shape[0], 1, 1):
     hard = jnp.broadcast_to(hard, shape)
+  if decision is not None:
+    # No decision is negative. Without the dependence XLA would copy x, which
+    # the gate reads, before the block is written over it.
+    hard = jnp.where(decision.hard < 0, decision.hard, hard)
   return block.decide(x, None, jnp.asarray(hard, jnp.float32))[0]
 
 

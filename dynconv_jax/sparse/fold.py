@@ -75,10 +75,12 @@ class FoldedNetwork:
   Attributes:
     stem: the first convolution.
     blocks: the residual blocks in network order.
+    head: the classifier in float32, a 1x1 convolution of the averages.
   """
 
   stem: Layer
   blocks: tuple[FoldedBlock, ...]
+  head: Layer
 
 
 def fold_conv(conv: nnx.Conv, norm: nnx.BatchNorm, dtype) -> Layer:
@@ -137,6 +139,7 @@ def fold_network(model: ResNet, dtype=None) -> FoldedNetwork:
   return FoldedNetwork(
     stem=fold_conv(model.conv1, model.bn1, dtype),
     blocks=tuple(fold_block(block, dtype) for block in model.blocks),
+    head=Layer(model.fc.kernel[...][None, None], model.fc.bias[...], 1),
   )
 
 

@@ -138,12 +138,13 @@ def run_native(
   return out
 
 
-def convolve_relu(x: jax.Array, layer: Layer) -> jax.Array:
-  """Returns float32[N, h, w, features]: a convolution and a ReLU.
+def convolve(x: jax.Array, layer: Layer, *, relu: bool) -> jax.Array:
+  """Returns float32[N, h, w, features]: a convolution.
 
   Args:
     x: float32[N, H, W, in_features].
     layer: packed.
+    relu: whether a ReLU follows.
   """
   pad = layer.size // 2
   shape = (*layer.output_shape(x.shape), layer.bias.size)
@@ -154,7 +155,7 @@ def convolve_relu(x: jax.Array, layer: Layer) -> jax.Array:
     layer.panels,
     size=np.int64(layer.size),
     strides=np.int64(layer.strides),
-    relu=True,
+    relu=relu,
   )
 
 

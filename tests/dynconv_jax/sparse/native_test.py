@@ -195,7 +195,7 @@ def test_a_convolution_and_a_relu(size, strides):
   x = jnp.asarray(rng.normal(size=(2, 13, 18, 3)), jnp.float32)
   packed = native.pack((layer,))[0]
   expected = jax.nn.relu(convolve(x, layer))
-  assert_near(native.convolve_relu(x, packed), expected)
+  assert_near(native.convolve(x, packed, relu=True), expected)
 
 
 @pytest.mark.parametrize('size', ((1, 1), (6, 9), (7, 4)))
@@ -211,7 +211,7 @@ def test_what_is_no_number_stays_so():
   layer = make_layer(rng, 1, 4, 33)
   x = jnp.asarray(rng.normal(size=(1, 1, 3, 4)), jnp.float32)
   x = x.at[0, 0, 1, 2].set(jnp.nan)
-  out = native.convolve_relu(x, native.pack((layer,))[0])
+  out = native.convolve(x, native.pack((layer,))[0], relu=True)
   is_nan = np.isnan(np.asarray(out)).all(-1)
   assert is_nan.tolist() == [[[False, True, False]]]
 
