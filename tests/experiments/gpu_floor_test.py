@@ -1,60 +1,34 @@
-"""Tests of the floor of a GPU's time against the MAC counter."""
+"""Tests of the program that prints the floor of a GPU's time."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+import json
+
 import pytest
-from flax import nnx
 
-from dynconv_jax import create_model
-from dynconv_jax.macs import count_macs
-from dynconv_jax.sparse.cost import clustered_masks
-from experiments.gpu_floor import Kernel, count_kernels
+from dynconv_jax.sparse.roofline import count_kernels
 
 
-def count(method, batch_size=2):
-  model = nnx.eval_shape(
-    lambda: create_model('resnet50', method=method, rngs=nnx.Rngs(0))
+def test_floors_are_sums_over_kernels_at_the_given_rates(program):
+  printed = program(
+    'gpu_floor',
+    '--batch_size=2',
+    '--image_size=96',
+    '--density=0.3,1',
+    '--bandwidth=2',
+    '--rate=100',
   )
-  model = nnx.view(model, deterministic=True, use_running_average=True)
-  images = jax.ShapeDtypeStruct((batch_size, 96, 96, 3), jnp.float32)
-  return model, count_macs(model, images)
+  rows = json.loads(printed.splitlines()[-1])
+  assert [row['density'] for row in rows] == [None, 0.3, 1.0]
+  for row in rows:
+    kernels = count_kernels(2, 96, row['density'])
+    assert row['gmacs'] * 1e9 == pytest.approx(sum(k.macs for k in kernels))
+    assert row['floor_ms'] / 1e3 == pytest.approx(
+      sum(
+        max(2 * kernel.moved / 2e12, 2 * kernel.macs / 100e12)
+        for kernel in kernels
+      )
+    )
 
 
-def test_dense_macs_are_those_of_the_counter():
-  _, report = count('dense')
-  kernels = count_kernels(2, 96, None)
-  assert sum(kernel.macs for kernel in kernels) == report.total
-  for kernel in kernels:
-    if kernel.macs and kernel.name != 'stem':
-      assert kernel.macs == report.by_layer[kernel.name].macs
-
-
-@pytest.mark.parametrize('density', (0.3, 1.0))
-def test_sparse_macs_are_those_of_the_counter(density):
-  model, report = count('dynconv')
-  rng, masks, side = np.random.default_rng(0), [], 24
-  for block in model.blocks:
-    x = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    side = -(-side // block.strides)
-    hard = jnp.asarray(clustered_masks(rng, (2, side, side), density))
-    masks.append(block.decide(x, None, hard)[0])
-  units = sum(
-    layer.macs for name, layer in report.by_layer.items() if 'masker' in name
-  )
-  kernels = count_kernels(2, 96, density)
-  got = sum(k.macs for k in kernels if not k.name.endswith('.mask'))
-  assert got == report.executed(masks).sum() - units
-
-
-def test_a_kernel_is_bound_by_memory_or_by_arithmetic():
-  assert Kernel('', macs=10, moved=300).seconds(100, 10) == 6
-  assert Kernel('', macs=100, moved=300).seconds(100, 10) == 20
-
-
-def test_less_is_moved_where_less_is_executed():
-  moved = [
-    sum(kernel.moved for kernel in count_kernels(2, 96, density))
-    for density in (0.1, 0.5, 1.0)
-  ]
-  assert moved == sorted(moved)
+def test_a_density_outside_its_range_is_refused(program):
+  with pytest.raises(ValueError, match=r'in \(0, 1\]'):
+    program('gpu_floor', '--density=0,1')

@@ -1,0 +1,130 @@
+"""Floor of the time of ResNet-50 on a GPU, by the roofline model.
+
+Each kernel takes at least the time to multiply what it has to, and at least
+that to move its operands once between memory and chip (Williams et al. 2009,
+Roofline). The kernels are those of `dynconv_jax.sparse.gpu`, with mask units,
+on clustered masks; in the dense network one a convolution, with whatever is
+pointwise. Values have 2 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dynconv_jax.gating.mask import dilate
+from dynconv_jax.models.resnet import ARCHITECTURES
+from dynconv_jax.sparse.cost import clustered_masks
+
+# Inner width up to which a kernel ends a bottleneck from its first rows.
+_FUSED_WIDTH = 128
+
+
+class Kernel(NamedTuple):
+  """What one kernel has to do.
+
+  Attributes:
+    name: of its layer.
+    macs: multiply-accumulates.
+    moved: values of 2 bytes that it reads and writes.
+  """
+
+  name: str
+  macs: int
+  moved: int
+
+  def seconds(self, bandwidth: float, rate: float) -> float:
+    """Returns the floor of its time.
+
+    Args:
+      bandwidth: bytes a second.
+      rate: floating-point operations a second.
+    """
+    return max(2 * self.moved / bandwidth, 2 * self.macs / rate)
+
+
+def count_kernels(
+  batch_size: int, image_size: int, density: float | None
+) -> list[Kernel]:
+  """Returns the kernels of ResNet-50; without its head, which is small.
+
+  Args:
+    batch_size: images.
+    image_size: pixels a side.
+    density: of the masks; None: the network without gates.
+  """
+  architecture, rng = ARCHITECTURES['resnet50'], np.random.default_rng(0)
+  side, width = -(-image_size // 2), architecture.width
+  stem = batch_size * side**2
+  pooled = batch_size * (-(-side // 2)) ** 2 * width
+  kernels = [
+    _product(
+      'stem', stem, (7, 3, width), batch_size * image_size**2 * 3, stem * width
+    ),
+    Kernel('pool', 0, stem * width + pooled),
+  ]
+  side, depth = -(-side // 2), width
+  for stage, blocks in enumerate(architecture.depths):
+    for index in range(blocks):
+      strides = 2 if stage and not index else 1
+      masks = None
+      if density is not None:
+        shape = (batch_size, *(2 * (-(-side // strides),)))
+        hard = clustered_masks(rng, shape, density)
+        dilated = np.asarray(dilate(hard, strides))[:, :side, :side]
+        masks = (int(hard.sum()), int(dilated.sum()))
+      name = f'layer{stage + 1}.{index}'
+      kernels += _count_block(
+        name, batch_size, side, strides, depth, width << stage, masks
+      )
+      side, depth = -(-side // strides), 4 * (width << stage)
+  return kernels
+
+
+def _count_block(name, batch_size, side, strides, depth, planes, masks):
+  """The kernels of a bottleneck; masks: (active, dilated) positions."""
+  features, before = 4 * planes, batch_size * side**2
+  after = batch_size * (-(-side // strides)) ** 2
+  active, dilated = masks or (after, before)
+  kernels = []
+  if masks:
+    # Nine taps and the average; a list reads 4 bytes a position, writes 8.
+    kernels += [
+      _product(f'{name}.mask', before, (1, depth, 10), before * depth, 0),
+      Kernel(f'{name}.lists', 0, 6 * (before + after)),
+    ]
+  if strides > 1 or depth != features:
+    kernels.append(
+      _product(
+        f'{name}.downsample.0',
+        after,
+        (1, depth, features),
+        after * depth,
+        after * features,
+      )
+    )
+  first = (1, depth, planes)
+  second, third = (3, planes, planes), (1, planes, features)
+  added = 2 * active * features  # The shortcut is read, the sum written.
+  kernels.append(
+    _product(f'{name}.conv1', dilated, first, dilated * depth, dilated * planes)
+  )
+  last = [
+    _product(f'{name}.conv2', active, second, dilated * planes, 0),
+    _product(f'{name}.conv3', active, third, 0, added),
+  ]
+  if masks and planes <= _FUSED_WIDTH:
+    return [
+      *kernels,
+      Kernel(f'{name}.conv2+3', *np.add(last[0][1:], last[1][1:]).tolist()),
+    ]
+  return kernels + [
+    kernel._replace(moved=kernel.moved + active * planes) for kernel in last
+  ]
+
+
+def _product(name, rows, kernel, read, written):
+  """A product of rows and a (taps a side, depth, features) kernel."""
+  weights = kernel[0] ** 2 * kernel[1] * kernel[2]
+  return Kernel(name, rows * weights, read + weights + written)
