@@ -134,6 +134,8 @@ class SparseExecutor:
     self._run = jax.jit(forward)
     self._options = (mode, limit, density)
     self.plans = self._make_plans(model) if plans is None else list(plans)
+    if self.kernels == 'native':
+      self._network = self._drop_kernels()
 
   @property
   def native(self) -> bool:
@@ -223,6 +225,20 @@ class SparseExecutor:
       decisions=decisions,
       overflows=jnp.stack(overflows),
       names=tuple(mask.name for mask in executed),
+    )
+
+  def _drop_kernels(self):
+    """The network without weights that no plan reads: memory, and arguments."""
+    network = self._network
+    return network.replace(
+      stem=native_lib.drop_kernels(network.stem),
+      head=native_lib.drop_kernels(network.head),
+      blocks=tuple(
+        native_lib.drop_kernels(block)
+        if plan.form == 'native' and not plan.may_overflow
+        else block
+        for block, plan in zip(network.blocks, self.plans, strict=True)
+      ),
     )
 
   def _make_plans(self, model):

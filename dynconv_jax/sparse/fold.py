@@ -18,23 +18,38 @@ class Layer:
   """A convolution with a bias, padded by k // 2.
 
   Attributes:
-    kernel: float[k, k, in_features, features], in the compute dtype.
-    bias: float32[features].
+    kernel: float[k, k, in_features, features], in the compute dtype; None where
+      only what is packed is kept.
+    bias: float32[features]; None likewise.
     strides: of the convolution.
     panels: kernel and bias as `native.py` reads them, or None.
     squares: the same of a 3x3 for outputs of 2x2 at a time, or None.
+    packed_shape: (k, k, in_features, features) of a kernel that is not kept.
   """
 
-  kernel: jax.Array
-  bias: jax.Array
+  kernel: jax.Array | None
+  bias: jax.Array | None
   strides: int = flax.struct.field(pytree_node=False)
   panels: jax.Array | None = None
   squares: jax.Array | None = None
+  packed_shape: tuple[int, ...] | None = flax.struct.field(
+    pytree_node=False, default=None
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(k, k, in_features, features)."""
+    return self.packed_shape if self.kernel is None else self.kernel.shape
 
   @property
   def size(self) -> int:
     """k, the extent of the kernel."""
-    return self.kernel.shape[0]
+    return self.shape[0]
+
+  @property
+  def features(self) -> int:
+    """Channels of the output."""
+    return self.shape[-1]
 
   @property
   def matrix(self) -> jax.Array:

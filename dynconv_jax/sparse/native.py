@@ -1,7 +1,7 @@
 """Blocks at active positions by kernels that are compiled on this machine.
 
 XLA has static shapes and copies the rows that it gathers. The kernels in
-kernels.cc count at run time and read rows where they are. A C++ compiler
+kernels/ count at run time and read rows where they are. A C++ compiler
 compiles them at first use; without one, XLA's forms are used.
 """
 
@@ -29,12 +29,11 @@ from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedNetwork, Layer
 
-Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock)
+Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock, Layer)
 
-_SOURCE = pathlib.Path(__file__).with_name('kernels.cc')
+_SOURCES = pathlib.Path(__file__).with_name('kernels')
 _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
-_WIDTH = 32  # kWidth of kernels.cc.
-_LINE = 16  # Floats that a cache line holds.
+_WIDTH = 32  # kWidth of kernels/product.h.
 # Positions of the images that a block computes at a time: about those whose
 # rows fit into a shared cache.
 _GROUP_POSITIONS = 3136
@@ -67,8 +66,21 @@ def pack(network: Folded) -> Folded:
       squares=_squares(layer.kernel, layer.bias) if squares else None,
     )
 
+  return jax.tree.map(packed, network, is_leaf=_is_layer)
+
+
+def drop_kernels(network: Folded) -> Folded:
+  """Returns a packed network or block without what the kernels do not read.
+
+  Args:
+    network: packed; XLA cannot compute it any more.
+  """
   return jax.tree.map(
-    packed, network, is_leaf=lambda node: isinstance(node, Layer)
+    lambda layer: layer.replace(
+      kernel=None, bias=None, packed_shape=layer.shape
+    ),
+    network,
+    is_leaf=_is_layer,
   )
 
 
@@ -110,13 +122,13 @@ def run_native(
     dilated = jnp.ones(block.first.output_shape(x.shape), jnp.float32)
   n, middle, end = len(x), dilated.shape[1:], hard.shape[1:]
   group = min(n, max(1, _GROUP_POSITIONS // (end[0] * end[1])))
-  features = (block.third or block.second).bias.size
-  inner = block.second.bias.size if block.third is not None else 0
+  features = (block.third or block.second).features
+  inner = block.second.features if block.third is not None else 0
   none = jnp.zeros((0, 1, _WIDTH), jnp.float32)
   layers = (block.first, block.second, block.third, block.projection)
   shapes = (
     (n, *end, features),
-    (group * middle[0] * middle[1], block.first.bias.size),
+    (group * middle[0] * middle[1], block.first.features),
     (group * end[0] * end[1], inner),
   )
   out, _, _ = jax.ffi.ffi_call(
@@ -147,7 +159,7 @@ def convolve(x: jax.Array, layer: Layer, *, relu: bool) -> jax.Array:
     relu: whether a ReLU follows.
   """
   pad = layer.size // 2
-  shape = (*layer.output_shape(x.shape), layer.bias.size)
+  shape = (*layer.output_shape(x.shape), layer.features)
   return jax.ffi.ffi_call(
     _register()['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
   )(
@@ -180,24 +192,24 @@ class NativeSqueeze(nnx.Module):
   """
 
   def __init__(self, squeeze: Squeeze):
-    self.size, self.strides, matrix, average = squeeze_columns(squeeze)
-    bias = np.zeros(matrix.shape[1], np.float32)
-    bias[-1] = average  # The last column is averaged, its bias with it.
-    self.panels = nnx.Param(_panels(matrix, bias))
+    self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
+    self.weights = nnx.Param(jnp.asarray(np.ascontiguousarray(matrix.T)))
+    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w]: logits of a float32[N, H, W, C] input."""
     n, height, width, _ = x.shape
     shapes = (
       (n, -(-height // self.strides), -(-width // self.strides)),
-      (n * height * width, _LINE * -(-(self.size**2 + 1) // _LINE)),
+      (self.size**2 + 1, n * height * width),
     )
     logits, _ = jax.ffi.ffi_call(
       _register()['mask_logits'],
       [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     )(
       x,
-      self.panels[...],
+      self.weights[...],
+      self.bias[...],
       size=np.int64(self.size),
       strides=np.int64(self.strides),
     )
@@ -227,8 +239,12 @@ def squeeze_columns(
   )
 
 
+def _is_layer(node):
+  return isinstance(node, Layer)
+
+
 def _panels(matrix, bias):
-  """float32[panels, 1 + rows, 32] of [rows, columns]: see kernels.cc."""
+  """float32[panels, 1 + rows, 32] of [rows, columns]: see kernels/product.h."""
   matrix = np.vstack([np.asarray(bias), np.asarray(matrix)])
   matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % _WIDTH)))
   panels = matrix.reshape(len(matrix), -1, _WIDTH).transpose(1, 0, 2)
@@ -236,7 +252,7 @@ def _panels(matrix, bias):
 
 
 def _squares(kernel, bias):
-  """float32[panels, 16, 1 + depth, 32]: `MultiplySquares` of kernels.cc.
+  """float32[panels, 16, 1 + depth, 32]: see kernels/squares.h.
 
   The kernel [3, 3, depth, columns] is transformed in float64 and rounded once.
   The second row and column of A are ones: there the bias reaches each output.
@@ -293,7 +309,7 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
   ).stdout
   # The headers are jaxlib's, which may be upgraded in place.
   parts = (
-    _SOURCE.read_text(),
+    *(path.read_text() for path in sorted(_SOURCES.iterdir())),
     str(command),
     version,
     jaxlib.__version__,
@@ -307,7 +323,7 @@ def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
       library = pathlib.Path(temporary) / path.name
       subprocess.run(
-        [*command, str(_SOURCE), '-o', str(library)],
+        [*command, str(_SOURCES / 'blocks.cc'), '-o', str(library)],
         capture_output=True,
         text=True,
         check=True,

@@ -110,7 +110,7 @@ class _Exporter:
   def _resize(self, layer):
     """Notes what a layer makes of the map."""
     self.size = layer.output_shape((1, *self.size))[1:]
-    self.features = layer.bias.size
+    self.features = layer.features
 
   def _conv(self, x, layer, relu=False):
     """A convolution of an NCHW map."""
@@ -154,7 +154,7 @@ class _Exporter:
       x = self._sparse_block(folded, x, self._mask(index, block, x))
     self._resize(folded.first)
     self._resize(folded.second)
-    self.features = (folded.third or folded.second).bias.size
+    self.features = (folded.third or folded.second).features
     return x
 
   def _dense_block(self, folded, x, mask):
@@ -191,7 +191,7 @@ class _Exporter:
       rows = self._gather_windows(table, windows, self.features)
     y = self._gemm(rows, folded.first, relu=True)
     # Row 0 is zero: what a window reads outside of the dilated mask.
-    planes = folded.first.bias.size
+    planes = folded.first.features
     y = g('Concat', np.zeros((1, planes), np.float32), y, axis=0)
     windows = self._windows(active, (h, w), middle, folded.second.strides)
     windows = g('Gather', self._numbers(dilated, middle), windows, axis=0)

@@ -1,0 +1,259 @@
+// Matrix products whose left operand is not formed: its rows are read where they
+// are (Dukhan, "The Indirect Convolution Algorithm", 2019).
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "team.h"
+
+namespace {
+
+constexpr int kWidth = 32;  // Columns of a panel, see native.py.
+
+// Tiles of kTile rows and one panel: as many sums as there are registers, less
+// those that hold the panel's row and a broadcast.
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTile = 10;
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTile = 3;
+#else
+constexpr int kLanes = 4, kTile = 2;
+#endif
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+
+// A Vector or a float at any address.
+template <typename T>
+T Load(const float* from) {
+  T value;
+  std::memcpy(&value, from, sizeof(T));
+  return value;
+}
+
+template <typename T>
+void Store(float* to, T value) {
+  std::memcpy(to, &value, sizeof(T));
+}
+
+int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
+
+// Memory of a thread for what it does now, to be written before it is read. It is
+// kept: an allocation would have threads wait for each other.
+struct Scratch {
+  std::vector<float> floats;
+  std::vector<const float*> rows;
+  std::vector<float*> outputs;
+
+  static Scratch& Of(size_t floats, size_t rows, size_t outputs) {
+    thread_local Scratch scratch;
+    if (scratch.floats.size() < floats) scratch.floats.resize(floats);
+    if (scratch.rows.size() < rows) scratch.rows.resize(rows);
+    if (scratch.outputs.size() < outputs) scratch.outputs.resize(outputs);
+    return scratch;
+  }
+};
+
+constexpr int64_t kLine = 16;  // Floats that a cache line holds.
+
+// Steps of a product whose weights, 32 KiB, are used for all rows of a block before
+// the next are. One tile of rows does not wait for those that it will use kAhead
+// steps later.
+constexpr int64_t kPiece = 256, kAhead = 64;
+
+// Rows that are read for one panel after the other: they stay in the second-level
+// cache.
+constexpr int64_t kBlockBytes = 256 << 10;
+
+// Parts of a product for each thread, at least, if there are enough rows.
+constexpr int64_t kParts = 16;
+
+// Rows that a ReLU is applied to: from this one on.
+constexpr int64_t kAllRows = 0, kNoRow = std::numeric_limits<int64_t>::max();
+
+// rows x weights + bias, then `add` what the output holds, then a ReLU. Weights are
+// packed: float[panels][1 + taps * depth][kWidth], the bias first, zeros where
+// there are no more columns.
+struct Product {
+  const float* panels;
+  int64_t taps, depth, columns;
+  bool add;
+  int64_t relu_from;
+
+  int64_t num_panels() const { return Divide(columns, kWidth); }
+
+  template <typename T>
+  void Finish(T sum, float* out, bool relu) const {
+    if (add) sum += Load<T>(out);
+    if (relu) sum = sum < 0 ? T{} : sum;  // Keeps NaN.
+    Store(out, sum);
+  }
+};
+
+// A part of a panel's sums: `taps` taps from `tap` on, of each `depth` floats from
+// `start` on.
+struct Piece {
+  const float* weights;
+  int64_t tap, taps, start, depth;
+  bool first, last;
+  const float* ahead;  // What is fetched meanwhile.
+};
+
+// M rows of one panel, of which V vectors; rows[tap * M + i] points at the floats of
+// a tap. M more pointers follow, what is read next: it is fetched meanwhile, and L
+// lines of weights a step. `partial` are the sums between two pieces; `row` is the
+// number of the first row.
+template <int M, int V, int L>
+void Tile(const Product& product, const Piece& piece, int64_t panel,
+          int64_t row, const float* const* rows, float* partial,
+          float* const* outputs) {
+  const int64_t column = panel * kWidth;
+  Vector sums[M][V];
+  for (int v = 0; v < V; ++v) {
+    const Vector bias = Load<Vector>(piece.weights - kWidth + v * kLanes);
+    for (int i = 0; i < M; ++i) sums[i][v] = bias;
+  }
+  if (!piece.first)
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v)
+        sums[i][v] = Load<Vector>(partial + i * kWidth + v * kLanes);
+  if (piece.last)
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v)
+        __builtin_prefetch(outputs[i] + column + v * kLanes, 1);
+  const float *weights = piece.weights, *ahead = piece.ahead;
+  rows += piece.tap * M;
+  for (int64_t tap = 0; tap < piece.taps; ++tap, rows += M) {
+    const float* reads[M];
+    for (int i = 0; i < M; ++i) reads[i] = rows[i] + piece.start;
+    // Windows of a few floats, those of a stem, are neighbours: nothing to fetch.
+    const bool few = piece.depth <= 2 * kLine;
+    for (int64_t k = 0; k < piece.depth;) {
+      for (int i = 0; i < M && !few; ++i)
+        __builtin_prefetch(rows[M + i] + piece.start + k);
+      const int64_t end = few ? piece.depth : std::min(k + kLine, piece.depth);
+      for (; k < end; ++k, weights += kWidth, ahead += L * kLine) {
+        for (int line = 0; line < L; ++line)
+          __builtin_prefetch(ahead + line * kLine, 0, 2);
+        Vector w[V];
+        for (int v = 0; v < V; ++v) w[v] = Load<Vector>(weights + v * kLanes);
+        for (int i = 0; i < M; ++i)
+          for (int v = 0; v < V; ++v) sums[i][v] += reads[i][k] * w[v];
+      }
+    }
+  }
+  if (!piece.last) {
+    for (int i = 0; i < M; ++i)
+      for (int v = 0; v < V; ++v)
+        Store(partial + i * kWidth + v * kLanes, sums[i][v]);
+    return;
+  }
+  const int64_t width = std::min<int64_t>(product.columns - column, V * kLanes);
+  for (int i = 0; i < M; ++i) {
+    float* out = outputs[i] + column;
+    const bool relu = row + i >= product.relu_from;
+    if (width == V * kLanes) {
+      for (int v = 0; v < V; ++v)
+        product.Finish(sums[i][v], out + v * kLanes, relu);
+    } else {
+      const float* sum = reinterpret_cast<const float*>(sums[i]);
+      for (int64_t j = 0; j < width; ++j)
+        product.Finish(Load<float>(sum + j), out + j, relu);
+    }
+  }
+}
+
+template <int V, int L, int M = kTile>
+void TileOf(int64_t count, const Product& product, const Piece& piece,
+            int64_t panel, int64_t row, const float* const* rows,
+            float* partial, float* const* outputs) {
+  if (count == M)
+    Tile<M, V, L>(product, piece, panel, row, rows, partial, outputs);
+  else if constexpr (M > 1)
+    TileOf<V, L, M - 1>(count, product, piece, panel, row, rows, partial,
+                        outputs);
+}
+
+// The `count` rows of a block, from number `row` on, times one panel. Where there is
+// more than one tile of them, a piece of the weights serves all before the next,
+// which is fetched meanwhile. `partial` holds `count` rows of a panel.
+void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
+                          int64_t count, const float* const* rows,
+                          float* const* outputs, float* partial) {
+  const int64_t taps = product.taps, depth = product.depth;
+  const float* weights =
+      product.panels + panel * (1 + taps * depth) * kWidth + kWidth;
+  const bool one_tile = count <= kTile;
+  const bool split = !one_tile && taps * depth > kPiece;
+  const int64_t length = split ? std::min(depth, kPiece) : depth;
+  const int64_t most = split ? std::max<int64_t>(kPiece / depth, 1) : taps;
+  constexpr int kWide = kWidth / kLanes, kNarrow = kWide / 2;
+  constexpr decltype(&TileOf<kWide, 0>) kTiles[2][3] = {
+      {TileOf<kWide, 0>, TileOf<kWide, 1>, TileOf<kWide, 2>},
+      {TileOf<kNarrow, 0>, TileOf<kNarrow, 1>, TileOf<kNarrow, 2>}};
+  const auto& tiles = kTiles[product.columns - panel * kWidth <= kWidth / 2];
+  for (int64_t tap = 0; tap < taps; tap += most)
+    for (int64_t start = 0; start < depth; start += length) {
+      Piece piece{weights,
+                  tap,
+                  std::min(most, taps - tap),
+                  start,
+                  std::min(length, depth - start),
+                  tap == 0 && start == 0,
+                  tap + most >= taps && start + length >= depth,
+                  weights + kAhead * kWidth};
+      const int64_t steps = piece.taps * piece.depth;
+      for (int64_t i = 0; i < count; i += kTile) {
+        // The first two tiles fetch a half of the next piece each.
+        int lines = one_tile ? 2 : 0;
+        if (split && i < 2 * kTile) {
+          piece.ahead = weights + steps * (kWidth + i / kTile * kLine);
+          lines = 1;
+        }
+        tiles[lines](std::min<int64_t>(kTile, count - i), product, piece, panel,
+                     row + i, rows + i * taps, partial + i * kWidth,
+                     outputs + i);
+      }
+      weights += steps * kWidth;
+    }
+}
+
+// A product of `count` rows. reads(i, rows, step) writes the pointers of row i,
+// `step` apart; writes(i) returns where its output goes.
+template <typename Reads, typename Writes>
+void Multiply(Team& team, const Product& product, int64_t count, const Reads& reads,
+              const Writes& writes) {
+  if (count == 0) return;
+  const int64_t taps = product.taps;
+  // A unit is a block of rows and a panel.
+  const int64_t panels = product.num_panels();
+  int64_t block = std::max<int64_t>(kBlockBytes / (4 * product.depth), 1);
+  block = std::min(block, Divide(count * panels, kParts * team.size()));
+  block = std::max<int64_t>(Divide(block, kTile), 4) * kTile;
+  team.Run(Divide(count, block) * panels, [&](int64_t begin, int64_t end) {
+    Scratch& scratch =
+        Scratch::Of(block * kWidth, block * taps + kTile, block);
+    const float** const rows = scratch.rows.data();
+    float** const outputs = scratch.outputs.data();
+    float* const partial = scratch.floats.data();
+    int64_t size = 0;
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t start = unit / panels * block;
+      if (unit == begin || unit % panels == 0) {
+        size = std::min(block, count - start);
+        for (int64_t i = 0; i < size; ++i) {
+          const int64_t first = i - i % kTile;  // Of the tile.
+          reads(start + i, &rows[first * taps + i - first],
+                std::min<int64_t>(kTile, size - first));
+          outputs[i] = writes(start + i);
+        }
+      }
+      MultiplyPanel(product, unit % panels, start, size, rows, outputs, partial);
+    }
+  });
+}
+
+}  // namespace

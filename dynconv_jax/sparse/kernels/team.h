@@ -1,0 +1,119 @@
+// Threads that work together.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+// The calling thread and those of XLA's pool that help it. Helpers stay for the
+// life of the team: one piece of work follows another without their being woken.
+class Team {
+ public:
+  explicit Team(xla::ffi::ThreadPool pool) : pool_(pool) {}
+  Team(const Team&) = delete;
+  ~Team() { work_->closed.store(true, std::memory_order_relaxed); }
+
+  int64_t size() const { return std::max<int64_t>(pool_.num_threads(), 1); }
+
+  // Calls run(begin, end) on ranges that cover [0, units). Each thread has a share
+  // of its own, the same of each work, so that what it wrote is still in its cache
+  // when it reads it; who is done helps others. Long ranges come first, single units
+  // last (Polychronopoulos and Kuck, "Guided Self-Scheduling", 1987). The caller
+  // never waits for a unit that no thread has begun.
+  template <typename Function>
+  void Run(int64_t units, const Function& run) {
+    if (units == 0) return;
+    for (; helpers_ < std::min(size(), units) - 1; ++helpers_)
+      pool_.Schedule([work = work_, own = helpers_ + 1] {
+        for (int64_t idle = 0; !work->closed.load(std::memory_order_relaxed);)
+          if (work->Take(own))
+            idle = 0;
+          else
+            Wait(idle);
+      });
+    Work& work = *work_;
+    work.call = [](const void* function, int64_t begin, int64_t end) {
+      (*static_cast<const Function*>(function))(begin, end);
+    };
+    work.function = &run;
+    work.done.store(0, std::memory_order_relaxed);
+    const int64_t shares = work.shares.size();
+    for (int64_t i = 0; i < shares; ++i)
+      work.shares[i].left.store(
+          Range{static_cast<uint32_t>(units * i / shares),
+                static_cast<uint32_t>(units * (i + 1) / shares)},
+          std::memory_order_release);
+    while (work.Take(0)) {
+    }
+    for (int64_t idle = 0; work.done.load(std::memory_order_acquire) < units;)
+      Wait(idle);
+  }
+
+ private:
+  struct Range {
+    uint32_t begin, end;
+  };
+
+  struct alignas(64) Share {
+    std::atomic<Range> left{Range{0, 0}};
+  };
+
+  struct Work {
+    // These change only when no unit is left and all are done: who has taken
+    // some reads those of its own work.
+    void (*call)(const void* function, int64_t begin, int64_t end);
+    const void* function;
+    std::vector<Share> shares;
+    std::atomic<int64_t> done{0};
+    std::atomic<bool> closed{false};
+
+    explicit Work(int64_t size) : shares(size) {}
+
+    // Does some units, if any are left.
+    bool Take(int64_t own) {
+      for (size_t i = 0; i < shares.size(); ++i)
+        if (TakeOf(shares[(own + i) % shares.size()].left, i == 0)) return true;
+      return false;
+    }
+
+    // Does some of a share's units: the first ones of the thread's own.
+    bool TakeOf(std::atomic<Range>& left, bool own) {
+      Range before = left.load(std::memory_order_acquire), after, taken;
+      do {
+        const uint32_t size = before.end - before.begin;
+        if (size == 0) return false;
+        const uint32_t count = std::max<uint32_t>(size / 4, 1);
+        after = taken = before;
+        if (own)
+          taken.end = after.begin = before.begin + count;
+        else
+          taken.begin = after.end = before.end - count;
+      } while (!left.compare_exchange_weak(before, after,
+                                           std::memory_order_acquire));
+      call(function, taken.begin, taken.end);
+      done.fetch_add(taken.end - taken.begin, std::memory_order_release);
+      return true;
+    }
+  };
+
+  static void Wait(int64_t& idle) {
+    if (++idle > 1000) std::this_thread::yield();
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  xla::ffi::ThreadPool pool_;
+  int64_t helpers_ = 0;
+  std::shared_ptr<Work> work_ = std::make_shared<Work>(size());
+};
+
+}  // namespace
