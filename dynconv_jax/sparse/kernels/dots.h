@@ -25,7 +25,7 @@ float Sum(const float* v) {
 constexpr int kDotRows = kLanes == 16 ? 4 : 2, kDotColumns = 5;
 
 // out[j * plane + i] = rows[i] . weights[j] for M rows and N columns of `depth`
-// floats each.
+// floats each. The next M rows are fetched meanwhile.
 template <int M, int N>
 void Dots(const float* rows, const float* weights, int64_t depth, float* out,
           int64_t plane) {
@@ -34,6 +34,8 @@ void Dots(const float* rows, const float* weights, int64_t depth, float* out,
   for (; k + kLanes <= depth; k += kLanes) {
     Vector row[M];
     for (int i = 0; i < M; ++i) row[i] = Load<Vector>(rows + i * depth + k);
+    for (int i = 0; i < M; ++i)
+      __builtin_prefetch(rows + (i + M) * depth + k);
     for (int j = 0; j < N; ++j) {
       const Vector w = Load<Vector>(weights + j * depth + k);
       for (int i = 0; i < M; ++i) sums[i][j] += row[i] * w;

@@ -207,9 +207,9 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
                   weights + kAhead * kWidth};
       const int64_t steps = piece.taps * piece.depth;
       for (int64_t i = 0; i < count; i += kTile) {
-        // The first two tiles fetch a half of the next piece each.
+        // The first two tiles fetch a half each of what follows the piece.
         int lines = one_tile ? 2 : 0;
-        if (split && i < 2 * kTile) {
+        if (!one_tile && i < 2 * kTile) {
           piece.ahead = weights + steps * (kWidth + i / kTile * kLine);
           lines = 1;
         }

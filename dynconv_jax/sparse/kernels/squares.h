@@ -13,8 +13,9 @@
 
 namespace {
 
-// Squares of outputs that a task transforms, see MultiplySquares.
-constexpr int64_t kSquares = 4 * kTile;
+// Squares whose inputs are transformed before they are multiplied, at most, and the
+// bytes of these: they stay in the second-level cache.
+constexpr int64_t kSquares = 64, kSquaresBytes = 832 << 10;
 
 // What a tile of squares takes, and a convolution by squares more than by rows,
 // where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more taps
@@ -101,13 +102,14 @@ void MultiplySquares(Team& team, const Product& product,
                      const std::vector<Square>& squares, Map map,
                      const float* zeros, const Row& row, const Writes& writes) {
   const int64_t count = squares.size(), depth = product.depth;
-  const int64_t panels = product.num_panels(), parts = kParts * team.size();
-  const int64_t block = std::min<int64_t>(
-      kSquares, Divide(Divide(count * panels, parts), kTile) * kTile);
+  const int64_t panels = product.num_panels(), parts = 4 * team.size();
+  int64_t block = std::min(kSquares, kSquaresBytes / (64 * depth));
+  block = std::min(block, Divide(count * panels, parts));
+  block = Divide(block, kTile) * kTile;
   const int64_t blocks = Divide(count, block);
   // The inputs are transformed anew for each group of panels.
   const int64_t group =
-      std::min(panels, std::max<int64_t>(Divide(panels * blocks, parts), 4));
+      std::min(panels, std::max<int64_t>(Divide(panels * blocks, parts), 2));
   const int64_t groups = Divide(panels, group);
   const bool relu = product.relu_from == kAllRows;
   team.Run(blocks * groups, [&](int64_t begin, int64_t end) {
