@@ -5,8 +5,8 @@ python -m experiments.benchmark --model=resnet50 --method=dynconv \
 
 On synthetic clustered masks of one or more densities, which the network obeys
 while its gates are evaluated all the same; or, with --workdir and --split, on a
-trained network's own masks of real images. Several --density and --batch_size
-are crossed.
+trained network's own masks of real images. Several --density, --batch_size and
+--mask_granularity are crossed.
 
 Each framework runs in a process of its own; the processes take turns, and
 medians are given. PyTorch and ONNX Runtime are measured where they are
@@ -20,6 +20,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -46,10 +47,11 @@ _BATCH_SIZE = flags.DEFINE_list('batch_size', '8', 'Images; one or more.')
 _DENSITY = flags.DEFINE_list(
   'density', '0.5', 'Share of active positions, in (0, 1]; one or more.'
 )
-_GRANULARITY = flags.DEFINE_list(
+_GRANULARITY = flags.DEFINE_string(
   'mask_granularity',
   '1',
-  "Side of DynConv's patches, positions: one for all stages, or one a stage.",
+  "Side of DynConv's patches, positions: one for all stages, or one a stage "
+  "(4,4,2,1); several are separated by ';'.",
 )
 _NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
@@ -164,8 +166,10 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   if _MODEL.value in ARCHITECTURES:
     try:
       check_image_size(_MODEL.value, _IMAGE_SIZE.value)
-      sides = [int(side) for side in _GRANULARITY.value]
-      stage_granularities(_MODEL.value, sides)
+      for sides in _GRANULARITY.value.split(';'):
+        if not all(side.strip().isdigit() for side in sides.split(',')):
+          raise ValueError(f'mask_granularity must be integers; got {sides!r}')
+        stage_granularities(_MODEL.value, [int(s) for s in sides.split(',')])
     except ValueError as error:
       errors.append(str(error))
 
@@ -208,9 +212,15 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
       peers.append(peer)
   if _WORKDIR.value:
     densities = [None]
+  cases = itertools.product(batch_sizes, _granularities(), densities)
   return [
-    {'batch_size': n, 'density': d} for n in batch_sizes for d in densities
+    {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in cases
   ], peers
+
+
+def _granularities() -> list[str]:
+  """The settings of --mask_granularity; a trained network has its own."""
+  return [''] if _WORKDIR.value else _GRANULARITY.value.split(';')
 
 
 def _time(case, workers, peers) -> dict[str, Any]:
@@ -263,6 +273,7 @@ def _time(case, workers, peers) -> dict[str, Any]:
 def _print(result) -> None:
   print(
     f'batch {result["batch_size"]}, density {result["density"]:.3f}, '
+    f'patches {result["mask_granularity"] or "of the run"}, '
     f'MAC-proportional ideal {result["mac_ideal"]:.3f}'
   )
   rows = {'dense': result['dense_ms']}
@@ -298,7 +309,6 @@ def _settings() -> dict[str, Any]:
     compute_dtype=_DTYPE.value,
     mode=_MODE.value,
     native=_NATIVE.value,
-    mask_granularity=_GRANULARITY.value,
     steps=_STEPS.value,
     workdir=_WORKDIR.value,
     checkpoint=_CHECKPOINT.value,
@@ -310,7 +320,6 @@ def _settings() -> dict[str, Any]:
 
 def _own_flags() -> list[str]:
   settings = {k: v for k, v in _settings().items() if v is not None}
-  settings['mask_granularity'] = ','.join(settings['mask_granularity'])
   return [f'--{name}={value}' for name, value in settings.items()]
 
 
@@ -325,7 +334,7 @@ def _common() -> dict[str, Any]:
     del settings[name]
   if _WORKDIR.value:
     settings['workdir'] = pathlib.Path(_WORKDIR.value).name
-    del settings['num_classes'], settings['mask_granularity']
+    del settings['num_classes']
     config = read_config(pathlib.Path(_WORKDIR.value).expanduser())
     for name in ('model', 'method', 'image_size', 'compute_dtype'):
       settings[name] = getattr(config, name)

@@ -53,15 +53,20 @@ class Networks:
     """Whether there is a gated network: the trained one may have no gates."""
     return not self.trained or self.trained.config.method != 'dense'
 
-  def model(self, method: str) -> ResNet:
-    """Returns the evaluation view of the network of a method."""
+  def model(self, method: str, mask_granularity: str = '1') -> ResNet:
+    """Returns the evaluation view of the network of a method.
+
+    Args:
+      method: a trained run's own gives the trained network.
+      mask_granularity: of DynConv, as the flag.
+    """
     if self.trained and method == self.trained.config.method:
       return self.trained.model
     model = create_model(
       self.settings['model'],
       method=method,
       num_classes=self.settings['num_classes'],
-      mask_granularity=tuple(map(int, self.settings['mask_granularity'])),
+      mask_granularity=parse_sides(mask_granularity),
       width_multiplier=(
         self.trained.config.width_multiplier if self.trained else 1.0
       ),
@@ -114,6 +119,15 @@ class Networks:
         model.blocks, _output_shapes(model, images), strict=True
       )
     ]
+
+
+def parse_sides(mask_granularity: str) -> tuple[int, ...]:
+  """Returns the sides of patches, one or one a stage; '' is a trained run's.
+
+  Args:
+    mask_granularity: as the flag of one case.
+  """
+  return tuple(map(int, (mask_granularity or '1').split(',')))
 
 
 def masks_of_sides(

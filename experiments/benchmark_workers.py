@@ -14,6 +14,7 @@ from experiments import turns
 from experiments.benchmark_networks import (
   Networks,
   masks_of_sides,
+  parse_sides,
   random_images,
 )
 
@@ -56,9 +57,9 @@ class _Jax:
     program.keep_memory()
     self.networks = Networks(settings)
     self.dtype = self.networks.dtype
-    self.case = None
+    self.case = self.model = None
 
-  def prepare(self, batch_size, density):
+  def prepare(self, batch_size, mask_granularity, density):
     """Makes the executors of a case; returns what they execute."""
     import jax
     from jax import numpy as jnp
@@ -66,8 +67,8 @@ class _Jax:
     from dynconv_jax.macs import count_macs
     from dynconv_jax.sparse import BlockPlan, SparseExecutor
 
-    if self.case is None:
-      self.model = self.networks.model(self.networks.method)
+    if self.case is None or self.case[1] != mask_granularity:
+      self.model = self.networks.model(self.networks.method, mask_granularity)
     batches = [jnp.asarray(b) for b in self.networks.batches(batch_size)]
     shape = batches[0].shape
     self.masks = None
@@ -89,7 +90,7 @@ class _Jax:
       ),
       'sparse': self.sparse,
     }
-    self.case = (batch_size, density)
+    self.case = (batch_size, mask_granularity, density)
     self.steps = {
       kind: _cycle(functools.partial(executor, masks=self.masks), batches)
       for kind, executor in executors.items()
@@ -165,11 +166,11 @@ class _Jax:
 
     return functools.partial(jax.jit(forward), native.pack(fold_network(model)))
 
-  def step(self, kind, batch_size, density):
-    assert self.case == (batch_size, density)
+  def step(self, kind, **case):
+    assert self.case == tuple(case.values())
     return self.steps[kind]
 
-  def blocks(self, batch_size, density):
+  def blocks(self, **case):
     """Times each block by its plan and densely."""
     import jax
     from jax import numpy as jnp
@@ -178,7 +179,7 @@ class _Jax:
     from dynconv_jax.sparse.fold import fold_block
     from dynconv_jax.sparse.plan import BlockPlan, run_block
 
-    assert self.case == (batch_size, density)
+    assert self.case == tuple(case.values())
     x = jax.eval_shape(self.model.stem, self.batches[0])
     rng, rows = np.random.default_rng(2), []
     decided = {mask.name: mask for mask in self.stats.masks}
@@ -244,20 +245,21 @@ class _Torch:
       self.network = torch.compile(self.model)
     self.steps = {}
 
-  def step(self, kind, batch_size, density):
-    key = (kind, batch_size, density if kind == 'torch_index' else None)
+  def step(self, kind, batch_size, mask_granularity, density):
+    masked = (mask_granularity, density) if kind == 'torch_index' else ()
+    key = (kind, batch_size, *masked)
     if key not in self.steps:
-      self.steps[key] = self._make(kind, batch_size, density)
+      self.steps[key] = self._make(batch_size, *masked)
     return self.steps[key]
 
-  def _make(self, kind, batch_size, density):
+  def _make(self, batch_size, *masked):
     import torch
 
     images = torch.from_numpy(random_images(self.settings, batch_size))
     images = images.to(self.dtype).permute(0, 3, 1, 2)  # Channels-last.
     masks = None
-    if kind == 'torch_index':
-      masks = self._masks(images, density)
+    if masked:
+      masks = self._masks(images, *masked)
 
     def step():
       with torch.no_grad():
@@ -265,7 +267,7 @@ class _Torch:
 
     return step
 
-  def _masks(self, images, density):
+  def _masks(self, images, mask_granularity, density):
     """The masks of the JAX process, as pairs of bool[N, h, w]."""
     import torch
 
@@ -274,7 +276,7 @@ class _Torch:
     from dynconv_jax.models.resnet import ARCHITECTURES
 
     sides = stage_granularities(
-      self.settings['model'], tuple(map(int, self.settings['mask_granularity']))
+      self.settings['model'], parse_sides(mask_granularity)
     )
     depths = ARCHITECTURES[self.settings['model']].depths
     sides = np.repeat(sides, depths).tolist()
@@ -306,19 +308,22 @@ class _OnnxRuntime:
     self.networks = Networks(settings)
     self.steps = {}
 
-  def step(self, kind, batch_size, density):
-    key = (kind, batch_size, density if kind == 'onnx_sparse' else None)
+  def step(self, kind, batch_size, mask_granularity, density):
+    masked = (mask_granularity, density) if kind == 'onnx_sparse' else ()
+    key = (kind, batch_size, *masked)
     if key not in self.steps:
-      self.steps[key] = self._make(kind, batch_size, density)
+      self.steps[key] = self._make(batch_size, *masked)
     return self.steps[key]
 
-  def _make(self, kind, batch_size, density):
+  def _make(self, batch_size, mask_granularity=None, density=None):
     import onnxruntime
 
     from dynconv_jax.sparse.onnx import export_onnx
 
-    sparse = kind == 'onnx_sparse'
-    model = self.networks.model(self.networks.method if sparse else 'dense')
+    sparse = mask_granularity is not None
+    model = self.networks.model('dense')
+    if sparse:
+      model = self.networks.model(self.networks.method, mask_granularity)
     feeds = [{'images': batch} for batch in self.networks.batches(batch_size)]
     given = sparse and density is not None
     if given:

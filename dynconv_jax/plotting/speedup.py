@@ -29,14 +29,15 @@ def plot_speedup(
 ) -> Figure:
   """Writes how much faster than dense execution is, against mask density.
 
-  One curve a batch size, a second where the exported network was timed too, the
-  MAC-proportional ideal dashed, and break-even: the density at which a curve
-  crosses 1, taken as linear between measurements.
+  One curve a batch size and size of the masks' patches, a second where the
+  exported network was timed too, the MAC-proportional ideal dashed, and
+  break-even: the density at which a curve crosses 1, taken as linear between
+  measurements. Masks of patches are squares on lighter curves.
 
   Args:
     runs: of 'batch_size', 'density', 'sparse_over_fastest_dense' and
-      'mac_ideal', some of 'onnx_sparse_over_fastest_dense', as
-      experiments.benchmark gives.
+      'mac_ideal', some of 'mask_granularity' and
+      'onnx_sparse_over_fastest_dense', as experiments.benchmark gives.
     path: of the figure, written as .png and .svg.
     title: above it.
 
@@ -48,7 +49,13 @@ def plot_speedup(
   figure = style.new_figure(5.4, 3.8)
   ax = figure.add_subplot()
   sizes = sorted({run['batch_size'] for run in runs})
-  ideal = {run['density']: 1 / run['mac_ideal'] for run in runs}
+  colors = dict(zip(sizes, itertools.cycle(_COLORS), strict=False))
+  patches = list(dict.fromkeys(map(_patches, runs)))
+  ideal = {
+    run['density']: 1 / run['mac_ideal']
+    for run in runs
+    if _patches(run) == patches[0]
+  }
   ax.plot(
     *zip(*sorted(ideal.items()), strict=True),
     color=style.GREY,
@@ -56,30 +63,35 @@ def plot_speedup(
     marker='.',
     label='MAC-proportional ideal',
   )
-  for size, color in zip(sizes, itertools.cycle(_COLORS), strict=False):
-    for column, name, line, face in _KINDS:
-      points = sorted(
-        (run['density'], 1 / run[column])
-        for run in runs
-        if run['batch_size'] == size and column in run
-      )
-      if not points:
-        continue
-      densities, speedups = map(np.array, zip(*points, strict=True))
-      even = break_even(densities, speedups)
-      label = f'batch {size}{name}'
-      if even is not None:
-        label += f', break-even at {even:.2f}'
-        ax.plot(even, 1, marker='|', markersize=14, color=color)
-      ax.plot(
-        densities,
-        speedups,
-        color=color,
-        linestyle=line,
-        marker='o',
-        markerfacecolor=face or color,
-        label=label,
-      )
+  for patch, size, (column, name, line, face) in itertools.product(
+    patches, sizes, _KINDS
+  ):
+    points = sorted(
+      (run['density'], 1 / run[column])
+      for run in runs
+      if (_patches(run), run['batch_size']) == (patch, size) and column in run
+    )
+    if not points:
+      continue
+    densities, speedups = map(np.array, zip(*points, strict=True))
+    first = patch == patches[0]
+    label = f'batch {size}{name}'
+    if not first:
+      label += f', patches {patch}'
+    even = break_even(densities, speedups)
+    if even is not None:
+      label += f', break-even at {even:.2f}'
+      ax.plot(even, 1, marker='|', markersize=14, color=colors[size])
+    ax.plot(
+      densities,
+      speedups,
+      color=colors[size],
+      alpha=1 if first else 0.5,
+      linestyle=line,
+      marker='o' if first else 's',
+      markerfacecolor=face or colors[size],
+      label=label,
+    )
   ax.axhline(1, color=style.INK, linewidth=0.8)
   ax.set_xlim(0, 1.02)
   ax.set_ylim(bottom=0)
@@ -90,6 +102,10 @@ def plot_speedup(
   ax.legend(loc='best')
   style.save_figure(figure, path)
   return figure
+
+
+def _patches(run: Mapping[str, Any]) -> str:
+  return run.get('mask_granularity') or '1'
 
 
 def break_even(densities: np.ndarray, speedups: np.ndarray) -> float | None:

@@ -70,6 +70,19 @@ def test_two_densities(program, tmp_path):
 
 
 @pytest.mark.slow
+def test_masks_of_positions_and_of_patches(program):
+  printed = program(
+    'benchmark', *_SMALL, '--batch_size=1', '--mask_granularity=1;4,2,1'
+  )
+  positions, patches = json.loads(printed.splitlines()[-1])['runs']
+  assert positions['mask_granularity'] == '1'
+  assert patches['mask_granularity'] == '4,2,1'
+  # Fewer positions are dilated around patches, and mask units are smaller.
+  assert positions['density'] == pytest.approx(patches['density'], abs=0.02)
+  assert patches['mac_ideal'] < positions['mac_ideal']
+
+
+@pytest.mark.slow
 def test_a_trained_network_on_its_own_masks(program, dynconv_run):
   printed = program(
     'benchmark',
@@ -149,6 +162,7 @@ def test_the_exported_network_is_timed_too(program, tmp_path):
     (['--peers=tensorflow'], ['peers must be auto, none or some of torch']),
     (['--image_size=16'], ['image_size must be at least']),
     (['--mask_granularity=4,2'], ['mask_granularity must be 1 or 4 integers']),
+    (['--mask_granularity=1;x'], ["must be integers; got 'x'"]),
     (['--mode=fast'], ["unknown mode 'fast'; allowed: auto, sparse, dense"]),
     (['surplus'], ['unknown arguments: surplus']),
   ],

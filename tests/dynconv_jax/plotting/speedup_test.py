@@ -35,6 +35,22 @@ def test_curves_ideal_and_break_even(tmp_path):
   assert ax.get_title(loc='left') == 'ResNet'
 
 
+def test_masks_of_positions_and_of_patches(tmp_path):
+  runs = [
+    {**run, 'mask_granularity': patches}
+    for patches, ratio in (('1', 0.5), ('4,2', 0.4))
+    for run in _runs(1, {0.3: ratio})
+  ]
+  runs[1]['mac_ideal'] = 0.2
+  figure = speedup.plot_speedup(runs, tmp_path / 'a.png')
+  lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+  np.testing.assert_allclose(lines['batch 1'].get_ydata(), [2])
+  np.testing.assert_allclose(lines['batch 1, patches 4,2'].get_ydata(), [2.5])
+  # The ideal is that of positions.
+  ideal = lines['MAC-proportional ideal']
+  np.testing.assert_allclose(ideal.get_ydata(), [1 / 0.37])
+
+
 @pytest.mark.parametrize(
   'speedups, expected',
   [
