@@ -105,13 +105,13 @@ class Networks:
     decided = {mask.name: mask.hard.shape for mask in abstract}
     rng = np.random.default_rng(_MASK_SEED)
     return [
-      _mask(
+      clustered_masks(
         rng,
         # A block without a gate is executed everywhere.
         decided[block.name],
         density,
+        block.masker.per_image,
         side=getattr(block.masker, 'granularity', 1),
-        per_image=block.masker.per_image,
       )
       if block.name in decided
       else np.ones(shape, np.float32)
@@ -142,7 +142,7 @@ def masks_of_sides(
   """
   rng = np.random.default_rng(_MASK_SEED)
   return [
-    _mask(rng, shape, density, side)
+    clustered_masks(rng, shape, density, side=side)
     for shape, side in zip(shapes, sides, strict=True)
   ]
 
@@ -152,14 +152,6 @@ def random_images(settings: Mapping[str, Any], batch_size: int) -> np.ndarray:
   size = settings['image_size']
   rng = np.random.default_rng(0)
   return rng.standard_normal((batch_size, size, size, 3)).astype(np.float32)
-
-
-def _mask(rng, shape, density, side=1, per_image=False):
-  """A clustered mask, of square patches where `side` is above 1."""
-  n, h, w = shape
-  patches = (n, -(-h // side), -(-w // side))
-  mask = clustered_masks(rng, patches, density, per_image)
-  return mask.repeat(side, 1).repeat(side, 2)[:, :h, :w]
 
 
 def _output_shapes(model, images):

@@ -1,4 +1,4 @@
-"""Says below which time ResNet-50 in bfloat16 cannot be executed on a GPU.
+"""Says below which time a ResNet in bfloat16 cannot be executed on a GPU.
 
 python -m experiments.gpu_floor --batch_size=128 --density=0.1,0.3,0.5,1
 
@@ -16,6 +16,12 @@ from absl import flags
 from dynconv_jax.sparse.roofline import count_kernels
 from experiments import program
 
+_MODEL = flags.DEFINE_string('model', 'resnet50', 'A ResNet of bottlenecks.')
+_GRANULARITY = flags.DEFINE_list(
+  'mask_granularity',
+  '1',
+  "Side of the masks' patches, positions: one for all stages, or one a stage.",
+)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 128, 'Images.', lower_bound=1)
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.', lower_bound=64)
 _DENSITY = flags.DEFINE_list(
@@ -35,7 +41,13 @@ def main(argv: Sequence[str]) -> None:
   rows = []
   print('density    GMACs       GB  floor, ms  of dense')
   for density in (None, *densities):
-    kernels = count_kernels(_BATCH_SIZE.value, _IMAGE_SIZE.value, density)
+    kernels = count_kernels(
+      _BATCH_SIZE.value,
+      _IMAGE_SIZE.value,
+      density,
+      model=_MODEL.value,
+      mask_granularity=[int(side) for side in _GRANULARITY.value],
+    )
     milliseconds = 1e3 * sum(
       kernel.seconds(_BANDWIDTH.value * 1e12, _RATE.value * 1e12)
       for kernel in kernels

@@ -121,6 +121,8 @@ def clustered_masks(
   shape: tuple[int, int, int],
   density: float,
   per_image: bool = False,
+  *,
+  side: int = 1,
 ) -> np.ndarray:
   """Returns float32[N, h, w] of {0, 1}: smooth random fields, thresholded.
 
@@ -132,8 +134,14 @@ def clustered_masks(
     shape: (N, h, w).
     density: share of active positions, in [0, 1].
     per_image: whether whole images are active.
+    side: of the patches whose positions are active together; they are counted,
+      and those at the edge are cut.
   """
   n, h, w = shape
+  if side > 1:
+    patches = (n, -(-h // side), -(-w // side))
+    mask = clustered_masks(rng, patches, density, per_image)
+    return mask.repeat(side, 1).repeat(side, 2)[:, :h, :w]
   if per_image:
     active = np.arange(n) < max(density > 0, round(density * n))
     return np.broadcast_to(active[:, None, None], shape).astype(np.float32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import flax.struct
@@ -28,25 +30,69 @@ from dynconv_jax.sparse.plan import (
 
 MODES = ('auto', 'sparse', 'dense')
 
+# The structure of a tree, and shape and dtype of each of its arrays.
+_Layout = tuple[
+  jax.tree_util.PyTreeDef, tuple[tuple[tuple[int, ...], str], ...]
+]
+
 
 @flax.struct.dataclass
 class ExecutionStats:
   """What was executed of a batch.
 
+  It comes as one array, since each that a call returns takes its time; what is
+  asked for is taken out of it.
+
   Attributes:
-    masks: one ExecutionMask a masked block, as the model returns them.
-    decisions: float32[N, h, w] of {0, 1} a block: what its gate chose, which is
-      the mask unless one was given.
-    overflows: int32[blocks], 1 where the batch was above what the block's plan
-      executes sparsely, so that all positions were computed; 0 elsewhere, and
-      where the plan is dense by itself.
-    names: of the blocks, such as 'layer2.0'.
+    packed: float32[...], the values of the arrays below, one after the other.
+    layout: how they are packed.
+    names: of the masked blocks, such as 'layer2.0'.
   """
 
-  masks: list[ExecutionMask]
-  decisions: list[jax.Array]
-  overflows: jax.Array
+  packed: jax.Array
+  layout: _Layout = flax.struct.field(pytree_node=False)
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def pack(
+    cls,
+    masks: list[ExecutionMask],
+    decisions: list[jax.Array],
+    overflows: jax.Array,
+  ) -> ExecutionStats:
+    """Returns the statistics of what the properties of the same names say."""
+    leaves, treedef = jax.tree.flatten((masks, decisions, overflows))
+    return cls(
+      packed=jnp.concatenate([x.ravel().astype(jnp.float32) for x in leaves]),
+      layout=(treedef, tuple((x.shape, x.dtype.name) for x in leaves)),
+      names=tuple(mask.name for mask in masks),
+    )
+
+  @functools.cached_property
+  def _unpacked(self):
+    return _unpack(self.packed, self.layout)
+
+  @property
+  def masks(self) -> list[ExecutionMask]:
+    """One ExecutionMask a masked block, as the model returns them."""
+    return self._unpacked[0]
+
+  @property
+  def decisions(self) -> list[jax.Array]:
+    """float32[N, h, w] of {0, 1} a masked block: what its gate chose.
+
+    That is the mask unless one was given.
+    """
+    return self._unpacked[1]
+
+  @property
+  def overflows(self) -> jax.Array:
+    """int32[blocks], 1 where all positions of a masked block were computed.
+
+    That is where the batch was above what the block's plan executes sparsely; 0
+    elsewhere, and where the plan is dense by itself.
+    """
+    return self._unpacked[2]
 
   @property
   def positions(self) -> jax.Array:
@@ -57,6 +103,17 @@ class ExecutionStats:
   def dilated_positions(self) -> jax.Array:
     """int32[blocks], those of its first convolution."""
     return _counts(mask.dilated for mask in self.masks)
+
+
+@functools.partial(jax.jit, static_argnames='layout')
+def _unpack(packed, layout):
+  treedef, kinds = layout
+  sizes = [math.prod(shape) for shape, _ in kinds]
+  parts = jnp.split(packed, np.cumsum(sizes)[:-1])
+  return treedef.unflatten(
+    part.reshape(shape).astype(dtype)
+    for part, (shape, dtype) in zip(parts, kinds, strict=True)
+  )
 
 
 class SparseExecutor:
@@ -123,19 +180,23 @@ class SparseExecutor:
     # What is folded is not passed: its shapes will do.
     graphdef, state, rest = nnx.split(model, _is_unfolded, ...)
     shapes = jax.eval_shape(lambda: nnx.as_pure(rest))
-    self._network, self._state = network, nnx.as_pure(state)
+    self._network, state = network, nnx.as_pure(state)
     self._inputs = _block_shapes(model, self.image_shape)
     self._names = [block.name for block in model.blocks]
 
-    def forward(network, state, images, masks):
-      model = nnx.merge(graphdef, state, shapes)
-      return self._forward(model, network, images, masks)
-
-    self._run = jax.jit(forward)
     self._options = (mode, limit, density)
     self.plans = self._make_plans(model) if plans is None else list(plans)
     if self.kernels == 'native':
       self._network = self._drop_kernels()
+    # Arrays are passed, not trees of them, which take their time at each call.
+    self._arrays, treedef = jax.tree.flatten((self._network, state))
+
+    def forward(arrays, images, masks):
+      network, state = treedef.unflatten(arrays)
+      model = nnx.merge(graphdef, state, shapes)
+      return self._forward(model, network, images, masks)
+
+    self._run = jax.jit(forward)
 
   @property
   def native(self) -> bool:
@@ -166,7 +227,7 @@ class SparseExecutor:
       )
     if masks is not None:
       masks = self._check_masks(masks)
-    return self._run(self._network, self._state, images, masks)
+    return self._run(self._arrays, images, masks)
 
   def _check_masks(self, masks):
     masks, num_blocks = list(masks), len(self._names)
@@ -220,11 +281,8 @@ class SparseExecutor:
       logits = native_lib.convolve(x, network.head, relu=False)
     else:
       logits = convolve(x, network.head)
-    return logits[:, 0, 0], ExecutionStats(
-      masks=executed,
-      decisions=decisions,
-      overflows=jnp.stack(overflows),
-      names=tuple(mask.name for mask in executed),
+    return logits[:, 0, 0], ExecutionStats.pack(
+      executed, decisions, jnp.stack(overflows)
     )
 
   def _drop_kernels(self):

@@ -1,4 +1,4 @@
-"""Floor of the time of ResNet-50 on a GPU, by the roofline model.
+"""Floor of the time of bottleneck ResNets on a GPU, by the roofline model.
 
 Each kernel takes at least the time to multiply what it has to, and at least
 that to move its operands once between memory and chip (Williams et al. 2009,
@@ -9,12 +9,15 @@ pointwise. Values have 2 bytes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dynconv_jax.gating.mask import dilate
-from dynconv_jax.models.resnet import ARCHITECTURES
+from dynconv_jax.models.blocks import Bottleneck
+from dynconv_jax.models.create import stage_granularities
+from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
 from dynconv_jax.sparse.cost import clustered_masks
 
 # Inner width up to which a kernel ends a bottleneck from its first rows.
@@ -45,16 +48,30 @@ class Kernel(NamedTuple):
 
 
 def count_kernels(
-  batch_size: int, image_size: int, density: float | None
+  batch_size: int,
+  image_size: int,
+  density: float | None,
+  *,
+  model: str = 'resnet50',
+  mask_granularity: Sequence[int] = (1,),
 ) -> list[Kernel]:
-  """Returns the kernels of ResNet-50; without its head, which is small.
+  """Returns the kernels of a network; without its head, which is small.
 
   Args:
     batch_size: images.
     image_size: pixels a side.
     density: of the masks; None: the network without gates.
+    model: one of bottlenecks.
+    mask_granularity: sides of the masks' patches, positions: one for all
+      stages, or one a stage.
+
+  Raises:
+    ValueError: another model, or sides that do not fit it.
   """
-  architecture, rng = ARCHITECTURES['resnet50'], np.random.default_rng(0)
+  bottlenecks = [k for k, v in ARCHITECTURES.items() if v.block is Bottleneck]
+  check_choice('model', model, bottlenecks)
+  sides = stage_granularities(model, mask_granularity)
+  architecture, rng = ARCHITECTURES[model], np.random.default_rng(0)
   side, width = -(-image_size // 2), architecture.width
   stem = batch_size * side**2
   pooled = batch_size * (-(-side // 2)) ** 2 * width
@@ -71,27 +88,38 @@ def count_kernels(
       masks = None
       if density is not None:
         shape = (batch_size, *(2 * (-(-side // strides),)))
-        hard = clustered_masks(rng, shape, density)
+        hard = clustered_masks(rng, shape, density, side=sides[stage])
         dilated = np.asarray(dilate(hard, strides))[:, :side, :side]
         masks = (int(hard.sum()), int(dilated.sum()))
       name = f'layer{stage + 1}.{index}'
       kernels += _count_block(
-        name, batch_size, side, strides, depth, width << stage, masks
+        name,
+        batch_size,
+        side,
+        strides,
+        depth,
+        width << stage,
+        masks,
+        sides[stage],
       )
       side, depth = -(-side // strides), 4 * (width << stage)
   return kernels
 
 
-def _count_block(name, batch_size, side, strides, depth, planes, masks):
+def _count_block(name, batch_size, side, strides, depth, planes, masks, patch):
   """The kernels of a bottleneck; masks: (active, dilated) positions."""
   features, before = 4 * planes, batch_size * side**2
   after = batch_size * (-(-side // strides)) ** 2
   active, dilated = masks or (after, before)
   kernels = []
   if masks:
-    # Nine taps and the average; a list reads 4 bytes a position, writes 8.
+    # Nine taps and the average, of the map or of that of the patches' means; a
+    # list reads 4 bytes a position, writes 8.
+    decided = before
+    if patch > 1:
+      decided = batch_size * (-(-side // (patch * strides))) ** 2
     kernels += [
-      _product(f'{name}.mask', before, (1, depth, 10), before * depth, 0),
+      _product(f'{name}.mask', decided, (1, depth, 10), before * depth, 0),
       Kernel(f'{name}.lists', 0, 6 * (before + after)),
     ]
   if strides > 1 or depth != features:

@@ -5,11 +5,9 @@ import sys
 from unittest import mock
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from dynconv_jax.sparse import native
-from dynconv_jax.sparse.cost import clustered_masks
 from dynconv_jax.training.workdir import read_config
 from experiments import benchmark_networks, turns
 
@@ -172,15 +170,6 @@ def test_errors(program, arguments, messages):
     program('benchmark', *arguments)
   for message in messages:
     assert message in str(caught.value)
-
-
-def test_masks_of_patches_are_those_of_fewer_positions():
-  mask = benchmark_networks._mask(np.random.default_rng(0), (2, 7, 10), 0.3, 4)
-  patches = clustered_masks(np.random.default_rng(0), (2, 2, 3), 0.3)
-  assert mask.shape == (2, 7, 10)
-  for i in range(7):
-    for j in range(10):
-      np.testing.assert_array_equal(mask[:, i, j], patches[:, i // 4, j // 4])
 
 
 def _worker(tmp_path, monkeypatch, answer):

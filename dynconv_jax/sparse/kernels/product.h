@@ -129,8 +129,8 @@ void Tile(const Product& product, const Piece& piece, int64_t panel,
   for (int64_t tap = 0; tap < piece.taps; ++tap, rows += M) {
     const float* reads[M];
     for (int i = 0; i < M; ++i) reads[i] = rows[i] + piece.start;
-    // Windows of a few floats, those of a stem, are neighbours: nothing to fetch.
-    const bool few = piece.depth <= 2 * kLine;
+    // A few lines the processor fetches by itself.
+    const bool few = piece.depth <= 4 * kLine;
     for (int64_t k = 0; k < piece.depth;) {
       for (int i = 0; i < M && !few; ++i)
         __builtin_prefetch(rows[M + i] + piece.start + k);

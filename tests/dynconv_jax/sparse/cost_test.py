@@ -85,3 +85,12 @@ def test_a_block_is_measured(make_network, native):
 
 if __name__ == '__main__':
   absltest.main()
+
+
+def test_masks_of_patches_are_those_of_fewer_positions():
+  mask = clustered_masks(np.random.default_rng(0), (2, 7, 10), 0.3, side=4)
+  patches = clustered_masks(np.random.default_rng(0), (2, 2, 3), 0.3)
+  assert mask.shape == (2, 7, 10)
+  for i in range(7):
+    for j in range(10):
+      np.testing.assert_array_equal(mask[:, i, j], patches[:, i // 4, j // 4])

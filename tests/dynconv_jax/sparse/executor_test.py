@@ -132,7 +132,7 @@ def test_gates_are_computed_where_masks_are_given(make_network, native, method):
     assert stats.positions.tolist() == [mask.size for mask in masks]
     first = stats.names.index(own.names[0])
     np.testing.assert_array_equal(stats.decisions[first], own.decisions[0])
-    inputs = (executor._network, executor._state, images, masks)
+    inputs = (executor._arrays, images, masks)
     run = jax.jit(lambda *args: outputs(executor._run(*args)))
     return run.lower(*inputs).compile()
 

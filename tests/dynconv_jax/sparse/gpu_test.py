@@ -318,7 +318,7 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
     need('jax_triton')
     executor = SparseExecutor(model, (1, 33, 33, 3), mode='sparse', native=True)
     lowered = executor._run.trace(
-      executor._network, executor._state, jnp.zeros((1, 33, 33, 3)), None
+      executor._arrays, jnp.zeros((1, 33, 33, 3)), None
     ).lower(lowering_platforms=('cuda',))
   text = lowered.as_text()
   # Each of the four blocks: two lists, two kernels, the last of them in place.

@@ -12,18 +12,19 @@ from dynconv_jax.sparse.cost import clustered_masks
 from dynconv_jax.sparse.roofline import Kernel, count_kernels
 
 
-def count(method, batch_size=2):
+def count(method, batch_size=2, name='resnet50'):
   model = nnx.eval_shape(
-    lambda: create_model('resnet50', method=method, rngs=nnx.Rngs(0))
+    lambda: create_model(name, method=method, rngs=nnx.Rngs(0))
   )
   model = nnx.view(model, deterministic=True, use_running_average=True)
   images = jax.ShapeDtypeStruct((batch_size, 96, 96, 3), jnp.float32)
   return model, count_macs(model, images)
 
 
-def test_dense_macs_are_those_of_the_counter():
-  _, report = count('dense')
-  kernels = count_kernels(2, 96, None)
+@pytest.mark.parametrize('model', ('resnet50', 'resnet101'))
+def test_dense_macs_are_those_of_the_counter(model):
+  _, report = count('dense', name=model)
+  kernels = count_kernels(2, 96, None, model=model)
   assert sum(kernel.macs for kernel in kernels) == report.total
   for kernel in kernels:
     if kernel.macs and kernel.name != 'stem':
@@ -58,3 +59,27 @@ def test_less_is_moved_where_less_is_executed():
     for density in (0.1, 0.5, 1.0)
   ]
   assert moved == sorted(moved)
+
+
+def test_patches_are_dilated_less_and_decided_by_less():
+  def macs(part, sides):
+    kernels = count_kernels(2, 96, 0.3, mask_granularity=sides)
+    return sum(kernel.macs for kernel in kernels if part in kernel.name)
+
+  positions, patches = (1,), (4, 4, 2, 1)
+  assert macs('layer1.1.conv1', patches) < macs('layer1.1.conv1', positions)
+  # 24 x 24 positions of 256 channels are 6 x 6 patches.
+  assert macs('layer1.1.mask', positions) == 2 * 24**2 * 2560
+  assert macs('layer1.1.mask', patches) == 2 * 6**2 * 2560
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'model': 'resnet18'}, "unknown model 'resnet18'.*allowed: resnet50, "),
+    ({'mask_granularity': (2, 1)}, 'mask_granularity must be 1 or 4 integers'),
+  ],
+)
+def test_other_networks_are_refused(options, message):
+  with pytest.raises(ValueError, match=message):
+    count_kernels(1, 96, 0.5, **options)
