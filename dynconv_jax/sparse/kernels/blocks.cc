@@ -1,8 +1,8 @@
 // Residual blocks at the active positions of a mask, in float32, for CPUs.
 //
 // A convolution at K positions is a matrix product, see product.h, or where
-// positions are neighbours one of squares, see squares.h. All maps are NHWC. Shapes
-// are checked by native.py, which is the only caller.
+// positions are neighbours one of squares, see squares.h. All maps are NHWC.
+// Shapes are checked by native.py, which is the only caller.
 
 #include <algorithm>
 #include <cstdint>
@@ -21,11 +21,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// A size x size convolution at the active positions of a mask. `squares` are its
-// weights for MultiplySquares, if any: faster where positions are neighbours.
+// A size x size convolution at the active positions of a mask. `squares` are
+// its weights for MultiplySquares, if any: faster where positions are
+// neighbours.
 template <typename Row, typename Writes>
-void Convolve(Team& team, Product product, const Floats& squares,
-              int64_t size, int64_t strides, Map in, const Positions& positions,
+void Convolve(Team& team, Product product, const Floats& squares, int64_t size,
+              int64_t strides, Map in, const Positions& positions,
               const float* zeros, const Row& row, const Writes& writes) {
   if (squares.element_count() > 0) {
     const auto found = FindSquares(positions);
@@ -73,8 +74,8 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, Floats hard, Floats dilated,
       const int64_t strides = first_strides * second_strides;
       Multiply(team,
                {projection.typed_data(), 1, channels, features, false, active},
-               all.size(),
-               Windows(1, strides, in, all, zeros.data(), x_row), out_row);
+               all.size(), Windows(1, strides, in, all, zeros.data(), x_row),
+               out_row);
     }
 
     const Positions needed(dilated, image, stop);
@@ -169,9 +170,9 @@ ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, FloatsOut out) {
 }
 
 // The logits of a mask unit: a size x size convolution with one output plus a
-// linear map of the average over the map, whose weights are the last of `weights`.
-// Both are linear: the products of all taps and of the average are formed in one
-// pass over x, each in a plane of its own, and summed afterwards.
+// linear map of the average over the map, whose weights are the last of
+// `weights`. Both are linear: the products of all taps and of the average are
+// formed in one pass over x, each in a plane of its own, and summed afterwards.
 ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
                       Floats bias, FloatsOut out, FloatsOut products,
                       int64_t size, int64_t strides) {
@@ -215,18 +216,18 @@ ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()   // x
-                                  .Arg<Floats>()   // hard
-                                  .Arg<Floats>()   // dilated
-                                  .Arg<Floats>()   // first
-                                  .Arg<Floats>()   // second
-                                  .Arg<Floats>()   // third
-                                  .Arg<Floats>()   // projection
-                                  .Arg<Floats>()   // first_squares
-                                  .Arg<Floats>()   // second_squares
-                                  .Ret<Floats>()   // out
-                                  .Ret<Floats>()   // y
-                                  .Ret<Floats>()   // z
+                                  .Arg<Floats>()  // x
+                                  .Arg<Floats>()  // hard
+                                  .Arg<Floats>()  // dilated
+                                  .Arg<Floats>()  // first
+                                  .Arg<Floats>()  // second
+                                  .Arg<Floats>()  // third
+                                  .Arg<Floats>()  // projection
+                                  .Arg<Floats>()  // first_squares
+                                  .Arg<Floats>()  // second_squares
+                                  .Ret<Floats>()  // out
+                                  .Ret<Floats>()  // y
+                                  .Ret<Floats>()  // z
                                   .Attr<int64_t>("first_size")
                                   .Attr<int64_t>("first_strides")
                                   .Attr<int64_t>("second_strides")
@@ -245,7 +246,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_max_pool, MaxPool,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()   // x
+                                  .Arg<Floats>()    // x
                                   .Ret<Floats>());  // out
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_mask_logits, MaskLogits,

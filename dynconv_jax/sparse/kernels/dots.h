@@ -34,8 +34,7 @@ void Dots(const float* rows, const float* weights, int64_t depth, float* out,
   for (; k + kLanes <= depth; k += kLanes) {
     Vector row[M];
     for (int i = 0; i < M; ++i) row[i] = Load<Vector>(rows + i * depth + k);
-    for (int i = 0; i < M; ++i)
-      __builtin_prefetch(rows + (i + M) * depth + k);
+    for (int i = 0; i < M; ++i) __builtin_prefetch(rows + (i + M) * depth + k);
     for (int j = 0; j < N; ++j) {
       const Vector w = Load<Vector>(weights + j * depth + k);
       for (int i = 0; i < M; ++i) sums[i][j] += row[i] * w;
@@ -73,7 +72,8 @@ void MultiplyFew(Team& team, const float* rows, int64_t count,
     const int64_t stop = std::min(end * block, count);
     int64_t i = begin * block;
     for (; i + kDotRows <= stop; i += kDotRows)
-      DotsOf<kDotRows>(rows + i * depth, weights, depth, columns, out + i, count);
+      DotsOf<kDotRows>(rows + i * depth, weights, depth, columns, out + i,
+                       count);
     for (; i < stop; ++i)
       DotsOf<1>(rows + i * depth, weights, depth, columns, out + i, count);
   });

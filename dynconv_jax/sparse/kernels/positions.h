@@ -24,8 +24,8 @@ Map MapOf(const Buffer& buffer) {
   return {buffer.dimensions()[1], buffer.dimensions()[2]};
 }
 
-// The active positions of a mask in the images of [start, end), and, where they are
-// asked for, the others after them.
+// The active positions of a mask in the images of [start, end), and, where they
+// are asked for, the others after them.
 struct Positions {
   const float* mask;
   Map map;

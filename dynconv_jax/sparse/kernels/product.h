@@ -1,5 +1,5 @@
-// Matrix products whose left operand is not formed: its rows are read where they
-// are (Dukhan, "The Indirect Convolution Algorithm", 2019).
+// Matrix products whose left operand is not formed: its rows are read where
+// they are (Dukhan, "The Indirect Convolution Algorithm", 2019).
 
 #pragma once
 
@@ -41,8 +41,8 @@ void Store(float* to, T value) {
 
 int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
 
-// Memory of a thread for what it does now, to be written before it is read. It is
-// kept: an allocation would have threads wait for each other.
+// Memory of a thread for what it does now, to be written before it is read. It
+// is kept: an allocation would have threads wait for each other.
 struct Scratch {
   std::vector<float> floats;
   std::vector<const float*> rows;
@@ -59,13 +59,13 @@ struct Scratch {
 
 constexpr int64_t kLine = 16;  // Floats that a cache line holds.
 
-// Steps of a product whose weights, 32 KiB, are used for all rows of a block before
-// the next are. One tile of rows does not wait for those that it will use kAhead
-// steps later.
+// Steps of a product whose weights, 32 KiB, serve all rows of a block before
+// the next. Where there is one tile of rows, those of kAhead steps later are
+// fetched.
 constexpr int64_t kPiece = 256, kAhead = 64;
 
-// Rows that are read for one panel after the other: they stay in the second-level
-// cache.
+// Rows that are read for one panel after the other: they stay in the
+// second-level cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 
 // Parts of a product for each thread, at least, if there are enough rows.
@@ -74,9 +74,9 @@ constexpr int64_t kParts = 16;
 // Rows that a ReLU is applied to: from this one on.
 constexpr int64_t kAllRows = 0, kNoRow = std::numeric_limits<int64_t>::max();
 
-// rows x weights + bias, then `add` what the output holds, then a ReLU. Weights are
-// packed: float[panels][1 + taps * depth][kWidth], the bias first, zeros where
-// there are no more columns.
+// rows x weights + bias, then `add` what the output holds, then a ReLU. Weights
+// are packed: float[panels][1 + taps * depth][kWidth], the bias first, zeros
+// where there are no more columns.
 struct Product {
   const float* panels;
   int64_t taps, depth, columns;
@@ -93,8 +93,8 @@ struct Product {
   }
 };
 
-// A part of a panel's sums: `taps` taps from `tap` on, of each `depth` floats from
-// `start` on.
+// A part of a panel's sums: `taps` taps from `tap` on, of each `depth` floats
+// from `start` on.
 struct Piece {
   const float* weights;
   int64_t tap, taps, start, depth;
@@ -102,10 +102,10 @@ struct Piece {
   const float* ahead;  // What is fetched meanwhile.
 };
 
-// M rows of one panel, of which V vectors; rows[tap * M + i] points at the floats of
-// a tap. M more pointers follow, what is read next: it is fetched meanwhile, and L
-// lines of weights a step. `partial` are the sums between two pieces; `row` is the
-// number of the first row.
+// M rows of one panel, of which V vectors; rows[tap * M + i] points at the
+// floats of a tap. M more pointers follow, what is read next: it is fetched
+// meanwhile, and L lines of weights a step. `partial` are the sums between two
+// pieces; `row` is the number of the first row.
 template <int M, int V, int L>
 void Tile(const Product& product, const Piece& piece, int64_t panel,
           int64_t row, const float* const* rows, float* partial,
@@ -113,13 +113,15 @@ void Tile(const Product& product, const Piece& piece, int64_t panel,
   const int64_t column = panel * kWidth;
   Vector sums[M][V];
   for (int v = 0; v < V; ++v) {
-    const Vector bias = Load<Vector>(piece.weights - kWidth + v * kLanes);
-    for (int i = 0; i < M; ++i) sums[i][v] = bias;
+    const int64_t at = v * kLanes;
+    if (piece.first) {
+      const Vector bias = Load<Vector>(piece.weights - kWidth + at);
+      for (int i = 0; i < M; ++i) sums[i][v] = bias;
+    } else {
+      for (int i = 0; i < M; ++i)
+        sums[i][v] = Load<Vector>(partial + i * kWidth + at);
+    }
   }
-  if (!piece.first)
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < V; ++v)
-        sums[i][v] = Load<Vector>(partial + i * kWidth + v * kLanes);
   if (piece.last)
     for (int i = 0; i < M; ++i)
       for (int v = 0; v < V; ++v)
@@ -177,12 +179,13 @@ void TileOf(int64_t count, const Product& product, const Piece& piece,
                         outputs);
 }
 
-// The `count` rows of a block, from number `row` on, times one panel. Where there is
-// more than one tile of them, a piece of the weights serves all before the next,
-// which is fetched meanwhile. `partial` holds `count` rows of a panel.
+// The `count` rows of a block, from number `row` on, times one panel. Where
+// there is more than one tile of them, a piece of the weights serves all before
+// the next, which is fetched meanwhile. `partial` holds `count` rows of a
+// panel.
 void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
-                          int64_t count, const float* const* rows,
-                          float* const* outputs, float* partial) {
+                   int64_t count, const float* const* rows,
+                   float* const* outputs, float* partial) {
   const int64_t taps = product.taps, depth = product.depth;
   const float* weights =
       product.panels + panel * (1 + taps * depth) * kWidth + kWidth;
@@ -224,8 +227,8 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
 // A product of `count` rows. reads(i, rows, step) writes the pointers of row i,
 // `step` apart; writes(i) returns where its output goes.
 template <typename Reads, typename Writes>
-void Multiply(Team& team, const Product& product, int64_t count, const Reads& reads,
-              const Writes& writes) {
+void Multiply(Team& team, const Product& product, int64_t count,
+              const Reads& reads, const Writes& writes) {
   if (count == 0) return;
   const int64_t taps = product.taps;
   // A unit is a block of rows and a panel.
@@ -234,8 +237,7 @@ void Multiply(Team& team, const Product& product, int64_t count, const Reads& re
   block = std::min(block, Divide(count * panels, kParts * team.size()));
   block = std::max<int64_t>(Divide(block, kTile), 4) * kTile;
   team.Run(Divide(count, block) * panels, [&](int64_t begin, int64_t end) {
-    Scratch& scratch =
-        Scratch::Of(block * kWidth, block * taps + kTile, block);
+    auto& scratch = Scratch::Of(block * kWidth, block * taps + kTile, block);
     const float** const rows = scratch.rows.data();
     float** const outputs = scratch.outputs.data();
     float* const partial = scratch.floats.data();
@@ -251,7 +253,8 @@ void Multiply(Team& team, const Product& product, int64_t count, const Reads& re
           outputs[i] = writes(start + i);
         }
       }
-      MultiplyPanel(product, unit % panels, start, size, rows, outputs, partial);
+      MultiplyPanel(product, unit % panels, start, size, rows, outputs,
+                    partial);
     }
   });
 }

@@ -1,6 +1,6 @@
 // 3x3 convolutions by squares of 2x2 outputs: Winograd's minimal filtering
-// F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-// 2016).
+// F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural
+// Networks", 2016).
 
 #pragma once
 
@@ -13,13 +13,13 @@
 
 namespace {
 
-// Squares whose inputs are transformed before they are multiplied, at most, and the
-// bytes of these: they stay in the second-level cache.
+// Squares whose inputs are transformed before they are multiplied, at most, and
+// the bytes of these: they stay in the second-level cache.
 constexpr int64_t kSquares = 64, kSquaresBytes = 832 << 10;
 
 // What a tile of squares takes, and a convolution by squares more than by rows,
-// where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more taps
-// of weights to fetch from memory.
+// where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more
+// taps of weights to fetch from memory.
 constexpr int64_t kSquareCost = 20, kSquareStart = 32;
 
 // 2x2 outputs of a map: the row of each that is active, -1 of the others.
@@ -95,8 +95,9 @@ void TransformOutput(const float* m, const Product& product, bool relu,
   }
 }
 
-// A 3x3 convolution with strides 1, 16 products of a row a square instead of 9 an
-// output. Weights are G g G', see native.py: float[panels][16][1 + depth][kWidth].
+// A 3x3 convolution with strides 1, 16 products of a row a square instead of 9
+// an output. Weights are G g G', see native.py: float[panels][16][1 +
+// depth][kWidth].
 template <typename Row, typename Writes>
 void MultiplySquares(Team& team, const Product& product,
                      const std::vector<Square>& squares, Map map,

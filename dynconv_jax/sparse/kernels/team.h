@@ -14,7 +14,8 @@
 namespace {
 
 // The calling thread and those of XLA's pool that help it. Helpers stay for the
-// life of the team: one piece of work follows another without their being woken.
+// life of the team: one piece of work follows another without their being
+// woken.
 class Team {
  public:
   explicit Team(xla::ffi::ThreadPool pool) : pool_(pool) {}
@@ -23,11 +24,12 @@ class Team {
 
   int64_t size() const { return std::max<int64_t>(pool_.num_threads(), 1); }
 
-  // Calls run(begin, end) on ranges that cover [0, units). Each thread has a share
-  // of its own, the same of each work, so that what it wrote is still in its cache
-  // when it reads it; who is done helps others. Long ranges come first, single units
-  // last (Polychronopoulos and Kuck, "Guided Self-Scheduling", 1987). The caller
-  // never waits for a unit that no thread has begun.
+  // Calls run(begin, end) on ranges that cover [0, units). Each thread has a
+  // share of its own, whose units it takes in order, so that what it fetches
+  // ahead is what it needs next; who is done helps others. Long ranges come
+  // first, single units last (Polychronopoulos and Kuck, "Guided
+  // Self-Scheduling", 1987). The caller never waits for a unit that no thread
+  // has begun.
   template <typename Function>
   void Run(int64_t units, const Function& run) {
     if (units == 0) return;

@@ -187,6 +187,45 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network, native):
   assert_same(logits, masked_dense(model, images, masks)[0])
 
 
+@pytest.mark.parametrize('limit', (0.5, 1.0))
+def test_weights_are_kept_in_the_forms_that_plans_read(
+  make_network, native, limit
+):
+  model, images = make_network('bottleneck', 'dynconv'), make_images()
+  executor = SparseExecutor(
+    model, images.shape, mode='sparse', limit=limit, native=native
+  )
+  kernels = sum(leaf.ndim == 4 for leaf in executor._arrays)
+  squares = sum(
+    layer.squares is not None
+    for block in executor._network.blocks
+    for layer in (block.first, block.second)
+  )
+  # Above the limit blocks are dense: 3 convolutions each, 2 projections. XLA
+  # has stem, head and the mask units' convolutions too.
+  unpacked = 14 if limit < 1 else 0
+  assert kernels == (unpacked + squares if native else 14 + 2 + 4)
+
+
+def test_statistics_pass_a_jitted_function(make_network):
+  model, images = make_network('basic', 'dynconv'), make_images()
+  executor = SparseExecutor(model, images.shape, mode='sparse')
+  _, expected = executor(images)
+
+  @jax.jit
+  def run(images):
+    logits, stats = executor(images)
+    return logits, stats, stats.positions
+
+  _, stats, positions = run(images)
+  chex.assert_trees_all_equal(stats, expected)
+  chex.assert_trees_all_equal(positions, expected.positions)
+  assert stats.overflows.dtype == jnp.int32
+  for got, mask in zip(stats.masks, expected.masks, strict=True):
+    assert got.layers == mask.layers
+    np.testing.assert_array_equal(got.dilated, mask.dilated)
+
+
 def test_every_mode_gives_the_same(make_network):
   model, images = make_network('basic', 'dynconv'), make_images((1, 13, 9, 3))
   expected, _ = masked_dense(model, images)

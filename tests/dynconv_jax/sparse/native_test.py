@@ -76,6 +76,17 @@ def test_any_number_of_channels(features):
   )
 
 
+# More channels than a piece of weights has steps, in 1x1 and 3x3 convolutions,
+# for one tile of rows and for several.
+@pytest.mark.parametrize('channels', ((300, 7), (8, 300), (520, 260)))
+@pytest.mark.parametrize('size', (3, 9))
+def test_more_channels_than_a_piece(channels, size):
+  rng = np.random.default_rng(size)
+  features, planes = channels
+  block = make_block(rng, features, planes, features)
+  compare(block, (1, size, size, features), rng)
+
+
 @pytest.mark.parametrize('count', range(1, 18))
 def test_any_number_of_rows(count):
   """As many active positions as there are columns in a map of one row."""
