@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock, Layer)
 
 _SOURCES = pathlib.Path(__file__).with_name('kernels')
 _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
-_WIDTH = 32  # kWidth of kernels/product.h.
 # Positions of the images that a block computes at a time: about those whose
 # rows fit into a shared cache.
 _GROUP_POSITIONS = 3136
@@ -124,7 +123,7 @@ def run_native(
   group = min(n, max(1, _GROUP_POSITIONS // (end[0] * end[1])))
   features = (block.third or block.second).features
   inner = block.second.features if block.third is not None else 0
-  none = jnp.zeros((0, 1, _WIDTH), jnp.float32)
+  none = jnp.zeros((0, 1, _register().width), jnp.float32)
   layers = (block.first, block.second, block.third, block.projection)
   shapes = (
     (n, *end, features),
@@ -132,7 +131,7 @@ def run_native(
     (group * end[0] * end[1], inner),
   )
   out, _, _ = jax.ffi.ffi_call(
-    _register()['block'],
+    _register().targets['block'],
     [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     # What is inactive stays where the shortcut is the identity.
     input_output_aliases={0: 0} if block.projection is None else {},
@@ -161,7 +160,7 @@ def convolve(x: jax.Array, layer: Layer, *, relu: bool) -> jax.Array:
   pad = layer.size // 2
   shape = (*layer.output_shape(x.shape), layer.features)
   return jax.ffi.ffi_call(
-    _register()['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
+    _register().targets['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
   )(
     jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))),
     layer.panels,
@@ -180,7 +179,7 @@ def max_pool(x: jax.Array) -> jax.Array:
   n, height, width, features = x.shape
   shape = (n, -(-height // 2), -(-width // 2), features)
   return jax.ffi.ffi_call(
-    _register()['max_pool'], jax.ShapeDtypeStruct(shape, jnp.float32)
+    _register().targets['max_pool'], jax.ShapeDtypeStruct(shape, jnp.float32)
   )(x)
 
 
@@ -204,7 +203,7 @@ class NativeSqueeze(nnx.Module):
       (self.size**2 + 1, n * height * width),
     )
     logits, _ = jax.ffi.ffi_call(
-      _register()['mask_logits'],
+      _register().targets['mask_logits'],
       [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     )(
       x,
@@ -244,15 +243,16 @@ def _is_layer(node):
 
 
 def _panels(matrix, bias):
-  """float32[panels, 1 + rows, 32] of [rows, columns]: see kernels/product.h."""
+  """float32[panels, 1 + rows, width] of [rows, columns]: see product.h."""
+  width = _register().width
   matrix = np.vstack([np.asarray(bias), np.asarray(matrix)])
-  matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % _WIDTH)))
-  panels = matrix.reshape(len(matrix), -1, _WIDTH).transpose(1, 0, 2)
+  matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % width)))
+  panels = matrix.reshape(len(matrix), -1, width).transpose(1, 0, 2)
   return jnp.asarray(np.ascontiguousarray(panels))
 
 
 def _squares(kernel, bias):
-  """float32[panels, 16, 1 + depth, 32]: see kernels/squares.h.
+  """float32[panels, 16, 1 + depth, width]: see kernels/squares.h.
 
   The kernel [3, 3, depth, columns] is transformed in float64 and rounded once.
   The second row and column of A are ones: there the bias reaches each output.
@@ -267,9 +267,21 @@ def _squares(kernel, bias):
   return jnp.stack(panels, axis=1)
 
 
+class _Library(NamedTuple):
+  """Kernels that are compiled and registered.
+
+  Attributes:
+    targets: the name of each at the foreign function interface.
+    width: columns of a panel of packed weights: a matter of the processor.
+  """
+
+  targets: dict[str, str]
+  width: int
+
+
 @functools.cache
-def _register(flags: tuple[str, ...] = ()) -> dict[str, str] | None:
-  """Compiles and registers the kernels; returns their names, None without."""
+def _register(flags: tuple[str, ...] = ()) -> _Library | None:
+  """Compiles and registers the kernels; returns None where that fails."""
   try:
     path = build(flags)
     library = ctypes.CDLL(str(path))
@@ -280,13 +292,14 @@ def _register(flags: tuple[str, ...] = ()) -> dict[str, str] | None:
       getattr(error, 'stderr', None) or error,
     )
     return None
-  names = {}
+  targets = {}
   for name in ('block', 'convolution', 'max_pool', 'mask_logits'):
     # Compiled programs are cached by name: each build has names of its own.
-    names[name] = f'dynconv_{name}_{path.stem}'
+    targets[name] = f'dynconv_{name}_{path.stem}'
     handler = jax.ffi.pycapsule(getattr(library, f'dynconv_{name}'))
-    jax.ffi.register_ffi_target(names[name], handler, platform='cpu')
-  return names
+    jax.ffi.register_ffi_target(targets[name], handler, platform='cpu')
+  width = ctypes.c_int.in_dll(library, 'dynconv_width').value
+  return _Library(targets, width)
 
 
 def build(flags: tuple[str, ...] = ()) -> pathlib.Path:

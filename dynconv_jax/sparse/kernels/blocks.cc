@@ -259,3 +259,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_mask_logits, MaskLogits,
                                   .Ret<Floats>()  // products
                                   .Attr<int64_t>("size")
                                   .Attr<int64_t>("strides"));
+
+// Columns of a panel of packed weights.
+extern "C" const int dynconv_width = kWidth;

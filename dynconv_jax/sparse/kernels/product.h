@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -13,17 +15,17 @@
 
 namespace {
 
-constexpr int kWidth = 32;  // Columns of a panel, see native.py.
-
-// Tiles of kTile rows and one panel: as many sums as there are registers, less
-// those that hold the panel's row and a broadcast.
+// Tiles of kTile rows and one panel, of kWidth columns: two vectors, and as
+// many sums as there are registers, less those that hold the panel's row and a
+// broadcast. kUnroll steps are one pass of a loop.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 10;
+constexpr int kLanes = 16, kTile = 10, kUnroll = 1;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 3;
+constexpr int kLanes = 8, kTile = 6, kUnroll = 4;
 #else
-constexpr int kLanes = 4, kTile = 2;
+constexpr int kLanes = 4, kTile = 6, kUnroll = 4;
 #endif
+constexpr int kWidth = 2 * kLanes;
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
 // A Vector or a float at any address.
@@ -37,6 +39,14 @@ T Load(const float* from) {
 template <typename T>
 void Store(float* to, T value) {
   std::memcpy(to, &value, sizeof(T));
+}
+
+// Has a vector stay in its register: the compiler would load it anew for each
+// of its products, in the same instruction.
+inline void Keep(Vector& v) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  asm("" : "+x"(v));
+#endif
 }
 
 int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
@@ -58,15 +68,23 @@ struct Scratch {
 };
 
 constexpr int64_t kLine = 16;  // Floats that a cache line holds.
+// Those of a step's weights, and how far they are apart.
+constexpr int kLines = kWidth > kLine ? kWidth / kLine : 1;
+constexpr int64_t kStride = kWidth / kLines;
 
-// Steps of a product whose weights, 32 KiB, serve all rows of a block before
-// the next. Where there is one tile of rows, those of kAhead steps later are
-// fetched.
+// Steps of a product whose weights, half of a first-level cache or all of it,
+// serve all rows of a block before the next. Where there is one tile of rows,
+// those of kAhead steps later are fetched.
 constexpr int64_t kPiece = 256, kAhead = 64;
 
-// Rows that are read for one panel after the other: they stay in the
-// second-level cache.
-constexpr int64_t kBlockBytes = 256 << 10;
+// Bytes of the second-level cache.
+inline int64_t CacheBytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return 512 << 10;
+}
 
 // Parts of a product for each thread, at least, if there are enough rows.
 constexpr int64_t kParts = 16;
@@ -136,15 +154,24 @@ void Tile(const Product& product, const Piece& piece, int64_t panel,
     for (int64_t k = 0; k < piece.depth;) {
       for (int i = 0; i < M && !few; ++i)
         __builtin_prefetch(rows[M + i] + piece.start + k);
-      const int64_t end = few ? piece.depth : std::min(k + kLine, piece.depth);
-      for (; k < end; ++k, weights += kWidth, ahead += L * kLine) {
+      const int64_t steps =
+          few ? piece.depth : std::min(kLine, piece.depth - k);
+#pragma GCC unroll kUnroll
+      for (int64_t j = 0; j < steps; ++j) {
         for (int line = 0; line < L; ++line)
-          __builtin_prefetch(ahead + line * kLine, 0, 2);
+          __builtin_prefetch(ahead + (j * L + line) * kStride, 0, 2);
         Vector w[V];
-        for (int v = 0; v < V; ++v) w[v] = Load<Vector>(weights + v * kLanes);
+        for (int v = 0; v < V; ++v) {
+          w[v] = Load<Vector>(weights + j * kWidth + v * kLanes);
+          Keep(w[v]);
+        }
         for (int i = 0; i < M; ++i)
-          for (int v = 0; v < V; ++v) sums[i][v] += reads[i][k] * w[v];
+          for (int v = 0; v < V; ++v) sums[i][v] += reads[i][j] * w[v];
       }
+      k += steps;
+      weights += steps * kWidth;
+      ahead += steps * L * kStride;
+      for (int i = 0; i < M; ++i) reads[i] += steps;
     }
   }
   if (!piece.last) {
@@ -193,11 +220,10 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
   const bool split = !one_tile && taps * depth > kPiece;
   const int64_t length = split ? std::min(depth, kPiece) : depth;
   const int64_t most = split ? std::max<int64_t>(kPiece / depth, 1) : taps;
-  constexpr int kWide = kWidth / kLanes, kNarrow = kWide / 2;
-  constexpr decltype(&TileOf<kWide, 0>) kTiles[2][3] = {
-      {TileOf<kWide, 0>, TileOf<kWide, 1>, TileOf<kWide, 2>},
-      {TileOf<kNarrow, 0>, TileOf<kNarrow, 1>, TileOf<kNarrow, 2>}};
-  const auto& tiles = kTiles[product.columns - panel * kWidth <= kWidth / 2];
+  constexpr decltype(&TileOf<2, 0>) kTiles[2][3] = {
+      {TileOf<2, 0>, TileOf<2, 1>, TileOf<2, kLines>},
+      {TileOf<1, 0>, TileOf<1, 1>, TileOf<1, kLines>}};
+  const auto& tiles = kTiles[product.columns - panel * kWidth <= kLanes];
   for (int64_t tap = 0; tap < taps; tap += most)
     for (int64_t start = 0; start < depth; start += length) {
       Piece piece{weights,
@@ -210,9 +236,9 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
                   weights + kAhead * kWidth};
       const int64_t steps = piece.taps * piece.depth;
       for (int64_t i = 0; i < count; i += kTile) {
-        // The first two tiles fetch a half each of what follows the piece.
+        // The first tiles fetch a line each of the steps that follow the piece.
         int lines = one_tile ? 2 : 0;
-        if (!one_tile && i < 2 * kTile) {
+        if (!one_tile && i < kLines * kTile) {
           piece.ahead = weights + steps * (kWidth + i / kTile * kLine);
           lines = 1;
         }
@@ -233,7 +259,8 @@ void Multiply(Team& team, const Product& product, int64_t count,
   const int64_t taps = product.taps;
   // A unit is a block of rows and a panel.
   const int64_t panels = product.num_panels();
-  int64_t block = std::max<int64_t>(kBlockBytes / (4 * product.depth), 1);
+  // Rows are read for one panel after the other: they stay in the cache.
+  int64_t block = std::max<int64_t>(CacheBytes() / (16 * product.depth), 1);
   block = std::min(block, Divide(count * panels, kParts * team.size()));
   block = std::max<int64_t>(Divide(block, kTile), 4) * kTile;
   team.Run(Divide(count, block) * panels, [&](int64_t begin, int64_t end) {

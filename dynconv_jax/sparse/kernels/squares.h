@@ -13,9 +13,8 @@
 
 namespace {
 
-// Squares whose inputs are transformed before they are multiplied, at most, and
-// the bytes of these: they stay in the second-level cache.
-constexpr int64_t kSquares = 64, kSquaresBytes = 832 << 10;
+// Squares whose inputs are transformed before they are multiplied, at most.
+constexpr int64_t kSquares = 64;
 
 // What a tile of squares takes, and a convolution by squares more than by rows,
 // where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more
@@ -104,7 +103,8 @@ void MultiplySquares(Team& team, const Product& product,
                      const float* zeros, const Row& row, const Writes& writes) {
   const int64_t count = squares.size(), depth = product.depth;
   const int64_t panels = product.num_panels(), parts = 4 * team.size();
-  int64_t block = std::min(kSquares, kSquaresBytes / (64 * depth));
+  // The inputs of a block stay in the cache.
+  int64_t block = std::min(kSquares, CacheBytes() * 13 / 16 / (64 * depth));
   block = std::min(block, Divide(count * panels, parts));
   block = Divide(block, kTile) * kTile;
   const int64_t blocks = Divide(count, block);
@@ -159,7 +159,7 @@ void MultiplySquares(Team& team, const Product& product,
           }
           MultiplyPanel(
               {product.panels + (panel * 16 + j) * (1 + depth) * kWidth, 1,
-               depth, width <= kWidth / 2 ? kWidth / 2 : kWidth, false, kNoRow},
+               depth, width <= kLanes ? kLanes : kWidth, false, kNoRow},
               0, 0, size, reads, sums, partial);
         }
         for (int64_t i = 0; i < size; ++i) {
