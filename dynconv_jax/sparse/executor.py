@@ -176,7 +176,7 @@ class SparseExecutor:
       model = native_lib.with_native_gates(model)
     elif self.kernels == 'triton':
       gpu.load()
-      model = gpu.with_column_gates(model)
+      model = gpu.with_kernel_gates(model)
     # What is folded is not passed: its shapes will do.
     graphdef, state, rest = nnx.split(model, _is_unfolded, ...)
     shapes = jax.eval_shape(lambda: nnx.as_pure(rest))
@@ -258,15 +258,20 @@ class SparseExecutor:
     carry, executed, decisions, overflows = None, [], [], []
     for stage in model.stages:
       for block in stage:
-        mask, carry = block.decide(x, carry)
-        hard, plan = next(given), next(plans)
-        decision = mask
-        if hard is not None:
-          mask = _obey(block, x, hard, decision)
-        x, overflow = _execute(next(folded), x, mask, plan, hard)
+        hard, plan, layers = next(given), next(plans), next(folded)
+        lists = None
+        if gpu.decides(block):
+          obeyed = None if hard is None else _spread(block, x, hard)
+          mask, decision, lists = gpu.decide(block, layers, x, obeyed)
+        else:
+          mask, carry = block.decide(x, carry)
+          decision = None if mask is None else mask.hard
+          if hard is not None:
+            mask = _obey(block, x, _spread(block, x, hard), decision)
+        x, overflow = _execute(layers, x, mask, plan, hard, lists)
         if mask is not None:
           executed.append(mask)
-          decisions.append((mask if decision is None else decision).hard)
+          decisions.append(mask.hard if decision is None else decision)
           overflows.append(overflow)
       if block.masker is not None:
         output, carry = block.masker.end_stage(x, carry)
@@ -332,19 +337,22 @@ def _is_unfolded(path, _):
   return 'masker' in path
 
 
+def _spread(block, x, hard):
+  """The given mask at the resolution of a block's output."""
+  shape = (x.shape[0], *(-(-n // block.strides) for n in x.shape[1:3]))
+  return jnp.broadcast_to(jnp.asarray(hard, jnp.float32), shape)
+
+
 def _obey(block, x, hard, decision):
   """The given mask instead of the gate's decision, which it waits for."""
-  shape = (x.shape[0], *(-(-n // block.strides) for n in x.shape[1:3]))
-  if hard.shape == (shape[0], 1, 1):
-    hard = jnp.broadcast_to(hard, shape)
   if decision is not None:
     # No decision is negative. Without the dependence XLA would copy x, which
     # the gate reads, before the block is written over it.
-    hard = jnp.where(decision.hard < 0, decision.hard, hard)
-  return block.decide(x, None, jnp.asarray(hard, jnp.float32))[0]
+    hard = jnp.where(decision < 0, decision, hard)
+  return block.decide(x, None, hard)[0]
 
 
-def _execute(block, x, mask, plan, given):
+def _execute(block, x, mask, plan, given, lists):
   """A block's output, and 1 where its plan's limit was passed."""
   if mask is None:
     if plan.form == 'native':
@@ -353,7 +361,7 @@ def _execute(block, x, mask, plan, given):
   if plan.form == 'images' and given is not None and given.shape[1:] != (1, 1):
     plan = default_plan(mask.hard.shape, False).limited(plan.limit)
   load = jnp.sum(mask.executed_macs()) / float(mask.dense_macs() * len(x))
-  x = run_block(block, x, mask.hard, mask.dilated, load, plan)
+  x = run_block(block, x, mask.hard, mask.dilated, load, plan, lists)
   passed = load > plan.limit if plan.may_overflow else False
   return x, jnp.asarray(passed, jnp.int32)
 

@@ -7,6 +7,7 @@ computed on the device: no count travels to the host, and nothing overflows.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,16 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
+from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
+from dynconv_jax.models.blocks import Block
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse.dense import shortcut
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
 from dynconv_jax.sparse.native import squeeze_columns
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
-_LIST_BLOCK = 1024
+# Positions a program lists, and rows of a map it squeezes.
+_LIST_BLOCK, _SQUEEZE_ROWS = 256, 128
 # Bottlenecks up to this inner width keep the rows between their last two
 # convolutions in registers.
 _FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
@@ -89,18 +92,29 @@ class Positions(NamedTuple):
   count: jax.Array
 
 
+class Lists(NamedTuple):
+  """Where a block is computed.
+
+  Attributes:
+    active: positions of its output.
+    needed: those of its first convolution.
+  """
+
+  active: Positions
+  needed: Positions
+
+
 def list_positions(mask: jax.Array) -> Positions:
   """Returns the active positions of a mask.
 
   Args:
     mask: float32[N, h, w], active where it is not 0.
   """
-  shapes = ((mask.size,), (mask.size,), (1,))
   return Positions(
     *launch(
       'list_positions',
       mask,
-      out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+      out_shape=_list_shapes(mask.size),
       zeroed_outputs=(2,),
       grid=_cdiv(mask.size, _LIST_BLOCK),
       SIZE=mask.size,
@@ -109,9 +123,74 @@ def list_positions(mask: jax.Array) -> Positions:
   )
 
 
-def run_triton(
-  block: FoldedBlock, x: jax.Array, hard: jax.Array, dilated: jax.Array
-) -> jax.Array:
+def list_dilated(
+  active: Positions, shape: tuple[int, int, int], strides: int
+) -> Positions:
+  """Returns the positions that a 3x3 convolution at others reads.
+
+  Args:
+    active: positions of its output.
+    shape: (N, H, W) of its input.
+    strides: of the convolution.
+  """
+  size = math.prod(shape)
+  return Positions(
+    *launch(
+      'list_dilated',
+      active.rows,
+      out_shape=_list_shapes(size),
+      zeroed_outputs=(2,),
+      grid=_cdiv(size, _LIST_BLOCK),
+      SIZE=size,
+      STRIDES=strides,
+      HEIGHT=shape[1],
+      WIDTH=shape[2],
+      BLOCK=_LIST_BLOCK,
+    )
+  )
+
+
+def _list_shapes(size):
+  shapes = ((size,), (size,), (1,))
+  return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
+
+
+def decides(block: Block) -> bool:
+  """Returns whether kernels compute a block's mask unit: see `decide`."""
+  return isinstance(block.masker, MaskUnit) and isinstance(
+    block.masker.maskconv, ColumnSqueeze
+  )
+
+
+def decide(
+  block: Block, folded: FoldedBlock, x: jax.Array, given: jax.Array | None
+) -> tuple[ExecutionMask, jax.Array, Lists]:
+  """Returns a block's mask, its gate's decision, and the lists of positions.
+
+  Args:
+    block: of `with_kernel_gates`.
+    folded: the same block.
+    x: float32 or bfloat16[N, H, W, in_features], its input.
+    given: float32[N, h, w] of {0, 1} to obey instead of the decision, or None.
+
+  Returns:
+    The execution mask; float32[N, h, w] of {0, 1}, what the gate chose; the
+    positions of both maps of the mask.
+  """
+  shape = folded.output_shape(x.shape)
+  logits, active = block.masker.maskconv.list_positions(x, shape, given)
+  middle = folded.first.output_shape(x.shape)
+  needed = list_dilated(active, middle, folded.second.strides)
+  hard, dilated = (
+    (found.rows >= 0).astype(jnp.float32).reshape(shape)
+    for found, shape in ((active, shape), (needed, middle))
+  )
+  mask, _ = block.decide(x, None, hard)
+  decision = (logits >= 0).astype(jnp.float32)
+  return mask.replace(dilated=dilated), decision, Lists(active, needed)
+
+
+def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   """Returns a block's output, the branch computed at active positions only.
 
   Positions outside of the mask are not touched where the shortcut is the
@@ -120,26 +199,25 @@ def run_triton(
   Args:
     block: the folded block.
     x: float32 or bfloat16[N, H, W, in_features], rectified.
-    hard: float32[N, h, w] of {0, 1}, where the branch is executed.
-    dilated: float32[N, ...] of {0, 1}, where its first convolution is.
+    lists: where the branch is executed.
 
   Returns:
     float[N, h, w, features], in the dtype of x.
   """
+  active, needed = lists
+  middle, end = block.first.output_shape(x.shape), block.output_shape(x.shape)
   second, third = block.second, block.third
-  needed, active = list_positions(dilated), list_positions(hard)
   y = _convolve(x, x.shape, needed, needed, block.first, lookup=False)
   base = shortcut(block, x)
   if block.projection is not None:
-    base = jnp.where(hard[..., None] != 0, base, jax.nn.relu(base))
+    inactive = active.rows.reshape(*end, 1) < 0
+    base = jnp.where(inactive, jax.nn.relu(base), base)
   if third is None:
-    return _convolve_add(y, dilated.shape, needed, active, second, base)
+    return _convolve_add(y, middle, needed, active, second, base)
   if second.bias.size <= _FUSED_WIDTH[x.dtype]:
-    return _convolve_matmul_add(
-      y, dilated.shape, needed, active, second, third, base
-    )
-  z = _convolve(y, dilated.shape, needed, active, second, lookup=True)
-  return _convolve_add(z, hard.shape, active, active, third, base)
+    return _convolve_matmul_add(y, middle, needed, active, second, third, base)
+  z = _convolve(y, middle, needed, active, second, lookup=True)
+  return _convolve_add(z, end, active, active, third, base)
 
 
 def _convolve(table, shape, read, written, layer, *, lookup):
@@ -252,56 +330,98 @@ def _power(n: int) -> int:
   return max(16, 1 << (n - 1).bit_length())
 
 
-def with_column_gates(model: ResNet) -> ResNet:
-  """Returns a copy of a network whose mask units read their input once.
+def with_kernel_gates(model: ResNet) -> ResNet:
+  """Returns a copy of a network whose mask units compute by the kernels.
+
+  Those of patches do not: they read a small map, which XLA pools.
 
   Args:
     model: in evaluation.
   """
   model = nnx.clone(model)
   for block in model.blocks:
-    if isinstance(block.masker, MaskUnit):
+    if isinstance(block.masker, MaskUnit) and block.masker.granularity == 1:
       block.masker.maskconv = ColumnSqueeze(block.masker.maskconv)
   return model
 
 
 class ColumnSqueeze(nnx.Module):
-  """Computes what a mask unit's `Squeeze` does by one matrix product.
+  """Computes what a mask unit's `Squeeze` does, and where it is not negative.
 
-  Its columns are the taps of the convolution, and the map whose average is
-  taken. Decisions are made of float32 numbers: for features in bfloat16 each
-  column is the sum of three in bfloat16, which hold all of its bits.
+  One kernel reads the input once: it multiplies it by a matrix whose columns
+  are the taps of the convolution, and what the average is taken of. Another
+  sums up the logits and lists the positions. Decisions are made of float32
+  numbers: for features in bfloat16 the matrix is the sum of three in bfloat16,
+  which hold all of its bits.
 
   Args:
     squeeze: gives the weights.
   """
 
   def __init__(self, squeeze: Squeeze):
-    self.size, self.strides, matrix, self.bias = squeeze_columns(squeeze)
+    self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
+    matrix = np.pad(matrix, ((0, 0), (0, 16 - matrix.shape[1])))
     parts = []
     for _ in range(3):
       parts.append((matrix - sum(parts)).astype(jnp.bfloat16))
       parts[-1] = parts[-1].astype(np.float32)
-    self.matrix = nnx.Param(jnp.asarray(matrix))
-    self.parts = nnx.Param(jnp.asarray(np.hstack(parts), jnp.bfloat16))
+    self.matrix = nnx.Param(jnp.asarray(matrix[None]))
+    self.parts = nnx.Param(jnp.asarray(np.stack(parts), jnp.bfloat16))
+    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, h, w]: logits of a float[N, H, W, C] input."""
-    matrix = self.parts if x.dtype == jnp.bfloat16 else self.matrix
-    terms = jnp.matmul(
-      x,
-      matrix[...],
-      precision=lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
+  def list_positions(
+    self, x: jax.Array, shape: tuple[int, int, int], given: jax.Array | None
+  ) -> tuple[jax.Array, Positions]:
+    """Returns the logits and the positions where they are not negative.
+
+    Args:
+      x: float32 or bfloat16[N, H, W, C].
+      shape: (N, h, w) of the logits.
+      given: float32[N, h, w], lists where it is not 0 instead; or None.
+
+    Returns:
+      float32[N, h, w] and the list.
+    """
+    exact = x.dtype == jnp.float32
+    weights = (self.matrix if exact else self.parts)[...]
+    n, height, width, depth = x.shape
+    geometry = {
+      'TAPS': self.size,
+      'HEIGHT': height,
+      'WIDTH': width,
+      'BLOCK_ROWS': _SQUEEZE_ROWS,
+    }
+    rows, tiles = n * height * width, _cdiv(height * width, _SQUEEZE_ROWS)
+    terms, sums = launch(
+      'squeeze',
+      *(x, weights),
+      out_shape=[
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((self.size**2, rows), (n, tiles))
+      ],
+      grid=n * tiles,
+      SIZE=rows,
+      PARTS=len(weights),
+      DEPTH=depth,
+      BLOCK_DEPTH=min(_power(depth), 32 if exact else 64),
+      num_warps=4,
+      num_stages=3,
+      **geometry,
     )
-    terms = terms.reshape(*x.shape[:3], -1, self.size**2 + 1).sum(3)
-    logits = self.bias + jnp.mean(terms[..., -1], (1, 2), keepdims=True)
-    s, pad = self.strides, self.size // 2
-    h, w = (-(-n // s) for n in x.shape[1:3])
-    terms = jnp.pad(terms, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    for tap in range(self.size**2):
-      i, j = divmod(tap, self.size)
-      rows = slice(i, i + (h - 1) * s + 1, s)
-      columns = slice(j, j + (w - 1) * s + 1, s)
-      logits += terms[:, rows, columns, tap]
-    return logits
+    size = math.prod(shape)
+    logits, *found = launch(
+      'decide',
+      *(terms, sums, self.bias[...], terms if given is None else given),
+      out_shape=[
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        *_list_shapes(size),
+      ],
+      zeroed_outputs=(3,),
+      grid=_cdiv(size, _LIST_BLOCK),
+      SIZE=size,
+      OBEY=given is not None,
+      STRIDES=self.strides,
+      BLOCK=_LIST_BLOCK,
+      **geometry,
+    )
+    return logits, Positions(*found)

@@ -9,7 +9,7 @@ import jax
 
 from dynconv_jax.sparse.dense import run_dense, run_images
 from dynconv_jax.sparse.fold import FoldedBlock
-from dynconv_jax.sparse.gpu import run_triton
+from dynconv_jax.sparse.gpu import Lists, list_positions, run_triton
 from dynconv_jax.sparse.native import run_native
 from dynconv_jax.sparse.rows import run_buckets, run_chunks
 
@@ -101,6 +101,7 @@ def run_block(
   dilated: jax.Array,
   load: jax.Array,
   plan: BlockPlan,
+  lists: Lists | None = None,
 ) -> jax.Array:
   """Returns a block's output, float[N, h, w, features].
 
@@ -113,6 +114,7 @@ def run_block(
     dilated: float32 of {0, 1}, where its first convolution is.
     load: float32[], share of the branch's dense MACs.
     plan: how.
+    lists: of the positions of both masks, where they are known: for 'triton'.
   """
 
   def dense():
@@ -122,7 +124,8 @@ def run_block(
     if plan.form == 'native':
       return run_native(block, x, hard, dilated)
     if plan.form == 'triton':
-      return run_triton(block, x, hard, dilated)
+      found = lists or Lists(list_positions(hard), list_positions(dilated))
+      return run_triton(block, x, found)
     if plan.form == 'chunks':
       return run_chunks(
         block, x, hard, dilated, sizes=plan.sizes, nine=plan.nine

@@ -113,14 +113,19 @@ def _count_block(name, batch_size, side, strides, depth, planes, masks, patch):
   active, dilated = masks or (after, before)
   kernels = []
   if masks:
-    # Nine taps and the average, of the map or of that of the patches' means; a
-    # list reads 4 bytes a position, writes 8.
-    decided = before
+    # Products of nine taps and of the average, of the map or of that of the
+    # patches' means.
+    rows = before
     if patch > 1:
-      decided = batch_size * (-(-side // (patch * strides))) ** 2
+      rows = batch_size * (-(-side // (patch * strides))) ** 2
+    # What follows is of 4 bytes, two values: products, logits, and of a list
+    # the place of each position and the active positions.
     kernels += [
-      _product(f'{name}.mask', decided, (1, depth, 10), before * depth, 0),
-      Kernel(f'{name}.lists', 0, 6 * (before + after)),
+      _product(
+        f'{name}.mask', rows, (1, depth, 10), before * depth, 2 * 9 * rows
+      ),
+      Kernel(f'{name}.decide', 0, 2 * (9 * rows + 2 * after + active)),
+      Kernel(f'{name}.dilate', 0, 2 * (after + before + dilated)),
     ]
   if strides > 1 or depth != features:
     kernels.append(

@@ -19,14 +19,142 @@ def list_positions(
   SIZE: tl.constexpr,
   BLOCK: tl.constexpr,
 ):
-  """Lists the active positions of a mask.
+  """Lists the active positions of a mask."""
+  position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+  inside = position < SIZE
+  active = tl.load(mask + position, inside, other=0.0) != 0
+  _list(active, position, inside, indices, rows, count)
+
+
+@triton.jit
+def list_dilated(
+  active_rows,  # int32[N * h * w]: -1 where the mask is inactive.
+  indices,  # Out, int32[SIZE], as of `list_positions`.
+  rows,  # Out, int32[SIZE]
+  count,  # Out, int32[1], zero at first.
+  SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
+  STRIDES: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  BLOCK: tl.constexpr,
+):
+  """Lists the positions that a 3x3 convolution at those of a list reads."""
+  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+  inside = position < SIZE
+  image = position // (HEIGHT * WIDTH)
+  top, left = position // WIDTH % HEIGHT - 1, position % WIDTH - 1
+  active = position < 0
+  for tap in tl.static_range(9):
+    y, x = top + tap // 3, left + tap % 3
+    read = inside & (y >= 0) & (x >= 0)
+    read &= (y % STRIDES == 0) & (x % STRIDES == 0)
+    y, x = y // STRIDES, x // STRIDES
+    read &= (y < out_height) & (x < out_width)
+    at = (image * out_height + y) * out_width + x
+    active |= tl.load(active_rows + at, read, other=-1) >= 0
+  _list(active, position, inside, indices, rows, count)
+
+
+@triton.jit
+def squeeze(
+  x,  # [N * HEIGHT * WIDTH, DEPTH]
+  weights,  # [PARTS, DEPTH, 16]: columns of the taps, of the average, zeros.
+  terms,  # Out, float32[TAPS * TAPS, N * HEIGHT * WIDTH]: products of the taps.
+  sums,  # Out, float32[N, tiles]: of the average's products, a tile each.
+  SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
+  PARTS: tl.constexpr,
+  TAPS: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  DEPTH: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,
+  BLOCK_DEPTH: tl.constexpr,
+):
+  """Multiplies a map by the weights of a mask unit, which are a sum of parts.
+
+  A tile of rows is of one image.
+  """
+  area: tl.constexpr = HEIGHT * WIDTH
+  tiles: tl.constexpr = (area + BLOCK_ROWS - 1) // BLOCK_ROWS
+  row = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+  inside = row < area
+  position = tl.program_id(0) // tiles * area + row
+  column = tl.arange(0, 16)
+  total = tl.zeros([BLOCK_ROWS, 16], tl.float32)
+  for start in range(0, DEPTH, BLOCK_DEPTH):
+    depth = start + tl.arange(0, BLOCK_DEPTH)
+    tile = tl.load(
+      x + position[:, None].to(tl.int64) * DEPTH + depth[None, :],
+      inside[:, None] & (depth < DEPTH)[None, :],
+      other=0.0,
+    )
+    for part in tl.static_range(PARTS):
+      columns = tl.load(
+        weights + (part * DEPTH + depth)[:, None] * 16 + column[None, :],
+        (depth < DEPTH)[:, None],
+        other=0.0,
+      )
+      total = tl.dot(tile, columns, total, input_precision='ieee')
+  stored = inside[:, None] & (column < TAPS * TAPS)[None, :]
+  tl.store(terms + column[None, :] * SIZE + position[:, None], total, stored)
+  average = tl.where((column == TAPS * TAPS)[None, :], total, 0.0)
+  tl.store(sums + tl.program_id(0), tl.sum(tl.sum(average, 1), 0))
+
+
+@triton.jit
+def decide(
+  terms,  # float32[TAPS * TAPS, N * HEIGHT * WIDTH], of `squeeze`.
+  sums,  # float32[N, tiles], of `squeeze`.
+  bias,  # float32[1]
+  given,  # float32[SIZE]: with OBEY, the mask to list; else not read.
+  logits,  # Out, float32[SIZE]
+  indices,  # Out, int32[SIZE], as of `list_positions`.
+  rows,  # Out, int32[SIZE]
+  count,  # Out, int32[1], zero at first.
+  SIZE: tl.constexpr,  # N * h * w
+  OBEY: tl.constexpr,
+  TAPS: tl.constexpr,
+  STRIDES: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,  # Of `squeeze`.
+  BLOCK: tl.constexpr,
+):
+  """Sums up the logits of a mask unit and lists where they are not negative."""
+  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  plane: tl.constexpr = SIZE // (out_height * out_width) * HEIGHT * WIDTH
+  tiles: tl.constexpr = (HEIGHT * WIDTH + BLOCK_ROWS - 1) // BLOCK_ROWS
+  position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+  inside = position < SIZE
+  image = position // (out_height * out_width)
+  top = position // out_width % out_height * STRIDES - TAPS // 2
+  left = position % out_width * STRIDES - TAPS // 2
+  total = tl.zeros([BLOCK], tl.float32)
+  for tile in range(tiles):
+    total += tl.load(sums + image * tiles + tile, inside, other=0.0)
+  total = total / (HEIGHT * WIDTH) + tl.load(bias)
+  for tap in tl.static_range(TAPS * TAPS):
+    y, x = top + tap // TAPS, left + tap % TAPS
+    read = inside & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    at = tap * plane + (image * HEIGHT + y) * WIDTH + x
+    total += tl.load(terms + at, read, other=0.0)
+  tl.store(logits + position, total, inside)
+  active = inside & (total >= 0)
+  if OBEY:
+    active = tl.load(given + position, inside, other=0.0) != 0
+  _list(active, position, inside, indices, rows, count)
+
+
+@triton.jit
+def _list(active, position, inside, indices, rows, count):
+  """Adds the active ones of a program's positions to a list.
 
   Programs take places in the order in which they come. Positions increase
   within a program's tile only; no result depends on the place of its row.
   """
-  position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-  inside = position < SIZE
-  active = tl.load(mask + position, inside, other=0.0) != 0
   rank = tl.cumsum(active.to(tl.int32), 0)
   row = tl.atomic_add(count, tl.max(rank, 0)) + rank - 1
   tl.store(rows + position, tl.where(active, row, -1), inside)

@@ -136,6 +136,11 @@ def assert_near(got, expected, name=''):
   np.testing.assert_allclose(got, expected, rtol=0, atol=atol, err_msg=name)
 
 
+def run_lists(block, x, hard, dilated):
+  lists = gpu.Lists(gpu.list_positions(hard), gpu.list_positions(dilated))
+  return gpu.run_triton(block, x, lists)
+
+
 def compare(block, shape):
   x = make_input(shape, block.first.kernel.dtype)
   for name, hard in make_masks(block.output_shape(shape)).items():
@@ -175,17 +180,31 @@ def test_maps_of_any_size(interpreted, shape, strides, dtype):
   compare(make_block('bottleneck', 8, 5, 8, strides, dtype), (*shape, 8))
 
 
-def test_positions_of_many_tiles(interpreted):
-  mask = np.random.default_rng(0).random((3, 29, 31)) < 0.3
-  found = gpu.list_positions(jnp.asarray(mask, jnp.float32))
-  expected = np.flatnonzero(mask)
-  count = int(found.count[0])
-  assert mask.size > 2 * gpu._LIST_BLOCK and count == len(expected)
+def check_list(found, mask):
+  """A list holds each active position once, and their places in it."""
+  expected, count = np.flatnonzero(mask), int(found.count[0])
+  assert count == len(expected)
   listed = np.asarray(found.indices)[:count]
   np.testing.assert_array_equal(np.sort(listed), expected)
   rows = np.asarray(found.rows)
   np.testing.assert_array_equal(rows[listed], np.arange(count))
-  assert (rows[~mask.reshape(-1)] == -1).all()
+  assert (np.delete(rows, expected) == -1).all()
+
+
+def test_positions_of_many_tiles(interpreted):
+  mask = np.random.default_rng(0).random((3, 29, 31)) < 0.3
+  assert mask.size > 2 * gpu._LIST_BLOCK
+  check_list(gpu.list_positions(jnp.asarray(mask, jnp.float32)), mask)
+
+
+@pytest.mark.parametrize('shape', ((1, 1, 1), (3, 1, 6), (2, 17, 23)))
+@pytest.mark.parametrize('strides', (1, 2))
+def test_dilated_positions(interpreted, shape, strides):
+  n, h, w = shape
+  for mask in make_masks((n, -(-h // strides), -(-w // strides))).values():
+    mask = jnp.asarray(mask)
+    found = gpu.list_dilated(gpu.list_positions(mask), shape, strides)
+    check_list(found, dilate(mask, strides)[:, :h, :w])
 
 
 @pytest.mark.parametrize('kind', ('basic', 'bottleneck', 'bottleneck_wide'))
@@ -198,7 +217,7 @@ def test_nothing_is_read_that_was_not_computed(interpreted, kind):
   # A basic block's first convolution reads one position further.
   read = dilate(dilated) if kind == 'basic' else dilated
   spoilt = jnp.where(read[..., None] != 0, x, jnp.nan)
-  out = jax.jit(gpu.run_triton)(block, spoilt, hard, dilated)
+  out = jax.jit(run_lists)(block, spoilt, hard, dilated)
   active = hard != 0
   assert_near(out[active], masked_dense(block, x, hard)[active])
   np.testing.assert_array_equal(jnp.isnan(out), jnp.isnan(spoilt))
@@ -208,7 +227,7 @@ def test_what_is_no_number_stays_so(interpreted):
   block = make_block('bottleneck', 8, 5, 8, 1, jnp.float32)
   x = make_input((2, 3, 3, 8), jnp.float32).at[1, 1, 1, 0].set(jnp.nan)
   ones = jnp.ones(x.shape[:3])
-  out = jax.jit(gpu.run_triton)(block, x, ones, ones)
+  out = jax.jit(run_lists)(block, x, ones, ones)
   assert jnp.isnan(out[1]).all() and not jnp.isnan(out[0]).any()
 
 
@@ -277,18 +296,38 @@ def test_a_missing_package_is_told(as_on_gpu, make_network):
 @pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('kernel_size', (1, 3))
 @pytest.mark.parametrize('strides', (1, 2))
-@pytest.mark.parametrize('size', ((1, 1), (5, 8)))
-def test_mask_logits(kernel_size, strides, size, dtype):
-  squeeze = Squeeze(
-    20,
+@pytest.mark.parametrize('size', ((1, 1), (5, 8), (15, 19)))
+def test_mask_units(interpreted, kernel_size, strides, size, dtype):
+  """Logits, and where they are not negative; or a mask instead of that."""
+  squeeze = make_squeeze(20, kernel_size, strides)
+  x = np.random.default_rng(0).normal(size=(3, *size, 20))
+  x = jnp.asarray(x, dtype)
+  expected = squeeze(x)
+  columns = gpu.ColumnSqueeze(squeeze)
+  logits, found = columns.list_positions(x, expected.shape, None)
+  assert_near(logits, expected)
+  check_list(found, logits >= 0)
+  given = jnp.asarray(logits < 0, jnp.float32)
+  again, found = columns.list_positions(x, expected.shape, given)
+  np.testing.assert_array_equal(again, logits)
+  check_list(found, given)
+
+
+def make_squeeze(in_features, kernel_size, strides):
+  return Squeeze(
+    in_features,
     strides=strides,
     kernel_size=kernel_size,
     conv_general_dilated=jax.lax.conv_general_dilated,
     rngs=nnx.Rngs(1),
   )
-  x = np.random.default_rng(0).normal(size=(3, *size, 20))
-  x = jnp.asarray(x, dtype)
-  assert_near(jax.jit(gpu.ColumnSqueeze(squeeze))(x), squeeze(x))
+
+
+def test_masks_of_patches_are_left_to_xla(interpreted, as_on_gpu, make_network):
+  model = make_network('bottleneck', 'dynconv', mask_granularity=(2,))
+  assert not any(
+    gpu.decides(block) for block in gpu.with_kernel_gates(model).blocks
+  )
 
 
 @pytest.mark.skipif(
@@ -321,11 +360,12 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
       executor._arrays, jnp.zeros((1, 33, 33, 3)), None
     ).lower(lowering_platforms=('cuda',))
   text = lowered.as_text()
-  # Each of the four blocks: two lists, two kernels, the last of them in place.
-  assert text.count('@triton_kernel_call') == 16
+  # Each of the four blocks: its mask unit and its lists take three, the branch
+  # two, the last of them in place.
+  assert text.count('@triton_kernel_call') == 20
   assert text.count('#stablehlo.output_operand_alias') == 4
   assert {kernel.name for kernel, _, _ in calls} == {
-    *('list_positions', 'convolve', 'convolve_matmul_add')
+    *('squeeze', 'decide', 'list_dilated', 'convolve', 'convolve_matmul_add')
   }
   for kernel, programs, parameters in calls:
     entry = kernel.ptx[kernel.ptx.index('.entry') :]
@@ -333,7 +373,7 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
     assert entry[: entry.index(')')].count('.param') == len(parameters) + 2
     assert programs >= 1
     zeroed = [size for size, _ in parameters]
-    counts = kernel.name == 'list_positions'
+    counts = kernel.name in ('decide', 'list_dilated')
     assert zeroed[-1] == (4 if counts else 0) and not any(zeroed[:-1])
 
 
@@ -380,11 +420,28 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
             block.first.output_shape(x.shape),
           )
         )
-        out = jax.eval_shape(gpu.run_triton, block, x, hard, dilated)
+        out = jax.eval_shape(run_lists, block, x, hard, dilated)
         assert out.shape[:3] == hard.shape and out.dtype == dtype
+        columns = gpu.ColumnSqueeze(
+          make_squeeze(x.shape[-1], 3, x.shape[1] // out.shape[1])
+        )
+        _, active = jax.eval_shape(
+          lambda x, columns=columns, shape=hard.shape: columns.list_positions(
+            x, shape, None
+          ),
+          x,
+        )
+        strides = block.second.strides
+        jax.eval_shape(
+          lambda found, shape=dilated.shape, strides=strides: gpu.list_dilated(
+            found, shape, strides
+          ),
+          active,
+        )
   variants = triton_compiler.variants(launches)
   assert {kernel for kernel, *_ in variants} == {
-    *('list_positions', 'convolve', 'convolve_add', 'convolve_matmul_add')
+    *('list_positions', 'squeeze', 'decide', 'list_dilated'),
+    *('convolve', 'convolve_add', 'convolve_matmul_add'),
   }
   for variant in variants:
     for capability in (80, 90):
@@ -392,7 +449,7 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
       # Two programs share an H100's multiprocessor, one fits on an A100's.
       assert used.shared <= 227 * 1024 // 2, (variant, used)
       assert used.spilled <= 16, (variant, used)
-      if dtype == jnp.bfloat16 and 'FEATURES' in dict(variant[2]):
+      if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
         assert used.tensor_cores, (variant, used)
 
 
