@@ -344,14 +344,20 @@ def _common() -> dict[str, Any]:
 
 
 def _cpu() -> str:
+  """Returns the cores, the processor's name and its widest vectors."""
   cores = len(os.sched_getaffinity(0))
-  name = platform.processor() or platform.machine()
+  described = {'model name': platform.processor() or platform.machine()}
   with contextlib.suppress(OSError):
     for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
-      if line.startswith('model name'):
-        name = line.split(':', 1)[1].strip()
-        break
-  return f'{cores} cores of {name}'
+      key, _, value = line.partition(':')
+      described[key.strip()] = value.strip()
+  parts = [f'{cores} cores of {described["model name"]}']
+  features = described.get('flags', '').split()
+  for feature, name in (('avx512f', 'AVX-512'), ('avx2', 'AVX2')):
+    if feature in features:
+      parts.append(name)
+      break
+  return ', '.join(parts)
 
 
 def _title() -> str:
