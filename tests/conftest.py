@@ -1,11 +1,44 @@
-"""Parses absl flags once: grain's workers and the programs need them."""
+"""Set up before any test: compiled programs are kept, absl flags are parsed."""
 
+import os
+import shutil
 import sys
+import tempfile
 
+import pytest
 from absl import flags
+
+# Folders whose tests compile much and compute little.
+_COMPILING = ('gating', 'interop', 'models', 'sparse')
 
 
 def pytest_configure(config):
-  del config
+  if not hasattr(config, 'workerinput'):
+    _keep_compiled_programs(config)
+  # Once: grain's workers and the programs need them.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])
+
+
+def _keep_compiled_programs(config):
+  """Compiles what tests and the programs they start have in common once."""
+  folder = tempfile.mkdtemp(prefix='dynconv_jax_compiled_')
+  config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+  os.environ |= {
+    'JAX_COMPILATION_CACHE_DIR': folder,
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
+
+
+@pytest.fixture(autouse=True)
+def _compile_quickly(request):
+  """Has XLA optimize little where that takes longer than what is computed."""
+  if request.path.parent.name not in _COMPILING:
+    yield
+    return
+  import jax  # Not before its cache is set.
+
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)

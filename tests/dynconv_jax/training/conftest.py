@@ -1,28 +1,11 @@
-"""A tiny run that the tests of training share, and compiled programs kept."""
+"""A tiny run that the tests of training share."""
 
 import gc
 
-import jax
 import pytest
 
 from dynconv_jax.training import loop
 from dynconv_jax.training.config import Config
-
-
-@pytest.fixture(scope='session', autouse=True)
-def compilation_cache(tmp_path_factory):
-  """Compiles what several tests run once, for the tests of this folder."""
-  options = {
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0.1,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: getattr(jax.config, name) for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield options
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @pytest.fixture

@@ -431,13 +431,12 @@ else:
 
 
 @pytest.mark.slow
-def test_four_devices_equal_one(finished, compilation_cache, tmp_path):
+def test_four_devices_equal_one(finished, tmp_path):
   shutil.copytree(finished, tmp_path / 'teacher')
   environment = {
     **os.environ,
     'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
     'JAX_PLATFORMS': 'cpu',
-    'JAX_COMPILATION_CACHE_DIR': compilation_cache['jax_compilation_cache_dir'],
   }
   done = subprocess.run(
     [sys.executable, '-c', _PARALLEL, str(tmp_path)],
