@@ -47,6 +47,7 @@ class Networks:
       }
     self.method = self.settings['method']
     self.dtype = jnp.dtype(self.settings['compute_dtype'])
+    self._models: dict[tuple[str, str], ResNet] = {}
 
   @property
   def is_gated(self) -> bool:
@@ -62,6 +63,12 @@ class Networks:
     """
     if self.trained and method == self.trained.config.method:
       return self.trained.model
+    key = (method, mask_granularity)
+    if key not in self._models:
+      self._models[key] = self._create(method, mask_granularity)
+    return self._models[key]
+
+  def _create(self, method, mask_granularity):
     model = create_model(
       self.settings['model'],
       method=method,

@@ -43,21 +43,30 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
       return getattr(framework, kind)(**request)
     step = framework.step(kind, **request)
     step()  # Caches and thread pools are someone else's after a turn.
-    return turns.seconds(step, settings['steps'])
+    calls = getattr(framework, 'calls', 1)
+    times = turns.seconds(step, settings['steps'])
+    return [seconds / calls for seconds in times]
 
   turns.serve(answer)
 
 
 class _Jax:
-  """Dense, masked dense and sparse execution by XLA."""
+  """Dense, masked dense and sparse execution by XLA.
+
+  Attributes:
+    calls: of a step; on a GPU one waits in the queue while another is executed.
+  """
 
   def __init__(self, settings):
+    import jax
+
     from experiments import program
 
     program.keep_memory()
     self.networks = Networks(settings)
     self.dtype = self.networks.dtype
-    self.case = self.model = None
+    self.case = self.made = None
+    self.calls = 10 if jax.default_backend() == 'gpu' else 1
 
   def prepare(self, batch_size, mask_granularity, density):
     """Makes the executors of a case; returns what they execute."""
@@ -67,38 +76,46 @@ class _Jax:
     from dynconv_jax.macs import count_macs
     from dynconv_jax.sparse import BlockPlan, SparseExecutor
 
-    if self.case is None or self.case[1] != mask_granularity:
-      self.model = self.networks.model(self.networks.method, mask_granularity)
+    self.model = self.networks.model(self.networks.method, mask_granularity)
     batches = [jnp.asarray(b) for b in self.networks.batches(batch_size)]
     shape = batches[0].shape
     self.masks = None
     if density is not None:
       masks = self.networks.masks(self.model, batches[0], density)
       self.masks = [jnp.asarray(mask) for mask in masks]
-    self.sparse = SparseExecutor(
-      self.model,
-      shape,
-      mode=self.networks.settings['mode'],
-      density=density or 0.5,
-      native=self.networks.settings['native'],
-    )
-    # Dense in the same forms as the network without gates, below.
-    plans = [BlockPlan('dense', im2col=p.im2col) for p in self.sparse.plans]
-    executors = {
-      'masked_dense': SparseExecutor(
+    mode = self.networks.settings['mode']
+    made = (batch_size, mask_granularity, density if mode == 'auto' else None)
+    if made != self.made:
+      self.made = made
+      self.sparse = SparseExecutor(
+        self.model,
+        shape,
+        mode=mode,
+        density=density or 0.5,
+        native=self.networks.settings['native'],
+      )
+      # Dense in the same forms as the network without gates.
+      plans = [BlockPlan('dense', im2col=p.im2col) for p in self.sparse.plans]
+      self.masked_dense = SparseExecutor(
         self.model, shape, plans=plans, native=False
-      ),
-      'sparse': self.sparse,
-    }
+      )
+      self.dense = self._dense()
+      self.native_dense = None
+      if self.sparse.kernels == 'native':
+        self.native_dense = self._native_dense()
     self.case = (batch_size, mask_granularity, density)
-    self.steps = {
-      kind: _cycle(functools.partial(executor, masks=self.masks), batches)
-      for kind, executor in executors.items()
+    functions = {
+      'dense': self.dense,
+      'masked_dense': functools.partial(self.masked_dense, masks=self.masks),
+      'sparse': functools.partial(self.sparse, masks=self.masks),
+      'native_dense': self.native_dense,
     }
-    self.steps['dense'] = _cycle(self._dense(), batches)
-    native = self.sparse.kernels == 'native'
-    if native:
-      self.steps['native_dense'] = _cycle(self._native_dense(), batches)
+    self.steps = {
+      kind: _cycle(function, batches, self.calls)
+      for kind, function in functions.items()
+      if function
+    }
+    native = self.native_dense is not None
     self.batches = batches
     if not self.networks.is_gated:
       return {'density': 1.0, 'mac_ideal': 1.0, 'native': native}
@@ -115,6 +132,8 @@ class _Jax:
       'density': density,
       'mac_ideal': float(executed.mean() / dense.total),
       'native': native,
+      'kernels': self.sparse.kernels,
+      'device': jax.devices()[0].device_kind,
       'overflows': int(sum(s.overflows.sum() for s in stats)),
       'plans': {
         block.name: plan.form
@@ -129,6 +148,7 @@ class _Jax:
     import jax
 
     from dynconv_jax.models.layers import max_pool
+    from dynconv_jax.sparse import cudnn
     from dynconv_jax.sparse.dense import convolve, run_dense
     from dynconv_jax.sparse.fold import fold_network
 
@@ -143,7 +163,10 @@ class _Jax:
         x = run_dense(block, x, im2col=plan.im2col)
       return model.head(x)
 
-    return functools.partial(jax.jit(forward), fold_network(model))
+    network = fold_network(model)
+    if jax.default_backend() == 'gpu':
+      network = cudnn.lay_out(network)
+    return functools.partial(jax.jit(forward), network)
 
   def _native_dense(self):
     """The network without gates by the kernels that execute sparsely."""
@@ -343,9 +366,15 @@ class _OnnxRuntime:
     return lambda: session.run(None, next(following))
 
 
-def _cycle(function, batches) -> Step:
-  """A call with the next batch, which returns when the result is there."""
+def _cycle(function, batches, calls) -> Step:
+  """Calls with the next batches, which return when the last result is there."""
   import jax
 
   following = itertools.cycle(batches)
-  return lambda: jax.block_until_ready(function(next(following)))
+
+  def step():
+    for _ in range(calls):
+      result = function(next(following))
+    jax.block_until_ready(result)
+
+  return step

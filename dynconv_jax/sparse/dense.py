@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dynconv_jax.models.layers import conv_general_dilated
+from dynconv_jax.sparse import cudnn
 from dynconv_jax.sparse.chunks import for_chunks
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
 from dynconv_jax.sparse.positions import find_positions, take
@@ -28,12 +29,16 @@ def matmul(rows: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
 def convolve(x: jax.Array, layer: Layer, im2col: bool = False) -> jax.Array:
   """Returns float32[N, h, w, features], before any activation.
 
+  On a GPU it is in the dtype of x: see `cudnn.py`.
+
   Args:
     x: float[N, H, W, in_features].
-    layer: 1x1 ones are matrix products.
+    layer: 1x1 ones are matrix products on a CPU.
     im2col: whether larger kernels are gathered windows and a matrix product
       rather than XLA's convolution: on a CPU, what is faster on small maps.
   """
+  if jax.default_backend() == 'gpu':
+    return cudnn.convolve(x, layer)
   k, s = layer.size, layer.strides
   if k == 1:
     return matmul(x[:, ::s, ::s], layer.matrix, layer.bias)
@@ -66,7 +71,7 @@ def shortcut(block: FoldedBlock, x: jax.Array) -> jax.Array:
 
 
 def branch(block: FoldedBlock, x: jax.Array, im2col: bool) -> jax.Array:
-  """Returns float32[N, h, w, features]: the branch at all positions."""
+  """Returns what `convolve` does: the branch at all positions."""
   y = jax.nn.relu(convolve(x, block.first, im2col)).astype(x.dtype)
   y = convolve(y, block.second, im2col)
   if block.third is not None:

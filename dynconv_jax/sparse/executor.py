@@ -16,7 +16,7 @@ from flax import nnx
 from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.models.layers import max_pool
 from dynconv_jax.models.resnet import ResNet, check_choice
-from dynconv_jax.sparse import gpu
+from dynconv_jax.sparse import cudnn, gpu
 from dynconv_jax.sparse import native as native_lib
 from dynconv_jax.sparse.cost import calibrate
 from dynconv_jax.sparse.dense import convolve, run_dense
@@ -138,7 +138,7 @@ class SparseExecutor:
     density: for 'auto', the density of masks to expect, in (0, 1].
     plans: one BlockPlan a block in network order, instead of those of the mode.
     native: whether kernels of our own may serve: on a CPU `native.py`, on a GPU
-      `gpu.py`; None: those of a CPU where they can.
+      `gpu.py`; None: where they are the faster ones.
 
   Attributes:
     plans: one BlockPlan a block.
@@ -188,6 +188,9 @@ class SparseExecutor:
     self.plans = self._make_plans(model) if plans is None else list(plans)
     if self.kernels == 'native':
       self._network = self._drop_kernels()
+    if jax.default_backend() == 'gpu':
+      dense = [plan.form == 'dense' for plan in self.plans]
+      self._network = cudnn.lay_out(self._network, dense)
     # Arrays are passed, not trees of them, which take their time at each call.
     self._arrays, treedef = jax.tree.flatten((self._network, state))
 
@@ -248,21 +251,29 @@ class SparseExecutor:
     x = images.astype(model.dtype)
     native = self.kernels == 'native'
     if native:
-      x = native_lib.convolve(x, network.stem, relu=True)
+      x, pool = (
+        native_lib.convolve(x, network.stem, relu=True),
+        native_lib.max_pool,
+      )
+    elif self.kernels == 'triton':
+      x, pool = gpu.stem(x, network.stem), gpu.max_pool
     else:
-      x = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype)
+      x, pool = jax.nn.relu(convolve(x, network.stem)).astype(x.dtype), max_pool
     if model.architecture.stem == 'imagenet':
-      x = native_lib.max_pool(x) if native else max_pool(x)
+      x = pool(x)
     given = iter(forced or [None] * len(model.blocks))
     folded, plans = iter(network.blocks), iter(self.plans)
-    carry, executed, decisions, overflows = None, [], [], []
+    carry = squeezed = None
+    executed, decisions, overflows = [], [], []
     for stage in model.stages:
       for block in stage:
         hard, plan, layers = next(given), next(plans), next(folded)
         lists = None
         if gpu.decides(block):
           obeyed = None if hard is None else _spread(block, x, hard)
-          mask, decision, lists = gpu.decide(block, layers, x, obeyed)
+          mask, decision, lists, squeezed = gpu.decide(
+            block, layers, x, obeyed, squeezed
+          )
         else:
           mask, carry = block.decide(x, carry)
           decision = None if mask is None else mask.hard
@@ -379,8 +390,7 @@ def _choose_kernels(mode, dtype, native, plans):
       f"mode other than 'dense'; got native {native}, mode {mode!r}, "
       f'{dtype} on {jax.default_backend()}'
     )
-  # Those for a GPU are not timed yet: XLA serves where they are not asked for.
-  serve = asked or (native is None and form == 'native')
+  serve = asked or (native is None and library.preferred(dtype))
   return form if usable and serve else None
 
 

@@ -25,6 +25,9 @@ class Layer:
     panels: kernel and bias as `native.py` reads them, or None.
     squares: the same of a 3x3 for outputs of 2x2 at a time, or None.
     packed_shape: (k, k, in_features, features) of a kernel that is not kept.
+    features_first: whether the kernel is [features, k, k, in_features], as
+      `cudnn.py` lays it out.
+    block: the layer reads squares of as many positions a side, as channels.
   """
 
   kernel: jax.Array | None
@@ -35,11 +38,16 @@ class Layer:
   packed_shape: tuple[int, ...] | None = flax.struct.field(
     pytree_node=False, default=None
   )
+  features_first: bool = flax.struct.field(pytree_node=False, default=False)
+  block: int = flax.struct.field(pytree_node=False, default=1)
 
   @property
   def shape(self) -> tuple[int, ...]:
     """(k, k, in_features, features)."""
-    return self.packed_shape if self.kernel is None else self.kernel.shape
+    if self.kernel is None:
+      return self.packed_shape
+    shape = self.kernel.shape
+    return (*shape[1:], shape[0]) if self.features_first else shape
 
   @property
   def size(self) -> int:
@@ -58,7 +66,8 @@ class Layer:
 
   def output_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Returns (N, h, w) of the output for an input of (N, H, W, ...)."""
-    return (shape[0], *(-(-n // self.strides) for n in shape[1:3]))
+    stride = self.strides * self.block
+    return (shape[0], *(-(-n // stride) for n in shape[1:3]))
 
 
 @flax.struct.dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,13 +21,17 @@ from dynconv_jax.gating.mask import ExecutionMask
 from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
 from dynconv_jax.models.blocks import Block
 from dynconv_jax.models.resnet import ResNet
-from dynconv_jax.sparse.dense import shortcut
+from dynconv_jax.sparse import cudnn
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
 from dynconv_jax.sparse.native import squeeze_columns
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 # Positions a program lists, and rows of a map it squeezes.
-_LIST_BLOCK, _SQUEEZE_ROWS = 256, 128
+_LIST_BLOCK, _SQUEEZE_ROWS = 256, 64
+# Mask units that share a matrix, so that it has 64 columns.
+_UNITS = 6
+# Positions of a program of the stem, and of the pooling after it.
+_STEM_ROWS, _POOL_ROWS = 128, 32
 # Bottlenecks up to this inner width keep the rows between their last two
 # convolutions in registers.
 _FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
@@ -43,6 +47,21 @@ def usable(dtype: jnp.dtype) -> bool:
     dtype: of the features.
   """
   return jax.default_backend() == 'gpu' and dtype in _DTYPES
+
+
+def preferred(dtype: jnp.dtype) -> bool:
+  """Returns whether the kernels serve unless others are asked for.
+
+  In float32 they do not: XLA's products are rounded to TF32, on tensor cores.
+
+  Args:
+    dtype: of the features.
+  """
+  try:
+    load()
+  except ImportError:
+    return False
+  return usable(dtype) and dtype == jnp.bfloat16
 
 
 @functools.cache
@@ -80,8 +99,8 @@ class Positions(NamedTuple):
   """The active positions of a map.
 
   Attributes:
-    indices: int32[size], the flat positions of the active ones, in any order;
-      undefined from `count` on.
+    indices: int32[at least size], the flat positions of the active ones, in any
+      order; undefined from `count` on.
     rows: int32[size], the place of each active position in that list; -1 where
       the map is inactive.
     count: int32[1], how many there are.
@@ -104,6 +123,20 @@ class Lists(NamedTuple):
   needed: Positions
 
 
+class Squeezed(NamedTuple):
+  """Products of a map and the weights of the mask units that read it.
+
+  Attributes:
+    terms: float32[columns, N * H * W].
+    weights: [parts, C, at least columns], see `ColumnSqueeze`.
+    changed: positions of the map that have other values since; None: none.
+  """
+
+  terms: jax.Array
+  weights: jax.Array
+  changed: Positions | None
+
+
 def list_positions(mask: jax.Array) -> Positions:
   """Returns the active positions of a mask.
 
@@ -124,12 +157,13 @@ def list_positions(mask: jax.Array) -> Positions:
 
 
 def list_dilated(
-  active: Positions, shape: tuple[int, int, int], strides: int
+  active: Positions, zero: jax.Array, shape: tuple[int, int, int], strides: int
 ) -> Positions:
   """Returns the positions that a 3x3 convolution at others reads.
 
   Args:
     active: positions of its output.
+    zero: int32[1], 0: counted on.
     shape: (N, H, W) of its input.
     strides: of the convolution.
   """
@@ -137,9 +171,9 @@ def list_dilated(
   return Positions(
     *launch(
       'list_dilated',
-      active.rows,
+      *(active.rows, zero),
       out_shape=_list_shapes(size),
-      zeroed_outputs=(2,),
+      input_output_aliases={1: 2},
       grid=_cdiv(size, _LIST_BLOCK),
       SIZE=size,
       STRIDES=strides,
@@ -151,7 +185,8 @@ def list_dilated(
 
 
 def _list_shapes(size):
-  shapes = ((size,), (size,), (1,))
+  # Tiles of positions are read to their end.
+  shapes = ((_cdiv(size, _LIST_BLOCK) * _LIST_BLOCK,), (size,), (1,))
   return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
@@ -163,8 +198,12 @@ def decides(block: Block) -> bool:
 
 
 def decide(
-  block: Block, folded: FoldedBlock, x: jax.Array, given: jax.Array | None
-) -> tuple[ExecutionMask, jax.Array, Lists]:
+  block: Block,
+  folded: FoldedBlock,
+  x: jax.Array,
+  given: jax.Array | None,
+  squeezed: Squeezed | None,
+) -> tuple[ExecutionMask, jax.Array, Lists, Squeezed]:
   """Returns a block's mask, its gate's decision, and the lists of positions.
 
   Args:
@@ -172,22 +211,86 @@ def decide(
     folded: the same block.
     x: float32 or bfloat16[N, H, W, in_features], its input.
     given: float32[N, h, w] of {0, 1} to obey instead of the decision, or None.
+    squeezed: what the block before returned; None: there is none.
 
   Returns:
     The execution mask; float32[N, h, w] of {0, 1}, what the gate chose; the
-    positions of both maps of the mask.
+    positions of both maps of the mask; what the next block takes.
   """
-  shape = folded.output_shape(x.shape)
-  logits, active = block.masker.maskconv.list_positions(x, shape, given)
+  shape, unit = folded.output_shape(x.shape), block.masker.maskconv
+  squeezed, zero = unit.squeeze(x, squeezed)
+  logits, active, zero = unit.list_positions(
+    squeezed.terms, x.shape, shape, given, zero
+  )
   middle = folded.first.output_shape(x.shape)
-  needed = list_dilated(active, middle, folded.second.strides)
+  needed = list_dilated(active, zero, middle, folded.second.strides)
   hard, dilated = (
     (found.rows >= 0).astype(jnp.float32).reshape(shape)
     for found, shape in ((active, shape), (needed, middle))
   )
   mask, _ = block.decide(x, None, hard)
   decision = (logits >= 0).astype(jnp.float32)
-  return mask.replace(dilated=dilated), decision, Lists(active, needed)
+  return (
+    mask.replace(dilated=dilated),
+    decision,
+    Lists(active, needed),
+    squeezed._replace(changed=active),
+  )
+
+
+def stem(images: jax.Array, layer: Layer) -> jax.Array:
+  """Returns the rectified first convolution, [N, h, w, features].
+
+  That of ImageNet's networks in bfloat16 is a kernel's, others are cuDNN's.
+
+  Args:
+    images: float32 or bfloat16[N, H, W, 3].
+    layer: of `cudnn.lay_out`.
+  """
+  if images.dtype != jnp.bfloat16 or layer.block == 1:
+    return jax.nn.relu(cudnn.convolve(images, layer))
+  x = cudnn.rearrange(images, layer)
+  n, h, w, depth = x.shape
+  return launch(
+    'convolve_rows',
+    *(x, layer.kernel, layer.bias),
+    out_shape=jax.ShapeDtypeStruct((n, h, w, layer.features), x.dtype),
+    grid=_cdiv(n * h * w, _STEM_ROWS),
+    SIZE=n * h * w,
+    TAPS=layer.size,
+    HEIGHT=h,
+    WIDTH=w,
+    DEPTH=depth,
+    FEATURES=layer.features,
+    BLOCK_ROWS=_STEM_ROWS,
+    BLOCK_FEATURES=_power(layer.features),
+    num_warps=4,
+    num_stages=3,
+  )
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+  """Returns the 3x3 maximum at stride 2, padding 1.
+
+  Args:
+    x: float32 or bfloat16[N, H, W, C].
+  """
+  n, height, width, features = x.shape
+  shape = (n, -(-height // 2), -(-width // 2), features)
+  size = math.prod(shape[:3])
+  return launch(
+    'max_pool',
+    x,
+    out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
+    grid=_cdiv(size, _POOL_ROWS),
+    SIZE=size,
+    HEIGHT=height,
+    WIDTH=width,
+    FEATURES=features,
+    BLOCK_ROWS=_POOL_ROWS,
+    BLOCK_FEATURES=_power(features),
+    num_warps=4,
+  )
 
 
 def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
@@ -208,10 +311,7 @@ def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   middle, end = block.first.output_shape(x.shape), block.output_shape(x.shape)
   second, third = block.second, block.third
   y = _convolve(x, x.shape, needed, needed, block.first, lookup=False)
-  base = shortcut(block, x)
-  if block.projection is not None:
-    inactive = active.rows.reshape(*end, 1) < 0
-    base = jnp.where(inactive, jax.nn.relu(base), base)
+  base = x if block.projection is None else _project(x, active, block)
   if third is None:
     return _convolve_add(y, middle, needed, active, second, base)
   if second.bias.size <= _FUSED_WIDTH[x.dtype]:
@@ -220,17 +320,34 @@ def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   return _convolve_add(z, end, active, active, third, base)
 
 
+def _project(x, active, block):
+  """The shortcut, rectified where the branch is not executed."""
+  layer, shape = block.projection, block.output_shape(x.shape)
+  size = math.prod(shape)
+  tiles = _tiles(size, layer, x.dtype, lookup=False)
+  return launch(
+    'project',
+    *(x, active.rows, layer.matrix, layer.bias),
+    out_shape=jax.ShapeDtypeStruct((*shape, layer.bias.size), x.dtype),
+    grid=_grid(size, layer, tiles),
+    SIZE=size,
+    FEATURES=layer.bias.size,
+    **_geometry(x.shape, layer),
+    **tiles,
+  )
+
+
 def _convolve(table, shape, read, written, layer, *, lookup):
   """relu(convolution), float[positions, features] in the order of a list."""
-  tiles = _tiles(written, layer, table.dtype, lookup)
+  tiles = _tiles(written.rows.size, layer, table.dtype, lookup)
   return launch(
     'convolve',
     *(table, read.rows, written.indices, written.count),
     *(layer.kernel, layer.bias),
     out_shape=jax.ShapeDtypeStruct(
-      (written.indices.size, layer.bias.size), table.dtype
+      (written.rows.size, layer.bias.size), table.dtype
     ),
-    grid=_grid(written, layer, tiles),
+    grid=_grid(written.rows.size, layer, tiles),
     LOOKUP=lookup,
     TAPS=layer.size,
     FEATURES=layer.bias.size,
@@ -241,14 +358,14 @@ def _convolve(table, shape, read, written, layer, *, lookup):
 
 def _convolve_add(table, shape, read, written, layer, base):
   """relu(base + convolution) at the positions of a list, written in place."""
-  tiles = _tiles(written, layer, table.dtype, lookup=layer.size > 1)
+  tiles = _tiles(written.rows.size, layer, table.dtype, lookup=layer.size > 1)
   return launch(
     'convolve_add',
     *(table, read.rows, written.indices, written.count),
     *(layer.kernel, layer.bias, base),
     out_shape=jax.ShapeDtypeStruct(base.shape, base.dtype),
     input_output_aliases={6: 0},
-    grid=_grid(written, layer, tiles),
+    grid=_grid(written.rows.size, layer, tiles),
     TAPS=layer.size,
     FEATURES=layer.bias.size,
     **_geometry(shape, layer),
@@ -258,17 +375,19 @@ def _convolve_add(table, shape, read, written, layer, base):
 
 def _convolve_matmul_add(table, shape, read, written, layer, last, base):
   """relu(base + last(relu(convolution))) likewise, for small inner widths."""
-  tiles = _tiles(written, layer, table.dtype, lookup=True)
+  tiles = _tiles(written.rows.size, layer, table.dtype, lookup=True)
   inner = tiles.pop('BLOCK_FEATURES')
   if table.dtype == jnp.float32:
     tiles |= {'BLOCK_DEPTH': 16, 'num_warps': 8}  # Else registers spill.
+  else:
+    tiles |= {'BLOCK_ROWS': max(64, inner), 'num_stages': 3}
   return launch(
     'convolve_matmul_add',
     *(table, read.rows, written.indices, written.count),
     *(layer.kernel, layer.bias, last.kernel, last.bias, base),
     out_shape=jax.ShapeDtypeStruct(base.shape, base.dtype),
     input_output_aliases={8: 0},
-    grid=_cdiv(written.indices.size, tiles['BLOCK_ROWS']),
+    grid=_cdiv(written.rows.size, tiles['BLOCK_ROWS']),
     FEATURES=last.bias.size,
     BLOCK_INNER=inner,
     BLOCK_FEATURES=64,
@@ -288,13 +407,11 @@ def _geometry(shape: tuple[int, ...], layer: Layer) -> dict[str, int]:
 
 
 def _tiles(
-  written: Positions, layer: Layer, dtype: jnp.dtype, lookup: bool
+  size: int, layer: Layer, dtype: jnp.dtype, lookup: bool = False
 ) -> dict[str, int]:
-  """Tile sizes of a product whose rows are positions.
+  """Tile sizes of a product of up to `size` rows.
 
-  Three pairs of tiles in bfloat16 are on their way, in 96 KiB of shared memory:
-  two programs fit on a multiprocessor. A row that is looked up first takes two
-  more stages.
+  Those in bfloat16 are the fastest of about twenty on an H200, for ResNet-50.
   """
   depth, features = layer.kernel.shape[2:]
   if dtype == jnp.float32:  # No tensor cores.
@@ -305,19 +422,27 @@ def _tiles(
       'num_warps': 4,
       'num_stages': 2,
     }
-  many = written.indices.size * features >= _MANY
+  if lookup and depth >= 512:
+    return {
+      'BLOCK_ROWS': 64,
+      'BLOCK_FEATURES': 64,
+      'BLOCK_DEPTH': 128,
+      'num_warps': 4,
+      'num_stages': 3,
+    }
+  many = not lookup and features > 128 and size * features >= _MANY
   return {
     'BLOCK_ROWS': 128 if many else 64,
     'BLOCK_FEATURES': min(_power(features), 128),
     'BLOCK_DEPTH': min(_power(depth), 64),
-    'num_warps': 8 if many else 4,
-    'num_stages': 5 if lookup else 3,
+    'num_warps': 4,
+    'num_stages': 4 if lookup else 3,
   }
 
 
-def _grid(written, layer, tiles):
-  """Programs for all positions, those of the same rows one after the other."""
-  rows = _cdiv(written.indices.size, tiles['BLOCK_ROWS'])
+def _grid(size, layer, tiles):
+  """Programs for all rows, those of the same rows one after the other."""
+  rows = _cdiv(size, tiles['BLOCK_ROWS'])
   return rows * _cdiv(layer.bias.size, tiles['BLOCK_FEATURES'])
 
 
@@ -339,89 +464,140 @@ def with_kernel_gates(model: ResNet) -> ResNet:
     model: in evaluation.
   """
   model = nnx.clone(model)
+  groups: list[list[Block]] = []
+  same_map = False
   for block in model.blocks:
-    if isinstance(block.masker, MaskUnit) and block.masker.granularity == 1:
-      block.masker.maskconv = ColumnSqueeze(block.masker.maskconv)
+    unit = block.masker
+    if not isinstance(unit, MaskUnit) or unit.granularity > 1:
+      same_map = False
+      continue
+    if same_map and len(groups[-1]) < _UNITS:
+      groups[-1].append(block)
+    else:
+      groups.append([block])
+    # Its output is its input but where it is executed.
+    same_map = block.downsample is None
+  for group in groups:
+    units = [block.masker.maskconv for block in group]
+    for index, block in enumerate(group):
+      block.masker.maskconv = ColumnSqueeze(units, index)
   return model
 
 
 class ColumnSqueeze(nnx.Module):
   """Computes what a mask unit's `Squeeze` does, and where it is not negative.
 
-  One kernel reads the input once: it multiplies it by a matrix whose columns
-  are the taps of the convolution, and what the average is taken of. Another
-  sums up the logits and lists the positions. Decisions are made of float32
-  numbers: for features in bfloat16 the matrix is the sum of three in bfloat16,
-  which hold all of its bits.
+  A map is multiplied by a matrix whose columns are the taps of the convolution,
+  and what the average is taken of; another kernel sums up the logits and lists
+  the positions. Units that read the same map, but for the positions that the
+  blocks between them execute, share the matrix: the first multiplies the map,
+  the others what was changed.
+
+  Decisions are made of float32 numbers: for features in bfloat16 the matrix is
+  the sum of three in bfloat16, which hold all of its bits.
 
   Args:
-    squeeze: gives the weights.
+    units: the mask units that share a matrix, in network order.
+    index: of this one.
   """
 
-  def __init__(self, squeeze: Squeeze):
-    self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
-    matrix = np.pad(matrix, ((0, 0), (0, 16 - matrix.shape[1])))
+  def __init__(self, units: Sequence[Squeeze], index: int):
+    self.size, self.strides, matrix, bias = squeeze_columns(units[index])
+    per_unit = matrix.shape[1]
+    self.first, self.columns = index * per_unit, len(units) * per_unit
+    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
+    if index:
+      self.matrix = self.parts = None
+      return
+    matrix = np.concatenate([squeeze_columns(unit)[2] for unit in units], 1)
+    padding = _power(matrix.shape[1]) - matrix.shape[1]
+    matrix = np.pad(matrix, ((0, 0), (0, padding)))
     parts = []
     for _ in range(3):
       parts.append((matrix - sum(parts)).astype(jnp.bfloat16))
       parts[-1] = parts[-1].astype(np.float32)
     self.matrix = nnx.Param(jnp.asarray(matrix[None]))
     self.parts = nnx.Param(jnp.asarray(np.stack(parts), jnp.bfloat16))
-    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
-  def list_positions(
-    self, x: jax.Array, shape: tuple[int, int, int], given: jax.Array | None
-  ) -> tuple[jax.Array, Positions]:
-    """Returns the logits and the positions where they are not negative.
+  def squeeze(
+    self, x: jax.Array, squeezed: Squeezed | None
+  ) -> tuple[Squeezed, jax.Array]:
+    """Returns the products of a map, and int32[1], 0, for `list_positions`.
 
     Args:
       x: float32 or bfloat16[N, H, W, C].
-      shape: (N, h, w) of the logits.
-      given: float32[N, h, w], lists where it is not 0 instead; or None.
-
-    Returns:
-      float32[N, h, w] and the list.
+      squeezed: of the unit before; of no account for the first of those that
+        share a matrix.
     """
-    exact = x.dtype == jnp.float32
-    weights = (self.matrix if exact else self.parts)[...]
-    n, height, width, depth = x.shape
-    geometry = {
-      'TAPS': self.size,
-      'HEIGHT': height,
-      'WIDTH': width,
-      'BLOCK_ROWS': _SQUEEZE_ROWS,
-    }
-    rows, tiles = n * height * width, _cdiv(height * width, _SQUEEZE_ROWS)
-    terms, sums = launch(
+    exact, listed = x.dtype == jnp.float32, self.matrix is None
+    if listed:
+      terms, weights, changed = squeezed
+    else:
+      weights = (self.matrix if exact else self.parts)[...]
+      terms, changed = jnp.zeros(1), Positions(*3 * (jnp.zeros(1, jnp.int32),))
+    rows, depth = math.prod(x.shape[:3]), x.shape[3]
+    terms, zero = launch(
       'squeeze',
-      *(x, weights),
+      *(x, weights, changed.indices, changed.count, terms),
       out_shape=[
-        jax.ShapeDtypeStruct(shape, jnp.float32)
-        for shape in ((self.size**2, rows), (n, tiles))
+        jax.ShapeDtypeStruct((self.columns, rows), jnp.float32),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
       ],
-      grid=n * tiles,
+      input_output_aliases={4: 0} if listed else {},
+      grid=_cdiv(rows, _SQUEEZE_ROWS),
+      LISTED=listed,
       SIZE=rows,
       PARTS=len(weights),
       DEPTH=depth,
+      FIRST=self.first,
+      COLUMNS=self.columns,
+      WIDTH=weights.shape[2],
+      BLOCK_ROWS=_SQUEEZE_ROWS,
       BLOCK_DEPTH=min(_power(depth), 32 if exact else 64),
       num_warps=4,
       num_stages=3,
-      **geometry,
     )
+    return Squeezed(terms, weights, None), zero
+
+  def list_positions(
+    self,
+    terms: jax.Array,
+    in_shape: tuple[int, ...],
+    shape: tuple[int, int, int],
+    given: jax.Array | None,
+    zero: jax.Array,
+  ) -> tuple[jax.Array, Positions, jax.Array]:
+    """Returns the logits and the positions where they are not negative.
+
+    Args:
+      terms: float32[columns, N * H * W], products of the map.
+      in_shape: (N, H, W, C) of the map.
+      shape: (N, h, w) of the logits.
+      given: float32[N, h, w], lists where it is not 0 instead; or None.
+      zero: of `squeeze`.
+
+    Returns:
+      float32[N, h, w], the list, and int32[1], 0, for `list_dilated`.
+    """
     size = math.prod(shape)
-    logits, *found = launch(
+    logits, *found, zero = launch(
       'decide',
-      *(terms, sums, self.bias[...], terms if given is None else given),
+      *(terms, self.bias[...], self.bias[...] if given is None else given),
+      zero,
       out_shape=[
         jax.ShapeDtypeStruct(shape, jnp.float32),
         *_list_shapes(size),
+        jax.ShapeDtypeStruct((1,), jnp.int32),
       ],
-      zeroed_outputs=(3,),
-      grid=_cdiv(size, _LIST_BLOCK),
+      input_output_aliases={3: 3},
+      grid=shape[0] * _cdiv(shape[1] * shape[2], _LIST_BLOCK),
       SIZE=size,
       OBEY=given is not None,
+      FIRST=self.first,
+      TAPS=self.size,
       STRIDES=self.strides,
+      HEIGHT=in_shape[1],
+      WIDTH=in_shape[2],
       BLOCK=_LIST_BLOCK,
-      **geometry,
     )
-    return logits, Positions(*found)
+    return logits, Positions(*found), zero

@@ -29,6 +29,7 @@ def list_positions(
 @triton.jit
 def list_dilated(
   active_rows,  # int32[N * h * w]: -1 where the mask is inactive.
+  zero,  # int32[1]; count is the same memory.
   indices,  # Out, int32[SIZE], as of `list_positions`.
   rows,  # Out, int32[SIZE]
   count,  # Out, int32[1], zero at first.
@@ -59,32 +60,41 @@ def list_dilated(
 
 @triton.jit
 def squeeze(
-  x,  # [N * HEIGHT * WIDTH, DEPTH]
-  weights,  # [PARTS, DEPTH, 16]: columns of the taps, of the average, zeros.
-  terms,  # Out, float32[TAPS * TAPS, N * HEIGHT * WIDTH]: products of the taps.
-  sums,  # Out, float32[N, tiles]: of the average's products, a tile each.
-  SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
+  x,  # [SIZE, DEPTH]
+  weights,  # [PARTS, DEPTH, WIDTH]: columns of mask units, then zeros.
+  indices,  # int32[...]: with LISTED, the positions to compute.
+  count,  # int32[1]: with LISTED, how many.
+  before,  # float32[COLUMNS, SIZE]: terms is the same memory.
+  terms,  # Out, float32[COLUMNS, SIZE]: products, of the others as they were.
+  zero,  # Out, int32[1]: 0, for `decide`.
+  LISTED: tl.constexpr,
+  SIZE: tl.constexpr,  # N * H * W
   PARTS: tl.constexpr,
-  TAPS: tl.constexpr,
-  HEIGHT: tl.constexpr,
-  WIDTH: tl.constexpr,
   DEPTH: tl.constexpr,
+  FIRST: tl.constexpr,  # Columns before this one are not asked for any more.
+  COLUMNS: tl.constexpr,
+  WIDTH: tl.constexpr,
   BLOCK_ROWS: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Multiplies a map by the weights of a mask unit, which are a sum of parts.
-
-  A tile of rows is of one image.
-  """
-  area: tl.constexpr = HEIGHT * WIDTH
-  tiles: tl.constexpr = (area + BLOCK_ROWS - 1) // BLOCK_ROWS
-  row = tl.program_id(0) % tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-  inside = row < area
-  position = tl.program_id(0) // tiles * area + row
-  column = tl.arange(0, 16)
-  total = tl.zeros([BLOCK_ROWS, 16], tl.float32)
-  for start in range(0, DEPTH, BLOCK_DEPTH):
-    depth = start + tl.arange(0, BLOCK_DEPTH)
+  """Multiplies a map by the weights of mask units, which are a sum of parts."""
+  if tl.program_id(0) == 0:
+    tl.store(zero, 0)
+  start = tl.program_id(0) * BLOCK_ROWS
+  position = start + tl.arange(0, BLOCK_ROWS)
+  size = SIZE
+  if LISTED:
+    size, listed = tl.load(count), tl.load(indices + position)
+    if start >= size:
+      return
+    inside = position < size
+    position = tl.where(inside, listed, 0)
+  else:
+    inside = position < size
+  column = tl.arange(0, WIDTH)
+  total = tl.zeros([BLOCK_ROWS, WIDTH], tl.float32)
+  for first in range(0, DEPTH, BLOCK_DEPTH):
+    depth = first + tl.arange(0, BLOCK_DEPTH)
     tile = tl.load(
       x + position[:, None].to(tl.int64) * DEPTH + depth[None, :],
       inside[:, None] & (depth < DEPTH)[None, :],
@@ -92,55 +102,66 @@ def squeeze(
     )
     for part in tl.static_range(PARTS):
       columns = tl.load(
-        weights + (part * DEPTH + depth)[:, None] * 16 + column[None, :],
+        weights + (part * DEPTH + depth)[:, None] * WIDTH + column[None, :],
         (depth < DEPTH)[:, None],
         other=0.0,
       )
       total = tl.dot(tile, columns, total, input_precision='ieee')
-  stored = inside[:, None] & (column < TAPS * TAPS)[None, :]
+  stored = inside[:, None] & (column >= FIRST) & (column < COLUMNS)
   tl.store(terms + column[None, :] * SIZE + position[:, None], total, stored)
-  average = tl.where((column == TAPS * TAPS)[None, :], total, 0.0)
-  tl.store(sums + tl.program_id(0), tl.sum(tl.sum(average, 1), 0))
 
 
 @triton.jit
 def decide(
-  terms,  # float32[TAPS * TAPS, N * HEIGHT * WIDTH], of `squeeze`.
-  sums,  # float32[N, tiles], of `squeeze`.
+  terms,  # float32[COLUMNS, N * HEIGHT * WIDTH], of `squeeze`.
   bias,  # float32[1]
   given,  # float32[SIZE]: with OBEY, the mask to list; else not read.
+  zero,  # int32[1], of `squeeze`; count is the same memory.
   logits,  # Out, float32[SIZE]
   indices,  # Out, int32[SIZE], as of `list_positions`.
   rows,  # Out, int32[SIZE]
   count,  # Out, int32[1], zero at first.
+  dilated_count,  # Out, int32[1]: 0, for `list_dilated`.
   SIZE: tl.constexpr,  # N * h * w
   OBEY: tl.constexpr,
+  FIRST: tl.constexpr,  # Column of the unit's first tap; its average is last.
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
-  BLOCK_ROWS: tl.constexpr,  # Of `squeeze`.
   BLOCK: tl.constexpr,
 ):
-  """Sums up the logits of a mask unit and lists where they are not negative."""
+  """Sums up the logits of a mask unit and lists where they are not negative.
+
+  A program's positions are of one image, whose average it sums up too.
+  """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
-  plane: tl.constexpr = SIZE // (out_height * out_width) * HEIGHT * WIDTH
-  tiles: tl.constexpr = (HEIGHT * WIDTH + BLOCK_ROWS - 1) // BLOCK_ROWS
-  position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-  inside = position < SIZE
-  image = position // (out_height * out_width)
-  top = position // out_width % out_height * STRIDES - TAPS // 2
-  left = position % out_width * STRIDES - TAPS // 2
+  area: tl.constexpr = out_height * out_width
+  tiles: tl.constexpr = (area + BLOCK - 1) // BLOCK
+  plane: tl.constexpr = SIZE // area * HEIGHT * WIDTH
+  if tl.program_id(0) == 0:
+    tl.store(dilated_count, 0)
+  image = tl.program_id(0) // tiles
+  map_of = terms + image * (HEIGHT * WIDTH)
+  lane = tl.arange(0, BLOCK)
   total = tl.zeros([BLOCK], tl.float32)
-  for tile in range(tiles):
-    total += tl.load(sums + image * tiles + tile, inside, other=0.0)
-  total = total / (HEIGHT * WIDTH) + tl.load(bias)
+  average = map_of + (FIRST + TAPS * TAPS) * plane
+  for start in range(0, HEIGHT * WIDTH, BLOCK):
+    at = start + lane
+    total += tl.load(average + at, at < HEIGHT * WIDTH, other=0.0)
+  within = tl.program_id(0) % tiles * BLOCK + lane
+  inside = within < area
+  top = within // out_width * STRIDES - TAPS // 2
+  left = within % out_width * STRIDES - TAPS // 2
+  total = tl.sum(total, 0) / (HEIGHT * WIDTH) + tl.load(bias)
+  total = tl.zeros([BLOCK], tl.float32) + total
   for tap in tl.static_range(TAPS * TAPS):
     y, x = top + tap // TAPS, left + tap % TAPS
     read = inside & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    at = tap * plane + (image * HEIGHT + y) * WIDTH + x
-    total += tl.load(terms + at, read, other=0.0)
+    at = (FIRST + tap) * plane + y * WIDTH + x
+    total += tl.load(map_of + at, read, other=0.0)
+  position = image * area + within
   tl.store(logits + position, total, inside)
   active = inside & (total >= 0)
   if OBEY:
@@ -184,10 +205,10 @@ def convolve(
   """Computes rows of relu(convolution) at the listed positions."""
   tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
   start = tl.program_id(0) // tiles * BLOCK_ROWS
-  size = tl.load(count)
+  row = start + tl.arange(0, BLOCK_ROWS)
+  size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
     return
-  row = start + tl.arange(0, BLOCK_ROWS)
   feature = tl.program_id(0) % tiles * BLOCK_FEATURES
   feature += tl.arange(0, BLOCK_FEATURES)
   listed = row < size
@@ -195,7 +216,7 @@ def convolve(
     table,
     rows,
     kernel,
-    tl.load(indices + row, listed, other=0),
+    tl.where(listed, position, 0),
     listed,
     feature,
     LOOKUP,
@@ -236,14 +257,16 @@ def convolve_add(
   """Writes relu(base + convolution) at the listed positions of a map."""
   tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
   start = tl.program_id(0) // tiles * BLOCK_ROWS
-  size = tl.load(count)
+  row = start + tl.arange(0, BLOCK_ROWS)
+  size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
     return
-  row = start + tl.arange(0, BLOCK_ROWS)
   feature = tl.program_id(0) % tiles * BLOCK_FEATURES
   feature += tl.arange(0, BLOCK_FEATURES)
   listed = row < size
-  position = tl.load(indices + row, listed, other=0)
+  position = tl.where(listed, position, 0)
+  # Before the products, during which it comes.
+  before = _read(base, position, listed, feature, FEATURES)
   total = _products(
     table,
     rows,
@@ -260,7 +283,7 @@ def convolve_add(
     FEATURES,
     BLOCK_DEPTH,
   )
-  _add(total, bias, base, out, position, listed, feature, FEATURES)
+  _add(total, bias, before, out, position, listed, feature, FEATURES)
 
 
 @triton.jit
@@ -287,13 +310,14 @@ def convolve_matmul_add(
 ):
   """Writes relu(base + 1x1 of relu(3x3)) at the listed positions of a map."""
   start = tl.program_id(0) * BLOCK_ROWS
-  size = tl.load(count)
+  row = start + tl.arange(0, BLOCK_ROWS)
+  size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
     return
-  row = start + tl.arange(0, BLOCK_ROWS)
   listed = row < size
-  position = tl.load(indices + row, listed, other=0)
-  inner = tl.arange(0, BLOCK_INNER)
+  position = tl.where(listed, position, 0)
+  inner, feature = tl.arange(0, BLOCK_INNER), tl.arange(0, BLOCK_FEATURES)
+  ahead = _read(base, position, listed, feature, FEATURES)
   total = _products(
     table,
     rows,
@@ -314,13 +338,150 @@ def convolve_matmul_add(
   hidden = _relu(total).to(table.dtype.element_ty)
   for first in range(0, FEATURES, BLOCK_FEATURES):
     feature = first + tl.arange(0, BLOCK_FEATURES)
+    before = ahead
+    ahead = _read(base, position, listed, feature + BLOCK_FEATURES, FEATURES)
     weights = tl.load(
       last_kernel + inner[:, None] * FEATURES + feature[None, :],
       (inner < DEPTH)[:, None] & (feature < FEATURES)[None, :],
       other=0.0,
     )
     added = tl.dot(hidden, weights, input_precision='ieee')
-    _add(added, last_bias, base, out, position, listed, feature, FEATURES)
+    _add(added, last_bias, before, out, position, listed, feature, FEATURES)
+
+
+@triton.jit
+def convolve_rows(
+  x,  # [N, HEIGHT, WIDTH, DEPTH]
+  kernel,  # [FEATURES, TAPS, TAPS * DEPTH]
+  bias,  # [FEATURES]
+  out,  # Out, [N, HEIGHT, WIDTH, FEATURES]
+  SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
+  TAPS: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  DEPTH: tl.constexpr,
+  FEATURES: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,
+  BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
+):
+  """Computes relu(convolution) of a map of few channels.
+
+  The taps of a row lie one after the other in memory: they are one tile.
+  """
+  position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+  column, feature = tl.arange(0, TAPS * DEPTH), tl.arange(0, BLOCK_FEATURES)
+  known = feature < FEATURES
+  top = position // WIDTH % HEIGHT - TAPS // 2
+  left = position % WIDTH - TAPS // 2
+  x_of = left[:, None] + (column // DEPTH)[None, :]
+  inside = (position < SIZE)[:, None] & (x_of >= 0) & (x_of < WIDTH)
+  start = (position - (TAPS // 2) * (WIDTH + 1)).to(tl.int64) * DEPTH
+  total = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+  for tap in range(TAPS):
+    y_inside = (top + tap >= 0) & (top + tap < HEIGHT)
+    tile = tl.load(
+      x + (start + tap * WIDTH * DEPTH)[:, None] + column[None, :],
+      inside & y_inside[:, None],
+      other=0.0,
+    )
+    row = feature[None, :] * TAPS + tap
+    weights = tl.load(
+      kernel + row * (TAPS * DEPTH) + column[:, None], known[None, :], other=0.0
+    )
+    total = tl.dot(tile, weights, total, input_precision='ieee')
+  total += tl.load(bias + feature, known, other=0.0).to(tl.float32)[None, :]
+  at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
+  stored = (position < SIZE)[:, None] & known[None, :]
+  tl.store(out + at, _relu(total).to(out.dtype.element_ty), stored)
+
+
+@triton.jit
+def max_pool(
+  x,  # [N, HEIGHT, WIDTH, FEATURES]
+  out,  # Out, [N, h, w, FEATURES]
+  SIZE: tl.constexpr,  # N * h * w
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  FEATURES: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,
+  BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
+):
+  """Computes the maxima of windows of 3x3 positions, two apart."""
+  out_height: tl.constexpr = (HEIGHT + 1) // 2
+  out_width: tl.constexpr = (WIDTH + 1) // 2
+  position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+  feature = tl.arange(0, BLOCK_FEATURES)
+  known = (feature < FEATURES)[None, :]
+  image = position // (out_height * out_width)
+  top = position // out_width % out_height * 2 - 1
+  left = position % out_width * 2 - 1
+  total = tl.full([BLOCK_ROWS, BLOCK_FEATURES], float('-inf'), tl.float32)
+  for tap in tl.static_range(9):
+    y, x_of = top + tap // 3, left + tap % 3
+    inside = (position < SIZE) & (y >= 0) & (y < HEIGHT)
+    inside &= (x_of >= 0) & (x_of < WIDTH)
+    row = (image * HEIGHT + y) * WIDTH + x_of
+    value = tl.load(
+      x + row[:, None].to(tl.int64) * FEATURES + feature[None, :],
+      inside[:, None] & known,
+      other=float('-inf'),
+    ).to(tl.float32)
+    # Keeps NaN.
+    total = tl.where((value > total) | (value != value), value, total)
+  at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
+  stored = (position < SIZE)[:, None] & known
+  tl.store(out + at, total.to(out.dtype.element_ty), stored)
+
+
+@triton.jit
+def project(
+  table,  # [N * HEIGHT * WIDTH, DEPTH]
+  rows,  # int32[SIZE]: -1 where the mask is inactive.
+  kernel,  # [DEPTH, FEATURES]
+  bias,  # float32[FEATURES]
+  out,  # Out, [SIZE, FEATURES]
+  SIZE: tl.constexpr,  # N * h * w
+  STRIDES: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  DEPTH: tl.constexpr,
+  FEATURES: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,
+  BLOCK_FEATURES: tl.constexpr,
+  BLOCK_DEPTH: tl.constexpr,
+):
+  """Computes the projection of a shortcut, rectified where nothing is added."""
+  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
+  row = tl.program_id(0) // tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+  feature = tl.program_id(0) % tiles * BLOCK_FEATURES
+  feature += tl.arange(0, BLOCK_FEATURES)
+  inside = row < SIZE
+  active = tl.load(rows + row, inside, other=0) >= 0
+  image = row // (out_height * out_width)
+  y, x = row // out_width % out_height, row % out_width
+  total = _products(
+    table,
+    rows,
+    kernel,
+    (image * HEIGHT + y * STRIDES) * WIDTH + x * STRIDES,
+    inside,
+    feature,
+    False,
+    1,
+    1,
+    HEIGHT,
+    WIDTH,
+    DEPTH,
+    FEATURES,
+    BLOCK_DEPTH,
+  )
+  total += tl.load(bias + feature, feature < FEATURES, other=0.0)[None, :]
+  total = tl.where(active[:, None], total, _relu(total))
+  at = row[:, None].to(tl.int64) * FEATURES + feature[None, :]
+  stored = inside[:, None] & (feature < FEATURES)[None, :]
+  tl.store(out + at, total.to(out.dtype.element_ty), stored)
 
 
 @triton.jit
@@ -344,6 +505,10 @@ def _products(
 
   One loop over taps and channels, so that loads of the next tap are on their
   way while this one is multiplied. A 1x1 reads the rows `position`.
+
+  A row is looked up a step ahead. Were it in the same one, its load would stand
+  in one queue with those of the tiles, which would all have to be there before
+  the next tile can be asked for.
   """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
@@ -354,25 +519,25 @@ def _products(
   top = position // out_width % out_height * STRIDES - 1
   left = position % out_width * STRIDES - 1
   total = tl.zeros([position.shape[0], feature.shape[0]], tl.float32)
+  row = tl.where(listed, position, -1)
+  if TAPS > 1:
+    row = _row(rows, image, top, left, 0, listed, LOOKUP, HEIGHT, WIDTH)
   for step in range(TAPS * TAPS * steps):
-    tap = step // steps
-    depth = step % steps * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
-    row, inside = position, listed
+    here = row
     if TAPS > 1:
-      y, x = top + tap // TAPS, left + tap % TAPS
-      inside &= (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-      row = (image * HEIGHT + y) * WIDTH + x
-    if LOOKUP:
-      row = tl.load(rows + row, inside, other=-1)
-      inside = row >= 0
+      tap = (step + 1) // steps
+      row = _row(rows, image, top, left, tap, listed, LOOKUP, HEIGHT, WIDTH)
+    depth = step % steps * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
+    rest = whole | (depth < DEPTH)
     left_tile = tl.load(
-      table + row[:, None].to(tl.int64) * DEPTH + depth[None, :],
-      inside[:, None] & (whole | (depth < DEPTH))[None, :],
+      table + here[:, None].to(tl.int64) * DEPTH + depth[None, :],
+      (here >= 0)[:, None] & rest[None, :],
       other=0.0,
     )
+    depth += step // steps * DEPTH
     right_tile = tl.load(
-      kernel + (tap * DEPTH + depth)[:, None] * FEATURES + feature[None, :],
-      (whole | (depth < DEPTH))[:, None] & (feature < FEATURES)[None, :],
+      kernel + depth[:, None] * FEATURES + feature[None, :],
+      rest[:, None] & (feature < FEATURES)[None, :],
       other=0.0,
     )
     total = tl.dot(left_tile, right_tile, total, input_precision='ieee')
@@ -380,14 +545,45 @@ def _products(
 
 
 @triton.jit
-def _add(
-  total, bias, base, out, position, listed, feature, FEATURES: tl.constexpr
+def _row(
+  rows,
+  image,
+  top,
+  left,
+  tap,
+  listed,
+  LOOKUP: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
 ):
-  """Writes relu(base + total + bias) at positions."""
+  """Returns the rows that a tap of a 3x3 reads; -1: zeros."""
+  y, x = top + tap // 3, left + tap % 3
+  inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+  row = (image * HEIGHT + y) * WIDTH + x
+  if LOOKUP:
+    return tl.load(rows + row, inside, other=-1)
+  return tl.where(inside, row, -1)
+
+
+@triton.jit
+def _read(base, position, listed, feature, FEATURES: tl.constexpr):
+  """Returns a tile of a map."""
+  return tl.load(
+    base + position[:, None].to(tl.int64) * FEATURES + feature[None, :],
+    listed[:, None] & (feature < FEATURES)[None, :],
+    other=0.0,
+  )
+
+
+@triton.jit
+def _add(
+  total, bias, before, out, position, listed, feature, FEATURES: tl.constexpr
+):
+  """Writes relu(before + total + bias) at positions."""
   at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
   stored = listed[:, None] & (feature < FEATURES)[None, :]
   total += tl.load(bias + feature, feature < FEATURES, other=0.0)[None, :]
-  total += tl.load(base + at, stored, other=0.0).to(tl.float32)
+  total += before.to(tl.float32)
   tl.store(out + at, _relu(total).to(out.dtype.element_ty), stored)
 
 
