@@ -43,6 +43,7 @@ class Networks:
         'model': config.model,
         'method': method,
         'num_classes': len(self.trained.class_names),
+        'image_size': config.image_size,
         'compute_dtype': config.compute_dtype,
       }
     self.method = self.settings['method']

@@ -96,9 +96,11 @@ class _Jax:
       )
       # Dense in the same forms as the network without gates.
       plans = [BlockPlan('dense', im2col=p.im2col) for p in self.sparse.plans]
-      self.masked_dense = SparseExecutor(
-        self.model, shape, plans=plans, native=False
-      )
+      self.masked_dense = None
+      if self.networks.settings['masked_dense']:
+        self.masked_dense = SparseExecutor(
+          self.model, shape, plans=plans, native=False
+        )
       self.dense = self._dense()
       self.native_dense = None
       if self.sparse.kernels == 'native':
@@ -106,7 +108,8 @@ class _Jax:
     self.case = (batch_size, mask_granularity, density)
     functions = {
       'dense': self.dense,
-      'masked_dense': functools.partial(self.masked_dense, masks=self.masks),
+      'masked_dense': self.masked_dense
+      and functools.partial(self.masked_dense, masks=self.masks),
       'sparse': functools.partial(self.sparse, masks=self.masks),
       'native_dense': self.native_dense,
     }
@@ -252,7 +255,8 @@ class _Torch:
     from experiments import torch_resnet
 
     torch_resnet.use_all_cores()
-    self.settings = settings
+    # Those of the trained run, if there is one.
+    self.settings = settings = Networks(settings).settings
     self.dtype = getattr(torch, settings['compute_dtype'])
     self.model = torch_resnet.ResNet(
       settings['model'], settings['num_classes']

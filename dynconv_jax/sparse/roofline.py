@@ -22,6 +22,8 @@ from dynconv_jax.sparse.cost import clustered_masks
 
 # Inner width up to which a kernel ends a bottleneck from its first rows.
 _FUSED_WIDTH = 128
+# Mask units that share a product.
+_UNITS = 6
 
 
 class Kernel(NamedTuple):
@@ -82,8 +84,15 @@ def count_kernels(
     Kernel('pool', 0, stem * width + pooled),
   ]
   side, depth = -(-side // 2), width
+  active, place, units = 0, 0, 1
   for stage, blocks in enumerate(architecture.depths):
     for index in range(blocks):
+      if (stage or index) and index != 1:
+        place += 1
+      else:  # A new map, which as many mask units read.
+        place, units = 0, 1
+        if index:
+          units = blocks - 1 + (stage + 1 < len(architecture.depths))
       strides = 2 if stage and not index else 1
       masks = None
       if density is not None:
@@ -91,42 +100,60 @@ def count_kernels(
         hard = clustered_masks(rng, shape, density, side=sides[stage])
         dilated = np.asarray(dilate(hard, strides))[:, :side, :side]
         masks = (int(hard.sum()), int(dilated.sum()))
-      name = f'layer{stage + 1}.{index}'
+      name, patch = f'layer{stage + 1}.{index}', sides[stage]
+      if masks:
+        # Units share a product; the first multiplies the map.
+        first = place // _UNITS * _UNITS
+        asked = min(units, first + _UNITS) - place
+        rows = batch_size * side**2 if place == first else active
+        kernels += _count_unit(
+          name, batch_size, side, strides, depth, rows, asked, patch
+        )
+        after = batch_size * (-(-side // strides)) ** 2
+        # What follows is of 4 bytes, two values: of a list the place of each
+        # position and the active positions.
+        kernels += [
+          Kernel(f'{name}.list', 0, 2 * (2 * after + masks[0])),
+          Kernel(
+            f'{name}.dilate',
+            0,
+            2 * (after + batch_size * side**2 + masks[1]),
+          ),
+        ]
+        active = masks[0]
       kernels += _count_block(
-        name,
-        batch_size,
-        side,
-        strides,
-        depth,
-        width << stage,
-        masks,
-        sides[stage],
+        name, batch_size, side, strides, depth, width << stage, masks
       )
       side, depth = -(-side // strides), 4 * (width << stage)
   return kernels
 
 
-def _count_block(name, batch_size, side, strides, depth, planes, masks, patch):
+def _count_unit(name, batch_size, side, strides, depth, rows, asked, patch):
+  """The kernel of a mask unit's products, and the one that sums them up.
+
+  rows: positions of the map that are multiplied; asked: units whose products,
+  of nine taps and of the average, are computed of them.
+  """
+  positions, read = batch_size * side**2, rows * depth
+  if patch > 1:  # The map of the patches' means.
+    read = positions * depth
+    rows = positions = batch_size * (-(-side // (patch * strides))) ** 2
+    asked = 1
+  columns = 10 * asked
+  return [
+    _product(
+      f'{name}.mask', rows, (1, depth, columns), read, 2 * columns * rows
+    ),
+    Kernel(f'{name}.decide', 0, 2 * 10 * positions),
+  ]
+
+
+def _count_block(name, batch_size, side, strides, depth, planes, masks):
   """The kernels of a bottleneck; masks: (active, dilated) positions."""
   features, before = 4 * planes, batch_size * side**2
   after = batch_size * (-(-side // strides)) ** 2
   active, dilated = masks or (after, before)
   kernels = []
-  if masks:
-    # Products of nine taps and of the average, of the map or of that of the
-    # patches' means.
-    rows = before
-    if patch > 1:
-      rows = batch_size * (-(-side // (patch * strides))) ** 2
-    # What follows is of 4 bytes, two values: products, logits, and of a list
-    # the place of each position and the active positions.
-    kernels += [
-      _product(
-        f'{name}.mask', rows, (1, depth, 10), before * depth, 2 * 9 * rows
-      ),
-      Kernel(f'{name}.decide', 0, 2 * (9 * rows + 2 * after + active)),
-      Kernel(f'{name}.dilate', 0, 2 * (after + before + dilated)),
-    ]
   if strides > 1 or depth != features:
     kernels.append(
       _product(

@@ -69,8 +69,19 @@ def test_patches_are_dilated_less_and_decided_by_less():
   positions, patches = (1,), (4, 4, 2, 1)
   assert macs('layer1.1.conv1', patches) < macs('layer1.1.conv1', positions)
   # 24 x 24 positions of 256 channels are 6 x 6 patches.
-  assert macs('layer1.1.mask', positions) == 2 * 24**2 * 2560
+  # Three units read them: of this block, the next, and the next stage's first.
+  assert macs('layer1.1.mask', positions) == 2 * 24**2 * 2560 * 3
   assert macs('layer1.1.mask', patches) == 2 * 6**2 * 2560
+
+
+def test_units_of_one_map_multiply_what_was_changed():
+  kernels = {k.name: k for k in count_kernels(2, 96, 0.3, model='resnet101')}
+  active = round(0.3 * 36) * 2
+  macs = [kernels[f'layer3.{i}.mask'].macs for i in range(1, 23)]
+  macs.append(kernels['layer4.0.mask'].macs)
+  columns = [10 * n for n in (6, 5, 4, 3, 2, 1) * 3 + (5, 4, 3, 2, 1)]
+  rows = [72 if i % 6 == 0 else active for i in range(23)]
+  assert macs == [r * 1024 * c for r, c in zip(rows, columns, strict=True)]
 
 
 @pytest.mark.parametrize(
