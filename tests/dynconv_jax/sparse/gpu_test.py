@@ -509,7 +509,7 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
       # Two programs share an H100's multiprocessor, one fits on an A100's.
       assert used.shared <= 227 * 1024 // 2, (variant, used)
       # Eight registers, once in 128 rows: the fused kernel of 128 channels with
-      # stride 2, whose tiles were the fastest of twelve on an H200 all the same.
+      # stride 2, whose tiles were the fastest of twelve on an H200 even so.
       assert used.spilled <= 32, (variant, used)
       if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
         assert used.tensor_cores, (variant, used)
