@@ -251,10 +251,8 @@ class SparseExecutor:
     x = images.astype(model.dtype)
     native = self.kernels == 'native'
     if native:
-      x, pool = (
-        native_lib.convolve(x, network.stem, relu=True),
-        native_lib.max_pool,
-      )
+      x = native_lib.convolve(x, network.stem, relu=True)
+      pool = native_lib.max_pool
     elif self.kernels == 'triton':
       x, pool = gpu.stem(x, network.stem), gpu.max_pool
     else:
@@ -390,7 +388,8 @@ def _choose_kernels(mode, dtype, native, plans):
       f"mode other than 'dense'; got native {native}, mode {mode!r}, "
       f'{dtype} on {jax.default_backend()}'
     )
-  serve = asked or (native is None and library.preferred(dtype))
+  preferred = form == 'native' or gpu.preferred(dtype)
+  serve = asked or (native is None and preferred)
   return form if usable and serve else None
 
 

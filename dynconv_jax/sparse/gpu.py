@@ -29,12 +29,12 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 # Positions a program lists, and rows of a map it squeezes.
 _LIST_BLOCK, _SQUEEZE_ROWS = 256, 64
 # Mask units that share a matrix, so that it has 64 columns.
-_UNITS = 6
+UNITS = 6
 # Positions of a program of the stem, and of the pooling after it.
 _STEM_ROWS, _POOL_ROWS = 128, 32
 # Bottlenecks up to this inner width keep the rows between their last two
 # convolutions in registers.
-_FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
+FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
 # Outputs for which tiles of 128 x 128 keep an H100's 132 multiprocessors busy,
 # twice over.
 _MANY = 2 * 132 * 128 * 128
@@ -314,7 +314,7 @@ def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   base = x if block.projection is None else _project(x, active, block)
   if third is None:
     return _convolve_add(y, middle, needed, active, second, base)
-  if second.bias.size <= _FUSED_WIDTH[x.dtype]:
+  if second.bias.size <= FUSED_WIDTH[x.dtype]:
     return _convolve_matmul_add(y, middle, needed, active, second, third, base)
   z = _convolve(y, middle, needed, active, second, lookup=True)
   return _convolve_add(z, end, active, active, third, base)
@@ -471,7 +471,7 @@ def with_kernel_gates(model: ResNet) -> ResNet:
     if not isinstance(unit, MaskUnit) or unit.granularity > 1:
       same_map = False
       continue
-    if same_map and len(groups[-1]) < _UNITS:
+    if same_map and len(groups[-1]) < UNITS:
       groups[-1].append(block)
     else:
       groups.append([block])

@@ -51,15 +51,6 @@ def usable(dtype: jnp.dtype) -> bool:
   )
 
 
-def preferred(dtype: jnp.dtype) -> bool:
-  """Returns whether the kernels serve unless others are asked for.
-
-  Args:
-    dtype: of the features.
-  """
-  return usable(dtype)
-
-
 def pack(network: Folded) -> Folded:
   """Returns a network or block with packed weights, `Layer.panels`.
 

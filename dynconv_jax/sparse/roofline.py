@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from dynconv_jax.gating.mask import dilate
 from dynconv_jax.models.blocks import Bottleneck
 from dynconv_jax.models.create import stage_granularities
 from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
+from dynconv_jax.sparse import gpu
 from dynconv_jax.sparse.cost import clustered_masks
 
-# Inner width up to which a kernel ends a bottleneck from its first rows.
-_FUSED_WIDTH = 128
-# Mask units that share a product.
-_UNITS = 6
+_FUSED_WIDTH = gpu.FUSED_WIDTH[jnp.dtype(jnp.bfloat16)]
 
 
 class Kernel(NamedTuple):
@@ -103,8 +102,8 @@ def count_kernels(
       name, patch = f'layer{stage + 1}.{index}', sides[stage]
       if masks:
         # Units share a product; the first multiplies the map.
-        first = place // _UNITS * _UNITS
-        asked = min(units, first + _UNITS) - place
+        first = place // gpu.UNITS * gpu.UNITS
+        asked = min(units, first + gpu.UNITS) - place
         rows = batch_size * side**2 if place == first else active
         kernels += _count_unit(
           name, batch_size, side, strides, depth, rows, asked, patch

@@ -57,10 +57,10 @@ def interpreter():
 @pytest.fixture
 def interpreted(interpreter):
   # Blocks that are too wide for a fused kernel take their time.
-  widths = dict.fromkeys(gpu._FUSED_WIDTH, 40)
+  widths = dict.fromkeys(gpu.FUSED_WIDTH, 40)
   with (
     mock.patch.object(gpu, 'launch', interpreter),
-    mock.patch.dict(gpu._FUSED_WIDTH, widths),
+    mock.patch.dict(gpu.FUSED_WIDTH, widths),
   ):
     yield
 
@@ -288,6 +288,15 @@ def test_on_a_gpu_kernels_serve_where_they_are_asked_for(
     SparseExecutor(model, (1, 9, 9, 3), native=True, mode='dense')
 
 
+@pytest.mark.parametrize('installed', (False, True))
+def test_on_a_gpu_kernels_serve_in_bfloat16(as_on_gpu, make_network, installed):
+  model = make_network('bottleneck', 'dynconv', jnp.bfloat16)
+  missing = None if installed else ImportError
+  with mock.patch.object(gpu, 'load', side_effect=missing):
+    executor = SparseExecutor(model, (1, 9, 9, 3), mode='sparse')
+  assert executor.kernels == ('triton' if installed else None)
+
+
 def test_a_cpu_has_no_kernels_for_a_gpu(make_network):
   model = make_network('bottleneck', 'dynconv')
   with (
@@ -486,7 +495,7 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
         assert out.shape[:3] == hard.shape and out.dtype == dtype
         unit = make_squeeze(x.shape[-1], 3, x.shape[1] // out.shape[1])
         for index in range(2):
-          columns = gpu.ColumnSqueeze([unit] * gpu._UNITS, index)
+          columns = gpu.ColumnSqueeze([unit] * gpu.UNITS, index)
           jax.eval_shape(
             functools.partial(_list_both, block, columns, index), x, hard
           )
