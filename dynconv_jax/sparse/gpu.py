@@ -64,6 +64,15 @@ def preferred(dtype: jnp.dtype) -> bool:
   return usable(dtype) and dtype == jnp.bfloat16
 
 
+def generation() -> int:
+  """Returns the number before the point of the GPU's compute capability.
+
+  8 is an A100's, 9 an H100's, which is assumed where there is no such GPU.
+  """
+  capability = getattr(jax.local_devices()[0], 'compute_capability', '')
+  return int(capability.split('.')[0]) if '.' in capability else 9
+
+
 @functools.cache
 def load() -> tuple[Callable[..., Any], ModuleType]:
   """Returns `jax_triton.triton_call` and the module of the kernels.
@@ -359,6 +368,9 @@ def _convolve(table, shape, read, written, layer, *, lookup):
 def _convolve_add(table, shape, read, written, layer, base):
   """relu(base + convolution) at the positions of a list, written in place."""
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup=layer.size > 1)
+  if table.dtype == jnp.bfloat16 and generation() < 9:
+    # Else an A100's registers do not hold the tile of the shortcut too.
+    tiles |= {'BLOCK_ROWS': 64, 'num_warps': 8}
   return launch(
     'convolve_add',
     *(table, read.rows, written.indices, written.count),

@@ -472,14 +472,30 @@ def _list_both(block, columns, index, x, hard):
   return gpu.list_dilated(active, zero, x.shape[:3], block.second.strides)
 
 
+@pytest.mark.parametrize(
+  ('capability', 'generation'),
+  (('8.0', 8), ('9.0', 9), ('10.0', 10), ('gfx90a', 9), (None, 9)),
+)
+def test_generation(capability, generation, monkeypatch):
+  device = mock.Mock(spec=[] if capability is None else ['compute_capability'])
+  if capability is not None:
+    device.compute_capability = capability
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  assert gpu.generation() == generation
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize('generation', (8, 9))
 @pytest.mark.parametrize('dtype', DTYPES)
-def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
+def test_kernels_fit_into_a_multiprocessor(
+  dtype, generation, tmp_path, monkeypatch
+):
   """Compiled for an A100 and an H100, with what ptxas says of them."""
   need('triton')
   import triton_compiler
 
   monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+  monkeypatch.setattr(gpu, 'generation', lambda: generation)
   launches = []
   with mock.patch.object(gpu, 'launch', triton_compiler.record(launches)):
     for widths in (1, 4):
@@ -491,7 +507,8 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
             block.first.output_shape(x.shape),
           )
         )
-        out = jax.eval_shape(run_lists, block, x, hard, dilated)
+        traced = functools.partial(run_lists)  # Not what was traced before.
+        out = jax.eval_shape(traced, block, x, hard, dilated)
         assert out.shape[:3] == hard.shape and out.dtype == dtype
         unit = make_squeeze(x.shape[-1], 3, x.shape[1] // out.shape[1])
         for index in range(2):
@@ -512,16 +529,17 @@ def test_kernels_fit_into_a_multiprocessor(dtype, tmp_path, monkeypatch):
     *('convolve', 'convolve_add', 'convolve_matmul_add', 'max_pool'),
     *(('convolve_rows',) if dtype == jnp.bfloat16 else ()),
   }
+  # Some of a thread's 255 registers may lie in memory, if not at each product:
+  # 8 in the fused kernel of 128 channels with stride 2, on an H100 13 of tiles
+  # of 128 x 128. Both were the fastest on an H200.
+  spilled = {8: 8 * 4, 9: 16 * 4}[generation]
   for variant in variants:
-    for capability in (80, 90):
-      used = triton_compiler.compile_launch(*variant, capability)
-      # Two programs share an H100's multiprocessor, one fits on an A100's.
-      assert used.shared <= 227 * 1024 // 2, (variant, used)
-      # Eight registers, once in 128 rows: the fused kernel of 128 channels with
-      # stride 2, whose tiles were the fastest of twelve on an H200 even so.
-      assert used.spilled <= 32, (variant, used)
-      if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
-        assert used.tensor_cores, (variant, used)
+    used = triton_compiler.compile_launch(*variant, generation * 10)
+    # Two programs share an H100's multiprocessor, one fits on an A100's.
+    assert used.shared <= 227 * 1024 // 2, (variant, used)
+    assert used.spilled <= spilled, (variant, used)
+    if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
+      assert used.tensor_cores, (variant, used)
 
 
 @on_gpu
