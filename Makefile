@@ -15,11 +15,12 @@ train: setup
 	$(BIN)/python -m experiments.evaluate --workdir=$(WORKDIR) --split=test
 
 # Two processes share a machine of two cores; a file stays in one of them, so
-# that its tests share what they compile.
+# that its tests share what they compile. Files are taken in tests/conftest.py's
+# order.
 test: setup
 	@$(BIN)/python -c 'import torch' 2> /dev/null || \
 	  echo 'PyTorch is not installed: its tests are skipped ($(BIN)/pip install -e .[torch])'
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 

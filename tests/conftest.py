@@ -20,6 +20,12 @@ def pytest_configure(config):
     flags.FLAGS(sys.argv[:1])
 
 
+def pytest_collection_modifyitems(items):
+  """Files with slow tests come first: at the end no process waits for them."""
+  slow = {item.path for item in items if item.get_closest_marker('slow')}
+  items.sort(key=lambda item: item.path not in slow)
+
+
 def _keep_compiled_programs(config):
   """Compiles what tests and the programs they start have in common once."""
   folder = tempfile.mkdtemp(prefix='dynconv_jax_compiled_')

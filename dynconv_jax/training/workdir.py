@@ -25,6 +25,11 @@ from dynconv_jax.training.config import Config
 FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
 IMPORT_FILE = 'imported.json'
+# What runs once: compiling it takes longer.
+_COMPILED_QUICKLY = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 
 
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
@@ -151,8 +156,11 @@ def build_model(
   model = nnx.eval_shape(create)
   if abstract:
     return model
-  state = jax.jit(lambda: nnx.as_pure(nnx.state(create())))()
-  return nnx.merge(nnx.graphdef(model), state)
+  initialize = jax.jit(
+    lambda: nnx.as_pure(nnx.state(create())),
+    compiler_options=_COMPILED_QUICKLY,
+  )
+  return nnx.merge(nnx.graphdef(model), initialize())
 
 
 @dataclasses.dataclass(frozen=True)

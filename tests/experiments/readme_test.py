@@ -32,7 +32,13 @@ _SMALLER = {
     '--rounds=1',
     '--steps=1',
   ],
-  'benchmark_training': ['--batch_size=2', '--rounds=1', '--steps=1'],
+  'benchmark_training': [
+    '--model=cifar_resnet8',
+    '--image_size=32',
+    '--batch_size=2',
+    '--rounds=1',
+    '--steps=1',
+  ],
 }
 
 

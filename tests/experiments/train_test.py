@@ -174,8 +174,8 @@ def _command(folder, data_dir, *more):
     f'--data_dir={data_dir}',
     *('--spots_size=24', '--spots_train=64', '--spots_test=8'),
     *('--image_size=16', '--crop=none', '--cache=device'),
-    *('--width_multiplier=0.25', '--batch_size=8', '--epochs=100'),
-    *('--validation_split=none', '--checkpoint_every_epochs=100'),
+    *('--width_multiplier=0.25', '--batch_size=8', '--epochs=60'),
+    *('--validation_split=none', '--checkpoint_every_epochs=60'),
     *more,
   ]
 
@@ -200,17 +200,17 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
     assert last.startswith(f'{number.name}: saved step '), errors
     assert last.endswith(f'{folder}; the same command goes on from there')
     known = len(workdir.read_metrics(folder))
-    assert 0 < known < 100
+    assert 0 < known < 60
   done = subprocess.run(
     command, cwd=root, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
   summary, wrote = done.stdout.splitlines()
-  assert summary.startswith('cifar_resnet8 dynconv, step 700, train accuracy ')
+  assert summary.startswith('cifar_resnet8 dynconv, step 420, train accuracy ')
   assert wrote.startswith(f'wrote {folder / "learning_curves.png"} and ')
   assert (folder / 'learning_curves.svg').exists()
   assert [r['step'] for r in workdir.read_metrics(folder)] == list(
-    range(7, 701, 7)
+    range(7, 421, 7)
   )
   # No tidings of other libraries'.
   assert 'orbax' not in done.stderr
