@@ -26,7 +26,7 @@ FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
 IMPORT_FILE = 'imported.json'
 # What runs once: compiling it takes longer.
-_COMPILED_QUICKLY = {
+COMPILED_QUICKLY = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
@@ -158,7 +158,7 @@ def build_model(
     return model
   initialize = jax.jit(
     lambda: nnx.as_pure(nnx.state(create())),
-    compiler_options=_COMPILED_QUICKLY,
+    compiler_options=COMPILED_QUICKLY,
   )
   return nnx.merge(nnx.graphdef(model), initialize())
 

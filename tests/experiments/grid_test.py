@@ -1,6 +1,7 @@
 """Products of grids against lists written by hand."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import pytest
@@ -197,9 +198,11 @@ def _program(config):
     'image': jax.ShapeDtypeStruct((2, 16, 16, 3), 'float32'),
     'label': jax.ShapeDtypeStruct((2, 3), 'float32'),
   }
-  start, shapes = jax.make_jaxpr(
-    lambda: state.create_state(_start(config), tx, config), return_shape=True
-  )()
+  # A jit within another function has no options of its own.
+  with mock.patch.object(workdir, 'COMPILED_QUICKLY', None):
+    start, shapes = jax.make_jaxpr(
+      lambda: state.create_state(_start(config), tx, config), return_shape=True
+    )()
   return f'{start}\n{jax.make_jaxpr(step)(shapes, batch)}'
 
 
