@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.gating.mask import ExecutionMask
-from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
+from dynconv_jax.gating.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import Block
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse import cudnn
@@ -137,12 +137,10 @@ class Squeezed(NamedTuple):
 
   Attributes:
     terms: float32[columns, N * H * W].
-    weights: [parts, C, at least columns], see `ColumnSqueeze`.
     changed: positions of the map that have other values since; None: none.
   """
 
   terms: jax.Array
-  weights: jax.Array
   changed: Positions | None
 
 
@@ -462,15 +460,18 @@ def _cdiv(a: int, b: int) -> int:
   return -(-a // b)
 
 
+def _ceil_power(n: int) -> int:
+  """The smallest power of two that is not below n."""
+  return 1 << (n - 1).bit_length()
+
+
 def _power(n: int) -> int:
   """The power of two from n up that is a side of a tile, 16 at least."""
-  return max(16, 1 << (n - 1).bit_length())
+  return max(16, _ceil_power(n))
 
 
 def with_kernel_gates(model: ResNet) -> ResNet:
   """Returns a copy of a network whose mask units compute by the kernels.
-
-  Those of patches do not: they read a small map, which XLA pools.
 
   Args:
     model: in evaluation.
@@ -480,7 +481,7 @@ def with_kernel_gates(model: ResNet) -> ResNet:
   same_map = False
   for block in model.blocks:
     unit = block.masker
-    if not isinstance(unit, MaskUnit) or unit.granularity > 1:
+    if not isinstance(unit, MaskUnit):
       same_map = False
       continue
     if same_map and len(groups[-1]) < UNITS:
@@ -490,39 +491,41 @@ def with_kernel_gates(model: ResNet) -> ResNet:
     # Its output is its input but where it is executed.
     same_map = block.downsample is None
   for group in groups:
-    units = [block.masker.maskconv for block in group]
-    for index, block in enumerate(group):
-      block.masker.maskconv = ColumnSqueeze(units, index)
+    units = [block.masker for block in group]
+    columns = [ColumnSqueeze(units, index) for index in range(len(units))]
+    for unit, squeeze in zip(units, columns, strict=True):
+      unit.maskconv = squeeze
   return model
 
 
 class ColumnSqueeze(nnx.Module):
-  """Computes what a mask unit's `Squeeze` does, and where it is not negative.
+  """Computes what a mask unit decides on, and where that is not negative.
 
   A map is multiplied by a matrix whose columns are the taps of the convolution,
   and what the average is taken of; another kernel sums up the logits and lists
-  the positions. Units that read the same map, but for the positions that the
-  blocks between them execute, share the matrix: the first multiplies the map,
-  the others what was changed.
+  the positions. Means of patches are linear too: it takes them of the products.
+  Units that read the same map, but for the positions that the blocks between
+  them execute, share the products: the first multiplies the map by the columns
+  of them all, each later one what was changed by its own and those after it.
 
   Decisions are made of float32 numbers: for features in bfloat16 the matrix is
   the sum of three in bfloat16, which hold all of its bits.
 
   Args:
-    units: the mask units that share a matrix, in network order.
+    units: the mask units that share products, in network order.
     index: of this one.
   """
 
-  def __init__(self, units: Sequence[Squeeze], index: int):
-    self.size, self.strides, matrix, bias = squeeze_columns(units[index])
-    per_unit = matrix.shape[1]
-    self.first, self.columns = index * per_unit, len(units) * per_unit
-    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
-    if index:
-      self.matrix = self.parts = None
-      return
-    matrix = np.concatenate([squeeze_columns(unit)[2] for unit in units], 1)
-    padding = _power(matrix.shape[1]) - matrix.shape[1]
+  def __init__(self, units: Sequence[MaskUnit], index: int):
+    found = [squeeze_columns(unit.maskconv) for unit in units]
+    self.strides = units[index].strides
+    self.granularity = units[index].granularity
+    self.size, _, _, bias = found[index]
+    matrices = [matrix for _, _, matrix, _ in found]
+    self.first = sum(matrix.shape[1] for matrix in matrices[:index])
+    matrix = np.concatenate(matrices[index:], 1)
+    self.columns = matrix.shape[1]
+    padding = _power(self.columns) - self.columns
     matrix = np.pad(matrix, ((0, 0), (0, padding)))
     parts = []
     for _ in range(3):
@@ -530,6 +533,7 @@ class ColumnSqueeze(nnx.Module):
       parts[-1] = parts[-1].astype(np.float32)
     self.matrix = nnx.Param(jnp.asarray(matrix[None]))
     self.parts = nnx.Param(jnp.asarray(np.stack(parts), jnp.bfloat16))
+    self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def squeeze(
     self, x: jax.Array, squeezed: Squeezed | None
@@ -539,20 +543,19 @@ class ColumnSqueeze(nnx.Module):
     Args:
       x: float32 or bfloat16[N, H, W, C].
       squeezed: of the unit before; of no account for the first of those that
-        share a matrix.
+        share products.
     """
-    exact, listed = x.dtype == jnp.float32, self.matrix is None
+    exact, listed = x.dtype == jnp.float32, self.first > 0
+    weights = (self.matrix if exact else self.parts)[...]
+    terms, changed = jnp.zeros(1), Positions(*3 * (jnp.zeros(1, jnp.int32),))
     if listed:
-      terms, weights, changed = squeezed
-    else:
-      weights = (self.matrix if exact else self.parts)[...]
-      terms, changed = jnp.zeros(1), Positions(*3 * (jnp.zeros(1, jnp.int32),))
+      terms, changed = squeezed
     rows, depth = math.prod(x.shape[:3]), x.shape[3]
     terms, zero = launch(
       'squeeze',
       *(x, weights, changed.indices, changed.count, terms),
       out_shape=[
-        jax.ShapeDtypeStruct((self.columns, rows), jnp.float32),
+        jax.ShapeDtypeStruct((self.first + self.columns, rows), jnp.float32),
         jax.ShapeDtypeStruct((1,), jnp.int32),
       ],
       input_output_aliases={4: 0} if listed else {},
@@ -569,7 +572,7 @@ class ColumnSqueeze(nnx.Module):
       num_warps=4,
       num_stages=3,
     )
-    return Squeezed(terms, weights, None), zero
+    return Squeezed(terms, None), zero
 
   def list_positions(
     self,
@@ -584,32 +587,41 @@ class ColumnSqueeze(nnx.Module):
     Args:
       terms: float32[columns, N * H * W], products of the map.
       in_shape: (N, H, W, C) of the map.
-      shape: (N, h, w) of the logits.
+      shape: (N, h, w) of the mask.
       given: float32[N, h, w], lists where it is not 0 instead; or None.
       zero: of `squeeze`.
 
     Returns:
-      float32[N, h, w], the list, and int32[1], 0, for `list_dilated`.
+      float32[N, h, w], one logit at all positions of a patch, the list, and
+      int32[1], 0, for `list_dilated`.
     """
-    size = math.prod(shape)
+    side = self.granularity
+    window = 1 if side == 1 else _ceil_power((side * self.strides) ** 2)
+    patches = _cdiv(shape[1], side) * _cdiv(shape[2], side)
+    # So many that the windows of a tap are in registers.
+    block = min(_LIST_BLOCK, _power(patches), max(16, 1024 // window))
     logits, *found, zero = launch(
       'decide',
       *(terms, self.bias[...], self.bias[...] if given is None else given),
       zero,
       out_shape=[
         jax.ShapeDtypeStruct(shape, jnp.float32),
-        *_list_shapes(size),
+        *_list_shapes(math.prod(shape)),
         jax.ShapeDtypeStruct((1,), jnp.int32),
       ],
       input_output_aliases={3: 3},
-      grid=shape[0] * _cdiv(shape[1] * shape[2], _LIST_BLOCK),
-      SIZE=size,
+      grid=shape[0] * _cdiv(patches, block),
+      SIZE=math.prod(shape),
       OBEY=given is not None,
       FIRST=self.first,
       TAPS=self.size,
       STRIDES=self.strides,
+      GRANULARITY=side,
       HEIGHT=in_shape[1],
       WIDTH=in_shape[2],
-      BLOCK=_LIST_BLOCK,
+      BLOCK=block,
+      CELLS=_ceil_power(side**2),
+      WINDOW=window,
+      LANES=min(1024, _power(in_shape[1] * in_shape[2])),
     )
     return logits, Positions(*found), zero

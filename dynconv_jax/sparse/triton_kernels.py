@@ -61,17 +61,17 @@ def list_dilated(
 @triton.jit
 def squeeze(
   x,  # [SIZE, DEPTH]
-  weights,  # [PARTS, DEPTH, WIDTH]: columns of mask units, then zeros.
+  weights,  # [PARTS, DEPTH, WIDTH]: COLUMNS of mask units, then zeros.
   indices,  # int32[...]: with LISTED, the positions to compute.
   count,  # int32[1]: with LISTED, how many.
-  before,  # float32[COLUMNS, SIZE]: terms is the same memory.
-  terms,  # Out, float32[COLUMNS, SIZE]: products, of the others as they were.
+  before,  # float32[FIRST + COLUMNS, SIZE]: terms is the same memory.
+  terms,  # Out, likewise: products from FIRST on, all others as they were.
   zero,  # Out, int32[1]: 0, for `decide`.
   LISTED: tl.constexpr,
   SIZE: tl.constexpr,  # N * H * W
   PARTS: tl.constexpr,
   DEPTH: tl.constexpr,
-  FIRST: tl.constexpr,  # Columns before this one are not asked for any more.
+  FIRST: tl.constexpr,
   COLUMNS: tl.constexpr,
   WIDTH: tl.constexpr,
   BLOCK_ROWS: tl.constexpr,
@@ -107,13 +107,13 @@ def squeeze(
         other=0.0,
       )
       total = tl.dot(tile, columns, total, input_precision='ieee')
-  stored = inside[:, None] & (column >= FIRST) & (column < COLUMNS)
-  tl.store(terms + column[None, :] * SIZE + position[:, None], total, stored)
+  at = (FIRST + column)[None, :] * SIZE + position[:, None]
+  tl.store(terms + at, total, inside[:, None] & (column < COLUMNS)[None, :])
 
 
 @triton.jit
 def decide(
-  terms,  # float32[COLUMNS, N * HEIGHT * WIDTH], of `squeeze`.
+  terms,  # float32[columns, N * HEIGHT * WIDTH], of `squeeze`.
   bias,  # float32[1]
   given,  # float32[SIZE]: with OBEY, the mask to list; else not read.
   zero,  # int32[1], of `squeeze`; count is the same memory.
@@ -127,46 +127,84 @@ def decide(
   FIRST: tl.constexpr,  # Column of the unit's first tap; its average is last.
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
+  GRANULARITY: tl.constexpr,  # Side of the patches of h x w that it decides on.
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
-  BLOCK: tl.constexpr,
+  BLOCK: tl.constexpr,  # Patches of a program.
+  CELLS: tl.constexpr,  # GRANULARITY**2, rounded up to a power of two.
+  WINDOW: tl.constexpr,  # The same of the map's positions that a tap averages.
+  LANES: tl.constexpr,  # Positions of the map that are summed up at a time.
 ):
   """Sums up the logits of a mask unit and lists where they are not negative.
 
-  A program's positions are of one image, whose average it sums up too.
+  A tap reads the mean of a patch; without patches, one position. A program's
+  patches are of one image, whose average it sums up too.
   """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  patch_rows: tl.constexpr = (out_height + GRANULARITY - 1) // GRANULARITY
+  patch_columns: tl.constexpr = (out_width + GRANULARITY - 1) // GRANULARITY
+  tiles: tl.constexpr = (patch_rows * patch_columns + BLOCK - 1) // BLOCK
   area: tl.constexpr = out_height * out_width
-  tiles: tl.constexpr = (area + BLOCK - 1) // BLOCK
   plane: tl.constexpr = SIZE // area * HEIGHT * WIDTH
+  # What a decision, and the mean that a tap reads, extend over in the map.
+  spacing: tl.constexpr = STRIDES * GRANULARITY
+  side: tl.constexpr = 1 if GRANULARITY == 1 else spacing
+  means: tl.constexpr = (
+    HEIGHT * WIDTH if GRANULARITY == 1 else patch_rows * patch_columns
+  )
   if tl.program_id(0) == 0:
     tl.store(dilated_count, 0)
   image = tl.program_id(0) // tiles
   map_of = terms + image * (HEIGHT * WIDTH)
-  lane = tl.arange(0, BLOCK)
-  total = tl.zeros([BLOCK], tl.float32)
   average = map_of + (FIRST + TAPS * TAPS) * plane
-  for start in range(0, HEIGHT * WIDTH, BLOCK):
-    at = start + lane
-    total += tl.load(average + at, at < HEIGHT * WIDTH, other=0.0)
-  within = tl.program_id(0) % tiles * BLOCK + lane
-  inside = within < area
-  top = within // out_width * STRIDES - TAPS // 2
-  left = within % out_width * STRIDES - TAPS // 2
-  total = tl.sum(total, 0) / (HEIGHT * WIDTH) + tl.load(bias)
-  total = tl.zeros([BLOCK], tl.float32) + total
+  summed = tl.zeros([LANES], tl.float32)
+  for start in range(0, HEIGHT * WIDTH, LANES):
+    at = start + tl.arange(0, LANES)
+    value = tl.load(average + at, at < HEIGHT * WIDTH, other=0.0)
+    y, x = at // WIDTH // side * side, at % WIDTH // side * side
+    summed += value / _extent(y, x, side, HEIGHT, WIDTH)
+  patch = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+  inside = (patch < patch_rows * patch_columns)[:, None]
+  row, column = patch // patch_columns, patch % patch_columns
+  cell = tl.arange(0, WINDOW)[None, :]
+  total = tl.zeros([BLOCK], tl.float32)
+  total += tl.sum(summed, 0) / means + tl.load(bias)
   for tap in tl.static_range(TAPS * TAPS):
-    y, x = top + tap // TAPS, left + tap % TAPS
-    read = inside & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    top = row * spacing + (tap // TAPS - TAPS // 2) * side
+    left = column * spacing + (tap % TAPS - TAPS // 2) * side
+    y, x = top[:, None] + cell // side, left[:, None] + cell % side
+    read = inside & (cell < side * side)
+    read &= (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
     at = (FIRST + tap) * plane + y * WIDTH + x
-    total += tl.load(map_of + at, read, other=0.0)
-  position = image * area + within
+    value = tl.load(map_of + at, read, other=0.0)
+    total += tl.sum(value, 1) / _extent(top, left, side, HEIGHT, WIDTH)
+  cell = tl.arange(0, CELLS)[None, :]
+  y = row[:, None] * GRANULARITY + cell // GRANULARITY
+  x = column[:, None] * GRANULARITY + cell % GRANULARITY
+  inside &= (cell < GRANULARITY * GRANULARITY) & (y < out_height)
+  inside = tl.reshape(inside & (x < out_width), [BLOCK * CELLS])
+  position = image * area + y * out_width + x
+  position = tl.reshape(position, [BLOCK * CELLS])
+  total = tl.broadcast_to(total[:, None], [BLOCK, CELLS])
+  total = tl.reshape(total, [BLOCK * CELLS])
   tl.store(logits + position, total, inside)
   active = inside & (total >= 0)
   if OBEY:
     active = tl.load(given + position, inside, other=0.0) != 0
   _list(active, position, inside, indices, rows, count)
+
+
+@triton.jit
+def _extent(
+  top, left, SIDE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+  """Returns how many positions of a patch are of the map, 1 at least."""
+  extent = 1
+  if SIDE > 1:
+    extent = tl.minimum(SIDE, HEIGHT - top) * tl.minimum(SIDE, WIDTH - left)
+    extent = tl.maximum(extent, 1)
+  return extent
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxlib import gpu_triton
 
 from dynconv_jax.gating.mask import dilate
-from dynconv_jax.gating.mask_unit import Squeeze
+from dynconv_jax.gating.mask_unit import MaskUnit
 from dynconv_jax.models.layers import max_pool
 from dynconv_jax.sparse import BlockPlan, SparseExecutor, cost, cudnn, gpu
 from dynconv_jax.sparse.cost import clustered_masks
@@ -246,12 +246,17 @@ def test_what_is_no_number_stays_so(interpreted):
 
 
 @pytest.mark.parametrize(
-  'family,method', (('bottleneck', 'dynconv'), ('basic', 'convnet_aig'))
+  'family,method,options',
+  (
+    ('bottleneck', 'dynconv', {}),
+    ('bottleneck', 'dynconv', {'mask_granularity': (2,)}),
+    ('basic', 'convnet_aig', {}),
+  ),
 )
 def test_the_executor_equals_the_model(
-  interpreted, as_on_gpu, make_network, family, method
+  interpreted, as_on_gpu, make_network, family, method, options
 ):
-  model = make_network(family, method)
+  model = make_network(family, method, **options)
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 21, 27, 3)), jnp.float32)
   with mock.patch.object(gpu, 'load'):
@@ -317,23 +322,26 @@ def test_a_missing_package_is_told(as_on_gpu, make_network):
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('granularity', (1, 3))
 @pytest.mark.parametrize('kernel_size', (1, 3))
 @pytest.mark.parametrize('strides', (1, 2))
 @pytest.mark.parametrize('size', ((1, 1), (5, 8), (15, 19)))
-def test_mask_units(interpreted, kernel_size, strides, size, dtype):
+def test_mask_units(
+  interpreted, kernel_size, strides, granularity, size, dtype
+):
   """Logits, and where they are not negative; or a mask instead of that.
 
   Three units read a map, of which some positions are changed in between.
   """
   units = [
-    make_squeeze(20, kernel_size, s, seed)
-    for seed, s in enumerate((1, 1, strides))
+    make_mask_unit(20, kernel_size, s, g, seed)
+    for seed, (s, g) in enumerate(((1, 1), (1, 2), (strides, granularity)))
   ]
   rng = np.random.default_rng(0)
   shape, squeezed = (3, *size), None
   x = jnp.asarray(rng.normal(size=(*shape, 20)), dtype)
   for index, unit in enumerate(units):
-    expected = unit(x)
+    expected = mask_logits(unit, x)
     columns = gpu.ColumnSqueeze(units, index)
     squeezed, zero = columns.squeeze(x, squeezed)
     read = (squeezed.terms, x.shape, expected.shape)
@@ -341,7 +349,7 @@ def test_mask_units(interpreted, kernel_size, strides, size, dtype):
     assert_near(logits, expected)
     check_list(found, logits >= 0)
     assert zero.tolist() == [0]
-    given = jnp.asarray(logits < 0, jnp.float32)
+    given = jnp.asarray(rng.random(logits.shape) < 0.4, jnp.float32)
     again, found, _ = columns.list_positions(*read, given, zero)
     np.testing.assert_array_equal(again, logits)
     check_list(found, given)
@@ -352,14 +360,37 @@ def test_mask_units(interpreted, kernel_size, strides, size, dtype):
     squeezed = squeezed._replace(changed=found)
 
 
-def make_squeeze(in_features, kernel_size, strides, seed=1):
-  return Squeeze(
+def make_mask_unit(in_features, kernel_size, strides, granularity, seed=1):
+  return MaskUnit(
     in_features,
     strides=strides,
     kernel_size=kernel_size,
-    conv_general_dilated=jax.lax.conv_general_dilated,
+    granularity=granularity,
     rngs=nnx.Rngs(seed),
   )
+
+
+def mask_logits(unit, x):
+  """A mask unit's logits at each position, patches averaged one by one."""
+  n, height, width, _ = x.shape
+  if unit.granularity == 1:
+    return unit.maskconv(x)
+  side = unit.granularity * unit.strides
+  means = [
+    [
+      np.mean(
+        np.asarray(x, np.float32)[:, top : top + side, left : left + side],
+        (1, 2),
+      )
+      for left in range(0, width, side)
+    ]
+    for top in range(0, height, side)
+  ]
+  logits = unit.maskconv(jnp.asarray(means).transpose(2, 0, 1, 3))
+  for axis, length in ((1, height), (2, width)):
+    logits = jnp.repeat(logits, unit.granularity, axis)
+    logits = logits.take(jnp.arange(-(-length // unit.strides)), axis)
+  return logits
 
 
 @pytest.mark.parametrize('features', (40, 64))
@@ -375,13 +406,6 @@ def test_stem_and_pooling(interpreted, size, features):
   for x in (out, out.at[0, 0, 0, 0].set(jnp.nan)):
     pooled, expected = (v.astype(float) for v in (gpu.max_pool(x), max_pool(x)))
     np.testing.assert_array_equal(pooled, expected)
-
-
-def test_masks_of_patches_are_left_to_xla(interpreted, as_on_gpu, make_network):
-  model = make_network('bottleneck', 'dynconv', mask_granularity=(2,))
-  assert not any(
-    gpu.decides(block) for block in gpu.with_kernel_gates(model).blocks
-  )
 
 
 @pytest.mark.skipif(
@@ -459,10 +483,9 @@ def _list_both(block, columns, index, x, hard):
   """What a mask unit launches, the first that reads a map or a later one."""
   squeezed = None
   if index:
-    parts = 1 if x.dtype == jnp.float32 else 3
+    total = columns.first + columns.columns
     squeezed = gpu.Squeezed(
-      jnp.zeros((columns.columns, x.size // x.shape[-1])),
-      jnp.zeros((parts, x.shape[-1], 64), x.dtype),
+      jnp.zeros((total, x.size // x.shape[-1])),
       gpu.list_positions(jnp.ones(x.shape[:3])),
     )
   squeezed, zero = columns.squeeze(x, squeezed)
@@ -510,12 +533,15 @@ def test_kernels_fit_into_a_multiprocessor(
         traced = functools.partial(run_lists)  # Not what was traced before.
         out = jax.eval_shape(traced, block, x, hard, dilated)
         assert out.shape[:3] == hard.shape and out.dtype == dtype
-        unit = make_squeeze(x.shape[-1], 3, x.shape[1] // out.shape[1])
-        for index in range(2):
-          columns = gpu.ColumnSqueeze([unit] * gpu.UNITS, index)
-          jax.eval_shape(
-            functools.partial(_list_both, block, columns, index), x, hard
-          )
+        strides = x.shape[1] // out.shape[1]
+        for side in (1, max(1, x.shape[1] // 14)):
+          unit = make_mask_unit(x.shape[-1], 3, strides, side)
+          # So many columns are rounded up to 64, 32 and 16.
+          for index in (0, 1, gpu.UNITS - 2, gpu.UNITS - 1):
+            columns = gpu.ColumnSqueeze([unit] * gpu.UNITS, index)
+            jax.eval_shape(
+              functools.partial(_list_both, block, columns, index), x, hard
+            )
     for features in (64, 40):
       layer = make_layer(np.random.default_rng(0), 7, 3, features, 2, dtype)
       network = cudnn.lay_out(FoldedNetwork(layer, (), layer))
