@@ -586,13 +586,15 @@ def test_blocks_equal_xla_on_a_gpu(sizes, strides, dtype):
 
 @on_gpu
 @pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('mode', ('sparse', 'auto'))
+@pytest.mark.parametrize(
+  'mode,side', (('sparse', 1), ('sparse', 3), ('auto', 1))
+)
 @pytest.mark.parametrize('family', ('basic', 'bottleneck'))
 def test_the_executor_equals_the_model_on_a_gpu(
-  make_network, family, mode, dtype
+  make_network, family, mode, side, dtype
 ):
   need('triton', 'jax_triton')
-  model = make_network(family, 'dynconv', dtype)
+  model = make_network(family, 'dynconv', dtype, mask_granularity=(side,))
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(5, 65, 97, 3)), jnp.float32)
   executor = SparseExecutor(model, images.shape, mode=mode, native=True)
