@@ -26,8 +26,8 @@ from dynconv_jax.sparse.fold import FoldedBlock, Layer
 from dynconv_jax.sparse.native import squeeze_columns
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
-# Positions a program lists, and rows of a map it squeezes.
-_LIST_BLOCK, _SQUEEZE_ROWS = 256, 64
+# Positions that a program lists, and that one of a mask unit sums up at a time.
+_LIST_BLOCK, _AVERAGE_BLOCK = 256, 1024
 # Mask units that share a matrix, so that it has 64 columns.
 UNITS = 6
 # Positions of a program of the stem, and of the pooling after it.
@@ -331,7 +331,9 @@ def _project(x, active, block):
   """The shortcut, rectified where the branch is not executed."""
   layer, shape = block.projection, block.output_shape(x.shape)
   size = math.prod(shape)
-  tiles = _tiles(size, layer, x.dtype, lookup=False)
+  tiles = _tiles(size, layer, x.dtype)
+  if x.dtype == jnp.bfloat16 and layer.kernel.shape[2] <= 64:
+    tiles['BLOCK_ROWS'] = 64  # Nearly all of its time is the output's.
   return launch(
     'project',
     *(x, active.rows, layer.matrix, layer.bias),
@@ -450,6 +452,21 @@ def _tiles(
   }
 
 
+def _squeeze_tiles(depth: int, width: int, dtype: jnp.dtype) -> dict[str, int]:
+  """Tile sizes of a mask unit's products, chosen as those of `_tiles`."""
+  rows, block, num_stages = 64, min(_power(depth), 64), 3
+  if dtype == jnp.float32:
+    block = min(block, 32)
+  elif width <= 32 and depth < 1024:
+    rows, num_stages = 128, 3 if depth >= 512 else 2
+  return {
+    'BLOCK_ROWS': rows,
+    'BLOCK_DEPTH': block,
+    'num_warps': 4,
+    'num_stages': num_stages,
+  }
+
+
 def _grid(size, layer, tiles):
   """Programs for all rows, those of the same rows one after the other."""
   rows = _cdiv(size, tiles['BLOCK_ROWS'])
@@ -551,6 +568,7 @@ class ColumnSqueeze(nnx.Module):
     if listed:
       terms, changed = squeezed
     rows, depth = math.prod(x.shape[:3]), x.shape[3]
+    tiles = _squeeze_tiles(depth, weights.shape[2], x.dtype)
     terms, zero = launch(
       'squeeze',
       *(x, weights, changed.indices, changed.count, terms),
@@ -559,7 +577,7 @@ class ColumnSqueeze(nnx.Module):
         jax.ShapeDtypeStruct((1,), jnp.int32),
       ],
       input_output_aliases={4: 0} if listed else {},
-      grid=_cdiv(rows, _SQUEEZE_ROWS),
+      grid=_cdiv(rows, tiles['BLOCK_ROWS']),
       LISTED=listed,
       SIZE=rows,
       PARTS=len(weights),
@@ -567,10 +585,7 @@ class ColumnSqueeze(nnx.Module):
       FIRST=self.first,
       COLUMNS=self.columns,
       WIDTH=weights.shape[2],
-      BLOCK_ROWS=_SQUEEZE_ROWS,
-      BLOCK_DEPTH=min(_power(depth), 32 if exact else 64),
-      num_warps=4,
-      num_stages=3,
+      **tiles,
     )
     return Squeezed(terms, None), zero
 
@@ -598,8 +613,8 @@ class ColumnSqueeze(nnx.Module):
     side = self.granularity
     window = 1 if side == 1 else _ceil_power((side * self.strides) ** 2)
     patches = _cdiv(shape[1], side) * _cdiv(shape[2], side)
-    # So many that the windows of a tap are in registers.
-    block = min(_LIST_BLOCK, _power(patches), max(16, 1024 // window))
+    # A window of each is read at a time.
+    block = min(_LIST_BLOCK, _power(patches), max(16, 512 // window))
     logits, *found, zero = launch(
       'decide',
       *(terms, self.bias[...], self.bias[...] if given is None else given),
@@ -622,6 +637,6 @@ class ColumnSqueeze(nnx.Module):
       BLOCK=block,
       CELLS=_ceil_power(side**2),
       WINDOW=window,
-      LANES=min(1024, _power(in_shape[1] * in_shape[2])),
+      LANES=min(_AVERAGE_BLOCK, _power(in_shape[1] * in_shape[2])),
     )
     return logits, Positions(*found), zero
