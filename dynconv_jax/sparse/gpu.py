@@ -31,7 +31,7 @@ _LIST_BLOCK, _AVERAGE_BLOCK = 256, 1024
 # Mask units that share a matrix, so that it has 64 columns.
 UNITS = 6
 # Positions of a program of the stem, and of the pooling after it.
-_STEM_ROWS, _POOL_ROWS = 128, 32
+_STEM_ROWS, _POOL_ROWS = 128, 16
 # Bottlenecks up to this inner width keep the rows between their last two
 # convolutions in registers.
 FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
@@ -272,7 +272,7 @@ def stem(images: jax.Array, layer: Layer) -> jax.Array:
     BLOCK_ROWS=_STEM_ROWS,
     BLOCK_FEATURES=_power(layer.features),
     num_warps=4,
-    num_stages=3,
+    num_stages=2,
   )
 
 
@@ -296,7 +296,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     FEATURES=features,
     BLOCK_ROWS=_POOL_ROWS,
     BLOCK_FEATURES=_power(features),
-    num_warps=4,
+    num_warps=8,
   )
 
 
