@@ -40,6 +40,14 @@ class CostTest(chex.TestCase):
     times = {DENSE: [1.0, np.inf], SMALL: [2.0, 4.0]}
     self.assertEqual(choose_plan(times, (0.2, 0.6), [0.2, 0.6], 0.5), DENSE)
 
+  @parameterized.parameters((0.6, 'triton'), (0.8, 'dense'))
+  def test_kernels_for_a_gpu_have_no_limit(self, density, form):
+    # As above, they cross at 0.7.
+    times = {DENSE: [8.0, np.inf], BlockPlan('triton'): [3.0, 7.0]}
+    plan = choose_plan(times, (0.2, 0.6), [0.2, 0.6], density)
+    self.assertEqual(plan, BlockPlan(form))
+    self.assertFalse(plan.may_overflow)
+
   @parameterized.parameters(
     (16, 4, (16,)), (3136, 4, (1024, 128)), (196, 4, (64, 16))
   )
