@@ -132,7 +132,8 @@ class SparseExecutor:
     mode: 'sparse': every gated block by its active positions, or images;
       'dense': every block everywhere, masked; 'auto': the faster of both by a
       cost model, measured here for each distinct shape of block, and decided
-      anew for each batch by its masks; by kernels for a GPU once, for `density`.
+      anew for each batch by its masks, but by kernels for a GPU once, for
+      `density`.
     limit: share of a block's dense MACs in (0, 1] above which it is executed
       densely, however the cost model decides; exact all the same, and counted.
     density: for 'auto', the density of masks to expect, in (0, 1].

@@ -99,15 +99,13 @@ def count_kernels(
         hard = clustered_masks(rng, shape, density, side=sides[stage])
         dilated = np.asarray(dilate(hard, strides))[:, :side, :side]
         masks = (int(hard.sum()), int(dilated.sum()))
-      name, patch = f'layer{stage + 1}.{index}', sides[stage]
+      name = f'layer{stage + 1}.{index}'
       if masks:
         # Units share a product; the first multiplies the map.
         first = place // gpu.UNITS * gpu.UNITS
         asked = min(units, first + gpu.UNITS) - place
         rows = batch_size * side**2 if place == first else active
-        kernels += _count_unit(
-          name, batch_size, side, strides, depth, rows, asked, patch
-        )
+        kernels += _count_unit(name, batch_size * side**2, depth, rows, asked)
         after = batch_size * (-(-side // strides)) ** 2
         # What follows is of 4 bytes, two values: of a list the place of each
         # position and the active positions.
@@ -127,21 +125,20 @@ def count_kernels(
   return kernels
 
 
-def _count_unit(name, batch_size, side, strides, depth, rows, asked, patch):
+def _count_unit(name, positions, depth, rows, asked):
   """The kernel of a mask unit's products, and the one that sums them up.
 
   rows: positions of the map that are multiplied; asked: units whose products,
   of nine taps and of the average, are computed of them.
   """
-  positions, read = batch_size * side**2, rows * depth
-  if patch > 1:  # The map of the patches' means.
-    read = positions * depth
-    rows = positions = batch_size * (-(-side // (patch * strides))) ** 2
-    asked = 1
   columns = 10 * asked
   return [
     _product(
-      f'{name}.mask', rows, (1, depth, columns), read, 2 * columns * rows
+      f'{name}.mask',
+      rows,
+      (1, depth, columns),
+      rows * depth,
+      2 * columns * rows,
     ),
     Kernel(f'{name}.decide', 0, 2 * 10 * positions),
   ]
