@@ -28,7 +28,7 @@ from dynconv_jax.sparse.native import squeeze_columns
 _DTYPES = (jnp.float32, jnp.bfloat16)
 # Positions that a program lists, and that one of a mask unit sums up at a time.
 _LIST_BLOCK, _AVERAGE_BLOCK = 256, 1024
-# Mask units that share a matrix, so that it has 64 columns.
+# Mask units that share products, so that their matrix has 64 columns.
 UNITS = 6
 # Positions of a program of the stem, and of the pooling after it.
 _STEM_ROWS, _POOL_ROWS = 128, 16
@@ -613,8 +613,9 @@ class ColumnSqueeze(nnx.Module):
     side = self.granularity
     window = 1 if side == 1 else _ceil_power((side * self.strides) ** 2)
     patches = _cdiv(shape[1], side) * _cdiv(shape[2], side)
-    # A window of each is read at a time.
-    block = min(_LIST_BLOCK, _power(patches), max(16, 512 // window))
+    # The positions that a tap reads are a tile.
+    most = _LIST_BLOCK if side == 1 else max(1, min(32, 1024 // window))
+    block = min(most, _power(patches))
     logits, *found, zero = launch(
       'decide',
       *(terms, self.bias[...], self.bias[...] if given is None else given),
