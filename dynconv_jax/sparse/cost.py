@@ -88,8 +88,8 @@ def choose_plan(
 ) -> BlockPlan:
   """Returns the fastest plan at a density, and its limit.
 
-  The kernels for a GPU have no limit: it would be a conditional, which waits for
-  the host at each block. They or dense are taken, for any batch.
+  The kernels for a GPU have no limit, which would be a conditional that waits
+  for the host at each block: they, or dense, are taken for any batch.
 
   Args:
     times: seconds of each plan at each density; of dense ones at the first.
