@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.masks import ExecutionMask
 
 # Share of the training after which the per-block bounds are fully open
 # (authors' code, `SparsityCriterion`).

@@ -150,7 +150,7 @@ class _Jax:
     """The network without gates, folded, in XLA's best form for each block."""
     import jax
 
-    from dynconv_jax.models.layers import max_pool
+    from dynconv_jax.layers.layers import max_pool
     from dynconv_jax.sparse import cudnn
     from dynconv_jax.sparse.dense import convolve, run_dense
     from dynconv_jax.sparse.fold import fold_network
@@ -298,7 +298,7 @@ class _Torch:
     """The masks of the JAX process, as pairs of bool[N, h, w]."""
     import torch
 
-    from dynconv_jax.gating.mask import dilate
+    from dynconv_jax.masks import dilate
     from dynconv_jax.models.create import stage_granularities
     from dynconv_jax.models.resnet import ARCHITECTURES
 

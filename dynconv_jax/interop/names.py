@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.gating.layer_gate import LayerGate
+from dynconv_jax.methods.convnet_aig import LayerGate
 from dynconv_jax.models.resnet import ResNet
 
 NAMINGS = ('torchvision', 'convnet_aig')

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer, dilate
-from dynconv_jax.models.layers import BatchNorm, conv
+from dynconv_jax.layers.layers import BatchNorm, conv
+from dynconv_jax.masks import ExecutionMask, MaskedLayer, dilate
+from dynconv_jax.methods.gate import Decision, Gate
 
 
 class Block(nnx.Module):

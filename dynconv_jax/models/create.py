@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.halting import HaltingUnit
-from dynconv_jax.gating.layer_gate import LayerGate
-from dynconv_jax.gating.mask_unit import MaskUnit
-from dynconv_jax.gating.skip_gate import (
+from dynconv_jax.layers.layers import BatchNorm, conv, conv_general_dilated
+from dynconv_jax.methods.convnet_aig import LayerGate
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.sact import HaltingUnit
+from dynconv_jax.methods.skipnet import (
   SKIP_GATES,
   SKIP_TRAININGS,
   create_skip_gate,
 )
-from dynconv_jax.models.layers import BatchNorm, conv, conv_general_dilated
 from dynconv_jax.models.resnet import ARCHITECTURES, ResNet, check_choice
 
 METHODS = ('dense', 'dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Gate
-from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.layers.layers import BatchNorm, conv, max_pool
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models.blocks import BasicBlock, Block, Bottleneck
-from dynconv_jax.models.layers import BatchNorm, conv, max_pool
 
 
 @dataclasses.dataclass(frozen=True)

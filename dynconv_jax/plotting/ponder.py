@@ -14,7 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
-from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
+from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.plotting import style
 
 # Its lightness rises strictly with the value, in grey print too.

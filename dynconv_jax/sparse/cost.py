@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dynconv_jax.gating.mask import dilate
+from dynconv_jax.masks import dilate
 from dynconv_jax.sparse.fold import FoldedBlock
 from dynconv_jax.sparse.plan import (
   BlockPlan,

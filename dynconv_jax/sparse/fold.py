@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dynconv_jax.layers.layers import BatchNorm
 from dynconv_jax.models.blocks import Block
-from dynconv_jax.models.layers import BatchNorm
 from dynconv_jax.models.resnet import ResNet
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.gating.mask import ExecutionMask
-from dynconv_jax.gating.mask_unit import MaskUnit
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import Block
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse import cudnn

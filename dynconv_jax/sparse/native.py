@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.gating.mask_unit import MaskUnit, Squeeze
+from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedNetwork, Layer
 

@@ -17,8 +17,8 @@ except ModuleNotFoundError as error:
     " pip install 'dynconv-jax[onnx]' installs it"
   ) from error
 
-from dynconv_jax.gating.layer_gate import LayerGate
-from dynconv_jax.gating.mask_unit import MaskUnit
+from dynconv_jax.methods.convnet_aig import LayerGate
+from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.resnet import ResNet, check_choice
 from dynconv_jax.sparse.fold import check_evaluation, fold_network
 from dynconv_jax.sparse.onnx_graph import Graph, integers

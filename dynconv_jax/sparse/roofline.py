@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from dynconv_jax.gating.mask import dilate
+from dynconv_jax.masks import dilate
 from dynconv_jax.models.blocks import Bottleneck
 from dynconv_jax.models.create import stage_granularities
 from dynconv_jax.models.resnet import ARCHITECTURES, check_choice

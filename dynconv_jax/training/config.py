@@ -9,9 +9,9 @@ from typing import Any
 
 from dynconv_jax.data.augment import Augmentation
 from dynconv_jax.data.sources import DATASETS
-from dynconv_jax.gating.layer_gate import target_rates
-from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
 from dynconv_jax.interop.pretrained import check_pretrained
+from dynconv_jax.methods.convnet_aig import target_rates
+from dynconv_jax.methods.skipnet import SKIP_GATES, SKIP_TRAININGS
 from dynconv_jax.models.create import (
   METHODS,
   check_gated,

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
+from dynconv_jax.masks import ExecutionMask, resize_nearest
 
 Predict = Callable[[jax.Array], tuple[jax.Array, list[ExecutionMask]]]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 
 from dynconv_jax import losses
-from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.training import schedules
 from dynconv_jax.training.config import Config
 

@@ -21,7 +21,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from dynconv_jax.data.augment import denormalize
-from dynconv_jax.gating.mask import ExecutionMask, resize_nearest
+from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import Config
 

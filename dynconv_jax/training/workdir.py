@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.gating.mask_unit import MaskUnit
-from dynconv_jax.gating.skip_gate import SkipGate
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.skipnet import SkipGate
 from dynconv_jax.models.create import create_model
 from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.training import checkpoints

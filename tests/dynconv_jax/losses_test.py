@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from dynconv_jax import losses
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 
 def _mask(hard, dilated, *macs):

@@ -5,7 +5,7 @@ import pytest
 
 torch = pytest.importorskip('torch', reason='pip install -e .[torch]')
 
-from dynconv_jax.gating.mask import dilate  # noqa: E402
+from dynconv_jax.masks import dilate  # noqa: E402
 from experiments.torch_resnet import ResNet  # noqa: E402
 
 

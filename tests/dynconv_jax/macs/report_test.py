@@ -8,8 +8,8 @@ import re
 import numpy as np
 import pytest
 
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
 from dynconv_jax.macs import conventions, formulas, report
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 # A batch of two, maps of 2x3; (name, MACs a position, biases a position).
 _LAYERS = (

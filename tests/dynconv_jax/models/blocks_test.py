@@ -10,7 +10,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
+from dynconv_jax.methods.gate import Decision, Gate
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 
 PLANES = 3

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 from dynconv_jax.plotting import ponder, style
 from dynconv_jax.plotting.ponder import (
   overlay_ponder_map,

@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 from jaxlib import gpu_triton
 
-from dynconv_jax.gating.mask import dilate
-from dynconv_jax.gating.mask_unit import MaskUnit
-from dynconv_jax.models.layers import max_pool
+from dynconv_jax.layers.layers import max_pool
+from dynconv_jax.masks import dilate
+from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.sparse import BlockPlan, SparseExecutor, cost, cudnn, gpu
 from dynconv_jax.sparse.cost import clustered_masks
 from dynconv_jax.sparse.dense import convolve, run_dense

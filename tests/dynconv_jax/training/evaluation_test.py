@@ -7,7 +7,7 @@ import pytest
 from absl.testing import parameterized
 from flax import nnx
 
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 from dynconv_jax.training import evaluation
 
 _LAYERS = (

@@ -11,7 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from dynconv_jax import losses
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 from dynconv_jax.training import objectives, schedules, workdir
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config

@@ -15,7 +15,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from dynconv_jax.data.augment import normalize
-from dynconv_jax.gating.mask import ExecutionMask
+from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.training import records, workdir
 from dynconv_jax.training.config import Config
 

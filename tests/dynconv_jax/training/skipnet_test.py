@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from dynconv_jax.gating.skip_gate import SKIP_GATES, SKIP_TRAININGS
+from dynconv_jax.methods.skipnet import SKIP_GATES, SKIP_TRAININGS
 from dynconv_jax.training import loop, objectives, schedules, workdir
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynconv_jax.gating.mask import ExecutionMask, MaskedLayer
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 from dynconv_jax.training import schedules
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config

@@ -7,10 +7,10 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.gating import skip_gate
+from dynconv_jax.methods import skipnet as skip_gate
+from dynconv_jax.layers.layers import BatchNorm, conv
 from dynconv_jax.macs import count_macs
 from dynconv_jax.models.create import create_model
-from dynconv_jax.models.layers import BatchNorm, conv
 
 
 def _images(*shape, seed=1):

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import stats
 
-from dynconv_jax.gating.gumbel import binary_gumbel, straight_through
+from dynconv_jax.methods.gumbel import binary_gumbel, straight_through
 
 LOGITS = (-2.0, -0.5, 0.0, 0.3, 4.0)
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
-from dynconv_jax.gating.gumbel import binary_gumbel
+from dynconv_jax.methods.gate import Decision, Gate
+from dynconv_jax.methods.gumbel import binary_gumbel
 
 # PyTorch's default initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): about
 # half of the positions open at the start.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dynconv_jax.gating.mask import (
+from dynconv_jax.masks import (
   ExecutionMask,
   MaskedLayer,
   dilate,

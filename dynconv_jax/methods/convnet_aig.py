@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate, conv1x1
-from dynconv_jax.gating.gumbel import binary_gumbel
+from dynconv_jax.methods.gate import Decision, Gate, conv1x1
+from dynconv_jax.methods.gumbel import binary_gumbel
 
 # Channels between the two layers, and the opening logits of 'skip' and
 # 'execute', which leave about 85 % of the blocks open (authors' code).

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate, conv1x1
-from dynconv_jax.gating.gumbel import straight_through
+from dynconv_jax.methods.gate import Decision, Gate, conv1x1
+from dynconv_jax.methods.gumbel import straight_through
 
 SKIP_GATES = ('ff1', 'ff2', 'recurrent')
 SKIP_TRAININGS = ('supervised', 'reinforce')

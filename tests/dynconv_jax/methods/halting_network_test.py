@@ -9,11 +9,11 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.gating.halting import HaltingUnit
+from dynconv_jax.layers.layers import BatchNorm
 from dynconv_jax.macs import count_macs
+from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 from dynconv_jax.models.create import create_model
-from dynconv_jax.models.layers import BatchNorm
 from dynconv_jax.models.resnet import Architecture, ResNet
 
 

@@ -9,9 +9,9 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.gating.halting import HaltingUnit
-from dynconv_jax.gating.mask import ExecutionMask
-from dynconv_jax.models.layers import BatchNorm
+from dynconv_jax.layers.layers import BatchNorm
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.methods.sact import HaltingUnit
 
 
 class _Known(HaltingUnit):

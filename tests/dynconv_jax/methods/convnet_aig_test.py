@@ -8,11 +8,11 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from dynconv_jax import losses
-from dynconv_jax.gating.gumbel import binary_gumbel
-from dynconv_jax.gating.layer_gate import LayerGate, target_rates
+from dynconv_jax.layers.layers import BatchNorm
 from dynconv_jax.macs import count_macs
+from dynconv_jax.methods.convnet_aig import LayerGate, target_rates
+from dynconv_jax.methods.gumbel import binary_gumbel
 from dynconv_jax.models.create import create_model
-from dynconv_jax.models.layers import BatchNorm
 
 
 def _gate(features=5, seed=0):

@@ -6,8 +6,8 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.gating.gumbel import binary_gumbel
-from dynconv_jax.gating.mask_unit import MaskUnit
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.gumbel import binary_gumbel
 
 
 def _mask(unit, *args, **kwargs):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.gating.gate import Decision, Gate
+from dynconv_jax.methods.gate import Decision, Gate
 
 # A position halts where less than this is left of its score (section 3.1).
 _EPSILON = 0.01
