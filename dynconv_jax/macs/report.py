@@ -100,7 +100,7 @@ class Report:
 
     batches, executed = {}, 0
     for layer, mask in masked:
-      active = np.asarray(mask.dilated if layer.dilated else mask.hard)
+      active = np.asarray(mask.maps[layer.level])
       counted = self.by_layer[layer.name]
       size = int(np.prod(active.shape[1:]))
       if not counted.positions or counted.positions % size:

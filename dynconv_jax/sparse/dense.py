@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dynconv_jax.layers.layers import conv_general_dilated
+from dynconv_jax.layers import conv_general_dilated
 from dynconv_jax.sparse import cudnn
 from dynconv_jax.sparse.chunks import for_chunks
 from dynconv_jax.sparse.fold import FoldedBlock, Layer

@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.layers.layers import max_pool
+from dynconv_jax.layers import max_pool
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.models.resnet import ResNet, check_choice
 from dynconv_jax.sparse import cudnn, gpu

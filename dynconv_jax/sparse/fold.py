@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.layers.layers import BatchNorm
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.models.blocks import Block
 from dynconv_jax.models.resnet import ResNet
 

@@ -38,7 +38,7 @@ def mask(hard, dilated, layers=None) -> ExecutionMask:
     MaskedLayer('layer1.0.conv2', 12, False),
   )
   return ExecutionMask(
-    np.float32(hard), np.float32(dilated), 'layer1.0', layers
+    (np.float32(hard), np.float32(dilated)), 'layer1.0', layers
   )
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dynconv_jax import layers
 from dynconv_jax.masks import dilate
 from dynconv_jax.methods.dynconv import Squeeze
-from dynconv_jax.layers import layers
 from dynconv_jax.sparse import SparseExecutor, native
 from dynconv_jax.sparse.dense import convolve, run_dense
 from dynconv_jax.sparse.fold import FoldedBlock, Layer
