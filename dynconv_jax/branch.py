@@ -14,6 +14,7 @@ import functools
 ACTIVATIONS = ('relu', 'relu6', 'silu', 'gelu')
 # f(f(x)) = f(x): a map that went through one of them may be left as it is.
 IDEMPOTENT = ('relu', 'relu6', None)
+SHORTCUTS = ('identity', 'projection', 'none')
 PADDINGS = ('symmetric', 'same')
 
 
@@ -114,6 +115,8 @@ class Branch:
   Attributes:
     convs: in order of execution.
     activation: one of ACTIVATIONS after the addition, or None.
+    shortcut: 'identity'; 'projection', a strided 1x1 convolution and a batch
+      norm; or 'none', nothing is added.
     input_activated: whether the block's input went through that activation
       before. With an identity shortcut, positions that are not executed then
       stay as they are.
@@ -121,6 +124,7 @@ class Branch:
 
   convs: tuple[Conv, ...]
   activation: str | None = 'relu'
+  shortcut: str = 'identity'
   input_activated: bool = False
 
   def __post_init__(self):
@@ -156,6 +160,19 @@ class Branch:
       product *= conv.strides
     return product
 
+  @property
+  def projection(self) -> Conv | None:
+    """The convolution of the shortcut, or None."""
+    if self.shortcut != 'projection':
+      return None
+    return Conv(
+      'downsample.0',
+      'downsample.1',
+      self.in_features,
+      self.features,
+      strides=self.strides,
+    )
+
   @functools.cached_property
   def levels(self) -> tuple[int, ...]:
     """Which mask each convolution runs on, in order of execution.
@@ -183,9 +200,10 @@ class Branch:
 
   @property
   def stays(self) -> bool:
-    """Whether an identity shortcut leaves inactive positions as they are."""
-    return self.activation is None or (
-      self.input_activated and self.activation in IDEMPOTENT
+    """Whether positions that are not executed stay as they are."""
+    return self.shortcut == 'identity' and (
+      self.activation is None
+      or (self.input_activated and self.activation in IDEMPOTENT)
     )
 
   def sizes(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:

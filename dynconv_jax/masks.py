@@ -134,12 +134,22 @@ def execution_mask(
   return ExecutionMask(
     maps=tuple(maps),
     name=name,
-    layers=tuple(
-      MaskedLayer(f'{name}.{conv.name}', conv.macs_per_position, level)
-      for conv, level in zip(branch.convs, branch.levels, strict=True)
-    ),
+    layers=masked_layers(branch, name),
     stage=stage,
     score=score,
+  )
+
+
+def masked_layers(branch: Branch, name: str) -> tuple[MaskedLayer, ...]:
+  """Returns the masked layers of a block, in order of execution.
+
+  Args:
+    branch: of the block.
+    name: the block's path in the model.
+  """
+  return tuple(
+    MaskedLayer(f'{name}.{conv.name}', conv.macs_per_position, level)
+    for conv, level in zip(branch.convs, branch.levels, strict=True)
   )
 
 

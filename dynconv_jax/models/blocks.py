@@ -14,7 +14,7 @@ class BasicBlock(GatedBlock):
   """Two 3x3 convolutions.
 
   He et al., CVPR 2016, figure 5 left. The shortcut is projected where the shape
-  changes, and the input is taken as rectified.
+  changes.
 
   Args:
     in_features: channels of the input.
@@ -23,6 +23,8 @@ class BasicBlock(GatedBlock):
     name: path in the model, such as 'layer2.0'.
     stage: the number of its stage.
     gate: decides where the branch is executed; None: everywhere.
+    input_activated: whether a ReLU is before the block, which then leaves what
+      it does not execute untouched. A ResNet's blocks follow each other so.
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -38,11 +40,18 @@ class BasicBlock(GatedBlock):
     name: str,
     stage: int = 0,
     gate: Gate | None = None,
+    input_activated: bool = False,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
+    features = planes * self.expansion
+    same = strides == 1 and in_features == features
     super().__init__(
-      self.describe(in_features, planes, strides),
+      Branch(
+        self.describe(in_features, planes, strides),
+        shortcut='identity' if same else 'projection',
+        input_activated=input_activated,
+      ),
       name=name,
       stage=stage,
       gate=gate,
@@ -51,14 +60,13 @@ class BasicBlock(GatedBlock):
     )
 
   @classmethod
-  def describe(cls, in_features: int, planes: int, strides: int) -> Branch:
-    """Returns the branch of a block."""
-    return Branch(
-      (
-        Conv('conv1', 'bn1', in_features, planes, 3, strides, 1, 'relu'),
-        Conv('conv2', 'bn2', planes, planes, 3),
-      ),
-      input_activated=True,
+  def describe(
+    cls, in_features: int, planes: int, strides: int
+  ) -> tuple[Conv, ...]:
+    """Returns the convolutions of the branch."""
+    return (
+      Conv('conv1', 'bn1', in_features, planes, 3, strides, 1, 'relu'),
+      Conv('conv2', 'bn2', planes, planes, 3),
     )
 
 
@@ -75,11 +83,8 @@ class Bottleneck(BasicBlock):
   @classmethod
   def describe(cls, in_features, planes, strides):
     features = planes * cls.expansion
-    return Branch(
-      (
-        Conv('conv1', 'bn1', in_features, planes, activation='relu'),
-        Conv('conv2', 'bn2', planes, planes, 3, strides, 1, 'relu'),
-        Conv('conv3', 'bn3', planes, features),
-      ),
-      input_activated=True,
+    return (
+      Conv('conv1', 'bn1', in_features, planes, activation='relu'),
+      Conv('conv2', 'bn2', planes, planes, 3, strides, 1, 'relu'),
+      Conv('conv3', 'bn3', planes, features),
     )

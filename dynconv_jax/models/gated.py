@@ -162,8 +162,6 @@ class GatedBlock(nnx.Module):
     name: path in the model, such as 'layer2.0'.
     stage: the number of its stage.
     gate: decides where the branch is executed; None: everywhere.
-    projection: whether the shortcut is a strided 1x1 convolution and a batch
-      norm; None: where input and output differ in shape.
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -177,27 +175,18 @@ class GatedBlock(nnx.Module):
     name: str,
     stage: int = 0,
     gate: Gate | None = None,
-    projection: bool | None = None,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
     self.branch = branch
     self.name = name
     self.stage = stage
-    if projection is None:
-      projection = branch.strides != 1 or branch.in_features != branch.features
+    self.dtype = dtype
     self.downsample = nnx.data(None)
-    if projection:
+    if (projection := branch.projection) is not None:
       self.downsample = nnx.List(
         [
-          conv(
-            branch.in_features,
-            branch.features,
-            1,
-            strides=branch.strides,
-            dtype=dtype,
-            rngs=rngs,
-          ),
+          make_conv(projection, dtype=dtype, rngs=rngs),
           BatchNorm(branch.features, rngs=rngs),
         ]
       )
@@ -225,8 +214,14 @@ class GatedBlock(nnx.Module):
       x = getattr(self, c.norm)(getattr(self, c.name)(x))
     return x
 
-  def shortcut(self, x: jax.Array) -> jax.Array:
-    """Returns the identity, or its projection, float[N, h, w, features]."""
+  def shortcut(self, x: jax.Array) -> jax.Array | float:
+    """Returns the identity or its projection, float[N, h, w, features], or 0.
+
+    Args:
+      x: float[N, H, W, in_features].
+    """
+    if self.branch.shortcut == 'none':
+      return 0.0
     if self.downsample is None:
       return x
     projection, norm = self.downsample

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.checks import check_choice as check_choice
 from dynconv_jax.layers import BatchNorm, MaxPool, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
@@ -116,6 +115,7 @@ class ResNet(nnx.Module):
             name=site.name,
             stage=stage,
             gate=gate(site),
+            input_activated=True,
             dtype=dtype,
             rngs=rngs,
           )
@@ -208,14 +208,3 @@ def check_image_size(name: str, image_size: int) -> None:
       f'image_size must be at least {least} for {name}, whose total stride is '
       f'{least // 2}; got {image_size}'
     )
-
-
-def check_choice(what: str, given: str, allowed: Sequence[str]) -> None:
-  """Raises ValueError naming what is allowed unless `given` is."""
-  if given in allowed:
-    return
-  near = difflib.get_close_matches(str(given), allowed, n=1)
-  hint = f' (did you mean {near[0]!r}?)' if near else ''
-  raise ValueError(
-    f'unknown {what} {given!r}{hint}; allowed: {", ".join(allowed)}'
-  )
