@@ -98,7 +98,9 @@ def _chains(branch: Branch) -> bool:
   """Whether the kernel's chain of products is the branch."""
   convs = branch.convs
   return (
-    all(c.groups == 1 and c.padding == 'symmetric' for c in convs)
+    # A single one would read the input while it writes over it.
+    len(convs) > 1
+    and all(c.groups == 1 and c.padding == 'symmetric' for c in convs)
     and all(c.activation == 'relu' for c in convs[:-1])
     and convs[-1].activation is None
   )
