@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from dynconv_jax.data.decode import MAX_IMAGE_SIZE
 
 CROPS = ('resized', 'pad', 'none')
 
@@ -70,31 +73,26 @@ class Augmentation:
         raise ValueError(
           f'{name} must be two numbers, low and high; got {getattr(self, name)}'
         )
-    errors = []
-    if self.crop not in CROPS:
-      errors.append(f'crop must be one of {CROPS}; got {self.crop!r}')
-    low, high = self.crop_scale
-    if not 0 < low <= high <= 1:
-      errors.append(
-        f'crop_scale must be 0 < low <= high <= 1; got {self.crop_scale}'
+    (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
+    errors = [
+      f'{name} must be {allowed}; got {getattr(self, name)!r}'
+      for name, holds, allowed in (
+        ('crop', self.crop in CROPS, f'one of {CROPS}'),
+        ('crop_scale', 0 < low <= high <= 1, '0 < low <= high <= 1'),
+        ('crop_ratio', 0 < narrow <= wide < math.inf, '0 < low <= high'),
+        (
+          'crop_padding',
+          0 <= self.crop_padding <= MAX_IMAGE_SIZE,
+          f'in [0, {MAX_IMAGE_SIZE}]',
+        ),
+        ('color_jitter', 0 <= self.color_jitter <= 1, 'in [0, 1]'),
+        ('random_erasing', 0 <= self.random_erasing <= 1, 'in [0, 1]'),
+        ('mixup', 0 <= self.mixup < math.inf, '>= 0 and finite'),
+        ('cutmix', 0 <= self.cutmix < math.inf, '>= 0 and finite'),
+        ('label_smoothing', 0 <= self.label_smoothing < 1, 'in [0, 1)'),
       )
-    low, high = self.crop_ratio
-    if not 0 < low <= high:
-      errors.append(
-        f'crop_ratio must be 0 < low <= high; got {self.crop_ratio}'
-      )
-    if self.crop_padding < 0:
-      errors.append(f'crop_padding must be >= 0; got {self.crop_padding}')
-    for name in ('color_jitter', 'random_erasing'):
-      if not 0 <= getattr(self, name) <= 1:
-        errors.append(f'{name} must be in [0, 1]; got {getattr(self, name)}')
-    for name in ('mixup', 'cutmix'):
-      if not getattr(self, name) >= 0:
-        errors.append(f'{name} must be >= 0; got {getattr(self, name)}')
-    if not 0 <= self.label_smoothing < 1:
-      errors.append(
-        f'label_smoothing must be in [0, 1); got {self.label_smoothing}'
-      )
+      if not holds
+    ]
     if errors:
       raise ValueError('; '.join(errors))
 

@@ -71,17 +71,27 @@ class TrainBatches:
       raise ValueError(
         f'batch_size {batch_size} exceeds the {len(source)} training examples'
       )
-    if seed < 0:
-      raise ValueError(f'seed must be >= 0; got {seed}')
+    if not 0 <= seed < 2**63:
+      raise ValueError(f'seed must be in [0, 2**63); got {seed}')
     augmentation = augmentation or augment.Augmentation()
+    if augmentation.crop == 'pad' and augmentation.crop_padding >= image_size:
+      raise ValueError(
+        f'crop_padding must be less than image_size, {image_size}; got '
+        f'{augmentation.crop_padding}'
+      )
     resized = augmentation.crop == 'resized'
     if cache_size is not None and not (cache == 'device' and resized):
       raise ValueError(
         'cache_size needs cache=device and crop=resized; got cache='
         f'{cache}, crop={augmentation.crop}'
       )
-    if cache_size is not None and cache_size < 1:
-      raise ValueError(f'cache_size must be >= 1; got {cache_size}')
+    if cache_size is not None and not (
+      image_size <= cache_size <= decode.MAX_IMAGE_SIZE
+    ):
+      raise ValueError(
+        f'cache_size must be in [{image_size}, {decode.MAX_IMAGE_SIZE}], from '
+        f'image_size on; got {cache_size}'
+      )
 
     self.step = 0
     self.skipped: list[str] = []
@@ -160,7 +170,9 @@ class TrainBatches:
 
     def feed(step):
       if self._host is None:
-        self._host = readers.prefetch(read, int(step), None, self._num_workers)
+        self._host = readers.read_ahead(
+          readers.train_batches(read, int(step)), self._num_workers
+        )
       batch = next(self._host)
       _note_skipped(self.skipped, batch['skipped'])
       images, labels = batch['image'], batch['label']
@@ -249,14 +261,8 @@ class EvalBatches:
     self._batch_size = batch_size
     self._num_workers = num_workers
     self._sharding = sharding
-    self._read = readers.EvalReader(
-      source,
-      batch_size,
-      image_size,
-      resize_ratio,
-      skip_corrupt,
-      has_mask='object_mask' in source[0],
-    )
+    self._source = source
+    self._read = readers.EvalReader(image_size, resize_ratio, skip_corrupt)
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
     self._normalize = _compile(augment.normalize, sharding)
@@ -284,10 +290,19 @@ class EvalBatches:
       yield from self._kept
       return
     kept = []
-    host = readers.prefetch(self._read, 0, len(self), self._num_workers)
+    size = self._batch_size
+    host = readers.read_ahead(
+      readers.eval_batches(self._source, self._read, size), self._num_workers
+    )
     try:
-      for batch in host:
-        _note_skipped(self.skipped, batch.pop('skipped'))
+      for number, batch in enumerate(host):
+        weightless = number * size + np.flatnonzero(batch['weight'] == 0)
+        _note_skipped(
+          self.skipped,
+          (
+            self._source[i]['name'] for i in weightless if i < len(self._source)
+          ),
+        )
         batch = jax.device_put(batch, self._sharding)
         if self._keep:
           kept.append(batch)
@@ -296,11 +311,6 @@ class EvalBatches:
       host.close()
     if self._keep:
       self._kept = kept
-
-
-# The names under which the programs build them.
-train_batches = TrainBatches
-eval_batches = EvalBatches
 
 
 def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
@@ -352,8 +362,10 @@ def _replicated(sharding):
 def _check(source, image_size, batch_size, cache, num_workers, sharding):
   if not len(source):
     raise ValueError('the data set has no examples')
-  if image_size < 1:
-    raise ValueError(f'image_size must be >= 1; got {image_size}')
+  if not 1 <= image_size <= decode.MAX_IMAGE_SIZE:
+    raise ValueError(
+      f'image_size must be in [1, {decode.MAX_IMAGE_SIZE}]; got {image_size}'
+    )
   if batch_size < 1:
     raise ValueError(f'batch_size must be >= 1; got {batch_size}')
   if cache not in CACHES:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -67,8 +66,19 @@ class TrainReader:
     skipped, count = [], 0
     for index in self.order.candidates(step):
       example = self.source[int(index)]
+      box_fn = fitted_box(size)
+      if self.augmentation.crop == 'resized':
+        box_fn = functools.partial(
+          augment.crop_boxes, uniform[count], augmentation=self.augmentation
+        )
       try:
-        images[count] = self._crop(example, uniform[count])
+        images[count] = decode.decode_resized(
+          example['image'],
+          example['name'],
+          size,
+          box_fn,
+          reducing_gap=device_cache.REDUCING_GAP,
+        )
       except decode.CorruptImageError:
         if not self.skip_corrupt:
           raise
@@ -81,63 +91,37 @@ class TrainReader:
     check_full(count, self.order)
     return {'image': images, 'label': labels, 'skipped': skipped}
 
-  def _crop(self, example: dict, uniform: np.ndarray) -> np.ndarray:
-    if self.augmentation.crop == 'resized':
-      box_fn = functools.partial(
-        augment.crop_boxes, uniform, augmentation=self.augmentation
-      )
-    else:
-      box_fn = fitted_box(self.image_size)
-    return decode.decode_resized(
-      example['image'],
-      example['name'],
-      self.image_size,
-      box_fn,
-      reducing_gap=device_cache.REDUCING_GAP,
-    )
-
 
 @dataclasses.dataclass(frozen=True)
 class EvalReader:
-  """Reads one evaluation batch on the host: decoded, centred, uint8."""
+  """Decodes an example for evaluation: the center, uint8; weight 0: corrupt."""
 
-  source: object
-  batch_size: int
   image_size: int
   resize_ratio: float
   skip_corrupt: bool
-  has_mask: bool
 
-  def __call__(self, number: int) -> dict:
-    n, size = self.batch_size, self.image_size
-    batch = {
-      'image': np.zeros((n, size, size, 3), np.uint8),
-      'label': np.zeros(n, np.int32),
-      'weight': np.zeros(n, np.float32),
-      'skipped': [],
+  def __call__(self, example: dict) -> dict:
+    size, name = self.image_size, example['name']
+    result = {
+      'image': np.zeros((size, size, 3), np.uint8),
+      'label': np.int32(example['label']),
+      'weight': np.float32(0),
     }
-    if self.has_mask:
-      batch['object_mask'] = np.zeros((n, size, size), bool)
-    box_fn = fitted_box(size, self.resize_ratio)
-    first = number * n
-    for row in range(min(n, len(self.source) - first)):
-      example = self.source[first + row]
-      name = example['name']
-      batch['label'][row] = example['label']
-      try:
-        batch['image'][row] = decode.decode_resized(
-          example['image'], name, size, box_fn
+    if 'object_mask' in example:
+      result['object_mask'] = np.zeros((size, size), bool)
+    try:
+      result['image'] = decode.decode_resized(
+        example['image'], name, size, fitted_box(size, self.resize_ratio)
+      )
+      if 'object_mask' in example:
+        result['object_mask'] = decode.decode_mask(
+          example['object_mask'], name, size, self.resize_ratio
         )
-        if self.has_mask:
-          batch['object_mask'][row] = decode.decode_mask(
-            example['object_mask'], name, size, self.resize_ratio
-          )
-        batch['weight'][row] = 1
-      except decode.CorruptImageError:
-        if not self.skip_corrupt:
-          raise
-        batch['skipped'].append(name)
-    return batch
+      result['weight'] = np.float32(1)
+    except decode.CorruptImageError:
+      if not self.skip_corrupt:
+        raise
+    return result
 
 
 def fitted_box(image_size: int, resize_ratio: float = 1.0):
@@ -147,26 +131,36 @@ def fitted_box(image_size: int, resize_ratio: float = 1.0):
   )
 
 
-def prefetch(
-  read: Callable[[int], dict], start: int, stop: int | None, num_workers: int
+def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
+  """Returns the batches of all steps from `start` on."""
+  return grain.MapDataset.range(start, _FOREVER).map(reader)
+
+
+def eval_batches(
+  source, reader: EvalReader, batch_size: int
+) -> grain.MapDataset:
+  """Returns every example once, in batches; the last is padded with zeros."""
+  pad = functools.partial(
+    grain.experimental.batch_and_pad, batch_size=batch_size
+  )
+  rows = grain.MapDataset.source(source).map(reader)
+  return rows.batch(batch_size, batch_fn=pad)
+
+
+def read_ahead(
+  dataset: grain.MapDataset, num_workers: int
 ) -> grain.DatasetIterator:
-  """Returns an iterator over read(start), read(start + 1), ..., read ahead.
+  """Returns an iterator over a data set of batches, read ahead, in order.
 
   Args:
-    read: picklable; gives the batch of a number.
-    start: the first number.
-    stop: the number after the last; None: endless.
+    dataset: picklable.
     num_workers: processes that read; 0: threads of this process, one a core.
       The order of the batches is the same for any.
   """
   num_threads = 1 if num_workers else min(os.cpu_count(), _MAX_THREADS)
-  dataset = (
-    grain.MapDataset.range(start, _FOREVER if stop is None else stop)
-    .map(read)
-    .to_iter_dataset(
-      grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=num_threads + 1
-      )
+  dataset = dataset.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=num_threads, prefetch_buffer_size=num_threads + 1
     )
   )
   if num_workers:

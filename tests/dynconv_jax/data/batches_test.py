@@ -63,12 +63,12 @@ class FakeSource:
 
 def train(source=None, **options):
   options = dict(image_size=10, batch_size=4, augmentation=STILL) | options
-  return batches.train_batches(source or FakeSource(), **options)
+  return batches.TrainBatches(source or FakeSource(), **options)
 
 
 def evaluate(source=None, **options):
   options = dict(image_size=10, batch_size=4, resize_ratio=1.0) | options
-  return batches.eval_batches(source or FakeSource(), **options)
+  return batches.EvalBatches(source or FakeSource(), **options)
 
 
 def take(iterator, n):
@@ -244,14 +244,20 @@ class TrainBatchesTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(batch_size=12), 'batch_size 12 exceeds the 11 training examples'),
     (dict(batch_size=0), 'batch_size must be >= 1; got 0'),
-    (dict(image_size=0), 'image_size must be >= 1; got 0'),
+    (dict(image_size=0), r'image_size must be in \[1, 4096\]; got 0'),
+    (dict(image_size=10**6), r'image_size must be in \[1, 4096\]; got 1000000'),
     (dict(cache='disk'), r"cache must be one of .*; got 'disk'"),
     (dict(num_workers=-1), 'num_workers must be >= 0; got -1'),
-    (dict(seed=-1), 'seed must be >= 0; got -1'),
+    (dict(seed=-1), r'seed must be in \[0, 2\*\*63\); got -1'),
+    (dict(seed=2**63), r'seed must be in \[0, 2\*\*63\); got 9223372036854'),
     (dict(cache_size=20), 'cache_size needs cache=device and crop=resized'),
     (
-      dict(cache_size=0, cache='device', augmentation=Augmentation()),
-      'cache_size must be >= 1; got 0',
+      dict(cache_size=9, cache='device', augmentation=Augmentation()),
+      r'cache_size must be in \[10, 4096\], from image_size on; got 9',
+    ),
+    (
+      dict(augmentation=Augmentation(crop='pad', crop_padding=10)),
+      'crop_padding must be less than image_size, 10; got 10',
     ),
     (dict(source=FakeSource(0)), 'the data set has no examples'),
   )
@@ -259,7 +265,7 @@ class TrainBatchesTest(parameterized.TestCase):
     source = options.get('source', FakeSource())
     options = {k: v for k, v in options.items() if k != 'source'}
     with self.assertRaisesRegex(ValueError, message):
-      batches.train_batches(source, **(
+      batches.TrainBatches(source, **(
         dict(image_size=10, batch_size=4, augmentation=STILL) | options
       ))  # fmt: skip
 

@@ -83,6 +83,19 @@ class DecodeImageTest(parameterized.TestCase):
     self.assertEqual(sizes, [upright(image).shape[1::-1]])
     np.testing.assert_array_equal(resized, upright(image)[:4, :4])
 
+  def test_orientation_beside_damaged_exif(self):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes()
+    # Another tag, of a type that cannot be written again.
+    exif[0x0110] = 'camera'
+    data = exif.tobytes()
+    image = noise(6, 4)
+    damaged = encode(image, exif=data.replace(b'camera', b'cam\xff\xfe\0'))
+    np.testing.assert_array_equal(
+      decode.decode_image(damaged), np.rot90(image, -1)
+    )
+
   def test_damaged_exif_is_ignored(self):
     data = encode(smooth(8, 8), 'JPEG', exif=b'Exif\x00\x00damaged beyond use')
     self.assertEqual(decode.decode_image(data).shape, (8, 8, 3))
@@ -153,6 +166,16 @@ class DecodeImageTest(parameterized.TestCase):
     data = encode(frames[0], 'MPO', save_all=True, append_images=frames[1:])
     decoded = decode.decode_image(data)
     np.testing.assert_allclose(decoded, np.full((8, 8, 3), RED), atol=4)
+
+
+class ToPngTest(parameterized.TestCase):
+  def test_round_trip(self):
+    image = noise(5, 7)
+    for array in (image, image[..., 0] > 128):
+      decoded = Image.open(io.BytesIO(decode.to_png(array)))
+      np.testing.assert_array_equal(
+        decoded, 255 * array if array.dtype == bool else array
+      )
 
 
 class CorruptImageTest(parameterized.TestCase):

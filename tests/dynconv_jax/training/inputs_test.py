@@ -143,9 +143,7 @@ def test_eval_batches_hold_each_image_once(config):
   masks = np.concatenate([batch['object_mask'] for batch in batches])[:10]
   labels = np.concatenate([batch['label'] for batch in batches])[:10]
   for i, name in enumerate(_names(source)):
-    image, mask, label = spots.draw(
-      spots.SpotsConfig(24), 'test', int(name[-6:])
-    )
+    image, mask, label = spots.draw(spots.Options(24), 'test', int(name[-6:]))
     expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(images[i], expected, atol=1e-5)
     np.testing.assert_array_equal(masks[i], mask)
