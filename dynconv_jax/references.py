@@ -41,15 +41,13 @@ def load(reference: str, kind: type, flag: str) -> Any:
     )
     raise ValueError(f'{given}: {reason}') from error
   found = [k for k, v in vars(module).items() if isinstance(v, kind)]
-  choice = f'it has {", ".join(found)}' if found else 'it has none'
+  choice = f'of type {kind.__name__} it has {", ".join(found) or "none"}'
   if not hasattr(module, name):
-    raise ValueError(
-      f'{given}: {module_name} has no {name}; of type {kind.__name__} {choice}'
-    )
+    raise ValueError(f'{given}: {module_name} has no {name}; {choice}')
   value = getattr(module, name)
   if not isinstance(value, kind):
     raise ValueError(
-      f'{given} must be a {kind.__name__}; got {type(value).__name__}; '
-      f'of the former {choice}'
+      f'{given} must be of type {kind.__name__}; got {type(value).__name__}; '
+      f'{choice}'
     )
   return value

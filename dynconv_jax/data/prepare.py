@@ -221,11 +221,9 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
   Raises:
     ValueError: a file is missing, damaged or of another format.
   """
-  for path in (
-    directory / _INFO_FILE,
-    directory / 'features.json',
-    *directory.glob('*.txt'),
-  ):
+  # TFDS passes over some of these where they are missing.
+  for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
+    path = directory / name
     try:
       text = path.read_text('utf-8')
       if path.suffix == '.json':
@@ -262,7 +260,8 @@ def _read_labels(
   path = directory / _LABELS_FILE
   if path.exists():
     try:
-      with np.load(path, allow_pickle=False) as stored:
+      # np.load leaves a damaged file open.
+      with np.load(io.BytesIO(path.read_bytes())) as stored:
         labels = dict(stored)
       found = {name: array.shape for name, array in labels.items()}
       if found != {name: (len(split),) for name, split in splits.items()}:

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 from absl.testing import absltest, parameterized
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dynconv_jax.data import decode
 
@@ -83,17 +83,17 @@ class DecodeImageTest(parameterized.TestCase):
     self.assertEqual(sizes, [upright(image).shape[1::-1]])
     np.testing.assert_array_equal(resized, upright(image)[:4, :4])
 
-  def test_orientation_beside_damaged_exif(self):
-    exif = Image.Exif()
+  def test_orientation_beside_damaged_metadata(self):
+    image, exif = noise(6, 4), Image.Exif()
     exif[0x0112] = 6
-    data = exif.tobytes()
-    # Another tag, of a type that cannot be written again.
-    exif[0x0110] = 'camera'
-    data = exif.tobytes()
-    image = noise(6, 4)
-    damaged = encode(image, exif=data.replace(b'camera', b'cam\xff\xfe\0'))
+    exif[0x8825] = {2: (1.0, 2.0, 3.0)}  # GPS
+    # A latitude of text, which Pillow reads but cannot write again.
+    exif = exif.tobytes().replace(b'\0\x02\0\x05', b'\0\x02\0\x02')
+    data = encode(image, exif=exif)
+    with self.assertRaises(TypeError):
+      ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     np.testing.assert_array_equal(
-      decode.decode_image(damaged), np.rot90(image, -1)
+      decode.decode_image(data), np.rot90(image, -1)
     )
 
   def test_damaged_exif_is_ignored(self):
