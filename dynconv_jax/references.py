@@ -6,11 +6,6 @@ import importlib
 from typing import Any
 
 
-def is_reference(text: str) -> bool:
-  """Returns whether a name is of the form package.module:NAME."""
-  return ':' in text
-
-
 def load(reference: str, kind: type, flag: str) -> Any:
   """Returns the object that package.module:NAME names, importing the module.
 

@@ -44,40 +44,43 @@ def check_files(
 
   Raises:
     FileNotFoundError: files are absent.
-    ValueError: files are empty or in two groups.
+    ValueError: files are empty or in two groups, or a name is not UTF-8.
   """
   digest = hashlib.sha256(salt.encode())
-  absent, empty, twice, seen = [], [], [], {}
+  odd, absent, empty, twice, seen = [], [], [], [], {}
   for number, names in enumerate(groups):
     for name in names:
       try:
         found = (directory / name).stat()
+        line = f'{name}\0{found.st_size}\0{found.st_mtime_ns}\n'.encode()
       except OSError:
         absent.append(name)
-        continue
-      if not stat.S_ISREG(found.st_mode):
-        absent.append(name)
-      elif not found.st_size:
-        empty.append(name)
-      line = f'{name}\0{found.st_size}\0{found.st_mtime_ns}\n'
-      digest.update(line.encode())
-      first = seen.setdefault((found.st_dev, found.st_ino), (number, name))
-      if first[0] != number:
-        twice.append(f'{first[1]} and {name}')
+      except UnicodeEncodeError:
+        odd.append(ascii(name))
+      else:
+        digest.update(line)
+        if not stat.S_ISREG(found.st_mode):
+          absent.append(name)
+        elif not found.st_size:
+          empty.append(name)
+        first = seen.setdefault((found.st_dev, found.st_ino), (number, name))
+        if first[0] != number:
+          twice.append(f'{first[1]} and {name}')
   if absent:
     raise FileNotFoundError(
       f'{source} names files that are absent from {directory}: {some(absent)}'
     )
-  if empty and not allow_empty:
-    raise ValueError(
-      f'{directory} holds zero-byte files: {some(empty)}. Remove or replace '
-      'them, or go on without them by --skip_corrupt'
-    )
-  if twice:
-    raise ValueError(
-      f'{directory} holds the same file by link in two classes or splits: '
-      f'{some(twice)}'
-    )
+  for wrong, what in (
+    (odd, 'names that are not UTF-8: {}'),
+    (
+      [] if allow_empty else empty,
+      'zero-byte files: {}. Remove or replace them, or go on without them by '
+      '--skip_corrupt',
+    ),
+    (twice, 'the same file by link in two classes or splits: {}'),
+  ):
+    if wrong:
+      raise ValueError(f'{directory} holds {what.format(some(wrong))}')
   return digest.hexdigest()[:12]
 
 

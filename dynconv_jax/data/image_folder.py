@@ -88,8 +88,8 @@ def scan_folder(
 
   Raises:
     FileNotFoundError: the folder, its train folder or images are missing.
-    ValueError: a link leads to a folder above it, a split holds a class that
-      train lacks, or a name is not UTF-8.
+    ValueError: a link leads to a folder above it, or a split holds a class that
+      train lacks.
   """
   folders.check_directory(directory, _FLAG)
   if not (directory / 'train').is_dir():
@@ -114,18 +114,6 @@ def scan_folder(
       f'{folders.some(bare) or f"{train}/CLASS"}'
     )
   found = {s: classes for s, classes in found.items() if any(classes.values())}
-  wrong = [
-    name
-    for classes in found.values()
-    for names in classes.values()
-    for name in names
-    if not _is_utf8(name)
-  ]
-  if wrong:
-    raise ValueError(
-      f'--{_FLAG}: {directory} holds names that are not UTF-8: '
-      f'{folders.some([ascii(name) for name in wrong])}'
-    )
   for split, classes in found.items():
     unknown = sorted(set(classes) - set(found['train']))
     if unknown:
@@ -165,14 +153,6 @@ def _images(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
         subfolders.remove(name)
       visited.add(real)
   return sorted(found)
-
-
-def _is_utf8(name: str) -> bool:
-  try:
-    name.encode()
-  except UnicodeEncodeError:
-    return False
-  return True
 
 
 def _check_link(path: pathlib.Path) -> None:

@@ -17,7 +17,6 @@ import pathlib
 import shutil
 import sys
 import time
-import types
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -87,25 +86,19 @@ def prepare(
       raise _damaged(directory, f'{_INFO_FILE} is missing')
     _remove_stale(directory.parent)
     logging.info('Preparing %s in %s.', name, directory)
+    masked = {'object_mask': tfds.features.Image(shape=(None, None, 1))}
     features = {
       'image': tfds.features.Image(),
       'label': tfds.features.ClassLabel(names=class_names),
       'id': tfds.features.Text(),
+      **(masked if masks else {}),
     }
-    if masks:
-      features['object_mask'] = tfds.features.Image(shape=(None, None, 1))
-    # TFDS reads the name and the version off the class.
-    builder_class = types.new_class(
-      name,
-      (_Builder,),
-      {'skip_registration': True},
-      lambda body: body.update(
-        name=name, VERSION=tfds.core.Version(version), __module__=__name__
-      ),
-    )
+    # TFDS reads both off the class.
+    attributes = dict(name=name, VERSION=tfds.core.Version(version))
+    builder = type(name, (_Builder,), attributes, skip_registration=True)
     try:
       with _quiet():
-        builder_class(
+        builder(
           examples, features, data_dir=root, file_format=FILE_FORMAT
         ).download_and_prepare()
     except (OSError, RuntimeError) as error:

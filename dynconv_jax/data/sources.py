@@ -34,7 +34,7 @@ def load_source(name: str) -> DataSource:
   """
   if name in DATASETS:
     name = f'{__package__}.{name}:SOURCE'
-  if not references.is_reference(name):
+  if ':' not in name:
     raise ValueError(
       f'unknown dataset {name!r}; there are {", ".join(DATASETS)}, and your '
       'own by package.module:NAME'
