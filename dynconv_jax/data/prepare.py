@@ -215,32 +215,60 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     ValueError: a file is missing, damaged or of another format.
   """
   # TFDS passes over some of these where they are missing.
+  contents = {}
   for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
-    path = directory / name
     try:
-      text = path.read_text('utf-8')
-      if path.suffix == '.json':
-        json.loads(text)
+      contents[name] = (directory / name).read_text('utf-8')
+      if name.endswith('.json'):
+        json.loads(contents[name])
     except (OSError, ValueError) as error:
-      raise _unreadable(directory, path.name, error) from error
+      raise _unreadable(directory, name, error) from error
   try:
     # Refers to nothing but the prepared files.
     builder = tfds.builder_from_directory(directory)
-    features = builder.info.features
+    info, features = builder.info, builder.info.features
     class_names = tuple(features['label'].names)
+    stored = json.loads(contents['features.json'])['featuresDict']['features']
+    number = int(stored['label']['classLabel']['numClasses'])
+    if len(class_names) != number:
+      raise ValueError(
+        f'label.labels.txt holds {len(class_names)} of {number} class names'
+      )
+    decoders = {
+      name: tfds.decode.SkipDecoding()
+      for name in {'image', 'object_mask'} & set(features)
+    }
+    shards = [
+      shard
+      for split in info.splits.values()
+      for shard in zip(split.filepaths, split.shard_lengths, strict=True)
+    ]
+    if info.file_format.value == FILE_FORMAT:
+      splits = {
+        name: _Records(
+          split, directory, builder.as_data_source(name, decoders=decoders)
+        )
+        for name, split in info.splits.items()
+      }
   except Exception as error:  # TFDS raises many kinds.
     raise _damaged(directory, _first_line(error)) from error
-  _check_files(builder.info, directory)
-  decoders = {
-    name: tfds.decode.SkipDecoding()
-    for name in {'image', 'object_mask'} & set(features)
-  }
-  splits = {
-    name: _Records(
-      info, directory, builder.as_data_source(name, decoders=decoders)
+  if info.file_format.value != FILE_FORMAT:
+    raise ValueError(
+      f'the prepared data set in {directory} is of the format '
+      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
+      '--data_dir'
     )
-    for name, info in builder.info.splits.items()
-  }
+  for path, expected in shards:
+    try:
+      reader = array_record_module.ArrayRecordReader(os.fspath(path))
+      found = reader.num_records()
+      reader.close()
+    except (RuntimeError, ValueError, OSError) as error:
+      raise _unreadable(directory, path.name, error) from error
+    if found != expected:
+      raise _damaged(
+        directory, f'{path.name} holds {found} of {expected} examples'
+      )
   for name, labels in _read_labels(splits, directory).items():
     splits[name].labels = labels
   return Dataset(class_names, splits, aliases)
@@ -296,30 +324,6 @@ def _unreadable(
   directory: pathlib.Path, name: str, error: BaseException
 ) -> ValueError:
   return _damaged(directory, f'{name} cannot be read ({_first_line(error)})')
-
-
-def _check_files(info: tfds.core.DatasetInfo, directory: pathlib.Path) -> None:
-  """Raises ValueError unless each file holds as many records as it should."""
-  if info.file_format.value != FILE_FORMAT:
-    raise ValueError(
-      f'the prepared data set in {directory} is of the format '
-      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
-      '--data_dir'
-    )
-  for split in info.splits.values():
-    for path, expected in zip(
-      split.filepaths, split.shard_lengths, strict=True
-    ):
-      try:
-        reader = array_record_module.ArrayRecordReader(os.fspath(path))
-        found = reader.num_records()
-        reader.close()
-      except (RuntimeError, ValueError, OSError) as error:
-        raise _unreadable(directory, path.name, error) from error
-      if found != expected:
-        raise _damaged(
-          directory, f'{path.name} holds {found} of {expected} examples'
-        )
 
 
 def _is_occupied(error: BaseException) -> bool:
