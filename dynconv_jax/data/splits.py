@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import tensorflow_datasets as tfds
-
 # A split as slices of the dataset's own splits: (name, start, stop).
 Slices = tuple[tuple[str, int, int], ...]
 
@@ -35,6 +33,8 @@ def resolve_split(
     ValueError: the notation is wrong, a split is unknown or out of range, or
       nothing is left, or an example would come twice.
   """
+  import tensorflow_datasets as tfds  # Slow, and most programs need no data.
+
   aliases = aliases or {}
   known = f'the dataset has {_describe(sizes, aliases)}'
   spec = re.sub(
