@@ -191,7 +191,6 @@ class TrainBatches:
       cache_size or device_cache.default_cache_size(size, augmentation),
       box_fn=decode.whole_image if resized else readers.fitted_box(size),
       skip_corrupt=self._skip_corrupt,
-      num_threads=self._num_workers or None,
     )
     _note_skipped(self.skipped, decoded.corrupt.values())
     good = np.ones(len(source), bool)
@@ -262,7 +261,12 @@ class EvalBatches:
     self._num_workers = num_workers
     self._sharding = sharding
     self._source = source
-    self._read = readers.EvalReader(image_size, resize_ratio, skip_corrupt)
+    self._read = readers.ExampleReader(
+      image_size,
+      readers.fitted_box(image_size, resize_ratio),
+      skip_corrupt,
+      mask_ratio=resize_ratio,
+    )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
     self._normalize = _compile(augment.normalize, sharding)
@@ -303,6 +307,7 @@ class EvalBatches:
             self._source[i]['name'] for i in weightless if i < len(self._source)
           ),
         )
+        del batch['aspect']
         batch = jax.device_put(batch, self._sharding)
         if self._keep:
           kept.append(batch)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 
 import grain
 import numpy as np
 
-from dynconv_jax.data import augment, decode, device_cache
+from dynconv_jax.data import augment, decode
+
+# Pixels that the JPEG decoder leaves for each pixel of a training image.
+REDUCING_GAP = 2.0
 
 _FOREVER = 2**62
 
@@ -49,6 +53,55 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExampleReader:
+  """Decodes an example: a box of its image, resampled, uint8.
+
+  Attributes:
+    image_size: side of the result, in pixels.
+    box_fn: gives the box from the image's (width, height).
+    skip_corrupt: give corrupt images weight 0 instead of stopping.
+    reducing_gap: of `decode.decode_resized`.
+    mask_ratio: of `decode.decode_mask`; None: object masks are left out.
+  """
+
+  image_size: int
+  box_fn: Callable[[int, int], decode.Box]
+  skip_corrupt: bool
+  reducing_gap: float | None = None
+  mask_ratio: float | None = None
+
+  def __call__(self, example: dict) -> dict:
+    size, name = self.image_size, example['name']
+    row = {
+      'image': np.zeros((size, size, 3), np.uint8),
+      'label': np.int32(example['label']),
+      'weight': np.float32(0),
+      'aspect': np.float32(1),
+    }
+
+    def box_fn(width: int, height: int) -> decode.Box:
+      row['aspect'] = np.float32(width / height)
+      return self.box_fn(width, height)
+
+    has_mask = self.mask_ratio is not None and 'object_mask' in example
+    if has_mask:
+      row['object_mask'] = np.zeros((size, size), bool)
+    try:
+      row['image'] = decode.decode_resized(
+        example['image'], name, size, box_fn, reducing_gap=self.reducing_gap
+      )
+      if has_mask:
+        row['object_mask'] = decode.decode_mask(
+          example['object_mask'], name, size, self.mask_ratio
+        )
+      row['weight'] = np.float32(1)
+    except decode.CorruptImageError:
+      if not self.skip_corrupt:
+        raise
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainReader:
   """Reads the batch of a step on the host: decoded, cropped, uint8."""
 
@@ -59,69 +112,31 @@ class TrainReader:
   skip_corrupt: bool
 
   def __call__(self, step: int) -> dict:
-    size, batch_size = self.image_size, self.order.batch_size
-    images = np.empty((batch_size, size, size, 3), np.uint8)
-    labels = np.empty(batch_size, np.int32)
-    uniform = self.order.rng(step).random((batch_size, 4))
-    skipped, count = [], 0
+    uniform = self.order.rng(step).random((self.order.batch_size, 4))
+    rows, skipped = [], []
     for index in self.order.candidates(step):
-      example = self.source[int(index)]
-      box_fn = fitted_box(size)
+      box_fn = fitted_box(self.image_size)
       if self.augmentation.crop == 'resized':
         box_fn = functools.partial(
-          augment.crop_boxes, uniform[count], augmentation=self.augmentation
+          augment.crop_boxes,
+          uniform[len(rows)],
+          augmentation=self.augmentation,
         )
-      try:
-        images[count] = decode.decode_resized(
-          example['image'],
-          example['name'],
-          size,
-          box_fn,
-          reducing_gap=device_cache.REDUCING_GAP,
-        )
-      except decode.CorruptImageError:
-        if not self.skip_corrupt:
-          raise
+      example = self.source[int(index)]
+      row = ExampleReader(
+        self.image_size, box_fn, self.skip_corrupt, REDUCING_GAP
+      )(example)
+      if not row['weight']:
         skipped.append(example['name'])
         continue
-      labels[count] = example['label']
-      count += 1
-      if count == batch_size:
+      rows.append(row)
+      if len(rows) == self.order.batch_size:
         break
-    check_full(count, self.order)
-    return {'image': images, 'label': labels, 'skipped': skipped}
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalReader:
-  """Decodes an example for evaluation: the center, uint8; weight 0: corrupt."""
-
-  image_size: int
-  resize_ratio: float
-  skip_corrupt: bool
-
-  def __call__(self, example: dict) -> dict:
-    size, name = self.image_size, example['name']
-    result = {
-      'image': np.zeros((size, size, 3), np.uint8),
-      'label': np.int32(example['label']),
-      'weight': np.float32(0),
+    check_full(len(rows), self.order)
+    batch = {
+      key: np.stack([r[key] for r in rows]) for key in ('image', 'label')
     }
-    if 'object_mask' in example:
-      result['object_mask'] = np.zeros((size, size), bool)
-    try:
-      result['image'] = decode.decode_resized(
-        example['image'], name, size, fitted_box(size, self.resize_ratio)
-      )
-      if 'object_mask' in example:
-        result['object_mask'] = decode.decode_mask(
-          example['object_mask'], name, size, self.resize_ratio
-        )
-      result['weight'] = np.float32(1)
-    except decode.CorruptImageError:
-      if not self.skip_corrupt:
-        raise
-    return result
+    return batch | {'skipped': skipped}
 
 
 def fitted_box(image_size: int, resize_ratio: float = 1.0):
@@ -137,7 +152,7 @@ def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
 
 
 def eval_batches(
-  source, reader: EvalReader, batch_size: int
+  source, reader: ExampleReader, batch_size: int
 ) -> grain.MapDataset:
   """Returns every example once, in batches; the last is padded with zeros."""
   pad = functools.partial(

@@ -117,13 +117,6 @@ class DecodeAllTest(parameterized.TestCase):
     np.testing.assert_allclose(decoded.aspect, [1.5, 1.0, 0.25])
     self.assertEmpty(decoded.corrupt)
 
-  def test_any_number_of_threads(self):
-    source = examples([noise(9, 9, 3, seed=i) for i in range(20)])
-    one = device_cache.decode_all(source, 8, num_threads=1)
-    many = device_cache.decode_all(source, 8, num_threads=5)
-    np.testing.assert_array_equal(one.image, many.image)
-    np.testing.assert_array_equal(one.label, many.label)
-
   def test_corrupt(self):
     source = examples([noise(9, 9, 3, seed=i) for i in range(6)])
     source[4]['image'] = source[4]['image'][:-30]
