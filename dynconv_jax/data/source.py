@@ -1,7 +1,9 @@
 """What a data set has to say of itself: the interface of all data sources.
 
-A data source is one file. It exposes a `DataSource`, by convention `SOURCE`,
-and may lie outside the package: `--dataset=package.module:SOURCE`.
+A data source is one file that exposes a `DataSource`, by convention `SOURCE`,
+and may lie outside the package: `--dataset=package.module:SOURCE`. Its `open`
+returns sequences of examples; `prepare.prepare` makes them of anything that
+can be iterated over once.
 """
 
 from __future__ import annotations

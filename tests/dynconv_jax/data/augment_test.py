@@ -52,10 +52,6 @@ class NormalizeTest(parameterized.TestCase):
 
 
 class AugmentTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    chex.clear_trace_counter()
-
   def test_nothing_is_normalisation_and_one_hot(self):
     images, labels = batch_of()
     actual, actual_labels = run(images, labels)
@@ -218,20 +214,6 @@ class AugmentTest(parameterized.TestCase):
     other = run(images, labels, seed=1, **options)
     chex.assert_trees_all_equal(first, again)
     self.assertFalse(np.array_equal(first[0], other[0]))
-
-  def test_one_trace(self):
-    images, labels = batch_of()
-    fn = jax.jit(
-      chex.assert_max_traces(augment.augment, n=1), static_argnames=STATIC
-    )
-    for seed in range(3):
-      fn(
-        jax.random.key(seed),
-        images,
-        labels,
-        augmentation=Augmentation(mixup=0.2, cutmix=1.0, random_erasing=0.1),
-        num_classes=CLASSES,
-      )
 
 
 class CropBoxesTest(parameterized.TestCase):

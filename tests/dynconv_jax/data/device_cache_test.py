@@ -3,7 +3,6 @@
 import io
 from unittest import mock
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,21 +85,6 @@ class CropAndResizeTest(parameterized.TestCase):
     area = step_x * step_y * size**2 / (width * height)
     self.assertTrue(np.all((area > 0.28) & (area < 0.63)))
     self.assertGreater(np.ptp(area), 0.2)
-
-  def test_one_trace(self):
-    chex.clear_trace_counter()
-    fn = jax.jit(
-      chex.assert_max_traces(device_cache.random_crops, n=1),
-      static_argnames=('image_size', 'augmentation'),
-    )
-    for seed in range(3):
-      fn(
-        jax.random.key(seed),
-        noise(2, 8, 8, 3, seed=seed),
-        np.ones(2, np.float32) + seed,
-        image_size=4,
-        augmentation=Augmentation(),
-      )
 
 
 class DecodeAllTest(parameterized.TestCase):
