@@ -6,20 +6,20 @@ import importlib
 from typing import Any
 
 
-def load(reference: str, kind: type, flag: str) -> Any:
+def load(reference: str, kind: type, option: str) -> Any:
   """Returns the object that package.module:NAME names, importing the module.
 
   Args:
     reference: the name.
     kind: the type that the object must have.
-    flag: the flag that gave the name, for errors.
+    option: the option that gave the name, for errors.
 
   Raises:
     ValueError: the name is malformed, the module is missing or cannot be
       imported, it lacks the object, or the object is of another type.
   """
   module_name, _, name = reference.partition(':')
-  given = f'--{flag}={reference}'
+  given = f'{option}={reference}'
   if not all(p.isidentifier() for p in (*module_name.split('.'), name)):
     raise ValueError(f'{given}: write package.module:NAME')
   try:

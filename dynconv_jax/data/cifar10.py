@@ -17,7 +17,7 @@ from dynconv_jax.data import decode, folders
 from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
-_FLAG = 'cifar10_dir'
+_OPTION = 'cifar10_dir'
 # TFDS knows the SHA-256 of what is published under this address and checks it.
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # Published on https://www.cs.toronto.edu/~kriz/cifar.html.
@@ -61,7 +61,7 @@ def open_cifar10(options: Options, common: Common) -> Dataset:
     path, key = check_directory(options.cifar10_dir)
 
   def examples(dl_manager):
-    found = path or download(dl_manager, URL, _FLAG)
+    found = path or download(dl_manager, URL, _OPTION)
     return {split: _examples(found, split) for split in _FILES}
 
   return prepare(
@@ -124,11 +124,11 @@ def check_directory(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
       found = hashlib.file_digest(f, 'md5').hexdigest()
     if found != MD5:
       raise ValueError(
-        f'--{_FLAG}: {path} is not the published {ARCHIVE}: its MD5 is '
+        f'{_OPTION}: {path} is not the published {ARCHIVE}: its MD5 is '
         f'{found} instead of {MD5}'
       )
     return path, found[:12]
-  folders.check_directory(path, _FLAG)
+  folders.check_directory(path, _OPTION)
   if (path / 'cifar-10-batches-bin').is_dir():
     path = path / 'cifar-10-batches-bin'
   names = [name for group in _FILES.values() for name in group]

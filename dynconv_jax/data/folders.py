@@ -9,19 +9,19 @@ import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 
 
-def check_directory(directory: pathlib.Path, flag: str) -> None:
+def check_directory(directory: pathlib.Path, option: str) -> None:
   """Raises OSError unless `directory` is a folder and not empty.
 
   Args:
     directory: the folder.
-    flag: the flag that named it, for the error.
+    option: the option that named it, for the error.
   """
   if not directory.exists():
-    raise FileNotFoundError(f'--{flag}: {directory} does not exist')
+    raise FileNotFoundError(f'{option}: {directory} does not exist')
   if not directory.is_dir():
-    raise NotADirectoryError(f'--{flag}: {directory} is not a folder')
+    raise NotADirectoryError(f'{option}: {directory} is not a folder')
   if not any(directory.iterdir()):
-    raise FileNotFoundError(f'--{flag}: {directory} is empty')
+    raise FileNotFoundError(f'{option}: {directory} is empty')
 
 
 def check_files(
@@ -75,7 +75,7 @@ def check_files(
     (
       [] if allow_empty else empty,
       'zero-byte files: {}. Remove or replace them, or go on without them by '
-      '--skip_corrupt',
+      'skip_corrupt',
     ),
     (twice, 'the same file by link in two classes or splits: {}'),
   ):

@@ -17,7 +17,7 @@ from dynconv_jax.data import folders
 from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
-_FLAG = 'food101_dir'
+_OPTION = 'food101_dir'
 # TFDS's version whose examples carry their name.
 _VERSION = '2.1.0'
 # TFDS knows the SHA-256 of what is published under this address and checks it.
@@ -61,7 +61,7 @@ def open_food101(options: Options, common: Common) -> Dataset:
     path, names, key = None, None, ''
 
   def examples(dl_manager):
-    found = path or download(dl_manager, URL, _FLAG)
+    found = path or download(dl_manager, URL, _OPTION)
     return {
       split: _examples(found, group)
       for split, group in (names or _read_meta(found)).items()
@@ -105,7 +105,7 @@ def scan_folder(
     FileNotFoundError: the folder, its meta files or images are missing.
     ValueError: a meta file is not what it should be, or an image is empty.
   """
-  folders.check_directory(directory, _FLAG)
+  folders.check_directory(directory, _OPTION)
   names = _read_meta(directory)
   wanted = set(classes)
   if wanted:
@@ -138,7 +138,7 @@ def _read_meta(path: pathlib.Path) -> dict[str, list[str]]:
   for file in _META.values():
     if path.is_dir() and not (path / file).is_file():
       raise FileNotFoundError(
-        f'--{_FLAG}: {path / file} is missing; the folder must have the layout '
+        f'{_OPTION}: {path / file} is missing; the folder must have the layout '
         "of Food-101's archive, images/CLASS/ID.jpg and "
         'meta/{train,test}.json'
       )

@@ -17,7 +17,7 @@ from dynconv_jax.data import folders
 from dynconv_jax.data.prepare import prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
-_FLAG = 'image_folder_dir'
+_OPTION = 'image_folder_dir'
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
 
@@ -44,13 +44,13 @@ def open_folder(options: Options, common: Common) -> Dataset:
       leads upward, or a split has a class that train lacks.
   """
   if not options.image_folder_dir:
-    raise ValueError(f'the dataset image_folder needs --{_FLAG}')
+    raise ValueError(f'the dataset image_folder needs {_OPTION}')
   directory = pathlib.Path(options.image_folder_dir).expanduser()
   class_names, found = scan_folder(directory)
   key = folders.check_files(
     directory,
     (names for classes in found.values() for names in classes.values()),
-    source=f'--{_FLAG}',
+    source=f'{_OPTION}',
     allow_empty=common.skip_corrupt,
   )
   has_val = 'val' in found and 'validation' not in found
@@ -91,10 +91,10 @@ def scan_folder(
     ValueError: a link leads to a folder above it, or a split holds a class that
       train lacks.
   """
-  folders.check_directory(directory, _FLAG)
+  folders.check_directory(directory, _OPTION)
   if not (directory / 'train').is_dir():
     raise FileNotFoundError(
-      f'--{_FLAG}: {directory} has no folder train; the layout is '
+      f'{_OPTION}: {directory} has no folder train; the layout is '
       'train/CLASS/*.jpg, val/CLASS/*.jpg and test/CLASS/*.jpg (also .jpeg, '
       '.png, .webp)'
     )
@@ -110,7 +110,7 @@ def scan_folder(
   bare = [f'{train}/{c}' for c, names in found['train'].items() if not names]
   if bare or not found['train']:
     raise FileNotFoundError(
-      f'--{_FLAG}: no image (.jpg, .jpeg, .png, .webp) in '
+      f'{_OPTION}: no image (.jpg, .jpeg, .png, .webp) in '
       f'{folders.some(bare) or f"{train}/CLASS"}'
     )
   found = {s: classes for s, classes in found.items() if any(classes.values())}
@@ -118,7 +118,7 @@ def scan_folder(
     unknown = sorted(set(classes) - set(found['train']))
     if unknown:
       raise ValueError(
-        f'--{_FLAG}: {directory / split} holds classes that train lacks: '
+        f'{_OPTION}: {directory / split} holds classes that train lacks: '
         f'{folders.some(unknown)}'
       )
   return tuple(found['train']), found
@@ -160,6 +160,6 @@ def _check_link(path: pathlib.Path) -> None:
   target, here = os.path.realpath(path), os.path.realpath(path.parent)
   if os.path.commonpath([target, here]) == target:
     raise ValueError(
-      f'--{_FLAG}: {path} is a link to {target}, a folder above it. Remove it: '
+      f'{_OPTION}: {path} is a link to {target}, a folder above it. Remove it: '
       'it would count images again, under another class'
     )

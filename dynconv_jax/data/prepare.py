@@ -110,14 +110,14 @@ def prepare(
 
 
 def download(
-  dl_manager: tfds.download.DownloadManager, url: str, flag: str
+  dl_manager: tfds.download.DownloadManager, url: str, option: str
 ) -> pathlib.Path:
   """Returns a downloaded file, whose hash TFDS has checked.
 
   Args:
     dl_manager: TFDS's.
     url: the file's address.
-    flag: names a local copy, for the error.
+    option: names a local copy, for the error.
 
   Raises:
     ConnectionError: it cannot be downloaded.
@@ -135,7 +135,7 @@ def download(
   ) as error:
     raise ConnectionError(
       f'cannot download {url}: {str(error).strip()}. Without a network, name a '
-      f'local copy by --{flag}'
+      f'local copy by {option}'
     ) from error
 
 
@@ -256,7 +256,7 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     raise ValueError(
       f'the prepared data set in {directory} is of the format '
       f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
-      '--data_dir'
+      'data_dir'
     )
   for path, expected in shards:
     try:
@@ -347,7 +347,7 @@ def _raise_if_full(
       code,
       f'no space left while preparing {name} in {directory}; nothing '
       'half-written was kept. Free some space or choose another folder by '
-      '--data_dir',
+      'data_dir',
     ) from error
 
 

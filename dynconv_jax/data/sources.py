@@ -244,12 +244,12 @@ def _check_list(classes: Sequence[str]) -> None:
   """Raises ValueError if a list of wanted classes is no such list."""
   if not all(classes):
     raise ValueError(
-      f'--classes has an empty name; got {",".join(classes)!r}. Leave it out '
+      f'classes has an empty name; got {",".join(classes)!r}. Leave it out '
       'for all classes'
     )
   repeated = sorted({c for c in classes if classes.count(c) > 1})
   if repeated:
-    raise ValueError(f'--classes names {", ".join(repeated)} more than once')
+    raise ValueError(f'classes names {", ".join(repeated)} more than once')
 
 
 def _labels(

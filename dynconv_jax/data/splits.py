@@ -100,7 +100,7 @@ def check_splits(
         else resolve_split(expression, sizes, aliases)
       )
     except ValueError as error:
-      raise ValueError(f'--{role}_split: {error}') from error
+      raise ValueError(f'{role}_split: {error}') from error
   roles = [role for role, slices in resolved.items() if slices is not None]
   for i, first in enumerate(roles):
     for second in roles[i + 1 :]:
@@ -109,8 +109,8 @@ def check_splits(
       )
       if shared:
         raise ValueError(
-          f'--{first}_split={expressions[first]} and '
-          f'--{second}_split={expressions[second]} overlap in {shared} '
+          f'{first}_split={expressions[first]} and '
+          f'{second}_split={expressions[second]} overlap in {shared} '
           f'examples; the dataset has {_describe(sizes, aliases or {})}'
         )
   return resolved

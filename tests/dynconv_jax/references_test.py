@@ -27,8 +27,8 @@ def test_loads(package):
 @pytest.mark.parametrize(
   ('reference', 'message'),
   [
-    ('its.good:', '--flag=its.good:: write package.module:NAME'),
-    (':VALUE', '--flag=:VALUE: write package.module:NAME'),
+    ('its.good:', 'flag=its.good:: write package.module:NAME'),
+    (':VALUE', 'flag=:VALUE: write package.module:NAME'),
     ('its/good.py:VALUE', 'its/good.py:VALUE: write package.module:NAME'),
     ('it.good:VALUE', 'there is no module it; it is looked for in the current'),
     ('its.god:VALUE', 'there is no module its.god;'),
@@ -41,7 +41,7 @@ def test_loads(package):
     ('its.good:VALEU', 'its.good has no VALEU; of type int it has VALUE'),
     (
       'its.good:OTHER',
-      '--flag=its.good:OTHER must be of type int; got str; of type int it has '
+      'flag=its.good:OTHER must be of type int; got str; of type int it has '
       'VALUE',
     ),
   ],

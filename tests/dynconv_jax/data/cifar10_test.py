@@ -76,7 +76,7 @@ def test_missing_file(cifar10_dir, tmp_path):
   (cifar10_dir / 'data_batch_4.bin').unlink()
   with pytest.raises(FileNotFoundError, match='absent .*: data_batch_4.bin'):
     cifar10.check_directory(cifar10_dir)
-  with pytest.raises(FileNotFoundError, match='--cifar10_dir: .* not exist'):
+  with pytest.raises(FileNotFoundError, match='cifar10_dir: .* not exist'):
     cifar10.check_directory(tmp_path / 'nothing')
 
 

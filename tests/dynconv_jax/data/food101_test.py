@@ -114,9 +114,9 @@ def _leak(root):
 @pytest.mark.parametrize(
   ('break_folder', 'error', 'message'),
   [
-    (_remove_all, FileNotFoundError, '--food101_dir: .* does not exist'),
-    (_empty, FileNotFoundError, '--food101_dir: .* is empty'),
-    (_make_file, NotADirectoryError, '--food101_dir: .* is not a folder'),
+    (_remove_all, FileNotFoundError, 'food101_dir: .* does not exist'),
+    (_empty, FileNotFoundError, 'food101_dir: .* is empty'),
+    (_make_file, NotADirectoryError, 'food101_dir: .* is not a folder'),
     (_remove_meta, FileNotFoundError, 'meta/test.json is missing'),
     (
       _remove_images,
@@ -127,7 +127,7 @@ def _leak(root):
     (
       _zero_bytes,
       ValueError,
-      'zero-byte files: cheesecake/1003.jpg. .*--skip_corrupt',
+      'zero-byte files: cheesecake/1003.jpg. .*skip_corrupt',
     ),
     (_damage_meta, ValueError, 'train.json must be a JSON object of lists'),
     (_list_meta, ValueError, 'train.json must be a JSON object of lists'),
@@ -203,7 +203,7 @@ def test_no_network(tmp_path, monkeypatch):
   monkeypatch.setattr(food101, 'URL', 'http://127.0.0.1:9/x.tar.gz')
   message = (
     'cannot download http://127.0.0.1:9/x.tar.gz: .*Without a network, name a '
-    'local copy by --food101_dir'
+    'local copy by food101_dir'
   )
   with pytest.raises(ConnectionError, match=message):
     _open('', tmp_path)

@@ -172,7 +172,7 @@ def _pipe(root):
 @pytest.mark.parametrize(
   ('break_folder', 'error', 'message'),
   [
-    (shutil.rmtree, FileNotFoundError, '--image_folder_dir: .*not exist'),
+    (shutil.rmtree, FileNotFoundError, 'image_folder_dir: .*not exist'),
     (_remove_train, FileNotFoundError, 'has no folder train; the layout is'),
     (_empty_class, FileNotFoundError, 'no image .* in .*train/emu'),
     (_no_class, FileNotFoundError, 'no image .* in .*train/CLASS'),
@@ -192,5 +192,5 @@ def test_errors(image_folder_dir, tmp_path, break_folder, error, message):
 
 
 def test_no_folder_is_named(tmp_path):
-  with pytest.raises(ValueError, match='image_folder needs --image_folder_dir'):
+  with pytest.raises(ValueError, match='image_folder needs image_folder_dir'):
     _open('', tmp_path)

@@ -104,7 +104,7 @@ def test_full_disk(data_dir, monkeypatch, error):
       _prepare(data_dir)
   assert FullWriter.written == 7
   assert full.value.errno == errno.ENOSPC
-  assert '--data_dir' in str(full.value)
+  assert 'data_dir' in str(full.value)
   assert not list(data_dir.rglob('dataset_info.json'))
   assert not list(data_dir.rglob('*array_record*'))
   assert len(_prepare(data_dir).splits['train']) == 19

@@ -169,19 +169,19 @@ def test_grain_reads_it(open_source):
     ),
     (
       {'classes': ('apple_pie', 'cheesecake', 'apple_pie')},
-      '--classes names apple_pie more than once',
+      'classes names apple_pie more than once',
     ),
-    ({'classes': ('', '')}, "--classes has an empty name; got ','"),
+    ({'classes': ('', '')}, "classes has an empty name; got ','"),
     ({'classes': ('apple_pie',)}, "food101 has one class, 'apple_pie'; a clas"),
-    ({'train': 'train[:0]'}, r'--train_split: split .* is empty; .*train: 19'),
+    ({'train': 'train[:0]'}, r'train_split: split .* is empty; .*train: 19'),
     (
       {'train': 'train[:3%]', 'validation': 'train[2%:]'},
-      re.escape('--train_split=train[:3%] and --validation_split=train[2%:] ')
+      re.escape('train_split=train[:3%] and validation_split=train[2%:] ')
       + 'overlap in 1 examples',
     ),
     (
       {'validation': 'test'},
-      '--validation_split=test and --test_split=validation overlap in 11',
+      'validation_split=test and test_split=validation overlap in 11',
     ),
   ],
 )
@@ -255,9 +255,7 @@ def test_unknown_source():
     "unknown dataset 'food1O1'; there are spots, food101, cifar10, "
     'image_folder, and your own by package.module:NAME'
   )
-  with pytest.raises(
-    ValueError, match='--dataset=dynconv_jax.data.spots:draw '
-  ):
+  with pytest.raises(ValueError, match='dataset=dynconv_jax.data.spots:draw '):
     sources.load_source('dynconv_jax.data.spots:draw')
 
 
