@@ -87,8 +87,10 @@ class Augmentation:
         ),
         ('color_jitter', 0 <= self.color_jitter <= 1, 'in [0, 1]'),
         ('random_erasing', 0 <= self.random_erasing <= 1, 'in [0, 1]'),
-        ('mixup', 0 <= self.mixup < math.inf, '>= 0 and finite'),
-        ('cutmix', 0 <= self.cutmix < math.inf, '>= 0 and finite'),
+        ('mixup', self.mixup >= 0, '>= 0'),
+        ('mixup', self.mixup != math.inf, 'finite'),
+        ('cutmix', self.cutmix >= 0, '>= 0'),
+        ('cutmix', self.cutmix != math.inf, 'finite'),
         ('label_smoothing', 0 <= self.label_smoothing < 1, 'in [0, 1)'),
       )
       if not holds

@@ -84,8 +84,8 @@ SOURCE = DataSource('food101', Options, open_food101)
 def _examples(path: pathlib.Path, names: Iterable[str]):
   files = [f'images/{name}.jpg' for name in names]
   for file, content in folders.read_files(path, files):
-    _, label, image = file.removesuffix('.jpg').split('/')
-    yield {'image': content, 'label': label, 'name': f'{label}/{image}'}
+    name = file.removeprefix('images/').removesuffix('.jpg')
+    yield {'image': content, 'label': name.split('/')[0], 'name': name}
 
 
 def scan_folder(

@@ -146,6 +146,7 @@ def _images(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
       for name in names
       if name.lower().endswith(SUFFIXES) and not name.startswith('.')
     ]
+    subfolders.sort()
     for name in subfolders[:]:
       _check_link(pathlib.Path(path, name))
       real = os.path.realpath(os.path.join(path, name))
