@@ -24,7 +24,7 @@ STD = (0.229, 0.224, 0.225)
 _ERASED_AREA = (0.02, 0.33)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 
-# Colour jitter turns the hue by a quarter of the strength of the rest: Chen
+# Color jitter turns the hue by a quarter of the strength of the rest: Chen
 # et al., 'SimCLR' (ICML 2020), appendix A.
 _HUE_SHARE = 0.25
 
@@ -113,7 +113,7 @@ def denormalize(images: jax.Array) -> jax.Array:
   """Returns uint8[..., 3], what `normalize` was given, to look at.
 
   Args:
-    images: float32[..., 3], normalised.
+    images: float32[..., 3], normalized.
   """
   images = images * jnp.array(STD) + jnp.array(MEAN)
   return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
@@ -130,7 +130,7 @@ def augment(
   """Returns a training batch: all of the augmentation but the resized crop.
 
   Pure and shape-static: call it under jit. The order is padded crop, flip,
-  colour jitter, normalisation, erasing, mixup or cutmix.
+  color jitter, normalization, erasing, mixup or cutmix.
 
   Args:
     key: the batch's random key.
@@ -140,7 +140,7 @@ def augment(
     num_classes: length of the label vectors.
 
   Returns:
-    'image': float32[N, S, S, 3], normalised; 'label': float32[N, num_classes],
+    'image': float32[N, S, S, 3], normalized; 'label': float32[N, num_classes],
     each row of sum 1.
   """
   keys = dict(zip(('crop', 'flip', 'color', 'erase', 'mix'),
@@ -267,16 +267,16 @@ def _mix(key, images, labels, augmentation: Augmentation):
   alpha = jnp.where(use_cutmix, augmentation.cutmix, augmentation.mixup)
   share = jax.random.beta(share_key, alpha, alpha)  # of the image itself
 
-  # Yun et al., equation 2: a box of area 1 - share around a uniform centre,
+  # Yun et al., equation 2: a box of area 1 - share around a uniform center,
   # cut off at the border, and the label's share corrected for that.
   side = jnp.sqrt(1 - share)
   half = jnp.stack([width * side, height * side], axis=1) / 2
-  centre = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])
+  center = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])
   limits = jnp.array([width, height])
   boxes = jnp.concatenate(
     [
-      jnp.clip(jnp.round(centre - half), 0, limits),
-      jnp.clip(jnp.round(centre + half), 0, limits),
+      jnp.clip(jnp.round(center - half), 0, limits),
+      jnp.clip(jnp.round(center + half), 0, limits),
     ],
     axis=1,
   )

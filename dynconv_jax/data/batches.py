@@ -67,31 +67,31 @@ class TrainBatches:
       CorruptImageError: by the constructor with a cache, else by `next`.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
-    if batch_size > len(source):
-      raise ValueError(
-        f'batch_size {batch_size} exceeds the {len(source)} training examples'
-      )
-    if not 0 <= seed < 2**63:
-      raise ValueError(f'seed must be in [0, 2**63); got {seed}')
     augmentation = augmentation or augment.Augmentation()
-    if augmentation.crop == 'pad' and augmentation.crop_padding >= image_size:
-      raise ValueError(
-        f'crop_padding must be less than image_size, {image_size}; got '
-        f'{augmentation.crop_padding}'
-      )
     resized = augmentation.crop == 'resized'
-    if cache_size is not None and not (cache == 'device' and resized):
-      raise ValueError(
+    largest = decode.MAX_IMAGE_SIZE
+    _require(
+      (
+        batch_size <= len(source),
+        f'batch_size {batch_size} exceeds the {len(source)} training examples',
+      ),
+      (0 <= seed < 2**63, f'seed must be in [0, 2**63); got {seed}'),
+      (
+        augmentation.crop != 'pad' or augmentation.crop_padding < image_size,
+        f'crop_padding must be less than image_size, {image_size}; got '
+        f'{augmentation.crop_padding}',
+      ),
+      (
+        cache_size is None or (cache == 'device' and resized),
         'cache_size needs cache=device and crop=resized; got cache='
-        f'{cache}, crop={augmentation.crop}'
-      )
-    if cache_size is not None and not (
-      image_size <= cache_size <= decode.MAX_IMAGE_SIZE
-    ):
-      raise ValueError(
-        f'cache_size must be in [{image_size}, {decode.MAX_IMAGE_SIZE}], from '
-        f'image_size on; got {cache_size}'
-      )
+        f'{cache}, crop={augmentation.crop}',
+      ),
+      (
+        cache_size is None or image_size <= cache_size <= largest,
+        f'cache_size must be in [{image_size}, {largest}], from image_size on; '
+        f'got {cache_size}',
+      ),
+    )
 
     self.step = 0
     self.skipped: list[str] = []
@@ -239,7 +239,7 @@ class EvalBatches:
       image_size: side of the images, in pixels.
       batch_size: images a batch, over all devices.
       resize_ratio: short side of the resized image over `image_size`; the
-        centre is kept.
+        center is kept.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
       num_workers: see `TrainBatches`; processes start anew at each pass,
@@ -282,7 +282,7 @@ class EvalBatches:
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     """Yields batches of N = batch_size.
 
-    'image': float32[N, S, S, 3], normalised; 'label': int32[N]; 'weight':
+    'image': float32[N, S, S, 3], normalized; 'label': int32[N]; 'weight':
     float32[N], 1 for an example, 0 for padding and for a corrupt image;
     'object_mask': bool[N, S, S], in the image's geometry, if the source has it.
     """
@@ -364,24 +364,30 @@ def _replicated(sharding):
   return sharding
 
 
+def _require(*conditions: tuple[bool, str]) -> None:
+  """Raises ValueError with the message of the first that does not hold."""
+  for holds, message in conditions:
+    if not holds:
+      raise ValueError(message)
+
+
 def _check(source, image_size, batch_size, cache, num_workers, sharding):
-  if not len(source):
-    raise ValueError('the data set has no examples')
-  if not 1 <= image_size <= decode.MAX_IMAGE_SIZE:
-    raise ValueError(
-      f'image_size must be in [1, {decode.MAX_IMAGE_SIZE}]; got {image_size}'
-    )
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be >= 1; got {batch_size}')
-  if cache not in CACHES:
-    raise ValueError(f'cache must be one of {CACHES}; got {cache!r}')
-  if num_workers < 0:
-    raise ValueError(f'num_workers must be >= 0; got {num_workers}')
-  if num_workers and not flags.FLAGS.is_parsed():
-    raise ValueError(
+  largest = decode.MAX_IMAGE_SIZE
+  _require(
+    (bool(len(source)), 'the data set has no examples'),
+    (
+      1 <= image_size <= largest,
+      f'image_size must be in [1, {largest}]; got {image_size}',
+    ),
+    (batch_size >= 1, f'batch_size must be >= 1; got {batch_size}'),
+    (cache in CACHES, f'cache must be one of {CACHES}; got {cache!r}'),
+    (num_workers >= 0, f'num_workers must be >= 0; got {num_workers}'),
+    (
+      not num_workers or flags.FLAGS.is_parsed(),
       f'num_workers={num_workers} needs parsed absl flags, for grain: start '
-      'the program by absl.app.run'
-    )
+      'the program by absl.app.run',
+    ),
+  )
   if sharding is not None:
     try:
       sharding.shard_shape((batch_size,))

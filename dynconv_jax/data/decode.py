@@ -45,7 +45,7 @@ def decode_image(data: bytes, name: str = '(unnamed)') -> np.ndarray:
   """Returns uint8[H, W, 3], the picture upright, in RGB, over white.
 
   Args:
-    data: a JPEG, PNG or WebP file: any colour mode, bit depth or orientation
+    data: a JPEG, PNG or WebP file: any color mode, bit depth or orientation
       tag. Of an animation, the first frame.
     name: what to call the image in an error.
 
@@ -115,7 +115,7 @@ def decode_mask(
 def preprocess_image(
   image: np.ndarray, image_size: int, resize_ratio: float = RESIZE_RATIO
 ) -> np.ndarray:
-  """Returns uint8[image_size, image_size, 3]: resized, then the centre cut out.
+  """Returns uint8[image_size, image_size, 3]: resized, then the center cut out.
 
   Args:
     image: uint8[H, W, 3], as `decode_image` returns it.
@@ -133,7 +133,7 @@ def evaluation_box(
   image_size: int,
   resize_ratio: float = RESIZE_RATIO,
 ) -> Box:
-  """Returns the box that resizing the short side and a centre crop keep.
+  """Returns the box that resizing the short side and a center crop keep.
 
   Sizes and offsets are rounded as torchvision's Resize and CenterCrop round
   them; resampling the box at once leaves the rest of the image untouched.

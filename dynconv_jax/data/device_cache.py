@@ -3,7 +3,7 @@
 Every image is resized to one square of `cache_size` pixels, its aspect ratio
 kept beside it: the crop undoes the squash. Against padding to a square, no
 memory is wasted and the short side keeps more pixels; against cutting out the
-centre, nothing is lost.
+center, nothing is lost.
 """
 
 from __future__ import annotations

@@ -258,13 +258,16 @@ def _labels(
   """Returns int32 labels, after checking that a split is as `Dataset` says."""
   if not len(examples):
     return np.zeros(0, np.int32)
-  missing = {'image', 'label', 'name'} - set(examples[0])
+  missing = sorted({'image', 'label', 'name'} - set(examples[0]))
   if missing or not isinstance(examples[0]['image'], bytes):
     raise ValueError(
       f'{what}: an example must have image (bytes), label and name; '
-      + (f'{", ".join(sorted(missing))} missing' if missing else 'got image of '
-         f'type {type(examples[0]["image"]).__name__}')
-    )  # fmt: skip
+      + (
+        f'{", ".join(missing)} missing'
+        if missing
+        else f'got image of type {type(examples[0]["image"]).__name__}'
+      )
+    )
   labels = getattr(examples, 'labels', None)
   if labels is None:
     labels = [example['label'] for example in examples]

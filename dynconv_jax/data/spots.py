@@ -126,7 +126,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
   """Returns float32[size, size, 3] in [0, 1]: texture, blobs, segments."""
   y, x = _grid(size)
-  # Texture: two gratings of any direction over a plain colour.
+  # Texture: two gratings of any direction over a plain color.
   image = np.broadcast_to(
     rng.uniform(0.3, 0.7, 3).astype(np.float32), (size, size, 3)
   ).copy()
@@ -135,7 +135,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     frequency = 2 * np.pi * rng.uniform(2, 8) / size
     wave = np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
     image += wave[..., None] * rng.uniform(-0.08, 0.08, 3).astype(np.float32)
-  # Clutter: soft blobs and thin segments of any colour.
+  # Clutter: soft blobs and thin segments of any color.
   for _ in range(rng.integers(2, 6)):
     cy, cx = rng.uniform(0, size, 2)
     sigma = size * rng.uniform(0.03, 0.1)
@@ -159,7 +159,7 @@ def _paint(image: np.ndarray, cover: np.ndarray, color: np.ndarray) -> None:
 def _contrasting_color(
   rng: np.random.Generator, around: np.ndarray
 ) -> np.ndarray:
-  """Returns a random colour that stands out from what is around it."""
+  """Returns a random color that stands out from what is around it."""
   candidates = rng.uniform(0, 1, (8, 3))
   distances = np.linalg.norm(candidates - around, axis=1)
   far = np.flatnonzero(distances > 0.55)

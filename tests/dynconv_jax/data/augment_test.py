@@ -34,7 +34,7 @@ STATIC = ('augmentation', 'num_classes')
 
 
 def to_uint8(images):
-  """Undoes the normalisation; rounding takes what XLA's fusions differ by."""
+  """Undoes the normalization; rounding takes what XLA's fusions differ by."""
   pixels = images * np.array(augment.STD) + np.array(augment.MEAN)
   return np.round(255 * pixels).astype(np.uint8)
 
@@ -52,7 +52,7 @@ class NormalizeTest(parameterized.TestCase):
 
 
 class AugmentTest(parameterized.TestCase):
-  def test_nothing_is_normalisation_and_one_hot(self):
+  def test_nothing_is_normalization_and_one_hot(self):
     images, labels = batch_of()
     actual, actual_labels = run(images, labels)
     np.testing.assert_allclose(actual, augment.normalize(images), atol=1e-5)
@@ -147,7 +147,7 @@ class AugmentTest(parameterized.TestCase):
 
   def test_mixup_is_the_combination_that_its_labels_state(self):
     images, labels = batch_of(n=50)
-    labels = np.arange(50, dtype=np.int32) % CLASSES  # neighbours differ
+    labels = np.arange(50, dtype=np.int32) % CLASSES  # neighbors differ
     actual, actual_labels = run(images, labels, mixup=1.0)
     share = actual_labels[np.arange(50), labels][:, None, None, None]
     plain = np.asarray(augment.normalize(images))
