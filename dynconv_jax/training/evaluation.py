@@ -51,8 +51,8 @@ class Evaluation:
     """Returns means over the examples, fit for JSON.
 
     'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
-    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC report
-    'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
+    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC
+    report 'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
     and 'background_density', means over the blocks.
     """
     n = len(self.correct)
