@@ -193,7 +193,12 @@ def test_gates_that_sample(program, dynconv_run, summary, tmp_path):
   view = nnx.view(model, deterministic=False)
   call = nnx.jit(lambda m, x, key: m(x, rngs=nnx.Rngs(gumbel=key))[1])
   config = workdir.read_config(dynconv_run)
-  batches = inputs.eval_batches(config, inputs.open_split(config, 'test'))
+  batches = inputs.eval_batches(
+    config.data,
+    inputs.open_split(config.data, 'test'),
+    image_size=24,
+    batch_size=8,
+  )
   densities = []
   for number, batch in enumerate(batches):
     key = jax.random.fold_in(jax.random.key(0), number)

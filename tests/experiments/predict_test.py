@@ -121,12 +121,11 @@ def evaluated(resized_run, images):
     {'image': path.read_bytes(), 'label': 0, 'name': name}
     for name, path in images.items()
   ]
-  config = run.config
   (batch,) = inputs.EvalBatches(
     source,
-    image_size=config.image_size,
+    image_size=run.image_size,
     batch_size=len(source),
-    resize_ratio=inputs.resize_ratio(config),
+    resize_ratio=run.resize_ratio,
   )
   logits, masks = nnx.jit(lambda m, x: m(x))(run.model, batch['image'])
   logits = np.asarray(logits, np.float64)

@@ -12,7 +12,8 @@ from flax import nnx
 
 from dynconv_jax import interop
 from dynconv_jax.interop import names as names_lib
-from dynconv_jax.models.create import METHODS, create_model
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.models.create import create_model
 
 
 def _network(method='dense', seed=0, name='cifar_resnet8', **kwargs):

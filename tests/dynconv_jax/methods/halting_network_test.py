@@ -9,7 +9,6 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
@@ -23,9 +22,7 @@ def _model(method, depths=(2, 1, 3), kind=BasicBlock, dtype=jnp.float32):
     num_classes=5,
     width_multiplier=1.0,
     gate=lambda stage, i, features, strides: (
-      HaltingUnit(
-        features, spatial=method == 'sact', norm=BatchNorm, rngs=nnx.Rngs(0)
-      )
+      HaltingUnit(features, spatial=method == 'sact', rngs=nnx.Rngs(0))
       if i and method != 'dense'
       else None
     ),

@@ -1,7 +1,5 @@
 """A run's folder, and weights that pass from one network to another."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from dynconv_jax.training.config import Config
 
 def _config(**changes):
   changes = {'model': 'cifar_resnet8', 'width_multiplier': 0.25, **changes}
-  return dataclasses.replace(Config(), **changes)
+  return Config().replace(**changes)
 
 
 def _network(num_classes, seed=0, **changes):
@@ -49,7 +47,7 @@ def dense():
 
 def test_builds_the_network_of_the_run():
   config = _config(method='dynconv', mask_kernel_size=1, seed=3)
-  model = workdir.build_model(config, 4)
+  model = workdir.build_model(config, 4, seed=3)
   expected = nnx.eval_shape(
     lambda: create_model(
       'cifar_resnet8',
@@ -128,10 +126,14 @@ def test_another_width_is_an_error_with_both_shapes(dense):
     workdir.initialize_from(wide, dense)
 
 
+def _open(model, bias, **changes):
+  workdir.open_gates(model, _config(mask_bias=bias, **changes).method)
+
+
 def test_masks_open_at_the_bias():
   model = _network(6, method='dynconv')
   kernel = np.asarray(model.layer1[0].masker.maskconv.conv.kernel[...])
-  workdir.open_masks(model, 2.5)
+  _open(model, 2.5)
   for block in model.blocks:
     unit = block.masker.maskconv
     np.testing.assert_array_equal(unit.conv.bias[...], [2.5])
@@ -151,12 +153,13 @@ def _open_shares(model):
 
 @pytest.mark.parametrize('gate', ['ff1', 'ff2', 'recurrent'])
 def test_gates_of_skipnet_open_and_sharpen(gate):
-  model = workdir.build_model(_config(method='skipnet', skip_gate=gate), 6)
-  workdir.open_masks(model, -1.0)
+  config = {'method': 'skipnet', 'skip_gate': gate, 'skip_temperature': 0.5}
+  model = workdir.build_model(_config(**config), 6)
+  _open(model, -1.0, **config)
   assert _open_shares(model) == [0.0, 0.0]
-  workdir.open_masks(model, 1.5)
+  _open(model, 1.5, **config)
   assert _open_shares(model) == [1.0, 1.0]
-  workdir.sharpen_gates(model, 0.5)
+  workdir.start_gates(model, _config(**config).method)
   layer = model.layer2[0].masker.last_layer
   assert layer.bias[...].tolist()[-1] == 3.0
 
@@ -176,7 +179,7 @@ def test_the_second_stage_starts_from_the_first(gate, dense):
 
 def test_a_dense_network_has_no_masks_to_open(dense):
   before = _weights(dense)
-  workdir.open_masks(dense, 2.5)
+  _open(dense, 2.5)
   for name, value in _weights(dense).items():
     np.testing.assert_array_equal(value, before[name])
 
@@ -188,11 +191,11 @@ def test_flags_are_written_whole_and_read_back(tmp_path):
   workdir.write_flags(folder, config)
   assert [p.name for p in folder.iterdir()] == ['flags.txt']
   assert workdir.read_config(folder) == config
-  workdir.check_flags(folder, dataclasses.replace(config, data_dir='else'))
+  workdir.check_flags(folder, config.replace(data_dir='else'))
   with pytest.raises(
     ValueError, match='given, not there: budget: 0.5, not 0.25; seed: 4, not 0'
   ):
-    workdir.check_flags(folder, dataclasses.replace(config, budget=0.5, seed=4))
+    workdir.check_flags(folder, config.replace(budget=0.5, seed=4))
 
 
 def test_a_folder_that_is_no_run(tmp_path):
