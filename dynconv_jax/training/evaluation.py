@@ -52,8 +52,8 @@ class Evaluation:
 
     'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
     network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC
-    report 'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
-    and 'background_density', means over the blocks.
+    report 'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks
+    'object_recall' and 'background_density', means over the blocks.
     """
     n = len(self.correct)
     low, high = wilson_interval(int(self.correct.sum()), n)

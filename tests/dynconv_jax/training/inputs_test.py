@@ -97,10 +97,6 @@ def test_every_option_of_the_data_reaches_it():
     dataset='image_folder',
     data_dir='data',
     image_folder_dir='folder',
-    spots_size=40,
-    spots_train=50,
-    spots_test=60,
-    spots_seed=7,
     classes=('b', 'a'),
     train_split='train[:3]',
     validation_split='none',
@@ -116,7 +112,13 @@ def test_every_option_of_the_data_reaches_it():
     validation='none',
     test=None,
   )
-  config = config.replace(dataset='spots')
+  config = config.replace(
+    dataset='spots',
+    spots_size=40,
+    spots_train=50,
+    spots_test=60,
+    spots_seed=7,
+  )
   with mock.patch.object(inputs.sources, 'open_source') as open_source:
     inputs.open_split(config.data, 'test[:2]')
   assert open_source.call_args.args[2] == spots.Options(40, 50, 60, 7)
@@ -186,4 +188,4 @@ def test_evaluation_sees_what_training_sees(config, crop, ratio):
   with mock.patch.object(inputs, 'EvalBatches') as made:
     _eval_batches(config, range(3))
   assert made.call_args.kwargs['resize_ratio'] == pytest.approx(ratio)
-  assert inputs.resize_ratio(config) == pytest.approx(ratio)
+  assert inputs.resize_ratio(crop) == pytest.approx(ratio)

@@ -18,9 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl.testing import absltest
+from flax import nnx
 from PIL import Image
 
+from dynconv_jax.data import spots
 from dynconv_jax.data.decode import CorruptImageError
+from dynconv_jax.models.resnet import ARCHITECTURES
 from dynconv_jax.training import checkpoints, loop, records, workdir
 from dynconv_jax.training.state import CHECKED
 
@@ -386,6 +389,28 @@ def test_corrupt_images_stop_the_run_or_are_counted(config, tmp_path):
   assert 'skipping the corrupt image' in '\n'.join(logs.output)
 
 
+def _narrow(*, width_multiplier=1.0, narrow_by=0.5, **kwargs):
+  factory = ARCHITECTURES['cifar_resnet8']
+  return factory(width_multiplier=narrow_by * width_multiplier, **kwargs)
+
+
+def test_network_and_data_from_python_equal_those_by_name(
+  config, finished, tmp_path
+):
+  config = config.replace(width_multiplier=0.5)
+  loop.train(config, tmp_path, model=_narrow, data=spots.SOURCE)
+  # Half of half as wide: the same network, and the same run.
+  _assert_same_run(tmp_path, finished)
+  written = workdir.read_texts(tmp_path)
+  assert written['model'] == f'{__name__}:_narrow'
+  assert written['narrow_by'] == '0.5'
+  run = workdir.load_run(tmp_path, factory=_narrow)
+  chex.assert_trees_all_equal(
+    nnx.as_pure(nnx.state(run.model)),
+    nnx.as_pure(nnx.state(workdir.load_run(finished).model)),
+  )
+
+
 def test_a_run_needs_examples_to_train_on(config, tmp_path):
   config = config.replace(train_split='none')
   with pytest.raises(ValueError, match='train_split must name examples'):
@@ -394,7 +419,7 @@ def test_a_run_needs_examples_to_train_on(config, tmp_path):
 
 
 _PARALLEL = """
-import dataclasses, pathlib, sys
+import pathlib, sys
 from unittest import mock
 import chex, jax, numpy as np
 from dynconv_jax.training import loop, workdir

@@ -78,7 +78,7 @@ def test_starts_from_a_dense_network(dense):
   for name in after:
     expected = before if name in fresh else theirs
     np.testing.assert_array_equal(after[name], expected[name], name)
-  assert f'initialised afresh: {", ".join(fresh)}' in logs.output[0]
+  assert f'initialized afresh: {", ".join(fresh)}' in logs.output[0]
   # A copy: the source may be trained on, or its arrays donated.
   model.fc.bias[...] = model.fc.bias[...] + 1
   np.testing.assert_array_equal(dense.fc.bias[...], theirs['fc.bias'])
@@ -196,6 +196,49 @@ def test_flags_are_written_whole_and_read_back(tmp_path):
     ValueError, match='given, not there: budget: 0.5, not 0.25; seed: 4, not 0'
   ):
     workdir.check_flags(folder, config.replace(budget=0.5, seed=4))
+
+
+def test_a_longer_training_goes_on_a_shorter_one_is_another(tmp_path):
+  workdir.write_flags(tmp_path, _config(epochs=5))
+  workdir.check_flags(tmp_path, _config(epochs=6))
+  with pytest.raises(ValueError, match='epochs: 4, not 5'):
+    workdir.check_flags(tmp_path, _config(epochs=4))
+
+
+def _write(folder, config, model):
+  workdir.write_network(folder, config, model, ('a', 'b'), 'a test')
+
+
+def test_a_network_needs_no_configuration_of_its_training(tmp_path):
+  config = _config(method='sact', model='cifar_resnet14')
+  model = _network(2, method='sact', model='cifar_resnet14')
+  _write(tmp_path, config, model)
+  flags = tmp_path / workdir.FLAGS_FILE
+  needed = ('model', 'method', 'width_', 'image_', 'compute_', 'ponder_')
+  kept = [
+    line
+    for line in flags.read_text().splitlines()
+    if line.removeprefix('--').startswith(needed)
+  ]
+  flags.write_text('\n'.join(kept))
+  run = workdir.load_run(tmp_path)
+  assert run.class_names == ('a', 'b')
+  chex.assert_trees_all_equal(_weights(run.model), _weights(model))
+  with pytest.raises(ValueError, match='flags.txt of .* epochs is missing'):
+    workdir.read_config(tmp_path)
+  flags.write_text('\n'.join(kept[:-1]))
+  with pytest.raises(ValueError, match='flags.txt of .*_.* is missing'):
+    workdir.load_run(tmp_path)
+
+
+def test_a_checkpoint_without_weights_of_the_network_names_them(tmp_path):
+  _write(tmp_path, _config(method='dense'), _network(2, method='dense'))
+  workdir.write_flags(tmp_path, _config(method='dynconv'))
+  with pytest.raises(
+    checkpoints.CheckpointError,
+    match=r'it lacks params\.layer1\.0\.masker\.maskconv\.conv\.bias, ',
+  ):
+    workdir.load_run(tmp_path)
 
 
 def test_a_folder_that_is_no_run(tmp_path):
