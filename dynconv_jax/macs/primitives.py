@@ -156,20 +156,20 @@ def work_of(eqn: Any) -> formulas.Work | None:
     name in _FREE or name.removesuffix('_start').removesuffix('_done') in _FREE
   ):
     return formulas.elementwise(0)
-  avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
-  work = _real_work_of(eqn, name, avals)
-  if work is not None and name != 'fft' and any(map(is_complex, avals)):
+  work = _real_work_of(eqn, name)
+  is_done = work is None or name == 'fft'
+  if not is_done and any(is_complex(v.aval) for v in eqn.invars):
     return formulas.of_complex(work, _COMPLEX_STEPS.get(name, 2))
   return work
 
 
-def _real_work_of(eqn, name, avals) -> formulas.Work | None:
+def _real_work_of(eqn, name) -> formulas.Work | None:
   if name in _WORK:
     return _WORK[name](eqn)
   known = (_ELEMENTWISE, _REDUCTIONS, _CUMULATIVE, _WINDOWS, _SCATTERS)
   if not any(name in names for names in known):
     return None
-  if not any(map(_is_floating, avals)):
+  if not any(_is_floating(v.aval) for v in (*eqn.invars, *eqn.outvars)):
     return formulas.elementwise(0)
   operand, output = eqn.invars[0].aval, eqn.outvars[0].aval
   if name in _ELEMENTWISE:

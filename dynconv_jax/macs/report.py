@@ -351,7 +351,7 @@ class Report:
       return ''
     return (
       f'the convention {self.convention.name!r} leaves out'
-      f' {quantity(self.unpriced, "MACs")} of matrix products;'
+      f' {quantity(self.unpriced)} MACs of matrix products;'
       " 'conv+linear' counts them"
     )
 

@@ -153,7 +153,7 @@ def test_trip_counts_name_loops_that_there_are():
     (0, lambda i: i < 10, lambda i: 3 + i, 4),
     (2, lambda i: i <= 10, lambda i: i + 4, 3),
     (10, lambda i: i > 0, lambda i: i - 3, 4),
-    (10, lambda i: 0 <= i, lambda i: i - 1, 11),
+    (10, lambda i: lax.le(0, i), lambda i: i - 1, 11),
     (1, lambda i: i != 7, lambda i: i + 2, 3),
     (5, lambda i: i < 5, lambda i: i + 1, 0),
     (0, lambda i: i + 2 < 10, jax.jit(lambda i: (i + 1) - 0), 8),
@@ -181,7 +181,9 @@ def test_while_that_counts_to_a_constant_needs_no_trip_count(
 
 def test_fori_loop_to_a_number_that_is_carried():
   def f(x):
-    body = lambda i, x: lax.fori_loop(0, jnp.int32(3), lambda j, x: x @ x, x)
+    def body(_, x):
+      return lax.fori_loop(0, jnp.int32(3), lambda _, x: x @ x, x)
+
     return lax.fori_loop(jnp.int32(1), jnp.int32(6), body, x)
 
   assert count(f, _SQUARE).total == 5 * 3 * _DOT
