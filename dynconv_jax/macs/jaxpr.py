@@ -80,7 +80,8 @@ def count_macs(
   for argument in (*args, *kwargs.values()):
     # The variables of Linen are named as its modules are.
     if isinstance(argument, Mapping) and 'params' in argument:
-      parameters += scopes.arrays_of(argument['params'])
+      held = scopes.arrays_of(argument['params'])
+      parameters += _below_root(held, walk.layers())
   if parameters:
     sizes: dict[str, int] = {}
     for module, array in parameters:
@@ -138,6 +139,18 @@ def _describe(argument: Any) -> str:
   if _is_array(argument):
     return f'{argument.dtype}{list(argument.shape)}'
   return type(argument).__name__
+
+
+def _below_root(
+  held: list[tuple[str, Any]], layers: set[str]
+) -> list[tuple[str, Any]]:
+  """Returns Linen's parameters by the names of layers, its root's included."""
+  roots = {'', *(f'{name.partition(".")[0]}.' for name in layers)}
+  found = {
+    root: sum(root + name in layers for name, _ in held) for root in roots
+  }
+  root = max(sorted(roots), key=found.get)
+  return [((root + name).removesuffix('.'), array) for name, array in held]
 
 
 def _named(f, args, kwargs) -> list[tuple[str, Any]]:

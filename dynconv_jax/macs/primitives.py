@@ -125,11 +125,13 @@ def registered(eqn: Any) -> formulas.Work | None:
   if not _REGISTERED:
     return None
   params = eqn.params
-  function = getattr(params.get('callback'), 'callback_func', None)
+  called = getattr(params.get('call_jaxpr'), 'jaxpr', None)
+  callback = getattr(params.get('callback'), 'callback_func', None)
   names = (
     eqn.primitive.name,
     params.get('name'),
-    getattr(function, '__name__', None),
+    getattr(getattr(called, 'debug_info', None), 'func_name', None),
+    getattr(callback, '__name__', None),
   )
   for name in names:
     if isinstance(name, str) and name in _REGISTERED:

@@ -26,6 +26,9 @@ def register(
         rows, inner = inputs[0].shape
         return macs.formulas.matmul(rows, inner, outputs[0].shape[1])
 
+  It takes the operation's inputs and outputs, which have a `shape`, and its
+  parameters by name, and returns a `macs.Work`.
+
   Args:
     name: of the operation. JAX: a primitive, a Pallas kernel, or a function
       that is jitted, called back or has custom derivatives. PyTorch:

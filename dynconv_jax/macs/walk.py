@@ -61,6 +61,10 @@ class Walk:
     self._check_branch_was_found()
     self._check_loops_were_found()
 
+  def layers(self) -> set[str]:
+    """Returns the names of the layers that were found."""
+    return {entry.layer for entry in self._entries}
+
   def report_to(self, builder: report.ReportBuilder) -> None:
     """Adds all that was gathered."""
     unnamed = {kind: itertools.count() for kind in ('conv', 'matmul')}
