@@ -160,10 +160,9 @@ class Walk:
       entry.features = primitives.out_features(eqn, operand)
       if isinstance(weights := inputs[operand], _Weight):
         entry.weights = (weights,)
-      if entry.features and work.kind == 'matmul':
-        entry.work = dataclasses.replace(
-          work, positions=math.prod(entry.shape) // entry.features
-        )
+        if entry.features and not work.positions:
+          positions = math.prod(entry.shape) // entry.features
+          entry.work = dataclasses.replace(work, positions=positions)
     self._entries.append(entry)
     return [entry]
 

@@ -181,7 +181,9 @@ def test_products_of_attention_alone_need_the_batch():
   np.testing.assert_array_equal(
     counted.executed(only, batch=2), [always + 12 * n * n for n in (4, 2, 0)]
   )
-  with pytest.raises(ValueError, match='48 output positions for 5 images, not'):
+  with pytest.raises(
+    ValueError, match='384 MACs for 5 images, not a multiple of .* squared'
+  ):
     counted.executed(only, batch=5)
   with pytest.raises(ValueError, match='batch must be at least 1; got 0'):
     counted.executed(only, batch=0)
