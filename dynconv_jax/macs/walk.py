@@ -126,6 +126,8 @@ class Walk:
       return self._while(params, inputs, stacks)
     if name == 'custom_linear_solve':
       return self._linear_solve(params, inputs, stacks)
+    if name == 'call_exported':
+      return self._exported(eqn, stacks)
     if name == 'pallas_call':
       return self._pallas(eqn, stacks)
     if name in primitives.LAYOUT:
@@ -259,20 +261,43 @@ class Walk:
         params['cond_jaxpr'], inputs[:conds] + carry, stacks
       )
 
-    layer = scopes.layer_name(*stacks)
-    self._loops_seen[layer] = None
-    trips = self._trip_counts
-    if isinstance(trips, Mapping):
-      trips = trips.get(layer)
-    if trips is None or not isinstance(self._trip_counts, Mapping):
-      fixed = loops.fixed_trips(condition, start, carry, stop)
-      trips = trips if fixed is None else fixed
+    fixed = loops.fixed_trips(condition, start, carry, stop)
+    trips = self._trips(scopes.layer_name(*stacks), fixed)
     if trips is not None:
       self._entries += _repeated(body, trips) + _repeated(test, trips + 1)
     elif self._price(body + test) or any(e.work is None for e in body + test):
       self._leave_out(
         'while', stacks, 'its trip count is not in the program; see trip_counts'
       )
+    return ()
+
+  def _trips(self, layer: str, fixed: int | None) -> int | None:
+    """Returns how often a loop runs, `fixed` being what the program says."""
+    self._loops_seen[layer] = None
+    given = self._trip_counts
+    if isinstance(given, Mapping):
+      return given.get(layer, fixed)
+    return given if fixed is None else fixed
+
+  def _exported(self, eqn, stacks) -> Sequence[Any]:
+    # Where nothing is exported, MLIR is not imported.
+    from dynconv_jax.macs import stablehlo
+
+    around = scopes.layer_name(*stacks)
+
+    def layer(scope: str) -> str:
+      return '.'.join(filter(None, [around, scope]))
+
+    found = stablehlo.operations(
+      eqn.params['exported'],
+      price=self._price,
+      trips=lambda scope, fixed: self._trips(layer(scope), fixed),
+      branch=self._branch,
+    )
+    self._entries += [
+      _Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)
+      for op in found
+    ]
     return ()
 
   def _linear_solve(self, params, inputs, stacks) -> Sequence[Any]:
