@@ -143,32 +143,42 @@ def transposed_convolution(
 ) -> Work:
   """Returns the work of a transposed convolution as PyTorch and ONNX put it.
 
+  Each input element meets each tap once, cropped or not, and no more than each
+  output once. Where the stride is 1, no zeros spread the input, and the
+  convolution that it equals would read padding instead.
+
   Args are those of `convolution`, but `strides` spreads the input, `padding`
   is what (low, high) crops from the output, and `output_padding` is added at
   its high end.
   """
   kernel_dilation = kernel_dilation or (1,) * len(input_size)
-  reaches = [
-    dilation * (taps - 1)
-    for dilation, taps in zip(kernel_dilation, kernel_size, strict=True)
+  padding = [
+    (dilation * (taps - 1) - low, dilation * (taps - 1) - high + extra)
+    for dilation, taps, (low, high), extra in zip(
+      kernel_dilation, kernel_size, padding, output_padding, strict=True
+    )
   ]
-  return convolution(
+  work = convolution(
     batch=batch,
     in_features=in_features,
     out_features=out_features,
     input_size=input_size,
     kernel_size=kernel_size,
-    padding=[
-      (reach - low, reach - high + extra)
-      for reach, (low, high), extra in zip(
-        reaches, padding, output_padding, strict=True
-      )
-    ],
+    padding=padding,
     input_dilation=strides,
     kernel_dilation=kernel_dilation,
     feature_groups=feature_groups,
     bias=bias,
   )
+  dims = [
+    _Dimension(size, taps, 1, padded, stride, dilation)
+    for size, taps, padded, stride, dilation in zip(
+      input_size, kernel_size, padding, strides, kernel_dilation, strict=True
+    )
+  ]
+  pairs = math.prod(d.input_size * min(d.taps, d.output_size) for d in dims)
+  macs = batch * (in_features // feature_groups) * out_features * pairs
+  return dataclasses.replace(work, macs=macs)
 
 
 def matmul(
