@@ -1,0 +1,303 @@
+"""A dispatch mode that records the work of every operation of a forward pass.
+
+It sees each operation, be it called by a module, a function or an operator;
+module hooks only name what is seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynconv_jax.macs import conventions, formulas, report, torch_ops
+
+# Higher-order operators that run something else than PyTorch's operations.
+_OPAQUE = (
+  'aoti_call_delegate',
+  'call_torchbind',
+  'executorch_call_delegate',
+  'inductor_compiled_code',
+  'inline_asm_elementwise',
+)
+
+# Operations of these only record, check or communicate.
+_FREE_NAMESPACES = (
+  'prim',
+  'profiler',
+  'c10d',
+  '_c10d_functional',
+  '_c10d_functional_autograd',
+)
+
+
+class Record(NamedTuple):
+  """What one operation did."""
+
+  layer: str
+  work: formulas.Work
+  shape: tuple[int, ...]
+
+
+class Options(NamedTuple):
+  """What a count depends on beside the module; as in `torch.count_macs`."""
+
+  convention: conventions.Convention
+  branch: str
+  trip_counts: int | Mapping[str, int] | None
+  backward: bool
+
+
+class Counter(TorchDispatchMode):
+  """Records the work of each operation under the module that is running.
+
+  Attributes:
+    failed_in: the path of the innermost module that raised an error.
+  """
+
+  supports_higher_order_operators = True
+
+  def __init__(self, module: nn.Module, options: Options, real: bool):
+    """Args:
+    module: the network.
+    options: how to count.
+    real: whether tensors have data.
+    """
+    super().__init__()
+    self.failed_in = ''
+    self._error: BaseException | None = None
+    self._sizes = {
+      name: weight.numel() for name, weight in module.named_parameters()
+    }
+    self._options = options
+    self._real = real
+    self._root = type(module).__name__
+    self._names = {child: name for name, child in module.named_modules()}
+    self._running: list[tuple[str, nn.Module]] = [('', module)]
+    self._records: list[Record] = []
+    self._uncounted: dict[report.Uncounted, str] = {}
+    self._loops: dict[str, None] = {}
+    self._owners: dict[Any, str] = {}
+
+  @property
+  def layer(self) -> str:
+    """The path of the module that is running."""
+    return self._running[-1][0]
+
+  @contextlib.contextmanager
+  def named(self) -> Iterator[None]:
+    """Follows which module is running."""
+    handles = [
+      module_hooks.register_module_forward_pre_hook(self._start),
+      module_hooks.register_module_forward_hook(self._stop, always_call=True),
+    ]
+    try:
+      yield
+    finally:
+      for handle in handles:
+        handle.remove()
+
+  def _start(self, module, args):
+    del args
+    # A module made in a forward pass has no path: its caller's is used.
+    self._running.append((self._names.get(module, self.layer), module))
+
+  def _stop(self, module, args, output):
+    del module, args
+    error = sys.exc_info()[1]
+    if error is not self._error:
+      self._error, self.failed_in = error, self.layer
+    if self._options.backward:
+      self._own_gradients(output)
+    self._running.pop()
+
+  def _own_gradients(self, output: Any) -> None:
+    """Makes the gradients of what the running module computed that module's.
+
+    Modules within it have ended before and own theirs.
+    """
+    leaves = pytree.tree_leaves(output)
+    nodes = [x.grad_fn for x in leaves if isinstance(x, torch.Tensor)]
+    while nodes:
+      node = nodes.pop()
+      if node is None or node in self._owners:
+        continue
+      self._owners[node] = self.layer
+      running = self._running[-1]
+      node.register_prehook(functools.partial(self._run_gradient, running))
+      nodes += [parent for parent, _ in node.next_functions]
+
+  def _run_gradient(self, running, gradients):
+    del gradients
+    self._running[:] = [running]
+
+  def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    del types
+    kwargs = kwargs or {}
+    if not isinstance(func, torch._ops.OpOverload):
+      return self._higher_order(func, args, kwargs)
+    if func.namespace in _FREE_NAMESPACES:
+      return func(*args, **kwargs)
+    if not torch_ops.is_known(func):
+      # Composite operations are counted by their parts.
+      with self:
+        output = func.decompose(*args, **kwargs)
+      if output is not NotImplemented:
+        return output
+    output = None
+    if not self._real:
+      output = torch_ops.shaped_output(func, args, kwargs)
+    if output is None:
+      output = func(*args, **kwargs)
+    work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
+    if work is not None:
+      self._records.append(
+        Record(self.layer, work, torch_ops.first_shape(output))
+      )
+    elif self._options.convention(torch_ops.possible_work(func)):
+      self._leave_out(func, 'its cost is not known')
+    return output
+
+  def _leave_out(self, operation: Any, reason: str) -> None:
+    entry = report.Uncounted(str(operation), self.layer or self._root)
+    self._uncounted.setdefault(entry, reason)
+
+  def _higher_order(self, func, args, kwargs) -> Any:
+    """Counts an operator on functions by what these do."""
+    name = func.name()
+    if not self._real and name == 'cond':
+      return self._cond(*args)
+    if not self._real and name == 'while_loop':
+      return self._while(*args)
+    keys = torch._C.DispatchKey
+    kernel = _BODIES.get(name)
+    kernel = kernel or func.py_kernels.get(keys.CompositeExplicitAutograd)
+    kernel = kernel or func.py_kernels.get(keys.CPU)
+    if kernel is None or name in _OPAQUE:
+      self._leave_out(name, 'what it runs is not seen')
+      return func(*args, **kwargs)
+    with self:
+      return kernel(*args, **kwargs)
+
+  def _cond(self, predicate, on_true, on_false, operands) -> Any:
+    del predicate
+    branches = [self._apart(f, operands) for f in (on_true, on_false)]
+    if self._options.branch in ('true', 'false'):
+      output, records = branches[self._options.branch == 'false']
+    else:
+      choose = min if self._options.branch == 'min' else max
+      output, records = choose(branches, key=lambda x: self._price(x[1]))
+    self._records += records
+    return output
+
+  def _while(self, condition, body, carried, extra) -> Any:
+    layer = self.layer or self._root
+    self._loops[layer] = None
+    trips = self._options.trip_counts
+    if isinstance(trips, Mapping):
+      trips = trips.get(layer)
+    _, test = self._apart(condition, (*carried, *extra))
+    output, step = self._apart(body, (*carried, *extra))
+    if trips is not None:
+      self._records += [_times(record, trips + 1) for record in test]
+      self._records += [_times(record, trips) for record in step]
+    elif self._price(test) or self._price(step):
+      self._leave_out(
+        'while_loop',
+        'how often it runs is not known; pass trip_counts, or data and'
+        ' run=True',
+      )
+    return output
+
+  def _apart(
+    self, function: Callable[..., Any], operands: Sequence[Any]
+  ) -> tuple[Any, list[Record]]:
+    """Returns what a function returns and what it does, without adding it."""
+    before, self._records = self._records, []
+    with self:
+      output = function(*operands)
+    records, self._records = self._records, before
+    return output, records
+
+  def _price(self, records: Sequence[Record]) -> int:
+    return sum(self._options.convention(record.work) for record in records)
+
+  def report_to(self, builder: report.ReportBuilder) -> None:
+    """Adds all that was recorded, work of one layer and kind as one.
+
+    Raises:
+      ValueError: if a trip count names a loop that there is not.
+    """
+    trips = self._options.trip_counts
+    names = trips if isinstance(trips, Mapping) and not self._real else ()
+    if unknown := [name for name in names if name not in self._loops]:
+      raise ValueError(
+        f'trip_counts names loops that there are not: {unknown}; there are'
+        f' {list(self._loops)}'
+      )
+    totals: dict[str, dict[str, tuple[formulas.Work, tuple[int, ...]]]] = {}
+    for name, work, shape in self._records:
+      if not any((work.macs, work.bias, work.operations, work.ptflops)):
+        continue
+      kinds = totals.setdefault(name, {})
+      if work.kind in kinds:
+        work, shape = kinds[work.kind][0] + work, kinds[work.kind][1]
+      kinds[work.kind] = work, shape
+
+    # Weights that a layer uses without calling the module that holds them, as
+    # attention does its output projection, are that layer's.
+    parameters = dict.fromkeys(totals, 0)
+    for path, size in self._sizes.items():
+      while path:
+        path = path.rpartition('.')[0]
+        if path in totals:
+          parameters[path] += size
+          break
+
+    for name, kinds in totals.items():
+      # The heaviest kind has them: a convention may leave out the others.
+      heaviest = min(kinds, key=formulas.KINDS.index)
+      for kind, (work, shape) in kinds.items():
+        builder.add(
+          name or self._root,
+          work,
+          output_shape=shape,
+          parameters=parameters[name] if kind == heaviest else 0,
+        )
+    for entry, reason in self._uncounted.items():
+      builder.leave_out(*entry, reason)
+
+
+def _times(record: Record, times: int) -> Record:
+  return record._replace(work=record.work * times)
+
+
+def _scan(combine, init, xs, extra) -> tuple[Any, ...]:
+  """Runs a scan over the first dimension step by step."""
+  carry, steps = tuple(init), []
+  for slices in zip(*(x.unbind() for x in xs), strict=True):
+    outputs = combine(*carry, *slices, *extra)
+    carry = tuple(outputs[: len(carry)])
+    steps.append(outputs[len(carry) :])
+  return (*carry, *(torch.stack(ys) for ys in zip(*steps, strict=True)))
+
+
+# Operators whose own kernels refuse to run under a mode.
+_BODIES: dict[str, Callable[..., Any]] = {
+  'cond': lambda predicate, on_true, on_false, operands: (
+    on_true if predicate else on_false
+  )(*operands),
+  'invoke_quant': lambda body, *operands, **options: body(*operands),
+  'invoke_quant_packed': lambda body, *operands, **options: body(*operands),
+  'invoke_subgraph': lambda body, name, *operands: body(*operands),
+  'scan': _scan,
+  'strict_mode': lambda body, operands: body(*operands),
+}
