@@ -33,9 +33,6 @@ from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
 from dynconv_jax.macs import torch_counter
-from dynconv_jax.macs.torch_ops import register_torch
-
-__all__ = ['AsIs', 'count_macs', 'register_torch']
 
 # One of these is loaded where something may be compiled.
 _COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
@@ -55,7 +52,7 @@ def count_macs(
   module: nn.Module,
   *args: Any,
   kwargs: Mapping[str, Any] | None = None,
-  convention: str | conventions.Convention = 'conv',
+  convention: str | conventions.Convention = 'conv+linear',
   padding: bool = True,
   branch: str = 'max',
   trip_counts: int | Mapping[str, int] | None = None,

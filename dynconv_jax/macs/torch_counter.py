@@ -7,6 +7,7 @@ module hooks only name what is seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ class Record(NamedTuple):
   layer: str
   work: formulas.Work
   shape: tuple[int, ...]
+  itemsize: int
 
 
 class Options(NamedTuple):
@@ -74,9 +76,7 @@ class Counter(TorchDispatchMode):
     super().__init__()
     self.failed_in = ''
     self._error: BaseException | None = None
-    self._sizes = {
-      name: weight.numel() for name, weight in module.named_parameters()
-    }
+    self._parameters = dict(module.named_parameters())
     self._options = options
     self._real = real
     self._root = type(module).__name__
@@ -159,11 +159,15 @@ class Counter(TorchDispatchMode):
       output = func(*args, **kwargs)
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
     if work is not None:
-      self._records.append(
-        Record(self.layer, work, torch_ops.first_shape(output))
-      )
+      tensor = torch_ops.first_tensor(output)
+      shape, itemsize = (), 0
+      if tensor is not None:
+        shape, itemsize = tuple(tensor.shape), tensor.element_size()
+      self._records.append(Record(self.layer, work, shape, itemsize))
     elif self._options.convention(torch_ops.possible_work(func)):
-      self._leave_out(func, 'its cost is not known')
+      self._leave_out(
+        func, 'its work is not known; see dynconv_jax.macs.register'
+      )
     return output
 
   def _leave_out(self, operation: Any, reason: str) -> None:
@@ -237,41 +241,36 @@ class Counter(TorchDispatchMode):
       ValueError: if a trip count names a loop that there is not.
     """
     trips = self._options.trip_counts
-    names = trips if isinstance(trips, Mapping) and not self._real else ()
-    if unknown := [name for name in names if name not in self._loops]:
+    names = trips.keys() if isinstance(trips, Mapping) else set()
+    if not self._real and (unknown := sorted(names - self._loops.keys())):
       raise ValueError(
-        f'trip_counts names loops that there are not: {unknown}; there are'
-        f' {list(self._loops)}'
+        f'trip_counts must name loops of the program; got {unknown}, and the'
+        f' loops are in {list(self._loops)}'
       )
-    totals: dict[str, dict[str, tuple[formulas.Work, tuple[int, ...]]]] = {}
-    for name, work, shape in self._records:
-      if not any((work.macs, work.bias, work.operations, work.ptflops)):
+    sums: dict[tuple[str, str], Record] = {}
+    for record in self._records:
+      key = record.layer, record.work.kind
+      first = sums.get(key)
+      if first is not None:
+        record = first._replace(work=first.work + record.work)
+      elif not any(dataclasses.astuple(record.work)[1:]):
         continue
-      kinds = totals.setdefault(name, {})
-      if work.kind in kinds:
-        work, shape = kinds[work.kind][0] + work, kinds[work.kind][1]
-      kinds[work.kind] = work, shape
-
-    # Weights that a layer uses without calling the module that holds them, as
-    # attention does its output projection, are that layer's.
-    parameters = dict.fromkeys(totals, 0)
-    for path, size in self._sizes.items():
-      while path:
-        path = path.rpartition('.')[0]
-        if path in totals:
-          parameters[path] += size
-          break
-
-    for name, kinds in totals.items():
-      # The heaviest kind has them: a convention may leave out the others.
-      heaviest = min(kinds, key=formulas.KINDS.index)
-      for kind, (work, shape) in kinds.items():
-        builder.add(
-          name or self._root,
-          work,
-          output_shape=shape,
-          parameters=parameters[name] if kind == heaviest else 0,
-        )
+      sums[key] = record
+    for record in sums.values():
+      builder.add(
+        record.layer or self._root,
+        record.work,
+        output_shape=record.shape,
+        itemsize=record.itemsize,
+      )
+    sizes: dict[str, int] = {}
+    for path, weight in self._parameters.items():
+      path = path.rpartition('.')[0] or self._root
+      sizes[path] = sizes.get(path, 0) + weight.numel()
+    builder.set_parameters(
+      sizes,
+      sum(x.numel() * x.element_size() for x in self._parameters.values()),
+    )
     for entry, reason in self._uncounted.items():
       builder.leave_out(*entry, reason)
 

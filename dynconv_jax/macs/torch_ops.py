@@ -7,7 +7,6 @@ element by element or reduces. All others are not known.
 
 from __future__ import annotations
 
-import math
 import re
 import types
 from collections.abc import Callable
@@ -26,46 +25,35 @@ from dynconv_jax.macs import (
   torch_quantized,
 )
 
-Formula = Callable[[types.SimpleNamespace], formulas.Work]
+# {operation: the formula of a user}
+_REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
-def register_torch(
-  operation: str | torch._ops.OpOverload | torch._ops.OpOverloadPacket,
-) -> Callable[[Formula], Formula]:
+def register_torch(name: str) -> Callable:
   """Returns a decorator that makes a function the formula of an operation.
 
-  It takes precedence over what the operation is made of. The function gets the
-  operation's arguments as attributes, by the names that its schema has, and
-  its first result as `output`; tensors may have a shape and no data.
-
-      @register_torch('mylib::masked_matmul')
-      def masked_matmul(a):
-        rows, inner = a.input.shape
-        return formulas.matmul(rows, inner, a.weight.shape[1])
+  The function takes the tensors that the operation takes, those that it
+  returns, and its other arguments by the names that its schema has. The
+  operation is not taken apart. All of its overloads have the formula.
 
   Args:
-    operation: 'namespace::name', or what `torch.ops` has by that name. All
-      overloads, in place or not, have one formula.
+    name: 'namespace::operation'.
   """
-  if isinstance(operation, torch._ops.OpOverload):
-    operation = operation._schema.name
-  elif isinstance(operation, torch._ops.OpOverloadPacket):
-    operation = operation._qualified_op_name
-  if not re.fullmatch(r'\w+::\w+', operation):
-    raise ValueError(
-      f"operation must be named 'namespace::name'; got {operation!r}"
-    )
+  if not re.fullmatch(r'\w+::\w+', name):
+    raise ValueError(f"name must be 'namespace::operation'; got {name!r}")
 
-  def register(formula: Formula) -> Formula:
-    _FORMULAS[_short(operation)] = formula
+  def decorator(formula: Callable[..., formulas.Work]) -> Callable:
+    _REGISTERED[_short(name)] = formula
     return formula
 
-  return register
+  return decorator
 
 
 def is_known(func: torch._ops.OpOverload) -> bool:
   """Returns whether the operation has a formula of its own."""
   name = _name(func)
+  if name in _REGISTERED:
+    return True
   if name in ('conv1d', 'conv2d', 'conv3d'):
     return func._overloadname == 'padding'
   return name in _FORMULAS or name in _ACTIVATIONS
@@ -93,10 +81,14 @@ def work(
     for leaf in pytree.tree_leaves((args, kwargs))
     if isinstance(leaf, torch.Tensor)
   ]
-  leaves = [*inputs, *pytree.tree_leaves(output)]
-  tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+  outputs = [
+    x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)
+  ]
+  if name in _REGISTERED:
+    return _registered(name, inputs, outputs, vars(_bind(func, args, kwargs)))
+  tensors = [*inputs, *outputs]
   is_complex = any(x.is_complex() for x in tensors)
-  elements = math.prod(first_shape(output))
+  elements = outputs[0].numel() if outputs else 0
   if is_known(func):
     a = _bind(func, args, kwargs)
     a.output = output[0] if isinstance(output, (tuple, list)) else output
@@ -130,9 +122,24 @@ def work(
   else:
     return None
   if is_complex:
-    # Each part of a sum; four products and two sums of a product.
-    done = formulas.of_complex(done, steps=6 if name == 'mul' else 2)
+    done = formulas.of_complex(done, _COMPLEX_STEPS.get(name, 2))
   return torch_ptflops.charged(done, name, module, elements)
+
+
+def _registered(name, inputs, outputs, arguments) -> formulas.Work:
+  """Returns the work of an operation by the formula of a user."""
+  params = {
+    key: value
+    for key, value in arguments.items()
+    if not isinstance(value, torch.Tensor)
+  }
+  work = _REGISTERED[name](inputs, outputs, params)
+  if not isinstance(work, formulas.Work):
+    raise TypeError(
+      f'the formula registered for {name!r} must return a macs.Work; got'
+      f' {type(work).__name__}'
+    )
+  return work
 
 
 def possible_work(func: torch._ops.OpOverload) -> formulas.Work:
@@ -169,12 +176,10 @@ def shaped_output(func, args, kwargs) -> Any:
   return tuple(inputs.new_empty(shape) for shape in shapes)
 
 
-def first_shape(output: Any) -> tuple[int, ...]:
-  """Returns the shape of the first tensor of a result, () if there is none."""
-  for leaf in pytree.tree_leaves(output):
-    if isinstance(leaf, torch.Tensor):
-      return tuple(leaf.shape)
-  return ()
+def first_tensor(output: Any) -> torch.Tensor | None:
+  """Returns the first tensor of a result, None if there is none."""
+  leaves = pytree.tree_leaves(output)
+  return next((x for x in leaves if isinstance(x, torch.Tensor)), None)
 
 
 def _name(func: torch._ops.OpOverload) -> str:
@@ -199,12 +204,15 @@ def _bind(func, args, kwargs) -> types.SimpleNamespace:
   return types.SimpleNamespace(**(values | kwargs))
 
 
-_FORMULAS: dict[str, Formula] = {
+_FORMULAS: dict[str, Callable[[Any], formulas.Work]] = {
   **torch_formulas.FORMULAS,
   **torch_linalg.FORMULAS,
   **torch_quantized.FORMULAS,
   **torch_backward.FORMULAS,
 }
+
+# Real operations of one complex operation; of any other two, one for each part.
+_COMPLEX_STEPS = {'mul': 6, 'square': 6, 'div': 11, 'abs': 4}
 
 # Formulas that are in real operations, of complex numbers too.
 _REAL = ('_fft_r2c', '_fft_c2r', '_fft_c2c')
