@@ -11,7 +11,9 @@ A module that looks at values of its tensors runs once on data instead.
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import dataclasses
 import sys
 import warnings
@@ -218,9 +220,9 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
       inputs = _inputs(module, copy_of, args, kwargs)
       stack.enter_context(counter.named())
       stack.enter_context(counter)
-      output = module(*inputs[0], **inputs[1])
+      output = counter.run(module, *inputs)
       if options.backward:
-        _differentiate(module, inputs, output)
+        _differentiate(counter, module, inputs, output)
     except Exception as error:
       shapes = [
         tuple(leaf.shape)
@@ -238,26 +240,22 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
   return copy.requires_grad_(tensor.requires_grad)
 
 
-def _differentiate(module, inputs, output) -> None:
+def _differentiate(counter, module, inputs, output) -> None:
   """Computes the gradients of all outputs by parameters and inputs."""
-  outputs = [
-    leaf
-    for leaf in pytree.tree_leaves(output)
-    if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-  ]
-  sources = [
-    leaf
-    for leaf in (*module.parameters(), *pytree.tree_leaves(inputs))
-    if isinstance(leaf, torch.Tensor) and leaf.requires_grad
-  ]
+  outputs, sources = (
+    [
+      leaf
+      for leaf in leaves
+      if isinstance(leaf, torch.Tensor) and leaf.requires_grad
+    ]
+    for leaves in (
+      pytree.tree_leaves(output),
+      (*module.parameters(), *pytree.tree_leaves(inputs)),
+    )
+  )
   if not outputs:
     raise ValueError('no output depends on what requires a gradient')
-  torch.autograd.grad(
-    outputs,
-    sources,
-    [torch.ones_like(leaf) for leaf in outputs],
-    allow_unused=True,
-  )
+  counter.differentiate(outputs, sources)
 
 
 def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
@@ -313,14 +311,21 @@ def _replace_tensors(
 
 @contextlib.contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-  """Undoes what a forward pass leaves behind: modes, caches, buffers.
+  """Undoes what a forward pass leaves behind: modes, caches, buffers, hooks.
 
   Also turns off attention's fused kernels, which hide what they compute.
   """
-  saved = [
-    (child, dict(child.__dict__), dict(child._buffers), dict(child._parameters))
+  attributes = [
+    (child.__dict__, dict(child.__dict__))
     for child in module.modules()
     if not isinstance(child, torch.jit.ScriptModule)
+  ]
+  # Weights, hooks and caches, which are changed in place.
+  containers = [
+    (value, copy.copy(value))
+    for _, original in attributes
+    for value in original.values()
+    if type(value) in (dict, collections.OrderedDict, list, set)
   ]
   modes = {child: child.training for child in module.modules()}
   fused = torch.backends.mha.get_fastpath_enabled()
@@ -334,11 +339,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(fused)
     for child, training in modes.items():
       child.training = training
-    for child, attributes, buffers, parameters in saved:
-      for current, original in (
-        (child.__dict__, attributes),
-        (child._buffers, buffers),
-        (child._parameters, parameters),
-      ):
-        current.clear()
-        current.update(original)
+    for current, original in (*attributes, *containers):
+      current.clear()
+      add = current.extend if isinstance(current, list) else current.update
+      add(original)

@@ -14,9 +14,7 @@ from dynconv_jax.macs import formulas, torch_formulas
 
 def _gradients(work: formulas.Work, count: int) -> formulas.Work:
   """Returns `count` times the products of a forward pass, no more."""
-  return formulas.Work(
-    work.kind, work.macs * count, work.inside_macs * count, outputs=0
-  )
+  return formulas.Work(work.kind, work.macs * count, work.inside_macs * count)
 
 
 def _convolution(a) -> formulas.Work:

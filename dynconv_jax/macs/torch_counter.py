@@ -85,7 +85,9 @@ class Counter(TorchDispatchMode):
     self._records: list[Record] = []
     self._uncounted: dict[report.Uncounted, str] = {}
     self._loops: dict[str, None] = {}
+    # Nodes of the graph of gradients, each with the layer that made it.
     self._owners: dict[Any, str] = {}
+    self._differentiating = False
 
   @property
   def layer(self) -> str:
@@ -104,6 +106,32 @@ class Counter(TorchDispatchMode):
     finally:
       for handle in handles:
         handle.remove()
+
+  def run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Returns what a module returns."""
+    if isinstance(module, torch.fx.GraphModule) and any(
+      'nn_module_stack' in node.meta for node in module.graph.nodes
+    ):
+      return _Exported(module, self).run(*args, *kwargs.values())
+    return module(*args, **kwargs)
+
+  @contextlib.contextmanager
+  def in_layer(self, layer: str) -> Iterator[list[Any]]:
+    """Names what runs within; what is put in the list is the layer's output."""
+    outputs: list[Any] = []
+    self._running.append((layer, self._running[-1][1]))
+    try:
+      yield outputs
+    finally:
+      self._stop(None, (), outputs)
+
+  def differentiate(
+    self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
+  ) -> None:
+    """Computes the gradients of outputs by inputs."""
+    self._differentiating = True
+    ones = [torch.ones_like(output) for output in outputs]
+    torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
 
   def _start(self, module, args):
     del args
@@ -159,6 +187,9 @@ class Counter(TorchDispatchMode):
       output = func(*args, **kwargs)
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
     if work is not None:
+      if self._differentiating:
+        # Neither a mask nor a buffer is for gradients.
+        work = dataclasses.replace(work, positions=0, outputs=0)
       tensor = torch_ops.first_tensor(output)
       shape, itemsize = (), 0
       if tensor is not None:
@@ -273,6 +304,21 @@ class Counter(TorchDispatchMode):
     )
     for entry, reason in self._uncounted.items():
       builder.leave_out(*entry, reason)
+
+
+class _Exported(torch.fx.Interpreter):
+  """Runs an exported graph; its nodes say which modules they come from."""
+
+  def __init__(self, module: torch.fx.GraphModule, counter: Counter):
+    super().__init__(module)
+    self.extra_traceback = False
+    self._counter = counter
+
+  def run_node(self, node: torch.fx.Node) -> Any:
+    paths = [path for path, _ in node.meta.get('nn_module_stack', {}).values()]
+    with self._counter.in_layer(paths[-1] if paths else '') as outputs:
+      outputs.append(super().run_node(node))
+      return outputs[0]
 
 
 def _times(record: Record, times: int) -> Record:

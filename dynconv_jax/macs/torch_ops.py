@@ -286,7 +286,7 @@ _REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
 _CONVOLUTIONS = r'conv(?!ert)'
 _PRODUCTS = (
   r'(?<!a)mm|mv|matmul|linalg|(?<!bi)(?<!tri)linear|attention|encoder|rnn|lstm'
-  r'|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig'
+  r'|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig(?!ht)'
 )
 
 # Operations that only make, move or choose.
