@@ -278,6 +278,11 @@ def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
       return torch.randn(tuple(value), device=device).to(dtype)
     if isinstance(value, torch.Tensor):
       return copy_of(value)
+    if callable(value):
+      return value
+    # A cache of keys and values, say, that the module adds to.
+    with contextlib.suppress(Exception):
+      return copy.deepcopy(value)
     return value
 
   return pytree.tree_map(to_input, (args, dict(kwargs)), is_leaf=is_shape)

@@ -70,6 +70,15 @@ def _steps(steps: int):
   return formula
 
 
+def _upsample(taps: int):
+  """Returns the formula of adding each output's gradient to as many inputs."""
+
+  def formula(a) -> formulas.Work:
+    return formulas.elementwise(2 * taps * a.grad_output.numel())
+
+  return formula
+
+
 def _scattered(a) -> formulas.Work:
   """Each element of the output's gradient is added somewhere."""
   return formulas.elementwise(a.grad_output.numel())
@@ -114,6 +123,7 @@ FORMULAS = {
       'hardswish': 4,
       'hardsigmoid': 2,
       'softplus': 3,
+      '_weight_norm_interface': 8,
       'sigmoid': 3,
       'tanh': 3,
       'log_sigmoid': 3,
@@ -124,6 +134,10 @@ FORMULAS = {
       'nll_loss': 1,
       'nll_loss2d': 1,
     }.items()
+  },
+  **{
+    f'upsample_{name}_backward': _upsample(taps)
+    for name, taps in torch_formulas.UPSAMPLE_TAPS.items()
   },
   **{
     f'{name}_backward': _scattered

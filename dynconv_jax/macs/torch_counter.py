@@ -85,8 +85,10 @@ class Counter(TorchDispatchMode):
     self._records: list[Record] = []
     self._uncounted: dict[report.Uncounted, str] = {}
     self._loops: dict[str, None] = {}
-    # Nodes of the graph of gradients, each with the layer that made it.
-    self._owners: dict[Any, str] = {}
+    # Nodes of the graph of gradients that have a layer, and the number of the
+    # first that each module which is running can have made.
+    self._owned: set[Any] = set()
+    self._firsts = [0]
     self._differentiating = False
 
   @property
@@ -119,7 +121,7 @@ class Counter(TorchDispatchMode):
   def in_layer(self, layer: str) -> Iterator[list[Any]]:
     """Names what runs within; what is put in the list is the layer's output."""
     outputs: list[Any] = []
-    self._running.append((layer, self._running[-1][1]))
+    self._push(layer, self._running[-1][1])
     try:
       yield outputs
     finally:
@@ -136,7 +138,11 @@ class Counter(TorchDispatchMode):
   def _start(self, module, args):
     del args
     # A module made in a forward pass has no path: its caller's is used.
-    self._running.append((self._names.get(module, self.layer), module))
+    self._push(self._names.get(module, self.layer), module)
+
+  def _push(self, layer: str, module: nn.Module) -> None:
+    self._running.append((layer, module))
+    self._firsts.append(torch._C._autograd._get_sequence_nr())
 
   def _stop(self, module, args, output):
     del module, args
@@ -146,21 +152,26 @@ class Counter(TorchDispatchMode):
     if self._options.backward:
       self._own_gradients(output)
     self._running.pop()
+    self._firsts.pop()
 
   def _own_gradients(self, output: Any) -> None:
     """Makes the gradients of what the running module computed that module's.
 
-    Modules within it have ended before and own theirs.
+    Modules within it have ended before and own theirs; what went before it
+    has lower numbers.
     """
+    first, running = self._firsts[-1], self._running[-1]
     leaves = pytree.tree_leaves(output)
     nodes = [x.grad_fn for x in leaves if isinstance(x, torch.Tensor)]
+    seen = {None}
     while nodes:
       node = nodes.pop()
-      if node is None or node in self._owners:
+      if node in seen or node._sequence_nr() < first:
         continue
-      self._owners[node] = self.layer
-      running = self._running[-1]
-      node.register_prehook(functools.partial(self._run_gradient, running))
+      seen.add(node)
+      if node not in self._owned:
+        self._owned.add(node)
+        node.register_prehook(functools.partial(self._run_gradient, running))
       nodes += [parent for parent, _ in node.next_functions]
 
   def _run_gradient(self, running, gradients):

@@ -419,6 +419,17 @@ def _names(names: str, formula: Any) -> dict[str, Any]:
   return dict.fromkeys(names.split(), formula)
 
 
+# Inputs that an interpolated output depends on.
+UPSAMPLE_TAPS = {
+  'nearest1d': 1,
+  'nearest2d': 1,
+  'nearest3d': 1,
+  'linear1d': 2,
+  'bilinear2d': 4,
+  'trilinear3d': 8,
+  'bicubic2d': 16,
+}
+
 FORMULAS = {
   **_names(
     'convolution _convolution convolution_overrideable conv1d conv2d conv3d'
@@ -499,18 +510,7 @@ FORMULAS = {
     for kind in ('avg', 'max')
     for prefix in ('', '_')
   },
-  **{
-    f'upsample_{kind}': _upsample(taps)
-    for kind, taps in {
-      'nearest1d': 1,
-      'nearest2d': 1,
-      'nearest3d': 1,
-      'linear1d': 2,
-      'bilinear2d': 4,
-      'trilinear3d': 8,
-      'bicubic2d': 16,
-    }.items()
-  },
+  **{f'upsample_{kind}': _upsample(n) for kind, n in UPSAMPLE_TAPS.items()},
   'grid_sampler_2d': _grid_sample(2),
   'grid_sampler_3d': _grid_sample(3),
 }

@@ -255,6 +255,7 @@ _STEPS = {
   'binary_cross_entropy': 6,
   'binary_cross_entropy_with_logits': 6,
   'xlogy': 2,
+  '_weight_norm_interface': 4,
   'quantize_per_tensor': 2,
   'quantize_per_channel': 2,
   'quantize_per_tensor_dynamic': 4,
@@ -282,11 +283,11 @@ _SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
 _REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
 
 # Words in the names of PyTorch's convolutions, and of its other products.
-# Among these are gamma and hamming, bilinear and trilinear interpolation.
+# Not among these: gamma, hamming, weights and interpolations.
 _CONVOLUTIONS = r'conv(?!ert)'
 _PRODUCTS = (
-  r'(?<!a)mm|mv|matmul|linalg|(?<!bi)(?<!tri)linear|attention|encoder|rnn|lstm'
-  r'|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig(?!ht)'
+  r'(?<!a)mm|mv|matmul|linalg|(?<!bi)(?<!tri)(?<!upsample_)linear|attention'
+  r'|encoder|rnn|lstm|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig(?!ht)'
 )
 
 # Operations that only make, move or choose.
@@ -299,8 +300,8 @@ _FREE_NAMES = """
   arange as_strided as_strided_copy as_strided_scatter bernoulli block_diag
   bucketize cat channel_shuffle coalesce complex constant_pad_nd copy detach
   diag_embed diagonal_copy diagonal_scatter embedding empty_like expand_copy
-  fill flip full_like gather im2col index index_copy index_fill index_put
-  index_select is_same_size isin lift lift_fresh lift_fresh_copy
+  fill flip full_like gather histc im2col index index_copy index_fill
+  index_put index_select is_same_size isin lift lift_fresh lift_fresh_copy
   masked_scatter masked_select multinomial narrow_copy native_dropout
   new_empty new_empty_strided new_full new_ones new_zeros nonzero
   nonzero_static normal one_hot ones_like permute_copy pixel_shuffle
