@@ -127,6 +127,7 @@ def main(argv: Sequence[str]) -> None:
     'by_layer': {name: row.macs for name, row in report.by_layer.items()},
     'convention': report.convention.name,
     'unit': report.convention.unit,
+    'unpriced': report.unpriced,
     'parameters': report.parameters,
     'uncounted': [list(entry) for entry in report.uncounted],
   }

@@ -374,6 +374,8 @@ class Report:
   def __repr__(self) -> str:
     count = len(self.uncounted)
     missing = f', {count} operations not counted' if count else ''
+    if not self.total and self.unpriced:
+      missing += f"; 'conv+linear' counts {quantity(self.unpriced)}"
     return (
       f'Report({self.convention.name!r}:'
       f' {quantity(self.total)} {self.convention.unit}'

@@ -368,6 +368,9 @@ def test_zero_says_which_convention_counts_what_it_leaves_out():
     " MACs of matrix products; 'conv+linear' counts them"
   )
   assert note in str(counted) and note in counted.to_table()
+  assert repr(counted) == (
+    "Report('conv': 0 MACs in 0 layers; 'conv+linear' counts 1.812 k)"
+  )
   assert 'leaves out' not in str(transformer())
 
 
