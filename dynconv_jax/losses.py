@@ -131,12 +131,12 @@ def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
     ValueError: there are no masks, or some have no score.
   """
   _check_scores(masks, 'the ponder cost needs masks with halting scores')
-  stages: dict[str, jax.Array] = {}
+  stages: dict[int, jax.Array] = {}
   for mask in masks:
-    stage, _ = mask.name.split('.')
     # N is 1 and a unit more for each mask that is set; R is 1 less the scores
     # read there, of the units that did not halt.
-    stages[stage] = stages.get(stage, 2.0) + mask.hard * (1 - mask.score)
+    cost = stages.get(mask.stage, 2.0) + mask.hard * (1 - mask.score)
+    stages[mask.stage] = cost
   return sum(jnp.mean(cost) for cost in stages.values())
 
 

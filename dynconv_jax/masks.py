@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynconv_jax.branch import Branch
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLayer:
-  """One convolution that is executed only at the active positions of a mask.
+  """One layer that is executed only at the active positions of a mask.
 
   Attributes:
     name: the layer's path in the model, such as 'layer2.0.conv2'.
     macs_per_position: multiply-accumulates of one output position, in the
       `conv` convention (a bias counts one an output).
-    dilated: whether the layer runs on the dilated mask.
+    level: which of the mask's `maps` the layer runs on.
+    kind: 'positions'; or 'pairs', a product of attention, which is priced by
+      pairs of active positions.
   """
 
   name: str
   macs_per_position: int
-  dilated: bool
+  level: int = 0
+  kind: str = 'positions'
 
 
 @flax.struct.dataclass
@@ -32,72 +38,168 @@ class ExecutionMask:
   """Where one residual block's branch is executed, per image and position.
 
   Attributes:
-    hard: float32[N, h, w] of {0, 1} at the block's output resolution, 1 where
-      the branch is executed. Carries the straight-through gradient in training.
-    dilated: float32[N, H, W] of {0, 1}, where the branch's first convolution
-      is executed: at input resolution in a bottleneck (H = h * stride), at
-      output resolution in a basic block.
+    maps: float32 of {0, 1}, the mask of each level of the branch, see
+      `branch.Branch.levels`. The first is [N, h, w] at the block's output
+      resolution, or [N, tokens]; the others are where what comes before has to
+      be executed.
     name: the block's path in the model, such as 'layer2.0'.
-    layers: the masked convolutions of the block, in order of execution.
-    score: float32[N, h, w] that the decision was made from, where a loss needs
-      it (see `gate.Decision`), or None.
+    layers: the masked layers of the block, in order of execution.
+    stage: the number of the stage that the block is in.
+    score: float32, of the shape of `hard`, that the decision was made from,
+      where a loss needs it (see `gate.Decision`), or None.
+    overflow: int32[], 1 where a sparse block computed all positions after all;
+      None in a network that is not sparse.
   """
 
-  hard: jax.Array
-  dilated: jax.Array
+  maps: tuple[jax.Array, ...]
   name: str = flax.struct.field(pytree_node=False)
-  layers: tuple[MaskedLayer, ...] = flax.struct.field(pytree_node=False)
+  layers: tuple[MaskedLayer, ...] = flax.struct.field(
+    pytree_node=False, default=()
+  )
+  stage: int = flax.struct.field(pytree_node=False, default=0)
   score: jax.Array | None = None
+  overflow: jax.Array | None = None
+
+  @property
+  def hard(self) -> jax.Array:
+    """float32[N, h, w] of {0, 1}: where the branch's output is used.
+
+    Carries the straight-through gradient in training.
+    """
+    return self.maps[0]
+
+  @property
+  def dilated(self) -> jax.Array:
+    """float32[N, H, W] of {0, 1}: where its first convolution is executed."""
+    return self.maps[-1]
 
   def executed_macs(self) -> jax.Array:
     """Returns float32[N]: MACs of the masked layers at active positions."""
-    hard = jnp.sum(self.hard, axis=(1, 2))
-    dilated = jnp.sum(self.dilated, axis=(1, 2))
+    counts = [jnp.sum(m, axis=tuple(range(1, m.ndim))) for m in self.maps]
     return sum(
-      layer.macs_per_position * (dilated if layer.dilated else hard)
+      layer.macs_per_position
+      * (counts[layer.level] ** (2 if layer.kind == 'pairs' else 1))
       for layer in self.layers
     )
 
   def dense_macs(self) -> int:
     """Returns the MACs of the masked layers for one image, mask all ones."""
-    hard = int(np.prod(self.hard.shape[1:]))
-    dilated = int(np.prod(self.dilated.shape[1:]))
+    counts = [math.prod(m.shape[1:]) for m in self.maps]
     return sum(
-      layer.macs_per_position * (dilated if layer.dilated else hard)
+      layer.macs_per_position
+      * counts[layer.level] ** (2 if layer.kind == 'pairs' else 1)
       for layer in self.layers
     )
 
   def density(self) -> jax.Array:
     """Returns float32[N]: share of active positions of `hard`."""
-    return jnp.mean(self.hard, axis=(1, 2))
+    return jnp.mean(self.hard, axis=tuple(range(1, self.hard.ndim)))
+
+  def __repr__(self) -> str:
+    maps = ', '.join(f'{m.dtype}{list(m.shape)}' for m in self.maps)
+    return f'ExecutionMask({self.name!r}, maps=({maps}))'
 
 
-def dilate(mask: jax.Array, strides: int = 1) -> jax.Array:
-  """Returns where a 3x3 convolution's inputs are needed, without gradient.
+def execution_mask(
+  branch: Branch,
+  hard: jax.Array,
+  size: tuple[int, int],
+  *,
+  name: str,
+  stage: int = 0,
+  score: jax.Array | None = None,
+) -> ExecutionMask:
+  """Returns what a decision at output resolution means for a branch.
 
-  A padded 3x3 convolution of stride s that is evaluated at the positions of
+  Args:
+    branch: of the block.
+    hard: float32[N, h, w] of {0, 1}.
+    size: (height, width) of the block's input.
+    name: the block's path in the model.
+    stage: the number of its stage.
+    score: what the decision was made from, or None.
+  """
+  maps = [hard]
+  sizes = branch.level_sizes(size)
+  for conv, (height, width) in zip(branch.reads, sizes[1:], strict=True):
+    maps.append(
+      dilate(
+        maps[-1],
+        conv.strides,
+        kernel_size=conv.kernel_size,
+        size=(height, width),
+        low=(conv.pads(height)[0], conv.pads(width)[0]),
+      )
+    )
+  return ExecutionMask(
+    maps=tuple(maps),
+    name=name,
+    layers=masked_layers(branch, name),
+    stage=stage,
+    score=score,
+  )
+
+
+def masked_layers(branch: Branch, name: str) -> tuple[MaskedLayer, ...]:
+  """Returns the masked layers of a block, in order of execution.
+
+  Args:
+    branch: of the block.
+    name: the block's path in the model.
+  """
+  return tuple(
+    MaskedLayer(f'{name}.{conv.name}', conv.macs_per_position, level)
+    for conv, level in zip(branch.convs, branch.levels, strict=True)
+  )
+
+
+def dilate(
+  mask: jax.Array,
+  strides: int = 1,
+  *,
+  kernel_size: int = 3,
+  size: tuple[int, int] | None = None,
+  low: tuple[int, int] | None = None,
+) -> jax.Array:
+  """Returns where a convolution's inputs are needed, without gradient.
+
+  A padded k x k convolution of stride s that is evaluated at the positions of
   `mask` reads its input at these positions (Verelst and Tuytelaars, CVPR 2020,
   section 3.3). As in the authors' code no gradient passes the dilation.
 
   Args:
     mask: float[N, h, w] of {0, 1} at the convolution's output resolution.
     strides: s of that convolution.
+    kernel_size: k, odd.
+    size: (H, W) of the input; None: (h * s, w * s).
+    low: padding before each axis; None: k // 2.
 
   Returns:
-    float[N, h * s, w * s] of {0, 1}. Where the input is one row or column
-    shorter (odd sizes), slice it.
+    float[N, H, W] of {0, 1}.
   """
-  # Zero-stuffing by s puts output position i at input position i * s, the
-  # centre of its 3x3 window under padding 1. The maximum is taken by rows and
-  # by columns: on a CPU several times faster than a reduce_window.
-  around = (1, strides, strides - 1)
+  k, s = kernel_size, strides
+  size = size or tuple(n * s for n in mask.shape[1:])
+  low = low or (k // 2, k // 2)
+  mask = jax.lax.stop_gradient(mask)
+  # Zero-stuffing by s puts output position i at input position i * s - low, the
+  # first of its window. The maximum is taken by rows and by columns: on a CPU
+  # several times faster than a reduce_window.
   mask = jax.lax.pad(
-    jax.lax.stop_gradient(mask), 0.0, ((0, 0, 0), around, around)
+    mask,
+    jnp.zeros((), mask.dtype),
+    (
+      (0, 0, 0),
+      *(
+        (k - 1 - p, n + p - (m - 1) * s - 1, s - 1)
+        for n, m, p in zip(size, mask.shape[1:], low, strict=True)
+      ),
+    ),
   )
-  height, width = (size - 2 for size in mask.shape[1:])
-  rows = [mask[:, i : i + height] for i in range(3)]
+  if k == 1:
+    return mask
+  rows = [mask[:, i : i + size[0]] for i in range(k)]
   mask = functools.reduce(jnp.maximum, rows)
-  columns = [mask[:, :, i : i + width] for i in range(3)]
+  columns = [mask[:, :, i : i + size[1]] for i in range(k)]
   return functools.reduce(jnp.maximum, columns)
 
 

@@ -152,7 +152,7 @@ class _Jax:
     """The network without gates, folded, in XLA's best form for each block."""
     import jax
 
-    from dynconv_jax.layers.layers import max_pool
+    from dynconv_jax.layers import max_pool
     from dynconv_jax.sparse import cudnn
     from dynconv_jax.sparse.dense import convolve, run_dense
     from dynconv_jax.sparse.fold import fold_network

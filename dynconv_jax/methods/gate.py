@@ -1,12 +1,37 @@
-"""What every method's gate gives and takes."""
+"""The interface shared by all gates."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class GateSite:
+  """A place in a network where a method may put a gate: one gated block.
+
+  Attributes:
+    name: the block's path in the model, such as 'layer2.0'.
+    index: of the block in the network, from 0.
+    stage: of the network, from 0.
+    stage_index: of the block in its stage, from 0.
+    in_features: channels of the block's input.
+    strides: of the block.
+    identity: whether its shortcut is the identity.
+  """
+
+  name: str
+  index: int
+  stage: int
+  stage_index: int
+  in_features: int
+  strides: int = 1
+  identity: bool = True
 
 
 class Decision(NamedTuple):
@@ -24,6 +49,10 @@ class Decision(NamedTuple):
   score: jax.Array | None = None
 
 
+# Makes the gate of a block, or None: the branch is executed everywhere.
+MakeGate = Callable[[GateSite], 'Gate | None']
+
+
 class Gate(nnx.Module):
   """Decides from a block's input whether and where its branch is executed.
 
@@ -31,12 +60,15 @@ class Gate(nnx.Module):
     deterministic: whether decisions are those of evaluation; set by
       ``nnx.view``.
     per_image: whether a decision holds for all positions of an image.
+    spans_stage: whether a stage's output is not that of its last block, but
+      what `end_stage` makes of it.
     interpolates: whether the gradient of a decision is that of
       `m relu(s + b) + (1 - m) relu(s)`, with shortcut s and branch b, not that
       of `relu(s + m b)`. The values are the same.
   """
 
   per_image = False
+  spans_stage = False
   interpolates = False
 
   def __init__(self):

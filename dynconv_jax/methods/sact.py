@@ -58,6 +58,8 @@ class HaltingUnit(Gate):
     rngs: stream `params`.
   """
 
+  spans_stage = True
+
   def __init__(
     self,
     in_features: int,

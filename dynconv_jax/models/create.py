@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.layers.layers import BatchNorm, conv, conv_general_dilated
+from dynconv_jax.layers import BatchNorm, conv, conv_general_dilated
 from dynconv_jax.methods.convnet_aig import LayerGate
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.methods.sact import HaltingUnit
@@ -81,14 +81,14 @@ def create_model(
     )
   check_gated(name, method, target_rates)
 
-  def gate(stage, index, in_features, strides):
-    number = sum(architecture.depths[:stage]) + index
+  def gate(site):
+    number, in_features = site.index, site.in_features
     if method == 'dynconv':
       return MaskUnit(
         in_features,
-        strides=strides,
+        strides=site.strides,
         kernel_size=mask_kernel_size,
-        granularity=mask_granularity[stage],
+        granularity=mask_granularity[site.stage],
         conv_general_dilated=conv_general_dilated,
         rngs=rngs,
       )
@@ -106,7 +106,7 @@ def create_model(
         norm=BatchNorm,
         rngs=rngs,
       )
-    if method in ('sact', 'act') and index > 0:
+    if method in ('sact', 'act') and site.stage_index > 0:
       return HaltingUnit(
         in_features,
         spatial=method == 'sact',

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.layers.layers import BatchNorm, conv, max_pool
+from dynconv_jax.checks import check_choice as check_choice
+from dynconv_jax.layers import BatchNorm, MaxPool, conv
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.methods.gate import Gate
-from dynconv_jax.models.blocks import BasicBlock, Block, Bottleneck
+from dynconv_jax.methods.gate import GateSite, MakeGate
+from dynconv_jax.models.blocks import BasicBlock, Bottleneck
+from dynconv_jax.models.gated import GatedBlock, Gating, Masks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Architecture:
     stem: 'imagenet' (7x7 stride 2, max-pool) or 'cifar' (3x3).
   """
 
-  block: type[Block]
+  block: type[BasicBlock]
   depths: tuple[int, ...]
   width: int = 64
   stem: str = 'imagenet'
@@ -56,17 +56,19 @@ ARCHITECTURES = {
 class ResNet(nnx.Module):
   """A ResNet; each block's gate, where it has one, gives an execution mask.
 
-  He et al., CVPR 2016, in torchvision's form; modules bear torchvision's names.
+  He et al., CVPR 2016, in torchvision's form; modules have torchvision's names.
 
   Args:
     architecture: depths, width, block and stem.
     num_classes: outputs of the head.
     width_multiplier: scales stem and stages, as int(width * multiplier).
-    gate: makes a block's gate or None, given (stage, index in the stage,
-      in_features, strides).
+    gate: makes a block's gate or None, given its site.
     dtype: compute dtype; parameters, masks and logits are float32.
     rngs: stream `params`.
   """
+
+  # What a sparse network folds into one convolution.
+  foldable = (('conv1', 'bn1'),)
 
   def __init__(
     self,
@@ -74,7 +76,7 @@ class ResNet(nnx.Module):
     *,
     num_classes: int,
     width_multiplier: float,
-    gate: Callable[[int, int, int, int], Gate | None] = lambda *_: None,
+    gate: MakeGate = lambda site: None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
   ):
@@ -85,25 +87,40 @@ class ResNet(nnx.Module):
       self.conv1 = conv(3, width, 7, strides=2, dtype=dtype, rngs=rngs)
     else:
       self.conv1 = conv(3, width, 3, dtype=dtype, rngs=rngs)
-    self.bn1 = BatchNorm(width, rngs=rngs)
-    in_features = width
+    self.bn1 = BatchNorm(width, activation='relu', rngs=rngs)
+    self.maxpool = nnx.data(
+      MaxPool() if architecture.stem == 'imagenet' else None
+    )
+    in_features, index = width, 0
     for stage, depth in enumerate(architecture.depths):
       planes = int(architecture.width * 2**stage * width_multiplier)
       blocks = nnx.List([])
       for i in range(depth):
         strides = 2 if stage > 0 and i == 0 else 1
+        features = planes * architecture.block.expansion
+        site = GateSite(
+          name=f'layer{stage + 1}.{i}',
+          index=index,
+          stage=stage,
+          stage_index=i,
+          in_features=in_features,
+          strides=strides,
+          identity=strides == 1 and in_features == features,
+        )
         blocks.append(
           architecture.block(
             in_features,
             planes,
             strides,
-            name=f'layer{stage + 1}.{i}',
-            gate=gate(stage, i, in_features, strides),
+            name=site.name,
+            stage=stage,
+            gate=gate(site),
+            input_activated=True,
             dtype=dtype,
             rngs=rngs,
           )
         )
-        in_features = planes * architecture.block.expansion
+        in_features, index = features, index + 1
       setattr(self, f'layer{stage + 1}', blocks)
     bound = in_features**-0.5  # PyTorch's default for linear layers.
     self.fc = nnx.Linear(
@@ -124,14 +141,14 @@ class ResNet(nnx.Module):
     return [getattr(self, f'layer{s + 1}') for s in range(len(depths))]
 
   @property
-  def blocks(self) -> list[Block]:
+  def blocks(self) -> list[GatedBlock]:
     """The residual blocks in network order."""
     return [block for stage in self.stages for block in stage]
 
   def stem(self, images: jax.Array) -> jax.Array:
     """Returns the input of the first block, float[N, H, W, width]."""
-    x = nnx.relu(self.bn1(self.conv1(images.astype(self.dtype))))
-    return max_pool(x) if self.architecture.stem == 'imagenet' else x
+    x = self.bn1(self.conv1(images.astype(self.dtype)))
+    return x if self.maxpool is None else self.maxpool(x)
 
   def head(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, num_classes]: logits of the last block's output."""
@@ -144,45 +161,34 @@ class ResNet(nnx.Module):
     rngs: nnx.Rngs | None = None,
     temperature: float | jax.Array = 1.0,
     gumbel_noise: bool | jax.Array = True,
-    masks: Sequence[jax.Array] | None = None,
+    masks: Masks | None = None,
   ) -> tuple[jax.Array, list[ExecutionMask]]:
     """Returns logits and the execution masks of the gated blocks.
 
     Args:
-      images: float[N, H, W, 3], normalised.
+      images: float[N, H, W, 3], normalized.
       rngs: stream `gumbel`, for gates that sample.
       temperature: of the gates' Gumbel-softmax, > 0.
       gumbel_noise: whether the gates add noise in training.
-      masks: float32[N, h, w] of {0, 1}, one a block in network order, to obey
-        instead of the gates' decisions.
+      masks: [N, h, w] of {0, 1}, one a block in network order or by the blocks'
+        names, to obey instead of the gates' decisions; see `Gating`.
 
     Returns:
       logits: float32[N, num_classes].
       masks: one ExecutionMask a gated block, in network order; none if dense.
     """
-    num_blocks = len(self.blocks)
-    if masks is not None and len(masks) != num_blocks:
-      raise ValueError(
-        f'masks must be one a block, {num_blocks}; got {len(masks)}'
-      )
-    given = iter(masks or [None] * num_blocks)
-    x, carry, executed = self.stem(images), None, []
+    gating = Gating(
+      rngs=rngs,
+      temperature=temperature,
+      gumbel_noise=gumbel_noise,
+      masks=masks,
+    )
+    x = self.stem(images)
     for stage in self.stages:
       for block in stage:
-        mask, carry = block.decide(
-          x,
-          carry,
-          next(given),
-          rngs=rngs,
-          temperature=temperature,
-          gumbel_noise=gumbel_noise,
-        )
-        x = block(x, mask)
-        if mask is not None:
-          executed.append(mask)
-      if masks is None and block.masker is not None:
-        x, carry = block.masker.end_stage(x, carry)
-    return self.head(x), executed
+        x = block(x, gating)
+      x = gating.end_stage(x)
+    return self.head(x), gating.finish()
 
   def set_view(self, deterministic: bool | None = None):
     """Class method used by ``nnx.view``.
@@ -202,14 +208,3 @@ def check_image_size(name: str, image_size: int) -> None:
       f'image_size must be at least {least} for {name}, whose total stride is '
       f'{least // 2}; got {image_size}'
     )
-
-
-def check_choice(what: str, given: str, allowed: Sequence[str]) -> None:
-  """Raises ValueError naming what is allowed unless `given` is."""
-  if given in allowed:
-    return
-  near = difflib.get_close_matches(str(given), allowed, n=1)
-  hint = f' (did you mean {near[0]!r}?)' if near else ''
-  raise ValueError(
-    f'unknown {what} {given!r}{hint}; allowed: {", ".join(allowed)}'
-  )

@@ -97,7 +97,7 @@ def _terms(mask: ExecutionMask, weighting: str) -> list[tuple]:
     return [(mask.hard, 1)]
   terms = []
   for layer in mask.layers:
-    values = mask.dilated if layer.dilated else mask.hard
+    values = mask.maps[layer.level]
     positions = values.shape[1] * values.shape[2]
     terms.append((values, layer.macs_per_position * positions))
   return terms

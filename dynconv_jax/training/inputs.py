@@ -9,6 +9,7 @@ import jax
 from dynconv_jax.data import sources
 from dynconv_jax.data.batches import EvalBatches, TrainBatches
 from dynconv_jax.data.decode import RESIZE_RATIO
+from dynconv_jax.data.source import Common, DataSource
 from dynconv_jax.training.config import Config
 
 
@@ -19,11 +20,15 @@ def open_splits(config: Config) -> sources.Splits:
     ValueError, FileNotFoundError, ConnectionError, OSError: as
       `sources.open_splits`.
   """
-  splits = (config.train_split, config.validation_split, config.test_split)
+  given = {
+    role: getattr(config, f'{role}_split') for role in sources.Splits._fields
+  }
   return sources.open_splits(
-    config.dataset,
-    *(None if split == 'default' else split for split in splits),
-    **_options(config),
+    *_source(config),
+    **{
+      role: None if split == 'default' else split
+      for role, split in given.items()
+    },
   )
 
 
@@ -39,7 +44,8 @@ def open_split(config: Config, split: str) -> sources.ImageSource:
     ValueError: the run has no such split; and as `open_splits`.
   """
   if split not in sources.Splits._fields:
-    source = sources.open_source(config.dataset, split, **_options(config))
+    source, options, common = _source(config)
+    source = sources.open_source(source, split, options, common)
     if source is None:
       raise ValueError(
         f'split must be {", ".join(sources.Splits._fields)} or in the notation '
@@ -56,19 +62,15 @@ def open_split(config: Config, split: str) -> sources.ImageSource:
   return source
 
 
-def _options(config: Config) -> dict[str, Any]:
-  return dict(
+def _source(config: Config) -> tuple[DataSource, Any, Common]:
+  """Returns the data source, its options and those of all sources."""
+  source = sources.load_source(config.dataset)
+  common = Common(
     data_dir=config.data_dir,
-    food101_dir=config.food101_dir or None,
-    cifar10_dir=config.cifar10_dir or None,
-    image_folder_dir=config.image_folder_dir or None,
-    spots_size=config.spots_size,
-    spots_train=config.spots_train,
-    spots_test=config.spots_test,
-    spots_seed=config.spots_seed,
     classes=config.classes,
     skip_corrupt=config.skip_corrupt,
   )
+  return source, source.read_options(config), common
 
 
 def train_batches(

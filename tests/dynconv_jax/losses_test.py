@@ -14,12 +14,10 @@ from dynconv_jax.masks import ExecutionMask, MaskedLayer
 def _mask(hard, dilated, *macs):
   hard, dilated = (jnp.array(m, jnp.float32) for m in (hard, dilated))
   layers = tuple(
-    MaskedLayer(f'layer1.0.conv{i}', m, dilated=i == 0)
+    MaskedLayer(f'layer1.0.conv{i}', m, level=int(i == 0))
     for i, m in enumerate(macs)
   )
-  return ExecutionMask(
-    hard=hard, dilated=dilated, name='layer1.0', layers=layers
-  )
+  return ExecutionMask(maps=(hard, dilated), name='layer1.0', layers=layers)
 
 
 def _masks():
@@ -199,7 +197,7 @@ def _decisions(actions, scores=None):
     )
     hard = wide(actions[i])
     score = None if scores is None else wide(scores[i])
-    masks.append(ExecutionMask(hard, hard, f'layer{i + 1}.0', (), score))
+    masks.append(ExecutionMask((hard,), f'layer{i + 1}.0', (), i, score))
   return masks
 
 
@@ -323,7 +321,7 @@ class TargetRateLossTest(parameterized.TestCase):
 class PonderCostTest(absltest.TestCase):
   def _mask(self, name, hard, score):
     hard, score = (jnp.array([[v]], jnp.float32) for v in (hard, score))
-    return ExecutionMask(hard, hard, name, (), score)
+    return ExecutionMask((hard,), name, (), int(name[5]), score)
 
   def test_by_hand(self):
     # Four positions of three units: halting at 1, 2, 3 and 3; then two of two.

@@ -86,13 +86,12 @@ class ExecutionMaskTest(absltest.TestCase):
     super().setUp()
     hard = jnp.array([[[1, 0], [0, 0]], [[1, 1], [0, 1]]], jnp.float32)
     self.mask = ExecutionMask(
-      hard=hard,
-      dilated=dilate(hard, 2),
+      maps=(hard, dilate(hard, 2)),
       name='layer2.0',
       layers=(
-        MaskedLayer('layer2.0.conv1', 7, dilated=True),
-        MaskedLayer('layer2.0.conv2', 100, dilated=False),
-        MaskedLayer('layer2.0.conv3', 1000, dilated=False),
+        MaskedLayer('layer2.0.conv1', 7, level=1),
+        MaskedLayer('layer2.0.conv2', 100, level=0),
+        MaskedLayer('layer2.0.conv3', 1000, level=0),
       ),
     )
 

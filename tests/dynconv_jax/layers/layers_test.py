@@ -9,7 +9,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 from jax import lax
 
-from dynconv_jax.layers import layers
+from dynconv_jax import layers
 
 try:
   import torch

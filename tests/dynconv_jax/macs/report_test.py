@@ -1,17 +1,16 @@
 """Reports built by hand: sums, masks, tables and their errors."""
 
 import csv
-import dataclasses
 import html.parser
 import io
 import json
 import re
-from typing import Any
 
 import numpy as np
 import pytest
 
 from dynconv_jax.macs import conventions, formulas, report
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 # A batch of two, maps of 2x3; (name, MACs a position, biases a position).
 _LAYERS = (
@@ -34,26 +33,18 @@ def example(convention='conv', padding=True) -> report.Report:
   return builder.build()
 
 
-@dataclasses.dataclass
-class Masked:
-  """What the report reads of a masked layer."""
-
-  name: str
-  level: int = 0
-  kind: str = 'positions'
+def masked(name, level=0, kind='positions') -> MaskedLayer:
+  # The report prices it, whatever the mask says that it costs.
+  return MaskedLayer(name, 0, level, kind)
 
 
-@dataclasses.dataclass
-class Mask:
-  """What the report reads of an execution mask."""
-
-  maps: tuple[Any, ...]
-  layers: tuple[Masked, ...]
+def mask_of(maps, layers) -> ExecutionMask:
+  return ExecutionMask(maps, 'block', layers)
 
 
-def mask(hard, dilated, layers=None) -> Mask:
-  layers = layers or (Masked('layer1.0.conv1', 1), Masked('layer1.0.conv2', 0))
-  return Mask((np.float32(hard), np.float32(dilated)), layers)
+def mask(hard, dilated, layers=None) -> ExecutionMask:
+  layers = layers or (masked('layer1.0.conv1', 1), masked('layer1.0.conv2', 0))
+  return mask_of((np.float32(hard), np.float32(dilated)), layers)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +106,7 @@ def test_masked_layers_cost_their_active_positions():
   [
     ([], 'at least one mask'),
     (
-      [mask(np.ones((1, 2, 3)), np.ones((1, 2, 3)), (Masked('x'),))],
+      [mask(np.ones((1, 2, 3)), np.ones((1, 2, 3)), (masked('x'),))],
       r"layers that the report does not have: \['x'\]; it has \['conv1'",
     ),
     (
@@ -155,9 +146,9 @@ _TOKENS = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0.0]])
 
 
 def test_tokens_price_linear_layers_by_tokens_and_attention_by_pairs():
-  layers = Masked('attn.qkv'), Masked('attn', kind='pairs'), Masked('attn.out')
+  layers = masked('attn.qkv'), masked('attn', kind='pairs'), masked('attn.out')
   counted = transformer()
-  executed = counted.executed([Mask((_TOKENS,), layers)])
+  executed = counted.executed([mask_of((_TOKENS,), layers)])
   by_hand = [
     4 * 5 * 6 + n * 6 * 18 + 3 * (n * n * 2) * 2 + n * 6 * 6 + 6 * 3
     for n in (4, 2, 0)
@@ -165,7 +156,9 @@ def test_tokens_price_linear_layers_by_tokens_and_attention_by_pairs():
   np.testing.assert_array_equal(executed, by_hand)
   assert executed[0] == counted.total / 2
   # A level of its own: queries of two images, here of half the tokens.
-  two = Mask((_TOKENS[:2], _TOKENS[:2][::-1]), (Masked('attn.out', level=1),))
+  two = mask_of(
+    (_TOKENS[:2], _TOKENS[:2][::-1]), (masked('attn.out', level=1),)
+  )
   always = counted.total / 2 - 4 * 36
   np.testing.assert_array_equal(
     counted.executed([two]), [always + 2 * 36, always + 4 * 36]
@@ -173,7 +166,7 @@ def test_tokens_price_linear_layers_by_tokens_and_attention_by_pairs():
 
 
 def test_products_of_attention_alone_need_the_batch():
-  only = [Mask((_TOKENS,), (Masked('attn', kind='pairs'),))]
+  only = [mask_of((_TOKENS,), (masked('attn', kind='pairs'),))]
   counted = transformer()
   with pytest.raises(ValueError, match='do not tell how many images .* batch='):
     counted.executed(only)
@@ -194,7 +187,9 @@ def test_a_layer_that_is_used_twice_needs_the_batch():
   for _ in range(2):
     builder.add('shared', formulas.matmul(8, 5, 6, positions=8))
   counted = builder.build()
-  executed = counted.executed([Mask((_TOKENS,), (Masked('shared'),))], batch=2)
+  executed = counted.executed(
+    [mask_of((_TOKENS,), (masked('shared'),))], batch=2
+  )
   np.testing.assert_array_equal(executed, [2 * 30 * n for n in (4, 2, 0)])
 
 
@@ -202,11 +197,11 @@ def test_masks_of_what_the_convention_leaves_out_say_so():
   with pytest.raises(
     ValueError, match=r"does not have: \['attn'\].*'conv\+lin"
   ):
-    transformer('conv').executed([Mask((_TOKENS,), (Masked('attn'),))])
+    transformer('conv').executed([mask_of((_TOKENS,), (masked('attn'),))])
 
 
 def test_masks_need_the_positions_of_a_convolution():
-  fc = mask(np.ones((1, 1, 1)), np.ones((1, 1, 1)), (Masked('fc'),))
+  fc = mask(np.ones((1, 1, 1)), np.ones((1, 1, 1)), (masked('fc'),))
   with pytest.raises(ValueError, match='fc has 0 output positions'):
     example('flops').executed([fc])
 

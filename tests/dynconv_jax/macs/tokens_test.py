@@ -1,8 +1,6 @@
 """Masks of tokens, against networks that are given the tokens that are left."""
 
-import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +9,7 @@ import pytest
 from flax import nnx
 
 from dynconv_jax import macs
+from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 count = functools.partial(macs.count_macs, convention='conv+linear')
 
@@ -57,21 +56,13 @@ class Transformer(nnx.Module):
     return self.head(jnp.mean(x, axis=1))
 
 
-@dataclasses.dataclass
-class Masked:
-  """What the report reads of a masked layer."""
-
-  name: str
-  level: int = 0
-  kind: str = 'positions'
+def masked(name, level=0, kind='positions') -> MaskedLayer:
+  # The report prices it, whatever the mask says that it costs.
+  return MaskedLayer(name, 0, level, kind)
 
 
-@dataclasses.dataclass
-class Mask:
-  """What the report reads of an execution mask."""
-
-  maps: tuple[Any, ...]
-  layers: tuple[Masked, ...]
+def mask_of(maps, layers) -> ExecutionMask:
+  return ExecutionMask(maps, 'block', layers)
 
 
 def masked_layers(index, fused):
@@ -80,8 +71,8 @@ def masked_layers(index, fused):
   # The products of attention are of the module that computes them.
   products = around if fused else f'{around}.attn'
   return (
-    *(Masked(f'{around}.{name}') for name in (*names, 'fc1', 'fc2')),
-    Masked(products, kind='pairs'),
+    *(masked(f'{around}.{name}') for name in (*names, 'fc1', 'fc2')),
+    masked(products, kind='pairs'),
   )
 
 
@@ -99,13 +90,13 @@ def test_masked_tokens_cost_what_is_left(fused, batch):
   counted = count(model, tokens(batch, _TOKENS))
   left = [_TOKENS, 5, 1, 0]
   keep = np.float32([np.arange(_TOKENS)[::-1] < n for n in left])
-  masks = [Mask((keep,), masked_layers(i, fused)) for i in range(2)]
+  masks = [mask_of((keep,), masked_layers(i, fused)) for i in range(2)]
   executed = counted.executed(masks)
   assert executed[0] == counted.total / batch
   for n, macs_of_image in zip(left, executed, strict=True):
     assert macs_of_image == count(model, tokens(1, n)).total
   # One layer prunes, and the other, of the same size, keeps all.
-  keep_all = Mask((np.ones_like(keep),), masks[1].layers)
+  keep_all = mask_of((np.ones_like(keep),), masks[1].layers)
   np.testing.assert_array_equal(
     counted.executed([masks[0], keep_all]), (executed + executed[0]) / 2
   )
@@ -138,6 +129,6 @@ def test_a_report_in_conv_says_what_prices_tokens():
     Transformer(True, nnx.Rngs(0)), tokens(1, _TOKENS), convention='conv'
   )
   assert counted.total == 0
-  mask = Mask((np.ones((1, _TOKENS)),), masked_layers(0, True))
+  mask = mask_of((np.ones((1, _TOKENS)),), masked_layers(0, True))
   with pytest.raises(ValueError, match=r"'conv\+linear' counts them"):
     counted.executed([mask])

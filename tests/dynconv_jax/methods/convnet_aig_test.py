@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from dynconv_jax import losses
-from dynconv_jax.layers.layers import BatchNorm
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.convnet_aig import LayerGate, target_rates
 from dynconv_jax.methods.gumbel import binary_gumbel

@@ -9,7 +9,7 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.layers.layers import BatchNorm
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck

@@ -9,7 +9,7 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.layers.layers import BatchNorm
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.sact import HaltingUnit
 
@@ -39,7 +39,7 @@ def _run(unit, states):
 
 def _masks(decisions, stage='layer1'):
   return [
-    ExecutionMask(d.hard, d.hard, f'{stage}.{i}', (), d.score)
+    ExecutionMask((d.hard,), f'{stage}.{i}', (), stage, d.score)
     for i, d in enumerate(decisions, start=1)
   ]
 

@@ -7,9 +7,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.methods import skipnet as skip_gate
-from dynconv_jax.layers.layers import BatchNorm, conv
+from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.macs import count_macs
+from dynconv_jax.methods import skipnet as skip_gate
 from dynconv_jax.models.create import create_model
 
 

@@ -16,10 +16,10 @@ def _mask(hard, dilated=None, macs=(3, 5)):
   hard = np.asarray(hard, np.float32)
   dilated = hard if dilated is None else np.asarray(dilated, np.float32)
   layers = (
-    MaskedLayer('conv1', macs[0], dilated=True),
-    MaskedLayer('conv2', macs[1], dilated=False),
+    MaskedLayer('conv1', macs[0], level=1),
+    MaskedLayer('conv2', macs[1], level=0),
   )
-  return ExecutionMask(hard=hard, dilated=dilated, name='b', layers=layers)
+  return ExecutionMask((hard, dilated), 'b', layers)
 
 
 def _random_masks(sizes, n=2, seed=0):

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 from jaxlib import gpu_triton
 
-from dynconv_jax.layers.layers import max_pool
+from dynconv_jax.layers import max_pool
 from dynconv_jax.masks import dilate
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.sparse import BlockPlan, SparseExecutor, cost, cudnn, gpu

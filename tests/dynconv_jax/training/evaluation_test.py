@@ -11,8 +11,8 @@ from dynconv_jax.masks import ExecutionMask, MaskedLayer
 from dynconv_jax.training import evaluation
 
 _LAYERS = (
-  MaskedLayer('layer1.0.conv1', 7, dilated=True),
-  MaskedLayer('layer1.0.conv2', 3, dilated=False),
+  MaskedLayer('layer1.0.conv1', 7, level=1),
+  MaskedLayer('layer1.0.conv2', 3, level=0),
 )
 # Of 13 examples: one in three classes, decided by the network below.
 _LABELS = np.arange(13) % 3
@@ -27,7 +27,7 @@ def _logits(images):
 def _mask(hard, name='layer1.0', layers=_LAYERS):
   """Returns a mask whose dilation is, for the test's sake, all of it."""
   hard = jnp.asarray(hard, jnp.float32)
-  return ExecutionMask(hard, jnp.ones_like(hard), name, layers)
+  return ExecutionMask((hard, jnp.ones_like(hard)), name, layers)
 
 
 def _hard(images):
@@ -102,7 +102,7 @@ class EvaluateTest(parameterized.TestCase):
     )
 
   def test_executed_fraction_weighs_blocks_by_their_macs(self):
-    heavy = (MaskedLayer('layer2.0.conv1', 1000, dilated=False),)
+    heavy = (MaskedLayer('layer2.0.conv1', 1000, level=0),)
 
     def predict(images):
       ones = jnp.ones((len(images), 2, 2))

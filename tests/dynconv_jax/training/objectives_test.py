@@ -20,12 +20,12 @@ from dynconv_jax.training.config import Config
 def _masks(names, seed=0):
   """Masks of 6 images, random in {0, 1}, with scores."""
   rng = np.random.default_rng(seed)
-  layers = (MaskedLayer('conv1', 3, dilated=False),)
+  layers = (MaskedLayer('conv1', 3, level=0),)
   masks = []
   for name in names:
     hard = jnp.asarray(rng.integers(0, 2, (6, 2, 2)), jnp.float32)
     score = jnp.asarray(rng.random((6, 2, 2)), jnp.float32)
-    masks.append(ExecutionMask(hard, hard, name, layers, score))
+    masks.append(ExecutionMask((hard,), name, layers, len(masks), score))
   return masks
 
 

@@ -78,8 +78,8 @@ def test_masks_are_shown_beside_the_images(tmp_path):
   hard[0, 0, 1] = 1
   full = jnp.ones((2, 4, 4))
   masks = [
-    ExecutionMask(jnp.asarray(hard), jnp.asarray(hard), 'a', ()),
-    ExecutionMask(full, full, 'b', ()),
+    ExecutionMask((jnp.asarray(hard),), 'a'),
+    ExecutionMask((full,), 'b'),
   ]
   with records.Records(tmp_path, 0) as record:
     record.show_masks(7, normalize(jnp.asarray(pixels)), masks)

@@ -32,8 +32,8 @@ class Toy(nnx.Module):
     self.seen[...] = self.seen[...] + 1
     x = images[:, 0, 0, :]
     hard = (images[..., 0] > 0).astype(jnp.float32)
-    layers = (MaskedLayer('layer1.0.conv1', 5, dilated=False),)
-    masks = [ExecutionMask(hard, hard, 'layer1.0', layers)]
+    layers = (MaskedLayer('layer1.0.conv1', 5, level=0),)
+    masks = [ExecutionMask((hard,), 'layer1.0', layers)]
     return x @ self.kernel[...], masks if self.gated else []
 
 

@@ -95,7 +95,7 @@ void TransformOutput(const float* m, const Product& product, bool relu,
 }
 
 // A 3x3 convolution with strides 1, 16 products of a row a square instead of 9
-// an output. Weights are G g G', see native.py: float[panels][16][1 +
+// an output. Weights are G g G', see cpu.py: float[panels][16][1 +
 // depth][kWidth].
 template <typename Row, typename Writes>
 void MultiplySquares(Team& team, const Product& product,

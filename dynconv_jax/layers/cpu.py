@@ -1,4 +1,4 @@
-"""Layers in PyTorch's conventions: padding, batch norm, initialisation."""
+"""Convolution and pooling as XLA's CPU backend computes them quickly."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
   Returns:
     float[N, h, w, features].
   """
+  if isinstance(padding, str):
+    padding = lax.padtype_to_pads(
+      x.shape[1:3], kernel.shape[:2], strides, padding
+    )
   plain = functools.partial(
     lax.conv_general_dilated, window_strides=strides, padding=padding, **kwargs
   )
@@ -87,83 +91,6 @@ def _taps(x, kernel, strides, padding, size, matmul):
     taps[:, i : i + (h - 1) * sh + 1 : sh, j : j + (w - 1) * sw + 1 : sw, tap]
     for tap, (i, j) in enumerate(np.ndindex(*kernel.shape[:2]))
   )[..., None]
-
-
-def conv(
-  in_features: int,
-  out_features: int,
-  kernel_size: int,
-  *,
-  strides: int = 1,
-  dtype: jnp.dtype,
-  rngs: nnx.Rngs,
-) -> nnx.Conv:
-  """Returns a convolution without bias, padded as PyTorch pads: k // 2."""
-  padding = kernel_size // 2
-  return nnx.Conv(
-    in_features,
-    out_features,
-    (kernel_size, kernel_size),
-    strides=strides,
-    padding=((padding, padding), (padding, padding)),
-    use_bias=False,
-    dtype=dtype,
-    # He et al., ICCV 2015; torchvision's ResNets use mode fan_out.
-    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
-    conv_general_dilated=conv_general_dilated,
-    rngs=rngs,
-  )
-
-
-class BatchNorm(nnx.BatchNorm):
-  """Batch normalisation in PyTorch's convention.
-
-  Running statistics move by 0.1 a step and hold the unbiased variance; the
-  statistics and the normalisation are float32 whatever the compute dtype,
-  which the result has.
-
-  Args:
-    num_features: channels.
-    scale_init: initialiser of the scale.
-    rngs: stream `params`.
-  """
-
-  def __init__(
-    self,
-    num_features: int,
-    *,
-    scale_init=nnx.initializers.ones_init(),  # noqa: B008 (a pure function)
-    rngs: nnx.Rngs,
-  ):
-    super().__init__(
-      num_features,
-      use_running_average=False,
-      momentum=0.9,
-      epsilon=1e-5,
-      scale_init=scale_init,
-      rngs=rngs,
-    )
-
-  def __call__(self, x: jax.Array, use_running_average=None) -> jax.Array:
-    """Returns x normalised, float[N, H, W, C], over all axes but the last."""
-    if use_running_average is None:
-      use_running_average = self.use_running_average
-    y = x.astype(jnp.float32)
-    if use_running_average:
-      mean, var = self.mean[...], self.var[...]
-    else:
-      mean = jnp.mean(y, axis=(0, 1, 2))
-      var = jnp.mean(jnp.square(y - mean), axis=(0, 1, 2))
-      count = x.size // x.shape[-1]
-      unbiased = var * (count / max(count - 1, 1))
-      self.mean[...] = self._moved(self.mean[...], mean)
-      self.var[...] = self._moved(self.var[...], unbiased)
-    scale = self.scale[...] * lax.rsqrt(var + self.epsilon)
-    return ((y - mean) * scale + self.bias[...]).astype(x.dtype)
-
-  def _moved(self, old: jax.Array, new: jax.Array) -> jax.Array:
-    new = lax.stop_gradient(new)
-    return self.momentum * old + (1 - self.momentum) * new
 
 
 @jax.custom_vjp

@@ -16,8 +16,9 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import jaxlib
@@ -25,11 +26,12 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
-from dynconv_jax.models.resnet import ResNet
-from dynconv_jax.sparse.fold import FoldedBlock, FoldedNetwork, Layer
-
-Folded = TypeVar('Folded', FoldedNetwork, FoldedBlock, Layer)
+from dynconv_jax.branch import Branch
+from dynconv_jax.layers import MaxPool
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.methods.dynconv import Squeeze
+from dynconv_jax.sparse.backend import Backend
+from dynconv_jax.sparse.fold import FoldedConv
 
 _SOURCES = pathlib.Path(__file__).with_name('kernels')
 _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
@@ -38,134 +40,225 @@ _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 _GROUP_POSITIONS = 3136
 
 
-def usable(dtype: jnp.dtype) -> bool:
-  """Returns whether the kernels compute in a dtype on JAX's default backend.
-
-  Args:
-    dtype: of the features.
-  """
-  return (
-    jax.default_backend() == 'cpu'
-    and dtype == jnp.float32
-    and _register() is not None
-  )
+# Weights of a linear layer from which the kernels are worth a call.
+_LARGE = 1 << 16
 
 
-def pack(network: Folded) -> Folded:
-  """Returns a network or block with packed weights, `Layer.panels`.
+class CpuBackend(Backend):
+  """Kernels of this package, compiled at first use for this machine."""
 
-  Args:
-    network: in float32.
-  """
+  name = 'cpu'
+  # They take about 0.6 of XLA's time on a full mask.
+  calibrated = False
 
-  def packed(layer):
-    squares = layer.size == 3 and layer.strides == 1
-    return layer.replace(
-      panels=_panels(layer.matrix, layer.bias),
-      squares=_squares(layer.kernel, layer.bias) if squares else None,
+  def supports_platform(self, dtype, platform):
+    return (
+      platform == 'cpu' and dtype == jnp.float32 and _register() is not None
     )
 
-  return jax.tree.map(packed, network, is_leaf=_is_layer)
+  def supports(self, branch, dtype, platform):
+    return (
+      self.supports_platform(dtype, platform)
+      and _chains(branch)
+      and branch.activation == 'relu'
+      and (branch.stays or branch.shortcut == 'projection')
+    )
+
+  def pack(self, block):
+    return PackedBlock(
+      panels=tuple(_pack_panels(conv) for conv in block.convs),
+      projection=block.projection and _pack_panels(block.projection),
+      squares=tuple(_pack_squares(conv) for conv in block.convs),
+      branch=block.branch,
+    )
+
+  def run(self, packed, x, mask):
+    return run_block(packed, x, mask)
+
+  def convolution(self, conv):
+    c = conv.conv
+    if c.groups == 1 and c.padding == 'symmetric' and c.activation in _RELU:
+      return CpuConv(conv)
+    return None
+
+  def replacement(self, module):
+    if type(module) is MaxPool:
+      return CpuMaxPool()
+    if type(module) is Squeeze:
+      return CpuSqueeze(module)
+    if type(module) is nnx.Linear and module.kernel.size >= _LARGE:
+      return CpuLinear(module)
+    return None
 
 
-def drop_kernels(network: Folded) -> Folded:
-  """Returns a packed network or block without what the kernels do not read.
+_RELU = (None, 'relu')
 
-  Args:
-    network: packed; XLA cannot compute it any more.
-  """
-  return jax.tree.map(
-    lambda layer: layer.replace(
-      kernel=None, bias=None, packed_shape=layer.shape
-    ),
-    network,
-    is_leaf=_is_layer,
+
+def _chains(branch: Branch) -> bool:
+  """Whether the kernel's chain of products is the branch."""
+  convs = branch.convs
+  return (
+    # A single one would read the input while it writes over it.
+    len(convs) > 1
+    and all(c.groups == 1 and c.padding == 'symmetric' for c in convs)
+    and all(c.activation == 'relu' for c in convs[:-1])
+    and convs[-1].activation is None
   )
 
 
-def with_native_gates(model: ResNet) -> ResNet:
-  """Returns a copy of a network whose mask units compute by the kernels.
+@flax.struct.dataclass
+class PackedBlock:
+  """The weights of a block as the kernels read them.
 
-  Args:
-    model: in evaluation.
+  Attributes:
+    panels: of each convolution, see kernels/product.h.
+    projection: of the shortcut, or None.
+    squares: of each convolution, see kernels/squares.h; empty where there are
+      none.
+    branch: the block's description.
   """
-  model = nnx.clone(model)
-  for block in model.blocks:
-    if isinstance(block.masker, MaskUnit):
-      block.masker.maskconv = NativeSqueeze(block.masker.maskconv)
-  return model
+
+  panels: tuple[jax.Array, ...]
+  projection: jax.Array | None
+  squares: tuple[jax.Array, ...]
+  branch: Branch = flax.struct.field(pytree_node=False)
 
 
-def run_native(
-  block: FoldedBlock,
-  x: jax.Array,
-  hard: jax.Array | None = None,
-  dilated: jax.Array | None = None,
+def run_block(
+  block: PackedBlock, x: jax.Array, mask: ExecutionMask | None = None
 ) -> jax.Array:
   """Returns a block's output, the branch computed at active positions only.
 
   Args:
-    block: the folded block, packed.
-    x: float32[N, H, W, in_features], rectified.
-    hard: float32[N, h, w] of {0, 1}, where the branch is executed; None:
-      everywhere.
-    dilated: float32[N, ...] of {0, 1}, where its first convolution is; None:
-      everywhere.
+    block: packed.
+    x: float32[N, H, W, in_features].
+    mask: where the branch is executed; None: everywhere.
 
   Returns:
     float32[N, h, w, features].
   """
-  if hard is None:
-    hard = jnp.ones(block.output_shape(x.shape), jnp.float32)
-  if dilated is None:
-    dilated = jnp.ones(block.first.output_shape(x.shape), jnp.float32)
-  n, middle, end = len(x), dilated.shape[1:], hard.shape[1:]
-  group = min(n, max(1, _GROUP_POSITIONS // (end[0] * end[1])))
-  features = (block.third or block.second).features
-  inner = block.second.features if block.third is not None else 0
+  branch, n = block.branch, len(x)
+  sizes = branch.level_sizes(x.shape[1:3])
+  if mask is None:
+    maps = [jnp.ones((n, *size), jnp.float32) for size in sizes]
+  else:
+    maps = list(mask.maps)
+  areas = [h * w for h, w in sizes]
+  group = min(n, max(1, _GROUP_POSITIONS // areas[0]))
+  shapes = [(n, *sizes[0], branch.features)]
+  shapes += [
+    (group * areas[level], conv.features)
+    for conv, level in zip(branch.convs[:-1], branch.levels, strict=False)
+  ]
   none = jnp.zeros((0, 1, _register().width), jnp.float32)
-  layers = (block.first, block.second, block.third, block.projection)
-  shapes = (
-    (n, *end, features),
-    (group * middle[0] * middle[1], block.first.features),
-    (group * end[0] * end[1], inner),
-  )
-  out, _, _ = jax.ffi.ffi_call(
+  out, *_ = jax.ffi.ffi_call(
     _register().targets['block'],
     [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     # What is inactive stays where the shortcut is the identity.
-    input_output_aliases={0: 0} if block.projection is None else {},
+    input_output_aliases={0: 0} if branch.stays else {},
   )(
     x,
-    hard,
-    dilated,
-    *(none if layer is None else layer.panels for layer in layers),
-    *(none if layer.squares is None else layer.squares for layer in layers[:2]),
-    first_size=np.int64(block.first.size),
-    first_strides=np.int64(block.first.strides),
-    second_strides=np.int64(block.second.strides),
+    *maps,
+    *block.panels,
+    none if block.projection is None else block.projection,
+    *block.squares,
+    sizes=np.array([c.kernel_size for c in branch.convs], np.int64),
+    strides=np.array([c.strides for c in branch.convs], np.int64),
+    levels=np.array(branch.levels, np.int64),
     group=np.int64(group),
   )
   return out
 
 
-def convolve(x: jax.Array, layer: Layer, *, relu: bool) -> jax.Array:
+class CpuConv(nnx.Module):
+  """A convolution outside of gated blocks, and its ReLU.
+
+  Args:
+    conv: gives the weights.
+  """
+
+  def __init__(self, conv: FoldedConv):
+    self.conv = conv.conv
+    self.panels = nnx.Param(_pack_panels(conv))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns float32[N, h, w, features] of float[N, H, W, in_features]."""
+    conv = self.conv
+    return convolve(
+      x.astype(jnp.float32),
+      self.panels[...],
+      size=conv.kernel_size,
+      strides=conv.strides,
+      features=conv.features,
+      relu=conv.activation == 'relu',
+    )
+
+
+class CpuLinear(nnx.Module):
+  """A linear layer.
+
+  Args:
+    linear: gives the weights.
+  """
+
+  def __init__(self, linear: nnx.Linear):
+    kernel = np.asarray(linear.kernel[...], np.float32)
+    bias = np.zeros(kernel.shape[1], np.float32)
+    if linear.bias is not None:
+      bias = np.asarray(linear.bias[...], np.float32)
+    self.features = kernel.shape[1]
+    self.panels = nnx.Param(_panels(kernel, bias))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns float32[..., features] of float[..., in_features]."""
+    rows = x.astype(jnp.float32).reshape(-1, 1, 1, x.shape[-1])
+    y = convolve(
+      rows,
+      self.panels[...],
+      size=1,
+      strides=1,
+      features=self.features,
+      relu=False,
+    )
+    return y.reshape(*x.shape[:-1], self.features)
+
+
+class CpuMaxPool(nnx.Module):
+  """What `layers.MaxPool` computes."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns float[N, h, w, C] of float[N, H, W, C]."""
+    return max_pool(x)
+
+
+def convolve(
+  x: jax.Array,
+  panels: jax.Array,
+  *,
+  size: int,
+  strides: int,
+  features: int,
+  relu: bool,
+) -> jax.Array:
   """Returns float32[N, h, w, features]: a convolution.
 
   Args:
     x: float32[N, H, W, in_features].
-    layer: packed.
+    panels: packed weights.
+    size: of the kernel.
+    strides: of the convolution.
+    features: channels of the output.
     relu: whether a ReLU follows.
   """
-  pad = layer.size // 2
-  shape = (*layer.output_shape(x.shape), layer.features)
+  pad = size // 2
+  shape = (len(x), *(-(-n // strides) for n in x.shape[1:3]), features)
   return jax.ffi.ffi_call(
     _register().targets['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
   )(
     jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))),
-    layer.panels,
-    size=np.int64(layer.size),
-    strides=np.int64(layer.strides),
+    panels,
+    size=np.int64(size),
+    strides=np.int64(strides),
     relu=relu,
   )
 
@@ -183,8 +276,8 @@ def max_pool(x: jax.Array) -> jax.Array:
   )(x)
 
 
-class NativeSqueeze(nnx.Module):
-  """Computes what a mask unit's `Squeeze` does.
+class CpuSqueeze(nnx.Module):
+  """What a mask unit's `Squeeze` computes.
 
   Args:
     squeeze: gives the weights.
@@ -238,8 +331,15 @@ def squeeze_columns(
   )
 
 
-def _is_layer(node):
-  return isinstance(node, Layer)
+def _pack_panels(conv: FoldedConv) -> jax.Array:
+  return _panels(conv.matrix, conv.bias)
+
+
+def _pack_squares(conv: FoldedConv) -> jax.Array:
+  """Weights of a 3x3 for outputs of 2x2 at a time, or nothing."""
+  if (conv.conv.kernel_size, conv.conv.strides) == (3, 1):
+    return _squares(conv.kernel, conv.bias)
+  return jnp.zeros((0, 1, 1, _register().width), jnp.float32)
 
 
 def _panels(matrix, bias):
@@ -287,7 +387,7 @@ def _register(flags: tuple[str, ...] = ()) -> _Library | None:
     library = ctypes.CDLL(str(path))
   except (OSError, subprocess.SubprocessError) as error:
     logging.warning(
-      'sparse blocks are left to XLA, which is slower: the kernels were not '
+      'gated blocks are left to XLA, which is slower: the kernels were not '
       'compiled. %s',
       getattr(error, 'stderr', None) or error,
     )

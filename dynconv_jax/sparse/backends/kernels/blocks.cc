@@ -1,8 +1,8 @@
-// Residual blocks at the active positions of a mask, in float32, for CPUs.
+// Gated blocks at the active positions of their masks, in float32, for CPUs.
 //
 // A convolution at K positions is a matrix product, see product.h, or where
 // positions are neighbours one of squares, see squares.h. All maps are NHWC.
-// Shapes are checked by native.py, which is the only caller.
+// Shapes are checked by cpu.py, which is the only caller.
 
 #include <algorithm>
 #include <cstdint>
@@ -41,73 +41,114 @@ void Convolve(Team& team, Product product, const Floats& squares, int64_t size,
            Windows(size, strides, in, positions, zeros, row), writes);
 }
 
-// relu(shortcut(x) + mask * branch(x)). The branch is relu(first) and second,
-// in a bottleneck relu(second) and third. Without a projection (size 0) x and
-// out are one buffer, and what is not active stays. y and z are scratch for the
-// rows of `group` images.
-ffi::Error Block(ffi::ThreadPool pool, Floats x, Floats hard, Floats dilated,
-                 Floats first, Floats second, Floats third, Floats projection,
-                 Floats first_squares, Floats second_squares, FloatsOut out,
-                 FloatsOut y, FloatsOut z, int64_t first_size,
-                 int64_t first_strides, int64_t second_strides, int64_t group) {
+// relu(shortcut(x) + mask * branch(x)), where the branch is a chain of
+// convolutions with a ReLU between. Convolution i, of kernel sizes[i] and
+// strides[i], runs on mask levels[i]; the last one on level 0. Without a
+// projection x and out are one buffer, and what is not active stays.
+//
+// Arguments after x: the masks of the levels; the weights of the convolutions,
+// and of the projection; those for MultiplySquares, without elements where there
+// are none. Results after out: scratch for the rows of `group` images, of each
+// convolution but the last.
+ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
+                 FloatsOut out, ffi::RemainingRets results,
+                 ffi::Span<const int64_t> sizes,
+                 ffi::Span<const int64_t> strides,
+                 ffi::Span<const int64_t> levels, int64_t group) {
+  const int64_t convs = sizes.size();
+  const int64_t num_levels =
+      1 + *std::max_element(levels.begin(), levels.end());
+  if (static_cast<int64_t>(args.size()) != num_levels + 2 * convs + 1 ||
+      static_cast<int64_t>(results.size()) != convs - 1)
+    return ffi::Error::InvalidArgument("wrong number of buffers");
+  const auto argument = [&](int64_t i) { return args.get<Floats>(i).value(); };
   const int64_t images = x.dimensions()[0], channels = x.dimensions()[3];
-  const int64_t planes = y->dimensions()[1], features = out->dimensions()[3];
-  const Map in = MapOf(x), middle = MapOf(dilated);
+  const int64_t features = out->dimensions()[3];
+  const Floats projection = argument(num_levels + convs);
+  const Map in = MapOf(x);
   const float* xs = x.typed_data();
-  float *outs = out->typed_data(), *ys = y->typed_data(), *zs = z->typed_data();
-  const std::vector<float> zeros(std::max(channels, planes));
+  float* outs = out->typed_data();
+  std::vector<float*> scratch;
+  std::vector<int64_t> depths;  // Channels of each convolution's output.
+  for (int64_t i = 0; i + 1 < convs; ++i) {
+    auto rows = results.get<ffi::Buffer<ffi::F32>>(i).value();
+    scratch.push_back(rows->typed_data());
+    depths.push_back(rows->dimensions()[1]);
+  }
+  depths.push_back(features);
+  const std::vector<float> zeros(
+      std::max(channels, *std::max_element(depths.begin(), depths.end())));
   const auto x_row = [=](int64_t j) { return xs + j * channels; };
 
   Team team(pool);
+  std::vector<const float*> table;  // Rows of a convolution, by position.
   for (int64_t image = 0; image < images; image += group) {
     // A group of images after the other: their maps stay in the cache.
     const int64_t stop = std::min(image + group, images);
     const bool projects = projection.element_count() > 0;
-    const Positions all(hard, image, stop, projects);
-    const int64_t active = all.active;
+    std::vector<Positions> lists;
+    lists.reserve(num_levels);
+    for (int64_t level = 0; level < num_levels; ++level)
+      lists.emplace_back(argument(level), image, stop, projects && level == 0);
+    const Positions& all = lists[0];
     const auto out_row = [&](int64_t i) {
       return outs + all.numbers[i] * features;
     };
 
     if (projects) {
       // Where nothing is added the sum is rectified at once.
-      const int64_t strides = first_strides * second_strides;
+      int64_t total = 1;
+      for (const int64_t stride : strides) total *= stride;
       Multiply(team,
-               {projection.typed_data(), 1, channels, features, false, active},
-               all.size(), Windows(1, strides, in, all, zeros.data(), x_row),
+               {projection.typed_data(), 1, channels, features, false,
+                all.active},
+               all.size(), Windows(1, total, in, all, zeros.data(), x_row),
                out_row);
     }
 
-    const Positions needed(dilated, image, stop);
-    Convolve(team,
-             {first.typed_data(), first_size * first_size, channels, planes,
-              false, kAllRows},
-             first_squares, first_size, first_strides, in, needed, zeros.data(),
-             x_row, [=](int64_t i) { return ys + i * planes; });
-
-    const int64_t offset = image * middle.area();
-    std::vector<const float*> y_rows((stop - image) * middle.area(),
-                                     zeros.data());
-    for (int64_t i = 0; i < needed.size(); ++i)
-      y_rows[needed.numbers[i] - offset] = ys + i * planes;
-    const auto y_row = [&](int64_t j) { return y_rows[j - offset]; };
-    const auto convolve = [&](Product product, const auto& writes) {
-      Convolve(team, product, second_squares, 3, second_strides, middle, all,
-               zeros.data(), y_row, writes);
-    };
-    Product product{second.typed_data(), 9, planes, features, true, kAllRows};
-    if (third.element_count() == 0) {
-      convolve(product, out_row);
-      continue;
+    for (int64_t i = 0; i < convs; ++i) {
+      const bool last = i + 1 == convs;
+      const Positions& positions = lists[levels[i]];
+      const Floats squares = argument(num_levels + convs + 1 + i);
+      const int64_t depth = i == 0 ? channels : depths[i - 1];
+      const Product product{argument(num_levels + i).typed_data(),
+                            sizes[i] * sizes[i],
+                            depth,
+                            depths[i],
+                            last,
+                            kAllRows};
+      float* const rows = last ? nullptr : scratch[i];
+      const int64_t width = depths[i];
+      const auto run = [&](const auto& writes) {
+        if (i == 0) {
+          Convolve(team, product, squares, sizes[i], strides[i], in, positions,
+                   zeros.data(), x_row, writes);
+          return;
+        }
+        const float* const before = scratch[i - 1];
+        if (levels[i] == levels[i - 1]) {  // Pointwise: row by row.
+          Multiply(
+              team, product, positions.active,
+              [=](int64_t j, const float** read, int64_t) {
+                *read = before + j * depth;
+              },
+              writes);
+          return;
+        }
+        const Positions& needed = lists[levels[i - 1]];
+        const int64_t offset = image * needed.map.area();
+        table.assign((stop - image) * needed.map.area(), zeros.data());
+        for (int64_t j = 0; j < needed.active; ++j)
+          table[needed.numbers[j] - offset] = before + j * depth;
+        Convolve(team, product, squares, sizes[i], strides[i], needed.map,
+                 positions, zeros.data(),
+                 [&](int64_t j) { return table[j - offset]; }, writes);
+      };
+      if (last)
+        run(out_row);
+      else
+        run([=](int64_t j) { return rows + j * width; });
     }
-    const int64_t last = z->dimensions()[1];
-    product.columns = last;
-    product.add = false;
-    convolve(product, [=](int64_t i) { return zs + i * last; });
-    Multiply(
-        team, {third.typed_data(), 1, last, features, true, kAllRows}, active,
-        [=](int64_t i, const float** rows, int64_t) { *rows = zs + i * last; },
-        out_row);
   }
   return ffi::Error::Success();
 }
@@ -216,21 +257,13 @@ ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<Floats>()  // x
-                                  .Arg<Floats>()  // hard
-                                  .Arg<Floats>()  // dilated
-                                  .Arg<Floats>()  // first
-                                  .Arg<Floats>()  // second
-                                  .Arg<Floats>()  // third
-                                  .Arg<Floats>()  // projection
-                                  .Arg<Floats>()  // first_squares
-                                  .Arg<Floats>()  // second_squares
-                                  .Ret<Floats>()  // out
-                                  .Ret<Floats>()  // y
-                                  .Ret<Floats>()  // z
-                                  .Attr<int64_t>("first_size")
-                                  .Attr<int64_t>("first_strides")
-                                  .Attr<int64_t>("second_strides")
+                                  .Arg<Floats>()    // x
+                                  .RemainingArgs()  // see Block
+                                  .Ret<Floats>()    // out
+                                  .RemainingRets()  // scratch
+                                  .Attr<ffi::Span<const int64_t>>("sizes")
+                                  .Attr<ffi::Span<const int64_t>>("strides")
+                                  .Attr<ffi::Span<const int64_t>>("levels")
                                   .Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,

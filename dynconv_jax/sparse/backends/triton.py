@@ -1,6 +1,6 @@
 """Blocks at active positions by kernels for a GPU, through jax-triton.
 
-The counterpart of `native.py`. Active positions are listed, counted and
+The counterpart of `cpu.py`. Active positions are listed, counted and
 computed on the device: no count travels to the host, and nothing overflows.
 """
 
@@ -12,18 +12,21 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.layers import MaxPool
+from dynconv_jax.masks import ExecutionMask, masked_layers
 from dynconv_jax.methods.dynconv import MaskUnit
-from dynconv_jax.models.blocks import Block
-from dynconv_jax.models.resnet import ResNet
-from dynconv_jax.sparse import cudnn
-from dynconv_jax.sparse.fold import FoldedBlock, Layer
-from dynconv_jax.sparse.native import squeeze_columns
+from dynconv_jax.models.gated import GatedBlock
+from dynconv_jax.sparse.backend import Backend
+from dynconv_jax.sparse.backends import cudnn
+from dynconv_jax.sparse.backends.cpu import squeeze_columns
+from dynconv_jax.sparse.backends.dense import DenseConv, run_dense
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 # Positions that a program lists, and that one of a mask unit sums up at a time.
@@ -40,28 +43,73 @@ FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
 _MANY = 2 * 132 * 128 * 128
 
 
-def usable(dtype: jnp.dtype) -> bool:
-  """Returns whether the kernels compute in a dtype on JAX's default backend.
+class TritonBackend(Backend):
+  """Kernels in Triton, for bottlenecks and basic blocks."""
 
-  Args:
-    dtype: of the features.
-  """
-  return jax.default_backend() == 'gpu' and dtype in _DTYPES
+  name = 'triton'
+  # A conditional waits for the host at each block.
+  falls_back = False
 
+  def supports_platform(self, dtype, platform):
+    return platform == 'gpu' and dtype in _DTYPES
 
-def preferred(dtype: jnp.dtype) -> bool:
-  """Returns whether the kernels serve unless others are asked for.
+  def prefers(self, dtype, platform):
+    # In float32 XLA's products are rounded to TF32, on tensor cores.
+    if not self.supports_platform(dtype, platform) or dtype != jnp.bfloat16:
+      return False
+    try:
+      load()
+    except ImportError:
+      return False
+    return True
 
-  In float32 they do not: XLA's products are rounded to TF32, on tensor cores.
+  def supports(self, branch, dtype, platform):
+    convs = branch.convs
+    return (
+      self.supports_platform(dtype, platform)
+      and branch.levels in ((1, 0), (1, 0, 0))
+      and convs[0].kernel_size in (1, 3)
+      and convs[1].kernel_size == 3
+      and all(c.groups == 1 and c.padding == 'symmetric' for c in convs)
+      and all(c.activation == 'relu' for c in convs[:-1])
+      and convs[-1].activation is None
+      and branch.activation == 'relu'
+      and (branch.stays or branch.shortcut == 'projection')
+    )
 
-  Args:
-    dtype: of the features.
-  """
-  try:
+  def pack(self, block):
     load()
-  except ImportError:
-    return False
-  return usable(dtype) and dtype == jnp.bfloat16
+    return block
+
+  def run(self, packed, x, mask):
+    if mask is None:
+      return run_dense(packed, x)
+    lists = None
+    if isinstance(mask, ListedMask):
+      lists = mask.lists
+    return run_block(packed, x, lists or Lists(*map(list_positions, mask.maps)))
+
+  def decide(self, block, x, gating):
+    if not decides(block.masker):
+      return super().decide(block, x, gating)
+    shape = (x.shape[0], *block.branch.sizes(x.shape[1:3])[-1])
+    given = gating.given(block.name, shape)
+    squeezed = gating.scratch.get(self.name)
+    mask, squeezed = decide(block, x, given, squeezed)
+    gating.scratch[self.name] = squeezed
+    return mask
+
+  def convolution(self, conv):
+    load()
+    if conv.kernel.dtype == jnp.bfloat16 and cudnn.lay_out_conv(conv).block > 1:
+      return TritonStem(conv)
+    return DenseConv(conv)
+
+  def replacement(self, module):
+    return TritonMaxPool() if type(module) is MaxPool else None
+
+  def prepare(self, chains):
+    share_squeezes(chains)
 
 
 def generation() -> int:
@@ -197,80 +245,108 @@ def _list_shapes(size):
   return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
-def decides(block: Block) -> bool:
-  """Returns whether kernels compute a block's mask unit: see `decide`."""
-  return isinstance(block.masker, MaskUnit) and isinstance(
-    block.masker.maskconv, ColumnSqueeze
-  )
+@flax.struct.dataclass
+class ListedMask(ExecutionMask):
+  """An execution mask whose active positions are listed.
+
+  Attributes:
+    lists: the positions of its maps.
+  """
+
+  lists: Lists | None = None
+
+
+def decides(gate: nnx.Module | None) -> bool:
+  """Returns whether kernels compute a gate: see `decide`."""
+  return isinstance(gate, MaskUnit) and isinstance(gate.maskconv, ColumnSqueeze)
 
 
 def decide(
-  block: Block,
-  folded: FoldedBlock,
+  block: Any,
   x: jax.Array,
   given: jax.Array | None,
   squeezed: Squeezed | None,
-) -> tuple[ExecutionMask, jax.Array, Lists, Squeezed]:
-  """Returns a block's mask, its gate's decision, and the lists of positions.
+) -> tuple[ListedMask, Squeezed]:
+  """Returns a block's mask with its lists, and what the next block takes.
 
   Args:
-    block: of `with_kernel_gates`.
-    folded: the same block.
+    block: has a mask unit that `share_squeezes` has changed.
     x: float32 or bfloat16[N, H, W, in_features], its input.
-    given: float32[N, h, w] of {0, 1} to obey instead of the decision, or None.
+    given: float32[N, h, w] of {0, 1} to obey instead of the decision, which is
+      computed all the same, or None.
     squeezed: what the block before returned; None: there is none.
-
-  Returns:
-    The execution mask; float32[N, h, w] of {0, 1}, what the gate chose; the
-    positions of both maps of the mask; what the next block takes.
   """
-  shape, unit = folded.output_shape(x.shape), block.masker.maskconv
+  branch, unit = block.branch, block.masker.maskconv
+  end, middle = (
+    (x.shape[0], *size) for size in branch.level_sizes(x.shape[1:3])
+  )
   squeezed, zero = unit.squeeze(x, squeezed)
-  logits, active, zero = unit.list_positions(
-    squeezed.terms, x.shape, shape, given, zero
+  _, active, zero = unit.list_positions(
+    squeezed.terms, x.shape, end, given, zero
   )
-  middle = folded.first.output_shape(x.shape)
-  needed = list_dilated(active, zero, middle, folded.second.strides)
-  hard, dilated = (
-    (found.rows >= 0).astype(jnp.float32).reshape(shape)
-    for found, shape in ((active, shape), (needed, middle))
+  needed = list_dilated(active, zero, middle, branch.reads[0].strides)
+  mask = ListedMask(
+    maps=tuple(
+      (found.rows >= 0).astype(jnp.float32).reshape(shape)
+      for found, shape in ((active, end), (needed, middle))
+    ),
+    name=block.name,
+    layers=masked_layers(branch, block.name),
+    stage=block.stage,
+    lists=Lists(active, needed),
   )
-  mask, _ = block.decide(x, None, hard)
-  decision = (logits >= 0).astype(jnp.float32)
-  return (
-    mask.replace(dilated=dilated),
-    decision,
-    Lists(active, needed),
-    squeezed._replace(changed=active),
-  )
+  return mask, squeezed._replace(changed=active)
 
 
-def stem(images: jax.Array, layer: Layer) -> jax.Array:
-  """Returns the rectified first convolution, [N, h, w, features].
-
-  That of ImageNet's networks in bfloat16 is a kernel's, others are cuDNN's.
+class TritonStem(nnx.Module):
+  """The 7x7 convolution of ImageNet's networks in bfloat16, and its ReLU.
 
   Args:
-    images: float32 or bfloat16[N, H, W, 3].
-    layer: of `cudnn.lay_out`.
+    conv: gives the weights.
   """
-  if images.dtype != jnp.bfloat16 or layer.block == 1:
-    return jax.nn.relu(cudnn.convolve(images, layer))
+
+  def __init__(self, conv: FoldedConv):
+    conv = cudnn.lay_out_conv(conv)
+    self.layout = conv.replace(kernel=None, bias=None)
+    self.kernel, self.bias = nnx.Param(conv.kernel), nnx.Param(conv.bias)
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns bfloat16[N, h, w, features] of float[N, H, W, 3]."""
+    layer = self.layout.replace(kernel=self.kernel[...], bias=self.bias[...])
+    return stem(x.astype(jnp.bfloat16), layer)
+
+
+class TritonMaxPool(nnx.Module):
+  """What `layers.MaxPool` computes."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns float[N, h, w, C] of float[N, H, W, C]."""
+    return max_pool(x)
+
+
+def stem(images: jax.Array, layer: cudnn.CudnnConv) -> jax.Array:
+  """Returns the rectified first convolution, bfloat16[N, h, w, features].
+
+  Args:
+    images: bfloat16[N, H, W, 3].
+    layer: of `cudnn.lay_out_conv`, on squares of positions.
+  """
   x = cudnn.rearrange(images, layer)
   n, h, w, depth = x.shape
+  features, taps = layer.kernel.shape[:2]
   return launch(
     'convolve_rows',
     *(x, layer.kernel, layer.bias),
-    out_shape=jax.ShapeDtypeStruct((n, h, w, layer.features), x.dtype),
+    out_shape=jax.ShapeDtypeStruct((n, h, w, features), x.dtype),
     grid=_cdiv(n * h * w, _STEM_ROWS),
     SIZE=n * h * w,
-    TAPS=layer.size,
+    TAPS=taps,
     HEIGHT=h,
     WIDTH=w,
     DEPTH=depth,
-    FEATURES=layer.features,
+    FEATURES=features,
     BLOCK_ROWS=_STEM_ROWS,
-    BLOCK_FEATURES=_power(layer.features),
+    BLOCK_FEATURES=_power(features),
     num_warps=4,
     num_stages=2,
   )
@@ -300,7 +376,7 @@ def max_pool(x: jax.Array) -> jax.Array:
   )
 
 
-def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
+def run_block(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   """Returns a block's output, the branch computed at active positions only.
 
   Positions outside of the mask are not touched where the shortcut is the
@@ -315,21 +391,25 @@ def run_triton(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
     float[N, h, w, features], in the dtype of x.
   """
   active, needed = lists
-  middle, end = block.first.output_shape(x.shape), block.output_shape(x.shape)
-  second, third = block.second, block.third
-  y = _convolve(x, x.shape, needed, needed, block.first, lookup=False)
-  base = x if block.projection is None else _project(x, active, block)
-  if third is None:
+  end, middle = (
+    (x.shape[0], *size) for size in block.branch.level_sizes(x.shape[1:3])
+  )
+  first, second, *last = block.convs
+  y = _convolve(x, x.shape, needed, needed, first, lookup=False)
+  base = x if block.projection is None else _project(x, end, active, block)
+  if not last:
     return _convolve_add(y, middle, needed, active, second, base)
   if second.bias.size <= FUSED_WIDTH[x.dtype]:
-    return _convolve_matmul_add(y, middle, needed, active, second, third, base)
+    return _convolve_matmul_add(
+      y, middle, needed, active, second, last[0], base
+    )
   z = _convolve(y, middle, needed, active, second, lookup=True)
-  return _convolve_add(z, end, active, active, third, base)
+  return _convolve_add(z, end, active, active, last[0], base)
 
 
-def _project(x, active, block):
+def _project(x, shape, active, block):
   """The shortcut, rectified where the branch is not executed."""
-  layer, shape = block.projection, block.output_shape(x.shape)
+  layer = block.projection
   size = math.prod(shape)
   tiles = _tiles(size, layer, x.dtype)
   if x.dtype == jnp.bfloat16 and layer.kernel.shape[2] <= 64:
@@ -358,7 +438,7 @@ def _convolve(table, shape, read, written, layer, *, lookup):
     ),
     grid=_grid(written.rows.size, layer, tiles),
     LOOKUP=lookup,
-    TAPS=layer.size,
+    TAPS=layer.conv.kernel_size,
     FEATURES=layer.bias.size,
     **_geometry(shape, layer),
     **tiles,
@@ -367,7 +447,9 @@ def _convolve(table, shape, read, written, layer, *, lookup):
 
 def _convolve_add(table, shape, read, written, layer, base):
   """relu(base + convolution) at the positions of a list, written in place."""
-  tiles = _tiles(written.rows.size, layer, table.dtype, lookup=layer.size > 1)
+  tiles = _tiles(
+    written.rows.size, layer, table.dtype, lookup=layer.conv.kernel_size > 1
+  )
   if table.dtype == jnp.bfloat16 and generation() < 9:
     # Else an A100's registers do not hold the tile of the shortcut too.
     tiles |= {'BLOCK_ROWS': 64, 'num_warps': 8}
@@ -378,7 +460,7 @@ def _convolve_add(table, shape, read, written, layer, base):
     out_shape=jax.ShapeDtypeStruct(base.shape, base.dtype),
     input_output_aliases={6: 0},
     grid=_grid(written.rows.size, layer, tiles),
-    TAPS=layer.size,
+    TAPS=layer.conv.kernel_size,
     FEATURES=layer.bias.size,
     **_geometry(shape, layer),
     **tiles,
@@ -408,10 +490,10 @@ def _convolve_matmul_add(table, shape, read, written, layer, last, base):
   )
 
 
-def _geometry(shape: tuple[int, ...], layer: Layer) -> dict[str, int]:
+def _geometry(shape: tuple[int, ...], layer: FoldedConv) -> dict[str, int]:
   """How a convolution reads a map of (N, H, W, ...)."""
   return {
-    'STRIDES': layer.strides,
+    'STRIDES': layer.conv.strides,
     'HEIGHT': shape[1],
     'WIDTH': shape[2],
     'DEPTH': layer.kernel.shape[2],
@@ -419,7 +501,7 @@ def _geometry(shape: tuple[int, ...], layer: Layer) -> dict[str, int]:
 
 
 def _tiles(
-  size: int, layer: Layer, dtype: jnp.dtype, lookup: bool = False
+  size: int, layer: FoldedConv, dtype: jnp.dtype, lookup: bool = False
 ) -> dict[str, int]:
   """Tile sizes of a product of up to `size` rows.
 
@@ -487,32 +569,30 @@ def _power(n: int) -> int:
   return max(16, _ceil_power(n))
 
 
-def with_kernel_gates(model: ResNet) -> ResNet:
-  """Returns a copy of a network whose mask units compute by the kernels.
+def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
+  """Has the kernels compute the mask units of blocks, in place.
 
   Args:
-    model: in evaluation.
+    chains: in each a block reads what the one before it wrote.
   """
-  model = nnx.clone(model)
-  groups: list[list[Block]] = []
-  same_map = False
-  for block in model.blocks:
-    unit = block.masker
-    if not isinstance(unit, MaskUnit):
-      same_map = False
-      continue
-    if same_map and len(groups[-1]) < UNITS:
-      groups[-1].append(block)
-    else:
-      groups.append([block])
-    # Its output is its input but where it is executed.
-    same_map = block.downsample is None
+  groups: list[list[GatedBlock]] = []
+  for chain in chains:
+    same_map = False
+    for block in chain:
+      if not isinstance(block.masker, MaskUnit):
+        same_map = False
+        continue
+      if same_map and len(groups[-1]) < UNITS:
+        groups[-1].append(block)
+      else:
+        groups.append([block])
+      # Its output is its input but where it is executed.
+      same_map = block.branch.stays
   for group in groups:
     units = [block.masker for block in group]
     columns = [ColumnSqueeze(units, index) for index in range(len(units))]
     for unit, squeeze in zip(units, columns, strict=True):
       unit.maskconv = squeeze
-  return model
 
 
 class ColumnSqueeze(nnx.Module):

@@ -1,0 +1,1 @@
+"""Timing against other runtimes and counters."""

@@ -1,0 +1,24 @@
+"""Checks of what a user gives."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def check_choice(what: str, given: str, allowed: Iterable[str]) -> None:
+  """Raises ValueError naming what is allowed unless `given` is.
+
+  Args:
+    what: what is chosen, such as 'model'.
+    given: the choice.
+    allowed: all choices.
+  """
+  allowed = list(allowed)
+  if given in allowed:
+    return
+  near = difflib.get_close_matches(str(given), allowed, n=1)
+  hint = f' (did you mean {near[0]!r}?)' if near else ''
+  raise ValueError(
+    f'unknown {what} {given!r}{hint}; allowed: {", ".join(allowed)}'
+  )

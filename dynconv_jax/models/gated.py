@@ -1,0 +1,323 @@
+"""Residual blocks whose branch is executed where a mask says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dynconv_jax.branch import Branch, Conv
+from dynconv_jax.layers import ACTIVATIONS, BatchNorm, conv
+from dynconv_jax.masks import ExecutionMask, execution_mask
+from dynconv_jax.methods.gate import Decision, Gate
+
+Masks = Sequence[jax.Array | None] | Mapping[str, jax.Array]
+
+
+class Gating:
+  """The decisions of one forward pass, from gate to gate.
+
+  A network makes one, passes it to each of its gated blocks, and returns its
+  `finish()` beside the logits.
+
+  Args:
+    rngs: stream `gumbel`, for gates that sample.
+    temperature: of the gates' Gumbel-softmax, > 0.
+    gumbel_noise: whether the gates add noise in training.
+    masks: [N, h, w] of {0, 1}, float, int or bool, to obey instead of the
+      gates' decisions: one a block in order of execution, or by the blocks'
+      names. Where there is None, or no such name, the gate decides.
+  """
+
+  def __init__(
+    self,
+    *,
+    rngs: nnx.Rngs | None = None,
+    temperature: float | jax.Array = 1.0,
+    gumbel_noise: bool | jax.Array = True,
+    masks: Masks | None = None,
+  ):
+    self._kwargs = dict(
+      rngs=rngs, temperature=temperature, gumbel_noise=gumbel_noise
+    )
+    self._named = dict(masks) if isinstance(masks, Mapping) else {}
+    self._ordered = None
+    if masks is not None and not isinstance(masks, Mapping):
+      self._ordered = list(masks)
+    self._asked: list[str] = []
+    self._gate: Gate | None = None
+    self._carry: Any = None
+    self._masks: list[ExecutionMask] = []
+    # What sparse blocks hand on to each other, by backend.
+    self.scratch: dict[str, Any] = {}
+
+  def given(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns the mask that the next block has to obey, float32, or None.
+
+    Args:
+      name: the block's path in the model.
+      shape: of the mask. One that is constant over an image may be given as
+        [N, 1, 1].
+
+    Raises:
+      ValueError: the mask is of another shape, or there is none left.
+    """
+    self._asked.append(name)
+    if self._ordered is not None:
+      if len(self._asked) > len(self._ordered):
+        raise ValueError(
+          f'masks must be one a block; got {len(self._ordered)}, none for '
+          f'{name}'
+        )
+      mask = self._ordered[len(self._asked) - 1]
+    else:
+      mask = self._named.get(name)
+    if mask is None:
+      return None
+    mask = jnp.asarray(mask)
+    if mask.shape not in (shape, (shape[0], *(1 for _ in shape[1:]))):
+      raise ValueError(f'the mask of {name} must be {shape}; got {mask.shape}')
+    if not (
+      jnp.issubdtype(mask.dtype, jnp.floating)
+      or jnp.issubdtype(mask.dtype, jnp.integer)
+      or mask.dtype == bool
+    ):
+      raise ValueError(
+        f'the mask of {name} must be float, int or bool; got {mask.dtype}'
+      )
+    return jnp.broadcast_to(mask.astype(jnp.float32), shape)
+
+  def ask(self, gate: Gate, x: jax.Array, shape: tuple[int, ...]) -> Decision:
+    """Returns a gate's decision, of the shape of the mask.
+
+    Args:
+      gate: of the next block.
+      x: the block's input.
+      shape: of the mask.
+    """
+    decision, self._carry = gate(x, self._carry, **self._kwargs)
+    self._gate = gate
+    return jax.tree.map(lambda v: jnp.broadcast_to(v, shape), decision)
+
+  def add(self, mask: ExecutionMask) -> None:
+    """Adds the execution mask of the next gated block."""
+    self._masks.append(mask)
+
+  def end_stage(self, x: jax.Array) -> jax.Array:
+    """Returns the output of a stage: that of its last block, for most methods.
+
+    Args:
+      x: float[N, h, w, C], the output of the stage's last block.
+    """
+    if self._gate is None:
+      return x
+    x, self._carry = self._gate.end_stage(x, self._carry)
+    if self._gate.spans_stage:
+      self._gate = None
+    return x
+
+  def finish(self) -> list[ExecutionMask]:
+    """Returns one ExecutionMask a gated block, in order of execution.
+
+    Raises:
+      ValueError: masks were given that no block has obeyed, or the network has
+        not ended a stage whose gates need it.
+    """
+    left = set(self._named) - set(self._asked)
+    if left:
+      raise ValueError(
+        f'masks are given for {", ".join(sorted(left))}; the gated blocks are '
+        f'{", ".join(self._asked)}'
+      )
+    if self._ordered is not None and len(self._ordered) != len(self._asked):
+      raise ValueError(
+        f'masks must be one a block, {len(self._asked)}; got '
+        f'{len(self._ordered)}'
+      )
+    if self._gate is not None and self._gate.spans_stage:
+      raise ValueError(
+        f'the gates of {type(self._gate).__name__} weigh the blocks of a '
+        'stage: the network has to call gating.end_stage(x) after each stage'
+      )
+    return self._masks
+
+
+class GatedBlock(nnx.Module):
+  """`activation(shortcut(x) + mask * branch(x))`.
+
+  The shortcut is always executed. The branch, a chain of convolutions and batch
+  norms, is computed densely and multiplied by the mask after its last batch
+  norm, so batch statistics include the positions that are masked out (Verelst
+  and Tuytelaars, CVPR 2020, section 3.3 and the authors' code).
+
+  `branch` says all there is to know about the branch. A subclass that computes
+  something else in `run_branch` cannot be executed sparsely: it sets
+  `describable = False`, and sparse networks run it densely.
+
+  Args:
+    branch: its description.
+    name: path in the model, such as 'layer2.0'.
+    stage: the number of its stage.
+    gate: decides where the branch is executed; None: everywhere.
+    dtype: compute dtype.
+    rngs: stream `params`.
+  """
+
+  describable = True
+
+  def __init__(
+    self,
+    branch: Branch,
+    *,
+    name: str,
+    stage: int = 0,
+    gate: Gate | None = None,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    self.branch = branch
+    self.name = name
+    self.stage = stage
+    self.dtype = jnp.dtype(dtype)
+    self.downsample = nnx.data(None)
+    if (projection := branch.projection) is not None:
+      self.downsample = nnx.List(
+        [
+          make_conv(projection, dtype=dtype, rngs=rngs),
+          BatchNorm(branch.features, rngs=rngs),
+        ]
+      )
+    self.masker = nnx.data(gate)
+    for c in branch.convs:
+      setattr(self, c.name, make_conv(c, dtype=dtype, rngs=rngs))
+      setattr(
+        self,
+        c.norm,
+        BatchNorm(c.features, activation=c.activation, rngs=rngs),
+      )
+
+  @property
+  def strides(self) -> int:
+    """Of the block."""
+    return self.branch.strides
+
+  def run_branch(self, x: jax.Array) -> jax.Array:
+    """Returns float[N, h, w, features] before mask and shortcut.
+
+    Args:
+      x: float[N, H, W, in_features].
+    """
+    for c in self.branch.convs:
+      x = getattr(self, c.norm)(getattr(self, c.name)(x))
+    return x
+
+  def shortcut(self, x: jax.Array) -> jax.Array | float:
+    """Returns the identity or its projection, float[N, h, w, features], or 0.
+
+    Args:
+      x: float[N, H, W, in_features].
+    """
+    if self.branch.shortcut == 'none':
+      return 0.0
+    if self.downsample is None:
+      return x
+    projection, norm = self.downsample
+    return norm(projection(x))
+
+  def decide(self, x: jax.Array, gating: Gating) -> ExecutionMask | None:
+    """Returns where the branch is executed, None for everywhere.
+
+    Args:
+      x: float[N, H, W, in_features], the block's input.
+      gating: of this forward pass.
+    """
+    return decide(self, x, gating)
+
+  def execute(
+    self, x: jax.Array, mask: ExecutionMask | None = None
+  ) -> jax.Array:
+    """Returns the block's output, float[N, h, w, features].
+
+    Args:
+      x: float[N, H, W, in_features].
+      mask: where the branch is executed; None: everywhere.
+    """
+    shortcut, branch = self.shortcut(x), self.run_branch(x)
+    act = ACTIVATIONS[self.branch.activation]
+    if mask is None:
+      return act(shortcut + branch)
+    hard = mask.hard[..., None].astype(branch.dtype)
+    if self.masker is not None and self.masker.interpolates:
+      executed, skipped = act(shortcut + branch), act(shortcut)
+      return hard * executed + (1 - hard) * skipped
+    return act(shortcut + hard * branch)
+
+  def __call__(self, x: jax.Array, gating: Gating | None = None) -> jax.Array:
+    """Returns the block's output, float[N, h, w, features].
+
+    Args:
+      x: float[N, H, W, in_features].
+      gating: of this forward pass, which gets the execution mask; None: the
+        branch is executed everywhere.
+    """
+    mask = None if gating is None else self.decide(x, gating)
+    if mask is not None:
+      gating.add(mask)
+    return self.execute(x, mask)
+
+
+def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
+  """Returns where a block's branch is executed, None for everywhere.
+
+  Args:
+    block: has `branch`, `name`, `stage` and `masker`.
+    x: float[N, H, W, in_features], the block's input.
+    gating: of this forward pass.
+  """
+  size = x.shape[1:3]
+  shape = (x.shape[0], *block.branch.sizes(size)[-1])
+  hard = gating.given(block.name, shape)
+  if hard is not None:
+    decision = Decision(hard)
+  elif block.masker is None:
+    return None
+  else:
+    decision = gating.ask(block.masker, x, shape)
+  return execution_mask(
+    block.branch,
+    decision.hard,
+    size,
+    name=block.name,
+    stage=block.stage,
+    score=decision.score,
+  )
+
+
+def make_conv(c: Conv, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
+  """Returns the convolution that a description asks for.
+
+  Args:
+    c: the description.
+    dtype: compute dtype.
+    rngs: stream `params`.
+  """
+  return conv(
+    c.in_features,
+    c.features,
+    c.kernel_size,
+    strides=c.strides,
+    groups=c.groups,
+    padding=c.padding,
+    dtype=dtype,
+    rngs=rngs,
+  )
+
+
+def gated_blocks(model: nnx.Module) -> list[GatedBlock]:
+  """Returns the gated blocks of a network, in the order of its modules."""
+  return [
+    node for _, node in nnx.iter_modules(model) if isinstance(node, GatedBlock)
+  ]

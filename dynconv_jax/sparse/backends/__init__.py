@@ -1,0 +1,1 @@
+"""Backends of sparse execution, one a file."""

@@ -1,0 +1,116 @@
+"""Dense convolutions in the form that XLA executes the fastest on a GPU.
+
+XLA hands a convolution, its bias, the shortcut and the ReLU to cuDNN in one
+call, if all of them are in the dtype of the features, and copies each kernel at
+each call unless its features come first. Matrix products, the form that is the
+best on a CPU, leave bias, shortcut and ReLU to passes of their own.
+"""
+
+from __future__ import annotations
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
+
+# cuDNN's kernels for tensor cores read channels by eights.
+_CHANNELS = 8
+
+
+@flax.struct.dataclass
+class CudnnConv(FoldedConv):
+  """A folded convolution as cuDNN reads it.
+
+  Attributes:
+    kernel: float[features, k, k, in_features / groups].
+    bias: float[features], in the dtype of the kernel.
+    conv: its description.
+    block: it reads squares of as many positions a side, as channels.
+  """
+
+  block: int = flax.struct.field(pytree_node=False, default=1)
+
+
+def lay_out(block: FoldedBlock) -> FoldedBlock:
+  """Returns a block whose convolutions are as cuDNN reads them.
+
+  Args:
+    block: the folded block.
+  """
+  projection = block.projection
+  return block.replace(
+    convs=tuple(lay_out_conv(conv) for conv in block.convs),
+    projection=None if projection is None else lay_out_conv(projection),
+  )
+
+
+def lay_out_conv(layer: FoldedConv) -> CudnnConv:
+  """Returns a convolution as cuDNN reads it.
+
+  A 7x7 of stride 2 becomes a 4x4 of stride 1 on squares of 2x2 positions: tap k
+  of the 7, which reads position 2 i + k - 3, is tap a of square b where
+  2 a + b = k + 1.
+
+  Args:
+    layer: folded.
+  """
+  conv, kernel, block = layer.conv, layer.kernel, 1
+  symmetric = conv.padding == 'symmetric' and conv.groups == 1
+  if (conv.kernel_size, conv.strides) == (7, 2) and symmetric:
+    _, _, depth, features = kernel.shape
+    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
+    kernel = kernel.reshape(4, 2, 4, 2, depth, features)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, -1, features)
+    padding = -kernel.shape[2] % _CHANNELS
+    kernel = jnp.pad(kernel, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    block = 2
+  return CudnnConv(
+    kernel=jnp.transpose(kernel, (3, 0, 1, 2)),
+    bias=layer.bias.astype(kernel.dtype),
+    conv=conv,
+    block=block,
+  )
+
+
+def convolve(x: jax.Array, layer: CudnnConv) -> jax.Array:
+  """Returns [N, h, w, features] in the dtype of x, before any activation.
+
+  Args:
+    x: float[N, H, W, in_features].
+    layer: the convolution.
+  """
+  conv = layer.conv
+  strides, pads = conv.strides, tuple(conv.pads(n) for n in x.shape[1:3])
+  if layer.block > 1:
+    k = layer.kernel.shape[1]
+    strides, pads = 1, ((k // 2, (k - 1) // 2),) * 2
+  y = lax.conv_general_dilated(
+    rearrange(x, layer),
+    layer.kernel,
+    (strides, strides),
+    pads,
+    dimension_numbers=('NHWC', 'OHWI', 'NHWC'),
+    feature_group_count=conv.groups,
+  )
+  return y + layer.bias.astype(x.dtype)
+
+
+def rearrange(x: jax.Array, layer: CudnnConv) -> jax.Array:
+  """Returns the map that a layer reads, its squares of positions as channels.
+
+  Args:
+    x: float[N, H, W, in_features].
+    layer: of `lay_out_conv`.
+  """
+  if layer.block == 1:
+    return x
+  n, height, width, depth = x.shape
+  h, w = (-(-size // layer.block) for size in (height, width))
+  ends = ((0, h * layer.block - height), (0, w * layer.block - width))
+  x = jnp.pad(x, ((0, 0), *ends, (0, 0)))
+  x = x.reshape(n, h, layer.block, w, layer.block, depth)
+  x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, h, w, -1)
+  padding = layer.kernel.shape[3] - x.shape[-1]
+  return jnp.pad(x, ((0, 0),) * 3 + ((0, padding),))

@@ -1,0 +1,161 @@
+"""Whether a block is faster sparse or dense, by short measurements."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from dynconv_jax.masks import execution_mask
+from dynconv_jax.models.gated import GatedBlock
+from dynconv_jax.sparse.backend import get_backend
+from dynconv_jax.sparse.fold import fold_block
+from dynconv_jax.sparse.plan import BlockPlan
+
+# Densities that are measured; times between them are taken as linear. Of whole
+# images there may be one only.
+_DENSITIES = (0.2, 0.6)
+_IMAGE_DENSITIES = (0.0, 1.0)
+_REPEATS = 4
+
+
+def calibrate(
+  block: GatedBlock,
+  plan: BlockPlan,
+  shape: tuple[int, int, int, int],
+  *,
+  per_image: bool,
+  density: float,
+) -> BlockPlan:
+  """Returns the faster of a sparse plan and the dense one, with its limit.
+
+  Both are timed on clustered masks of two densities. The sparse time is taken
+  as linear in the load, the executed share of the branch's dense MACs.
+
+  Args:
+    block: in evaluation.
+    plan: how it would be executed sparsely.
+    shape: (N, H, W, C) of its input.
+    per_image: whether its mask is constant over an image.
+    density: of the masks to expect.
+  """
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), block.dtype)
+  size = block.branch.sizes(shape[1:3])[-1]
+  densities = _IMAGE_DENSITIES if per_image else _DENSITIES
+  masks = [
+    execution_mask(
+      block.branch,
+      jnp.asarray(clustered_masks(rng, (shape[0], *size), d, per_image)),
+      shape[1:3],
+      name=block.name,
+    )
+    for d in densities
+  ]
+  folded = fold_block(block)
+  backends = {'dense': get_backend('dense'), 'sparse': plan.backend}
+  runs = {
+    name: (jax.jit(backend.run), backend.pack(folded))
+    for name, backend in backends.items()
+  }
+  # A dense form takes as long for any mask.
+  cases = [('dense', 0), ('sparse', 0), ('sparse', 1)]
+  times = dict.fromkeys(cases, np.inf)
+  # On a GPU one call waits in the queue while another runs, as in a network.
+  calls = 10 if jax.default_backend() == 'gpu' else 1
+  for repeat in range(_REPEATS + 1):
+    for case in cases:
+      (run, packed), mask = runs[case[0]], masks[case[1]]
+      start = time.perf_counter()
+      for _ in range(calls):
+        out = run(packed, x, mask)
+      jax.block_until_ready(out)
+      if repeat:  # The first compiles.
+        seconds = (time.perf_counter() - start) / calls
+        times[case] = min(times[case], seconds)
+  loads = [
+    float(jnp.mean(mask.executed_macs())) / mask.dense_macs() for mask in masks
+  ]
+  chosen = choose_plan(
+    plan,
+    times['dense', 0],
+    (times['sparse', 0], times['sparse', 1]),
+    densities,
+    loads,
+    density,
+  )
+  logging.info('%s of %s: %s', block.name, shape, chosen)
+  return chosen
+
+
+def choose_plan(
+  plan: BlockPlan,
+  dense: float,
+  sparse: tuple[float, float],
+  densities: tuple[float, float],
+  loads: list[float],
+  density: float,
+) -> BlockPlan:
+  """Returns the faster plan at a density, and its limit.
+
+  A backend that cannot fall back to dense execution without waiting for the
+  host is taken for all batches, or for none.
+
+  Args:
+    plan: the sparse one.
+    dense: seconds of dense execution.
+    sparse: seconds of the plan at the two densities.
+    densities: that were measured, increasing.
+    loads: the shares of dense MACs that they took.
+    density: the one to expect; its load is taken as linear between, and 1 at 1.
+  """
+  slope = max((sparse[1] - sparse[0]) / max(loads[1] - loads[0], 1e-6), 1e-12)
+  limit = (dense - (sparse[0] - slope * loads[0])) / slope
+  expected = np.interp(density, (0, *densities, 1), (0, *loads, 1))
+  if limit <= 0 or (not plan.backend.falls_back and expected > limit):
+    return BlockPlan(get_backend('dense'))
+  if not plan.backend.falls_back:
+    return plan
+  return BlockPlan(plan.backend, min(float(limit), 1.0))
+
+
+def clustered_masks(
+  rng: np.random.Generator,
+  shape: tuple[int, int, int],
+  density: float,
+  per_image: bool = False,
+  *,
+  side: int = 1,
+) -> np.ndarray:
+  """Returns float32[N, h, w] of {0, 1}: smooth random fields, thresholded.
+
+  Each has round(density * h * w) active positions, at least one above 0; with
+  per-image masks the first round(density * N) images are active.
+
+  Args:
+    rng: source of randomness.
+    shape: (N, h, w).
+    density: share of active positions, in [0, 1].
+    per_image: whether whole images are active.
+    side: of the patches whose positions are active together; they are counted,
+      and those at the edge are cut.
+  """
+  n, h, w = shape
+  if side > 1:
+    patches = (n, -(-h // side), -(-w // side))
+    mask = clustered_masks(rng, patches, density, per_image)
+    return mask.repeat(side, 1).repeat(side, 2)[:, :h, :w]
+  if per_image:
+    active = np.arange(n) < max(density > 0, round(density * n))
+    return np.broadcast_to(active[:, None, None], shape).astype(np.float32)
+  field = rng.normal(size=shape)
+  # A Gaussian low-pass of an eighth of the map, periodic.
+  decay = np.add.outer(
+    (np.fft.fftfreq(h) * h / 8) ** 2, (np.fft.fftfreq(w) * w / 8) ** 2
+  )
+  smooth = np.fft.ifft2(np.fft.fft2(field) * np.exp(-8 * decay)).real
+  ranks = smooth.reshape(n, -1).argsort(-1).argsort(-1).reshape(shape)
+  return (ranks < max(density > 0, round(density * h * w))).astype(np.float32)

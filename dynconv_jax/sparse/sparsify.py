@@ -1,0 +1,394 @@
+"""Networks whose gated blocks run only where their masks are set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from dynconv_jax.layers import BatchNorm
+from dynconv_jax.masks import execution_mask
+from dynconv_jax.models.gated import GatedBlock, Gating, gated_blocks
+from dynconv_jax.sparse.backend import Backend, auto_backends, get_backend
+from dynconv_jax.sparse.backends.dense import run_dense
+from dynconv_jax.sparse.fold import (
+  check_evaluation,
+  describe_conv,
+  fold_block,
+  fold_conv,
+)
+from dynconv_jax.sparse.plan import BlockPlan
+
+
+class SparseBlock(nnx.Module):
+  """A gated block that executes its branch only where its mask is set.
+
+  Args:
+    block: in evaluation, described by its branch.
+    plan: how it is executed.
+  """
+
+  def __init__(self, block: GatedBlock, plan: BlockPlan):
+    self.branch, self.name = block.branch, block.name
+    self.stage, self.dtype = block.stage, block.dtype
+    self.masker = block.masker
+    self.plan = plan
+    folded = fold_block(block)
+    self.packed = _Arrays(plan.backend.pack(folded))
+    self.dense = nnx.data(None)
+    if plan.limit < 1:
+      self.dense = _Arrays(get_backend('dense').pack(folded))
+
+  def __call__(self, x: jax.Array, gating: Gating | None = None) -> jax.Array:
+    """Returns the block's output, float[N, h, w, features].
+
+    Args:
+      x: float[N, H, W, in_features].
+      gating: of this forward pass, which gets the execution mask; None: the
+        branch is executed everywhere.
+    """
+    backend = self.plan.backend
+    mask = None if gating is None else backend.decide(self, x, gating)
+    if mask is None:
+      return backend.run(self.packed.tree(), x, None)
+    if self.dense is None:
+      out, overflow = backend.run(self.packed.tree(), x, mask), jnp.int32(0)
+    else:
+      load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
+      overflow = load > self.plan.limit
+      out = jax.lax.cond(
+        overflow,
+        lambda: get_backend('dense').run(self.dense.tree(), x, mask),
+        lambda: backend.run(self.packed.tree(), x, mask),
+      )
+    gating.add(mask.replace(overflow=overflow.astype(jnp.int32)))
+    return out
+
+
+class _Arrays(nnx.Module):
+  """A tree of arrays as variables of a module."""
+
+  def __init__(self, tree: Any):
+    leaves, self.treedef = jax.tree.flatten(tree)
+    self.leaves = nnx.List([nnx.Variable(leaf) for leaf in leaves])
+
+  def tree(self) -> Any:
+    return self.treedef.unflatten([leaf[...] for leaf in self.leaves])
+
+
+class _Identity(nnx.Module):
+  """Stands where a batch norm was folded away."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    return x
+
+
+def sparsify(
+  model: nnx.Module,
+  backend: str | Backend = 'auto',
+  *,
+  image_shape: Sequence[int] | None = None,
+  plans: Mapping[str, BlockPlan] | None = None,
+) -> nnx.Module:
+  """Returns a copy of a network that computes only where its masks are set.
+
+  Every gated block becomes a module that executes its branch at the active
+  positions; convolutions become ones with their batch norm folded in where a
+  module names them in `foldable`, and other layers the backend's own. The
+  network's own `__call__` runs unchanged, and gives the same result up to
+  rounding. Later changes of the model's parameters do not reach the copy.
+
+  Args:
+    model: the evaluation view of any network with gated blocks,
+      nnx.view(model, deterministic=True, use_running_average=True).
+    backend: 'auto': the best one for each block on JAX's default backend; or a
+      key of `BACKENDS`, `package.module:CLASS` or a Backend for all blocks.
+      Blocks that it does not support are executed by 'xla'.
+    image_shape: (N, H, W, C) of an input, from which the order of the blocks is
+      known: gates that read the same map may then share work. Any other input
+      can be passed all the same.
+    plans: how to execute blocks by their names, instead of that.
+
+  Raises:
+    ValueError: the model is not in evaluation or has no gated block, there is
+      no such backend, it supports no block, or a block computes something else
+      than its description says.
+  """
+  check_evaluation(model)
+  blocks = gated_blocks(model)
+  if not blocks:
+    raise ValueError(
+      'the network has no gated block (GatedBlock): there is nothing to '
+      'execute sparsely'
+    )
+  check_descriptions(blocks)
+  chosen = choose_plans(blocks, backend)
+  unknown = set(plans or {}) - set(chosen)
+  if unknown:
+    raise ValueError(
+      f'plans name {", ".join(sorted(unknown))}; the gated blocks are '
+      f'{", ".join(chosen)}'
+    )
+  chosen |= plans or {}
+  traces = () if image_shape is None else trace_blocks(model, image_shape)
+  model = nnx.clone(model)
+  described = [b for b in gated_blocks(model) if b.describable]
+  for user in {chosen[block.name].backend for block in described}:
+    its = {b.name: b for b in described if chosen[b.name].backend == user}
+    user.prepare(_chains(its, traces))
+  # Layers outside of blocks are the backend's of most blocks.
+  users = [chosen[block.name].backend for block in described]
+  main = max(users, key=users.count, default=get_backend('dense'))
+
+  def replace(module: nnx.Module) -> nnx.Module | None:
+    if isinstance(module, GatedBlock):
+      if not module.describable:
+        return None
+      return SparseBlock(module, chosen[module.name])
+    return main.replacement(module)
+
+  _fold_pairs(model, main)
+  # Blocks last: their gates have been replaced by then.
+  _replace(model, lambda m: None if isinstance(m, GatedBlock) else replace(m))
+  _replace(model, lambda m: replace(m) if isinstance(m, GatedBlock) else None)
+  return model
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTrace:
+  """How a network calls one of its gated blocks.
+
+  Attributes:
+    name: of the block.
+    shape: of its input.
+    follows: whether its input is the output of the block called before.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  follows: bool
+
+
+class _Recorder(nnx.Module):
+  """Notes how a block is called."""
+
+  def __init__(self, block: GatedBlock, note: Callable[..., None]):
+    self.block, self.note = block, note
+
+  def __call__(self, x, gating=None):
+    out = self.block(x, gating)
+    self.note(self.block.name, x, out)
+    return out
+
+
+def trace_blocks(
+  model: nnx.Module, image_shape: Sequence[int]
+) -> tuple[BlockTrace, ...]:
+  """Returns how a network calls its gated blocks, in order of execution.
+
+  Args:
+    model: in evaluation.
+    image_shape: of the input.
+  """
+  traces, last = [], [None]
+
+  def note(name, x, out):
+    traces.append(BlockTrace(name, tuple(x.shape), x is last[0]))
+    last[0] = out
+
+  model = nnx.clone(model)
+  _replace(
+    model, lambda m: _Recorder(m, note) if isinstance(m, GatedBlock) else None
+  )
+  images = jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
+  jax.eval_shape(lambda images: model(images)[0], images)
+  return tuple(traces)
+
+
+def _chains(
+  blocks: Mapping[str, GatedBlock], traces: Sequence[BlockTrace]
+) -> list[list[GatedBlock]]:
+  """Blocks in lists, in which each reads what the one before it wrote."""
+  chains, before = [], None
+  for trace in traces:
+    if trace.name in blocks:
+      if trace.follows and before in blocks:
+        chains[-1].append(blocks[trace.name])
+      else:
+        chains.append([blocks[trace.name]])
+    before = trace.name
+  known = {trace.name for trace in traces}
+  return chains + [[b] for name, b in blocks.items() if name not in known]
+
+
+def choose_plans(
+  blocks: Sequence[GatedBlock], backend: str | Backend
+) -> dict[str, BlockPlan]:
+  """Returns how each block is executed, by its name.
+
+  Args:
+    blocks: of a network.
+    backend: see `sparsify`.
+  """
+  platform = jax.default_backend()
+  dense = BlockPlan(get_backend('dense'))
+  asked = None if backend == 'auto' else get_backend(backend)
+  plans, refused = {}, []
+  for block in blocks:
+    if not block.describable:
+      plans[block.name] = dense
+      logging.info('%s is executed densely: it has no description', block.name)
+      continue
+    if asked is None:
+      candidates = auto_backends(block.dtype, platform)
+    else:
+      candidates = [asked]
+    plans[block.name] = None
+    for candidate in candidates:
+      if candidate.supports(block.branch, block.dtype, platform):
+        plans[block.name] = BlockPlan(candidate)
+        break
+    else:
+      refused.append(block.name)
+      plans[block.name] = BlockPlan(get_backend('xla'))
+  if refused:
+    if len(refused) == len(blocks):
+      raise ValueError(
+        f'backend {asked.name} cannot execute this network on {platform} in '
+        f'{blocks[0].dtype}: it supports none of its gated blocks'
+      )
+    logging.warning(
+      'executed by xla, because backend %s does not support them: %s',
+      asked.name,
+      ', '.join(refused),
+    )
+  return plans
+
+
+def check_descriptions(blocks: Sequence[GatedBlock]) -> None:
+  """Raises ValueError where a block computes what its branch does not say.
+
+  A block that inherits all of its computation does by construction what its
+  description says; others are compared with it on random features.
+
+  Args:
+    blocks: in evaluation.
+  """
+  differing = []
+  for block in blocks:
+    if not block.describable or _inherits(block):
+      continue
+    try:
+      difference = _difference(block)
+    except (AttributeError, TypeError) as error:
+      raise ValueError(
+        f'{block.name} ({type(block).__name__}) is not what its branch '
+        f'describes: {error}. {_ADVICE}'
+      ) from error
+    if difference > _TOLERANCE[jnp.dtype(block.dtype).itemsize]:
+      differing.append(
+        f'{block.name} ({type(block).__name__}, by {difference:.2g} of its '
+        'largest value)'
+      )
+  if differing:
+    raise ValueError(
+      'these blocks compute something else than their branch describes: '
+      f'{", ".join(differing)}. {_ADVICE}'
+    )
+
+
+_ADVICE = (
+  'Describe what the block computes (activation, kernel sizes, groups), or set '
+  'describable = False in its class to have it executed densely'
+)
+# Largest difference from the description, of the largest value, by the bytes of
+# a compute dtype.
+_TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-3}
+_OWN = ('__call__', 'execute', 'run_branch', 'shortcut', 'decide')
+
+
+def _inherits(block: GatedBlock) -> bool:
+  kind = type(block)
+  if any(getattr(kind, name) is not getattr(GatedBlock, name) for name in _OWN):
+    return False
+  pairs = [
+    (getattr(block, c.name), getattr(block, c.norm), c)
+    for c in block.branch.convs
+  ]
+  if block.downsample is not None:
+    pairs.append((*block.downsample, block.branch.projection))
+  return all(_is_described(*pair) for pair in pairs)
+
+
+def _is_described(conv, norm, what) -> bool:
+  if type(conv) is not nnx.Conv or type(norm) is not BatchNorm:
+    return False
+  found = describe_conv(conv, norm)
+  return found == dataclasses.replace(what, name='conv', norm='norm')
+
+
+def _difference(block: GatedBlock) -> float:
+  """How far a block is from its description, of its largest value."""
+  rng, branch = np.random.default_rng(0), block.branch
+  size = (7, 7)
+  x = rng.standard_normal((2, *size, branch.in_features)).astype(np.float32)
+  if branch.input_activated:
+    x = np.maximum(x, 0)
+  x = jnp.asarray(x, block.dtype)
+  hard = rng.integers(0, 2, (2, *branch.sizes(size)[-1]))
+  mask = execution_mask(
+    branch, jnp.asarray(hard, jnp.float32), size, name=block.name
+  )
+  ours = run_dense(fold_block(block), x, mask.hard)
+  theirs = block(x, Gating(masks=[mask.hard]))
+  if ours.shape != theirs.shape:
+    return float('inf')
+  ours, theirs = (np.asarray(y, np.float32) for y in (ours, theirs))
+  difference = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6)
+  return float(np.nan_to_num(difference, nan=np.inf))
+
+
+def _fold_pairs(model: nnx.Module, backend: Backend) -> None:
+  """Folds the batch norms that modules name in `foldable`."""
+  for _, module in list(nnx.iter_modules(model)):
+    if isinstance(module, GatedBlock):
+      continue
+    for conv_name, norm_name in getattr(module, 'foldable', ()):
+      conv, norm = getattr(module, conv_name), getattr(module, norm_name)
+      what = describe_conv(conv, norm)
+      if what is None:
+        continue
+      folded = fold_conv(conv, norm, what, conv.dtype or jnp.float32)
+      new = backend.convolution(folded)
+      new = new or get_backend('dense').convolution(folded)
+      setattr(module, conv_name, new)
+      setattr(module, norm_name, _Identity())
+
+
+def _replace(
+  model: nnx.Module, replace: Callable[[nnx.Module], nnx.Module | None]
+) -> None:
+  """Puts new modules in the places of old ones, wherever they are."""
+  for _, parent in list(nnx.iter_modules(model)):
+    if isinstance(parent, SparseBlock | _Arrays):
+      continue
+    if isinstance(parent, nnx.List):
+      items = list(enumerate(parent))
+    else:
+      items = list(vars(parent).items())
+    for key, child in items:
+      if not isinstance(child, nnx.Module):
+        continue
+      new = replace(child)
+      if new is None:
+        continue
+      if isinstance(parent, nnx.List | nnx.Dict):
+        parent[key] = new
+      else:
+        setattr(parent, key, new)
