@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend import core
 
@@ -409,14 +410,14 @@ def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
 
 
 def _counter(aval) -> loops.Count | None:
-  whole = not aval.shape and np.issubdtype(aval.dtype, np.integer)
+  whole = not aval.shape and jax.dtypes.issubdtype(aval.dtype, np.integer)
   return loops.Count(object()) if whole else None
 
 
 def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
   """Returns what is known of arithmetic on whole numbers, or None."""
   if len(inputs) != 2 or not all(
-    np.issubdtype(getattr(v.aval, 'dtype', bool), np.integer)
+    jax.dtypes.issubdtype(getattr(v.aval, 'dtype', bool), np.integer)
     for v in eqn.invars
   ):
     return None
@@ -437,7 +438,7 @@ def _constant(value: Any) -> _Weight | int | None:
   if getattr(value, 'shape', ()):
     return _weight(id(value), value)
   dtype = getattr(value, 'dtype', type(value))
-  return int(value) if np.issubdtype(dtype, np.integer) else None
+  return int(value) if jax.dtypes.issubdtype(dtype, np.integer) else None
 
 
 def _weights_operand(eqn, inputs) -> int:

@@ -435,3 +435,14 @@ def test_layers_sum_to_the_total_whatever_the_structure():
     counted = macs.count_macs(f, _X, _K, np.bool_(True), convention=convention)
     layers = counted.by_layer.values()
     assert counted.total == sum(layer.macs for layer in layers) > 0
+
+
+def test_loops_may_carry_random_keys():
+  def f(x, key):
+    def step(c):
+      i, key, x = c
+      return i + 1, jax.random.fold_in(key, i), x @ x
+
+    return lax.while_loop(lambda c: c[0] < 3, step, (0, key, x))[2]
+
+  assert count(f, _SQUARE, jax.random.key(0)).total == 3 * _DOT
