@@ -97,13 +97,20 @@ def _deformable_convolution(a) -> formulas.Work:
   )
 
 
+# Names of the right side of a product.
+_RIGHT = ('mat2', 'batch2', 'vec', 'other')
+
+
 def matmul(left: str, bias: str | None = None):
   """Returns the formula of a product with an inner product an output."""
 
   def formula(a) -> formulas.Work:
     operand = getattr(a, left)
-    if a.output.layout != torch.strided or operand.layout != torch.strided:
-      return _sparse_matmul(operand, a.mat2 if hasattr(a, 'mat2') else a.other)
+    other = next(
+      (getattr(a, name) for name in _RIGHT if hasattr(a, name)), operand
+    )
+    if {operand.layout, other.layout} != {torch.strided}:
+      return _sparse_matmul(operand, other)
     outputs = a.output.numel()
     columns = a.output.shape[-1] if operand.dim() > 1 < a.output.dim() else 1
     return formulas.matmul(
@@ -440,7 +447,8 @@ FORMULAS = {
     convolution,
   ),
   **_names(
-    'cudnn_convolution_transpose miopen_convolution_transpose'
+    'conv_transpose1d conv_transpose2d conv_transpose3d'
+    ' cudnn_convolution_transpose miopen_convolution_transpose'
     ' slow_conv_transpose2d slow_conv_transpose3d',
     _transposed_convolution,
   ),

@@ -29,6 +29,10 @@ from dynconv_jax.macs import (
 _REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
+class FormulaError(TypeError):
+  """A user's formula does not return work."""
+
+
 def register_torch(name: str) -> Callable:
   """Returns a decorator that makes a function the formula of an operation.
 
@@ -49,13 +53,19 @@ def register_torch(name: str) -> Callable:
   return decorator
 
 
-def is_known(func: torch._ops.OpOverload) -> bool:
-  """Returns whether the operation has a formula of its own."""
+def is_known(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+  """Returns whether the operation has a formula of its own.
+
+  Args:
+    func: the operation.
+    args: its arguments.
+  """
   name = _name(func)
   if name in _REGISTERED:
     return True
-  if name in ('conv1d', 'conv2d', 'conv3d'):
-    return func._overloadname == 'padding'
+  if name in _CONVOLUTIONS_IN_PARTS:
+    # Complex ones would be three of real numbers.
+    return func._overloadname == 'padding' or args[0].is_complex()
   return name in _FORMULAS or name in _ACTIVATIONS
 
 
@@ -87,9 +97,9 @@ def work(
   if name in _REGISTERED:
     return _registered(name, inputs, outputs, vars(_bind(func, args, kwargs)))
   tensors = [*inputs, *outputs]
-  is_complex = any(x.is_complex() for x in tensors)
+  is_complex = any(x.is_complex() for x in inputs)
   elements = outputs[0].numel() if outputs else 0
-  if is_known(func):
+  if is_known(func, args):
     a = _bind(func, args, kwargs)
     a.output = output[0] if isinstance(output, (tuple, list)) else output
     if name in _FORMULAS:
@@ -135,7 +145,7 @@ def _registered(name, inputs, outputs, arguments) -> formulas.Work:
   }
   work = _REGISTERED[name](inputs, outputs, params)
   if not isinstance(work, formulas.Work):
-    raise TypeError(
+    raise FormulaError(
       f'the formula registered for {name!r} must return a macs.Work; got'
       f' {type(work).__name__}'
     )
@@ -281,6 +291,13 @@ _STEPS = {
 _SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp')
 _SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
 _REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
+
+# Convolutions that are known by their parts, which all know their padding.
+_CONVOLUTIONS_IN_PARTS = frozenset(
+  f'conv{kind}{dimensions}d'
+  for kind in ('', '_transpose')
+  for dimensions in (1, 2, 3)
+)
 
 # Words in the names of PyTorch's convolutions, and of its other products.
 # Not among these: gamma, hamming, weights and interpolations.
