@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -108,9 +109,12 @@ _REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 def register_jax(name: str) -> Callable:
   """Returns a decorator that makes a function the formula of an operation.
 
+  The function gets its `inputs` and `outputs`, lists of what has a shape and a
+  dtype, and its `params` by name.
+
   Args:
-    name: of a primitive, or of what a jitted function, a custom derivative, a
-      Pallas kernel or a callback calls.
+    name: of a primitive, a Pallas kernel, or a function that is jitted, called
+      back or has custom derivatives.
   """
 
   def decorator(formula: Callable[..., formulas.Work]) -> Callable:
@@ -135,9 +139,12 @@ def registered(eqn: Any) -> formulas.Work | None:
   )
   for name in names:
     if isinstance(name, str) and name in _REGISTERED:
-      inputs = [v.aval for v in eqn.invars]
-      outputs = [v.aval for v in eqn.outvars]
-      work = _REGISTERED[name](inputs, outputs, params)
+      operation = types.SimpleNamespace(
+        inputs=[v.aval for v in eqn.invars],
+        outputs=[v.aval for v in eqn.outvars],
+        params=params,
+      )
+      work = _REGISTERED[name](operation)
       if not isinstance(work, formulas.Work):
         raise TypeError(
           f'the formula registered for {name!r} must return a macs.Work; got'

@@ -22,12 +22,13 @@ def register(
   ours:
 
       @macs.register('my_kernel')
-      def my_kernel(inputs, outputs, params):
-        rows, inner = inputs[0].shape
-        return macs.formulas.matmul(rows, inner, outputs[0].shape[1])
+      def my_kernel(operation):
+        rows, inner = operation.inputs[0].shape
+        return macs.formulas.matmul(rows, inner, operation.outputs[0].shape[1])
 
-  It takes the operation's inputs and outputs, which have a `shape`, and its
-  parameters by name, and returns a `macs.Work`.
+  It takes one object that describes the operation and returns a `macs.Work`. In
+  JAX the object has `inputs`, `outputs` and `params`; see `register_torch` and
+  `register_onnx` for theirs.
 
   Args:
     name: of the operation. JAX: a primitive, a Pallas kernel, or a function

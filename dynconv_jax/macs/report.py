@@ -136,19 +136,23 @@ class Report:
     for layer, mask in masked:
       active = np.asarray(mask.maps[layer.level], np.float64)
       size, counted = math.prod(active.shape[1:]), self.by_layer[layer.name]
-      if not counted.positions or counted.positions % (size * (batch or 1)):
+      weights = active.sum(axis=tuple(range(1, active.ndim)))
+      pairs = getattr(layer, 'kind', 'positions') == 'pairs'
+      if pairs:
+        # Of all heads and sizes: they do not tell the batch.
+        weights, size, number = weights**2, size**2, counted.macs
+        exact = self.convention.unit == 'MACs'
+      else:
+        number, exact = counted.positions, True
+        batches[layer.name] = number // size
+      if not number or (exact and number % (size * (batch or 1))):
         images = f' for {batch} images' if batch else ''
         raise ValueError(
-          f'{layer.name} has {counted.positions} output positions{images}, not'
-          f' a multiple of the {active.shape[1:]} of its mask'
+          f'{layer.name} has {number} {"MACs" if pairs else "output positions"}'
+          f'{images}, not a multiple of the {active.shape[1:]} of its mask'
+          f'{" squared" * pairs}'
         )
-      weights = active.sum(axis=tuple(range(1, active.ndim)))
-      if getattr(layer, 'kind', 'positions') == 'pairs':
-        # Its positions are over heads as well and do not tell the batch.
-        shares[layer.name] = weights**2, size**2
-      else:
-        batches[layer.name] = counted.positions // size
-        shares[layer.name] = weights, size
+      shares[layer.name] = weights, size
     if batch is None:
       if not batches:
         raise ValueError(
@@ -370,6 +374,8 @@ class Report:
   def __repr__(self) -> str:
     count = len(self.uncounted)
     missing = f', {count} operations not counted' if count else ''
+    if not self.total and self.unpriced:
+      missing += f"; 'conv+linear' counts {quantity(self.unpriced)}"
     return (
       f'Report({self.convention.name!r}:'
       f' {quantity(self.total)} {self.convention.unit}'

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from dynconv_jax.macs import formulas, primitives, report, scopes
+from dynconv_jax.macs import formulas, loops, primitives, report, scopes
 
 # Primitives that do what the jaxpr in this parameter does.
 _CALLS = {
@@ -93,7 +93,7 @@ class Walk:
     """Walks a jaxpr, open or closed; returns what is known of its outputs.
 
     A `_Weight` is known of a variable, the `_Entry` that it is output of, or a
-    whole number: an int, a `_Count` or a `_Comparison` of them.
+    whole number: an int, a `loops.Count` or a `loops.Comparison` of them.
     """
     consts = [_constant(x) for x in getattr(jaxpr, 'consts', ())]
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
@@ -126,6 +126,8 @@ class Walk:
       return self._while(params, inputs, stacks)
     if name == 'custom_linear_solve':
       return self._linear_solve(params, inputs, stacks)
+    if name == 'call_exported':
+      return self._exported(eqn, stacks)
     if name == 'pallas_call':
       return self._pallas(eqn, stacks)
     if name in primitives.LAYOUT:
@@ -160,10 +162,9 @@ class Walk:
       entry.features = primitives.out_features(eqn, operand)
       if isinstance(weights := inputs[operand], _Weight):
         entry.weights = (weights,)
-      if entry.features and work.kind == 'matmul':
-        entry.work = dataclasses.replace(
-          work, positions=math.prod(entry.shape) // entry.features
-        )
+        if entry.features and not work.positions:
+          positions = math.prod(entry.shape) // entry.features
+          entry.work = dataclasses.replace(work, positions=positions)
     self._entries.append(entry)
     return [entry]
 
@@ -260,20 +261,43 @@ class Walk:
         params['cond_jaxpr'], inputs[:conds] + carry, stacks
       )
 
-    layer = scopes.layer_name(*stacks)
-    self._loops_seen[layer] = None
-    trips = self._trip_counts
-    if isinstance(trips, Mapping):
-      trips = trips.get(layer)
-    if trips is None or not isinstance(self._trip_counts, Mapping):
-      fixed = _fixed_trips(condition, start, carry, stop)
-      trips = trips if fixed is None else fixed
+    fixed = loops.fixed_trips(condition, start, carry, stop)
+    trips = self._trips(scopes.layer_name(*stacks), fixed)
     if trips is not None:
       self._entries += _repeated(body, trips) + _repeated(test, trips + 1)
     elif self._price(body + test) or any(e.work is None for e in body + test):
       self._leave_out(
         'while', stacks, 'its trip count is not in the program; see trip_counts'
       )
+    return ()
+
+  def _trips(self, layer: str, fixed: int | None) -> int | None:
+    """Returns how often a loop runs, `fixed` being what the program says."""
+    self._loops_seen[layer] = None
+    given = self._trip_counts
+    if isinstance(given, Mapping):
+      return given.get(layer, fixed)
+    return given if fixed is None else fixed
+
+  def _exported(self, eqn, stacks) -> Sequence[Any]:
+    # Where nothing is exported, MLIR is not imported.
+    from dynconv_jax.macs import stablehlo
+
+    around = scopes.layer_name(*stacks)
+
+    def layer(scope: str) -> str:
+      return '.'.join(filter(None, [around, scope]))
+
+    found = stablehlo.operations(
+      eqn.params['exported'],
+      price=self._price,
+      trips=lambda scope, fixed: self._trips(layer(scope), fixed),
+      branch=self._branch,
+    )
+    self._entries += [
+      _Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)
+      for op in found
+    ]
     return ()
 
   def _linear_solve(self, params, inputs, stacks) -> Sequence[Any]:
@@ -376,102 +400,27 @@ class _Entry:
   itemsize: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class _Count:
-  """A whole number that a loop carries, plus a constant."""
-
-  carried: Any
-  offset: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Comparison:
-  """Whether one whole number is smaller than another, say."""
-
-  name: str
-  left: Any
-  right: Any
-
-
-def _counter(aval) -> _Count | None:
-  whole = not aval.shape and np.issubdtype(aval.dtype, np.integer)
-  return _Count(object()) if whole else None
-
-
-def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
-  """Returns what is known of arithmetic on whole numbers, or None."""
-  if (
-    len(inputs) != 2
-    or not all(isinstance(known, int | _Count) for known in inputs)
-    or not all(np.issubdtype(v.aval.dtype, np.integer) for v in eqn.invars)
-  ):
-    return None
-  name, (left, right) = eqn.primitive.name, inputs
-  if name in _FLIPPED:
-    return _Comparison(name, left, right)
-  if isinstance(left, int) and isinstance(right, int):
-    return {'add': left + right, 'sub': left - right, 'mul': left * right}.get(
-      name
-    )
-  if name == 'add' and isinstance(left, int):
-    left, right = right, left
-  if name in ('add', 'sub') and isinstance(right, int):
-    step = right if name == 'add' else -right
-    return dataclasses.replace(left, offset=left.offset + step)
-  return None
-
-
-def _fixed_trips(condition, start, carry, stop) -> int | None:
-  """Returns how often a loop runs that counts by a constant to a constant.
-
-  Args:
-    condition: what is known of it, for the numbers of `carry`.
-    start: what is known of what is carried in.
-    carry: what stands for it in a pass.
-    stop: what is known of what a pass hands on.
-  """
-  if not isinstance(condition, _Comparison):
-    return None
-
-  def values(number):
-    """Returns where a number starts, and its step."""
-    if isinstance(number, int):
-      return number, 0
-    for before, known, after in zip(start, carry, stop, strict=True):
-      if isinstance(known, _Count) and known.carried is number.carried:
-        counts = getattr(after, 'carried', None) is known.carried
-        if counts and isinstance(before, int):
-          return before + number.offset, after.offset
-    return None
-
-  left, right = values(condition.left), values(condition.right)
-  if left is None or right is None:
-    return None
-  name = condition.name
-  distance, step = right[0] - left[0], left[1] - right[1]
-  if name in ('gt', 'ge'):
-    name, distance, step = _FLIPPED[name], -distance, -step
-  # It runs while t * step < distance, in passes t = 0, 1, ...
-  if name == 'ne':
-    exact = step and not distance % step and distance // step >= 0
-    return distance // step if exact else None
-  if name == 'le':
-    distance += 1
-  if distance <= 0:
-    return 0
-  return -(-distance // step) if step > 0 else None
-
-
-# Comparisons, and what they are with their sides exchanged.
-_FLIPPED = {'lt': 'gt', 'le': 'ge', 'gt': 'lt', 'ge': 'le', 'ne': 'ne'}
-
-
 def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
   """Multiplies the work of entries; none are left if it is done no time."""
   for entry in entries:
     if entry.work is not None:
       entry.work *= times
   return list(entries) if times else []
+
+
+def _counter(aval) -> loops.Count | None:
+  whole = not aval.shape and np.issubdtype(aval.dtype, np.integer)
+  return loops.Count(object()) if whole else None
+
+
+def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
+  """Returns what is known of arithmetic on whole numbers, or None."""
+  if len(inputs) != 2 or not all(
+    np.issubdtype(getattr(v.aval, 'dtype', bool), np.integer)
+    for v in eqn.invars
+  ):
+    return None
+  return loops.arithmetic(eqn.primitive.name, *inputs)
 
 
 def _variables(jaxpr) -> Sequence[core.Var]:

@@ -23,10 +23,11 @@ def registry(monkeypatch):
   monkeypatch.setattr(primitives, '_REGISTERED', {})
 
 
-def gram(inputs, outputs, params):
+def gram(operation):
   """The product of a matrix and its transpose."""
-  assert outputs[0].shape == inputs[0].shape and isinstance(params, dict)
-  rows, inner = inputs[0].shape
+  assert operation.outputs[0].shape == operation.inputs[0].shape
+  assert isinstance(operation.params, dict)
+  rows, inner = operation.inputs[0].shape
   return macs.formulas.matmul(rows, inner, inner)
 
 
@@ -83,8 +84,8 @@ def test_a_registered_formula_is_the_price(name, f):
 
 def test_a_registered_formula_may_say_that_something_is_free():
   @macs.register('pure_callback')
-  def free(inputs, outputs, params):
-    del inputs, outputs, params
+  def free(operation):
+    del operation
     return formulas.elementwise(0)
 
   counted = count(lambda x: jax.pure_callback(host, x, x), _X)
@@ -105,7 +106,7 @@ def test_names_and_frameworks_are_checked(name, framework, message):
 
 
 def test_a_formula_returns_work():
-  macs.register('tanh')(lambda inputs, outputs, params: 30)
+  macs.register('tanh')(lambda operation: 30)
   with pytest.raises(
     TypeError, match="for 'tanh' must return a macs.Work; got"
   ):

@@ -181,7 +181,9 @@ def test_products_of_attention_alone_need_the_batch():
   np.testing.assert_array_equal(
     counted.executed(only, batch=2), [always + 12 * n * n for n in (4, 2, 0)]
   )
-  with pytest.raises(ValueError, match='48 output positions for 5 images, not'):
+  with pytest.raises(
+    ValueError, match='384 MACs for 5 images, not a multiple of .* squared'
+  ):
     counted.executed(only, batch=5)
   with pytest.raises(ValueError, match='batch must be at least 1; got 0'):
     counted.executed(only, batch=0)
@@ -366,6 +368,9 @@ def test_zero_says_which_convention_counts_what_it_leaves_out():
     " MACs of matrix products; 'conv+linear' counts them"
   )
   assert note in str(counted) and note in counted.to_table()
+  assert repr(counted) == (
+    "Report('conv': 0 MACs in 0 layers; 'conv+linear' counts 1.812 k)"
+  )
   assert 'leaves out' not in str(transformer())
 
 
