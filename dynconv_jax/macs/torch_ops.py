@@ -36,9 +36,10 @@ class FormulaError(TypeError):
 def register_torch(name: str) -> Callable:
   """Returns a decorator that makes a function the formula of an operation.
 
-  The function takes the tensors that the operation takes, those that it
-  returns, and its other arguments by the names that its schema has. The
-  operation is not taken apart. All of its overloads have the formula.
+  The function takes one object that describes a run of the operation: `inputs`
+  and `outputs`, lists of tensors, which may have no data, and `params`, its
+  other arguments by the names that its schema has. The operation is not taken
+  apart, and all of its overloads have the formula.
 
   Args:
     name: 'namespace::operation'.
@@ -143,7 +144,10 @@ def _registered(name, inputs, outputs, arguments) -> formulas.Work:
     for key, value in arguments.items()
     if not isinstance(value, torch.Tensor)
   }
-  work = _REGISTERED[name](inputs, outputs, params)
+  operation = types.SimpleNamespace(
+    inputs=inputs, outputs=outputs, params=params
+  )
+  work = _REGISTERED[name](operation)
   if not isinstance(work, formulas.Work):
     raise FormulaError(
       f'the formula registered for {name!r} must return a macs.Work; got'

@@ -375,10 +375,10 @@ class RegisterTest(absltest.TestCase):
       count_macs(self.module, (5, 4))
 
     @macs.register('counted::gram', 'torch')
-    def gram(inputs, outputs, params):
-      self.assertEqual(outputs[0].shape, (5, 5))
-      (rows, inner), times = inputs[0].shape, params['times']
-      return formulas.matmul(rows, inner, rows) * times
+    def gram(operation):
+      self.assertEqual(operation.outputs[0].shape, (5, 5))
+      rows, inner = operation.inputs[0].shape
+      return formulas.matmul(rows, inner, rows) * operation.params['times']
 
     report = count_macs(self.module, (5, 4))
     self.assertEqual(report.total, 3 * 5 * 5 * 4)
@@ -386,14 +386,14 @@ class RegisterTest(absltest.TestCase):
 
   def test_takes_precedence_over_ours_and_over_the_parts(self):
     for name in ('aten::mm', 'aten::matmul'):
-      macs.register(name, 'torch')(lambda *_: formulas.matmul(1, 1, 7))
+      macs.register(name, 'torch')(lambda _: formulas.matmul(1, 1, 7))
       report = count_macs(Functional(torch.matmul), (2, 3), (3, 4))
       self.assertEqual(report.total, 7)
 
   def test_bad_names_and_formulas(self):
     with self.assertRaisesRegex(ValueError, "'namespace::operation'; got 'mm'"):
       macs.register('mm', 'torch')
-    macs.register('aten::mm', 'torch')(lambda *_: 7)
+    macs.register('aten::mm', 'torch')(lambda _: 7)
     with self.assertRaisesRegex(TypeError, 'must return a macs.Work; got int'):
       count_macs(Functional(torch.mm), (2, 3), (3, 4))
 
