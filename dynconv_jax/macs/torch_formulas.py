@@ -193,56 +193,6 @@ def _bilinear(a) -> formulas.Work:
   )
 
 
-def _einsum(a) -> formulas.Work:
-  """Operands are multiplied two by two, as its path says or from the left."""
-  terms, arrow, result = a.equation.replace(' ', '').partition('->')
-  terms = terms.split(',')
-  sizes: dict[Any, int] = {}
-  operands = []
-  for term, tensor in zip(terms, a.tensors, strict=True):
-    before, dots, after = term.partition('...')
-    covered = tensor.dim() - len(before) - len(after) if dots else 0
-    labels = [*before, *range(-covered, 0), *after]
-    known = dict(zip(labels, tensor.shape, strict=True))
-    # What is broadcast along a label does not have it.
-    operands.append({label for label, size in known.items() if size != 1})
-    sizes |= {k: max(size, sizes.get(k, 1)) for k, size in known.items()}
-  if arrow:
-    kept = set(result.replace('...', ''))
-    if '...' in result:
-      kept |= {label for label in sizes if isinstance(label, int)}
-  else:
-    text = ''.join(terms)
-    kept = {x for x in sizes if isinstance(x, int) or text.count(x) == 1}
-
-  def count(labels):
-    return math.prod(sizes[label] for label in labels)
-
-  def summed(labels, needed):
-    return formulas.reduction(count(labels), count(labels & needed))
-
-  if len(operands) == 1:
-    return summed(operands[0], kept)
-  work = formulas.elementwise(0)
-  path = list(a.path or ())
-  while len(operands) > 1:
-    first, second = path[:2] if path else (0, 1)
-    del path[:2]
-    # The second is the later one.
-    first, second = sorted((first, second))
-    right, left = operands.pop(second), operands.pop(first)
-    needed = kept.union(*operands)
-    # A label that one operand has alone is summed before.
-    work += summed(left, right | needed) + summed(right, left | needed)
-    left, right = left & (right | needed), right & (left | needed)
-    outputs = (left | right) & needed
-    inner = (left & right) - needed
-    work += formulas.matmul(count(outputs), count(inner), 1)
-    # The result is last in a path, and first from the left.
-    operands.insert(len(operands) if a.path else 0, outputs)
-  return work
-
-
 def attention(a) -> formulas.Work:
   # Batch dimensions are broadcast, heads repeated: the output has them all.
   *batch, queries, value_size = a.output.shape
@@ -472,7 +422,6 @@ FORMULAS = {
   ),
   'sparse_sampled_addmm': _sampled_matmul,
   'bilinear': _bilinear,
-  'einsum': _einsum,
   **_names(
     'scaled_dot_product_attention _scaled_dot_product_flash_attention'
     ' _scaled_dot_product_flash_attention_for_cpu'

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dynconv_jax.macs import (
   formulas,
   torch_backward,
+  torch_einsum,
   torch_formulas,
   torch_linalg,
   torch_ptflops,
@@ -220,6 +221,7 @@ def _bind(func, args, kwargs) -> types.SimpleNamespace:
 
 _FORMULAS: dict[str, Callable[[Any], formulas.Work]] = {
   **torch_formulas.FORMULAS,
+  **torch_einsum.FORMULAS,
   **torch_linalg.FORMULAS,
   **torch_quantized.FORMULAS,
   **torch_backward.FORMULAS,
