@@ -15,6 +15,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
-from dynconv_jax.macs import torch_counter
+from dynconv_jax.macs import torch_counter, torch_einsum, torch_ops
 
 # One of these is loaded where something may be compiled.
 _COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
@@ -207,6 +208,7 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
         module.eval()
     else:
       stack.enter_context(torch.enable_grad())
+      stack.enter_context(torch_einsum.OuterProducts())
     if real:
       devices = {x.device for x in _tensors_of(module) if x.is_cuda}
       stack.enter_context(torch.random.fork_rng(devices))
@@ -214,15 +216,17 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
       copy_of = _copy
     else:
       stack.enter_context(fake)
-      copy_of = fake.from_tensor
-    _replace_tensors(module, copy_of)
+      copy_of = functools.partial(_without_data, fake)
     try:
+      _replace_tensors(module, copy_of)
       inputs = _inputs(module, copy_of, args, kwargs)
       stack.enter_context(counter.named())
       stack.enter_context(counter)
       output = counter.run(module, *inputs)
       if options.backward:
         _differentiate(counter, module, inputs, output)
+    except torch_ops.FormulaError:
+      raise
     except Exception as error:
       shapes = [
         tuple(leaf.shape)
@@ -231,6 +235,16 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
       ]
       raise _Failure(module, shapes, counter.failed_in, error) from error
   return counter
+
+
+def _without_data(
+  fake: fake_tensor.FakeTensorMode, tensor: torch.Tensor
+) -> torch.Tensor:
+  if tensor.layout != torch.strided:
+    raise NotImplementedError(
+      f'a shape does not tell how much a tensor of {tensor.layout} stores'
+    )
+  return fake.from_tensor(tensor)
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

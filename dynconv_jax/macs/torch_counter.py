@@ -185,7 +185,7 @@ class Counter(TorchDispatchMode):
       return self._higher_order(func, args, kwargs)
     if func.namespace in _FREE_NAMESPACES:
       return func(*args, **kwargs)
-    if not torch_ops.is_known(func):
+    if not torch_ops.is_known(func, args):
       # Composite operations are counted by their parts.
       with self:
         output = func.decompose(*args, **kwargs)

@@ -97,13 +97,20 @@ def _deformable_convolution(a) -> formulas.Work:
   )
 
 
+# Names of the right side of a product.
+_RIGHT = ('mat2', 'batch2', 'vec', 'other')
+
+
 def matmul(left: str, bias: str | None = None):
   """Returns the formula of a product with an inner product an output."""
 
   def formula(a) -> formulas.Work:
     operand = getattr(a, left)
-    if a.output.layout != torch.strided or operand.layout != torch.strided:
-      return _sparse_matmul(operand, a.mat2 if hasattr(a, 'mat2') else a.other)
+    other = next(
+      (getattr(a, name) for name in _RIGHT if hasattr(a, name)), operand
+    )
+    if {operand.layout, other.layout} != {torch.strided}:
+      return _sparse_matmul(operand, other)
     outputs = a.output.numel()
     columns = a.output.shape[-1] if operand.dim() > 1 < a.output.dim() else 1
     return formulas.matmul(
@@ -184,56 +191,6 @@ def _bilinear(a) -> formulas.Work:
   return formulas.matmul(rows, first, features * second) + formulas.matmul(
     rows * features, second, 1, bias=a.bias is not None
   )
-
-
-def _einsum(a) -> formulas.Work:
-  """Operands are multiplied two by two, as its path says or from the left."""
-  terms, arrow, result = a.equation.replace(' ', '').partition('->')
-  terms = terms.split(',')
-  sizes: dict[Any, int] = {}
-  operands = []
-  for term, tensor in zip(terms, a.tensors, strict=True):
-    before, dots, after = term.partition('...')
-    covered = tensor.dim() - len(before) - len(after) if dots else 0
-    labels = [*before, *range(-covered, 0), *after]
-    known = dict(zip(labels, tensor.shape, strict=True))
-    # What is broadcast along a label does not have it.
-    operands.append({label for label, size in known.items() if size != 1})
-    sizes |= {k: max(size, sizes.get(k, 1)) for k, size in known.items()}
-  if arrow:
-    kept = set(result.replace('...', ''))
-    if '...' in result:
-      kept |= {label for label in sizes if isinstance(label, int)}
-  else:
-    text = ''.join(terms)
-    kept = {x for x in sizes if isinstance(x, int) or text.count(x) == 1}
-
-  def count(labels):
-    return math.prod(sizes[label] for label in labels)
-
-  def summed(labels, needed):
-    return formulas.reduction(count(labels), count(labels & needed))
-
-  if len(operands) == 1:
-    return summed(operands[0], kept)
-  work = formulas.elementwise(0)
-  path = list(a.path or ())
-  while len(operands) > 1:
-    first, second = path[:2] if path else (0, 1)
-    del path[:2]
-    # The second is the later one.
-    first, second = sorted((first, second))
-    right, left = operands.pop(second), operands.pop(first)
-    needed = kept.union(*operands)
-    # A label that one operand has alone is summed before.
-    work += summed(left, right | needed) + summed(right, left | needed)
-    left, right = left & (right | needed), right & (left | needed)
-    outputs = (left | right) & needed
-    inner = (left & right) - needed
-    work += formulas.matmul(count(outputs), count(inner), 1)
-    # The result is last in a path, and first from the left.
-    operands.insert(len(operands) if a.path else 0, outputs)
-  return work
 
 
 def attention(a) -> formulas.Work:
@@ -440,7 +397,8 @@ FORMULAS = {
     convolution,
   ),
   **_names(
-    'cudnn_convolution_transpose miopen_convolution_transpose'
+    'conv_transpose1d conv_transpose2d conv_transpose3d'
+    ' cudnn_convolution_transpose miopen_convolution_transpose'
     ' slow_conv_transpose2d slow_conv_transpose3d',
     _transposed_convolution,
   ),
@@ -464,7 +422,6 @@ FORMULAS = {
   ),
   'sparse_sampled_addmm': _sampled_matmul,
   'bilinear': _bilinear,
-  'einsum': _einsum,
   **_names(
     'scaled_dot_product_attention _scaled_dot_product_flash_attention'
     ' _scaled_dot_product_flash_attention_for_cpu'

@@ -96,6 +96,12 @@ FORMULAS = {
   '_linalg_svd': _each(
     'A', lambda a, *sizes: formulas.svd(*sizes, vectors=a.compute_uv)
   ),
+  'linalg_svdvals': _each(
+    'A', lambda a, *sizes: formulas.svd(*sizes, vectors=False)
+  ),
+  'linalg_eigvalsh': _each(
+    'self', lambda a, rows, columns: formulas.eigh(rows, vectors=False)
+  ),
   '_linalg_eigh': _each(
     'A', lambda a, rows, columns: formulas.eigh(rows, vectors=a.compute_v)
   ),

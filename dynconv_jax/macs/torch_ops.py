@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from dynconv_jax.macs import (
   formulas,
   torch_backward,
+  torch_einsum,
   torch_formulas,
   torch_linalg,
   torch_ptflops,
@@ -29,12 +30,17 @@ from dynconv_jax.macs import (
 _REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
+class FormulaError(TypeError):
+  """A user's formula does not return work."""
+
+
 def register_torch(name: str) -> Callable:
   """Returns a decorator that makes a function the formula of an operation.
 
-  The function takes the tensors that the operation takes, those that it
-  returns, and its other arguments by the names that its schema has. The
-  operation is not taken apart. All of its overloads have the formula.
+  The function takes one object that describes a run of the operation: `inputs`
+  and `outputs`, lists of tensors, which may have no data, and `params`, its
+  other arguments by the names that its schema has. The operation is not taken
+  apart, and all of its overloads have the formula.
 
   Args:
     name: 'namespace::operation'.
@@ -49,13 +55,19 @@ def register_torch(name: str) -> Callable:
   return decorator
 
 
-def is_known(func: torch._ops.OpOverload) -> bool:
-  """Returns whether the operation has a formula of its own."""
+def is_known(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+  """Returns whether the operation has a formula of its own.
+
+  Args:
+    func: the operation.
+    args: its arguments.
+  """
   name = _name(func)
   if name in _REGISTERED:
     return True
-  if name in ('conv1d', 'conv2d', 'conv3d'):
-    return func._overloadname == 'padding'
+  if name in _CONVOLUTIONS_IN_PARTS:
+    # Complex ones would be three of real numbers.
+    return func._overloadname == 'padding' or args[0].is_complex()
   return name in _FORMULAS or name in _ACTIVATIONS
 
 
@@ -87,9 +99,9 @@ def work(
   if name in _REGISTERED:
     return _registered(name, inputs, outputs, vars(_bind(func, args, kwargs)))
   tensors = [*inputs, *outputs]
-  is_complex = any(x.is_complex() for x in tensors)
+  is_complex = any(x.is_complex() for x in inputs)
   elements = outputs[0].numel() if outputs else 0
-  if is_known(func):
+  if is_known(func, args):
     a = _bind(func, args, kwargs)
     a.output = output[0] if isinstance(output, (tuple, list)) else output
     if name in _FORMULAS:
@@ -133,9 +145,12 @@ def _registered(name, inputs, outputs, arguments) -> formulas.Work:
     for key, value in arguments.items()
     if not isinstance(value, torch.Tensor)
   }
-  work = _REGISTERED[name](inputs, outputs, params)
+  operation = types.SimpleNamespace(
+    inputs=inputs, outputs=outputs, params=params
+  )
+  work = _REGISTERED[name](operation)
   if not isinstance(work, formulas.Work):
-    raise TypeError(
+    raise FormulaError(
       f'the formula registered for {name!r} must return a macs.Work; got'
       f' {type(work).__name__}'
     )
@@ -206,6 +221,7 @@ def _bind(func, args, kwargs) -> types.SimpleNamespace:
 
 _FORMULAS: dict[str, Callable[[Any], formulas.Work]] = {
   **torch_formulas.FORMULAS,
+  **torch_einsum.FORMULAS,
   **torch_linalg.FORMULAS,
   **torch_quantized.FORMULAS,
   **torch_backward.FORMULAS,
@@ -281,6 +297,13 @@ _STEPS = {
 _SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp')
 _SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
 _REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
+
+# Convolutions that are known by their parts, which all know their padding.
+_CONVOLUTIONS_IN_PARTS = frozenset(
+  f'conv{kind}{dimensions}d'
+  for kind in ('', '_transpose')
+  for dimensions in (1, 2, 3)
+)
 
 # Words in the names of PyTorch's convolutions, and of its other products.
 # Not among these: gamma, hamming, weights and interpolations.
