@@ -1,6 +1,6 @@
 """Counts public PyTorch models by this counter and by others.
 
-  pip install -e '.[compare]'
+  pip install -e '.[counters]'
   python -m benchmarks.counters [NAME...]
 
 prints the table of docs/macs.md in Markdown: billions of multiply-accumulates
@@ -259,7 +259,7 @@ def row(name: str) -> None:
   model = make().eval()
   cells, seconds = [], 0.0
   for counter, count in COUNTERS.items():
-    start = time.perf_counter()
+    start = time.process_time()
     try:
       silent = io.StringIO()
       with (
@@ -274,7 +274,7 @@ def row(name: str) -> None:
       cells.append('fails')
       print(f'{name}, {counter}: {error!r:.300}', file=sys.stderr)
     if counter == 'ours':
-      seconds = time.perf_counter() - start
+      seconds = time.process_time() - start
   known, hand = published(name), by_hand(name)
   if known is None and hand is not None:
     known = hand / 1e9

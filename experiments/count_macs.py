@@ -64,7 +64,7 @@ _PADDING = flags.DEFINE_bool(
   'padding', True, 'Whether positions of input padding are work.'
 )
 _TRIP_COUNT = flags.DEFINE_integer(
-  'trip_count', None, 'How often while loops run (--jax, --onnx).'
+  'trip_count', None, 'How often while loops run (--jax, --torch, --onnx).'
 )
 _BRANCH = flags.DEFINE_string(
   'branch', 'max', 'Which branch of a condition counts: max, min or its name.'
@@ -212,7 +212,12 @@ def _count_torch(options: dict[str, Any]) -> Report:
     _add_argument(args, kwargs, name, argument)
   try:
     return count_macs(
-      module, *args, kwargs=kwargs, branch=_BRANCH.value, **options
+      module,
+      *args,
+      kwargs=kwargs,
+      trip_counts=_TRIP_COUNT.value,
+      branch=_BRANCH.value,
+      **options,
     )
   except TypeError as error:
     raise ValueError(f'--torch={_TORCH.value}: {error}') from error

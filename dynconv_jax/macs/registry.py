@@ -26,9 +26,9 @@ def register(
         rows, inner = operation.inputs[0].shape
         return macs.formulas.matmul(rows, inner, operation.outputs[0].shape[1])
 
-  It takes one object that describes the operation and returns a `macs.Work`. In
-  JAX the object has `inputs`, `outputs` and `params`; see `register_torch` and
-  `register_onnx` for theirs.
+  It takes one object that describes the operation and returns a `macs.Work`.
+  The object has `inputs` and `outputs`, lists of what has a shape, and
+  `params`, what else there is by name.
 
   Args:
     name: of the operation. JAX: a primitive, a Pallas kernel, or a function

@@ -111,3 +111,18 @@ def test_a_formula_returns_work():
     TypeError, match="for 'tanh' must return a macs.Work; got"
   ):
     count(jnp.tanh, _X)
+
+
+def test_operations_of_pytorch_are_registered_alike(monkeypatch):
+  torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+  from dynconv_jax.macs import torch_ops
+  from dynconv_jax.macs.torch import count_macs
+
+  monkeypatch.setattr(torch_ops, '_REGISTERED', {})
+  macs.register('aten::erf', 'torch')(gram)
+
+  class Module(torch.nn.Module):
+    def forward(self, x):
+      return torch.erf(x)
+
+  assert count_macs(Module(), (6, 5)).total == _COST
