@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import html
 import io
 import json
 import math
@@ -14,10 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynconv_jax.macs import conventions, formulas
-
-# A printed tree goes as deep as this many rows allow.
-_TREE_ROWS = 60
+from dynconv_jax.macs import conventions, formulas, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +171,7 @@ class Report:
   def _check_names(self, names: Sequence[str]) -> None:
     """Raises an error unless masks name layers of the report, each once."""
     if missing := [name for name in names if name not in self.by_layer]:
-      hint = f'; {note}' if (note := self._unpriced_note()) else ''
+      hint = f'; {note}' if (note := tables.unpriced(self)) else ''
       raise ValueError(
         f'the masks name layers that the report does not have: {missing};'
         f' it has {list(self.by_layer)}{hint}'
@@ -238,16 +234,7 @@ class Report:
     Args:
       sort: as in `rows`.
     """
-    total = self.total or 1
-    lines = [
-      self._line(row['name'], self.by_layer[row['name']], total)
-      for row in self.rows(sort)
-    ]
-    if rest := self.parameters - sum(
-      layer.parameters for layer in self.by_layer.values()
-    ):
-      lines.append(('all else', '', '', quantity(rest), '0', '0.0%'))
-    return self._text('name', lines)
+    return tables.layers(self, sort)
 
   def to_tree(self, depth: int | None = None) -> str:
     """Returns the modules as aligned text, each indented below its parent.
@@ -259,150 +246,18 @@ class Report:
     """
     if depth is not None and depth < 1:
       raise ValueError(f'depth must be at least 1; got {depth}')
-    return self._text('module', self._tree_lines(self._tree(), depth))
-
-  def _tree(self) -> list[tuple[int, str, LayerMacs]]:
-    """Returns (depth, name in its parent, sums) of each module, depth first."""
-    layers = dict(self.by_layer)
-    held = self.parameters_by_module
-    if held is not None:
-      empty = LayerMacs('', '', (), 0, 0, 0)
-      layers = {
-        name: dataclasses.replace(
-          layers.get(name, empty), parameters=held.get(name, 0)
-        )
-        for name in (*layers, *(name for name in held if name not in layers))
-      }
-    nodes: dict[tuple[str, ...], LayerMacs] = {}
-    for name, layer in layers.items():
-      path = tuple(name.split('.')) if name else ('(itself)',)
-      for length in range(1, len(path) + 1):
-        here = nodes.get(path[:length])
-        whole = layer if length == len(path) else _inside(layer)
-        nodes[path[:length]] = _joined(here, whole) if here else whole
-    children: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for path in nodes:
-      children.setdefault(path[:-1], []).append(path)
-    ordered, stack = [], list(reversed(children.get((), [])))
-    while stack:
-      path = stack.pop()
-      ordered.append((len(path), path[-1], nodes[path]))
-      stack += reversed(children.get(path, []))
-    return ordered
-
-  def _tree_lines(self, tree, depth) -> list[tuple[str, ...]]:
-    total = self.total or 1
-    return [
-      self._line('  ' * (level - 1) + name, layer, total)
-      for level, name, layer in tree
-      if depth is None or level <= depth
-    ]
-
-  def _line(self, name, layer, total) -> tuple[str, ...]:
-    return (
-      name,
-      layer.kind,
-      'x'.join(map(str, layer.output_shape)),
-      quantity(layer.parameters),
-      quantity(layer.macs),
-      f'{layer.macs / total:.1%}',
-    )
-
-  def _header(self, first: str) -> tuple[str, ...]:
-    unit = self.convention.unit
-    return first, 'kind', 'output shape', 'parameters', unit, 'share'
-
-  def _total_line(self) -> tuple[str, ...]:
-    whole = '100.0%' if self.total else '0.0%'
-    numbers = quantity(self.parameters), quantity(self.total)
-    return ('total', '', '', *numbers, whole)
-
-  def _text(self, first: str, lines: Sequence[tuple[str, ...]]) -> str:
-    lines = [self._header(first), *lines, self._total_line()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [
-      '  '.join(
-        cell.ljust(width) if i < 3 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-      ).rstrip()
-      for line in lines
-    ]
-    text.insert(1, '-' * (sum(widths) + 2 * (len(widths) - 1)))
-    text.insert(-1, text[1])
-    return '\n'.join([*text, *self._footer()])
-
-  def _footer(self) -> list[str]:
-    """Returns the lines below a table: memory, and what is not in it."""
-    sizes = [
-      f'{name} {quantity(count)} ({quantity(size, "B")})'
-      for name, count, size in (
-        ('parameters', self.parameters, self.parameter_bytes),
-        ('activations', self.activations, self.activation_bytes),
-      )
-      if size
-    ]
-    lines = [f'convention: {self.convention.name}']
-    lines += [f'memory: {", ".join(sizes)}'] if sizes else []
-    lines += [note] if (note := self._unpriced_note()) else []
-    lines += self.notes
-    return lines + [
-      f'not counted: {operation} in {layer or "the network"}'
-      for operation, layer in self.uncounted
-    ]
-
-  def _unpriced_note(self) -> str:
-    if not self.unpriced:
-      return ''
-    return (
-      f'the convention {self.convention.name!r} leaves out'
-      f' {quantity(self.unpriced)} MACs of matrix products;'
-      " 'conv+linear' counts them"
-    )
+    return tables.modules(self, depth)
 
   def __str__(self) -> str:
     """Returns the tree of modules, as deep as 60 rows allow."""
-    tree = self._tree()
-    deepest = max((level for level, _, _ in tree), default=1)
-    depth = deepest
-    while depth > 1 and sum(row[0] <= depth for row in tree) > _TREE_ROWS:
-      depth -= 1
-    text = self.to_tree(depth)
-    if depth < deepest:
-      text += f'\nmodules to depth {depth} of {deepest}; to_tree() has all'
-    return text
+    return tables.modules_that_fit(self)
 
   def __repr__(self) -> str:
-    count = len(self.uncounted)
-    missing = f', {count} operations not counted' if count else ''
-    if not self.total and self.unpriced:
-      missing += f"; 'conv+linear' counts {quantity(self.unpriced)}"
-    return (
-      f'Report({self.convention.name!r}:'
-      f' {quantity(self.total)} {self.convention.unit}'
-      f' in {len(self.by_layer)} layers'
-      f'{missing})'
-    )
+    return tables.one_line(self)
 
   def _repr_html_(self) -> str:
     """Returns the tree of modules as an HTML table, for notebooks."""
-    total = self.total or 1
-    lines = [
-      (f'padding-left: {level}em', self._line(name, layer, total))
-      for level, name, layer in self._tree()
-    ]
-    lines.append(('font-weight: bold', self._total_line()))
-    cells = [
-      f'<td style="text-align: left; {style}">{html.escape(line[0])}</td>'
-      + ''.join(f'<td>{html.escape(cell)}</td>' for cell in line[1:])
-      for style, line in lines
-    ]
-    head = ''.join(f'<th>{cell}</th>' for cell in self._header('module'))
-    body = ''.join(f'<tr>{row}</tr>' for row in cells)
-    foot = '<br>'.join(map(html.escape, self._footer()))
-    return (
-      f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-      f'<p>{foot}</p>'
-    )
+    return tables.modules_as_html(self)
 
   def to_csv(self, sort: str = 'order') -> str:
     """Returns the rows as CSV text, without a total."""
@@ -579,16 +434,6 @@ def distribution(
   )
 
 
-def quantity(number: int, unit: str = '') -> str:
-  """Returns a count in four digits: '960', '12.35 k', '4.087 G'."""
-  if number < 1000:
-    return f'{number} {unit}'.rstrip()
-  value, prefixes = number / 1000, 'kMGTPE'
-  while value >= 999.95 and len(prefixes) > 1:
-    value, prefixes = value / 1000, prefixes[1:]
-  return f'{value:.{max(4 - len(str(int(value))), 0)}f} {prefixes[0]}{unit}'
-
-
 def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
   """Returns layers as one, shaped as the first or dearest of its kind."""
   kind = min((layer.kind for layer in layers), key=formulas.KINDS.index)
@@ -604,23 +449,4 @@ def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
     sum(layer.positions for layer in alike),
     sum(layer.activations for layer in layers),
     sum(layer.activation_bytes for layer in layers),
-  )
-
-
-def _inside(layer: LayerMacs) -> LayerMacs:
-  """Returns what a layer adds to the modules around it."""
-  return dataclasses.replace(layer, kind='', output_shape=())
-
-
-def _joined(module: LayerMacs, layer: LayerMacs) -> LayerMacs:
-  """Returns a module with one more layer inside, or with its own work."""
-  return LayerMacs(
-    module.name,
-    module.kind or layer.kind,
-    module.output_shape or layer.output_shape,
-    module.parameters + layer.parameters,
-    module.macs + layer.macs,
-    0,
-    module.activations + layer.activations,
-    module.activation_bytes + layer.activation_bytes,
   )

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from dynconv_jax.macs import conventions, formulas, report
+from dynconv_jax.macs import conventions, formulas, report, tables
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 # A batch of two, maps of 2x3; (name, MACs a position, biases a position).
@@ -263,8 +263,8 @@ def test_tables_say_what_the_report_says():
   ],
 )
 def test_quantities_have_four_digits(number, text):
-  assert report.quantity(number) == text
-  assert report.quantity(number, 'B') == text + ('B' if ' ' in text else ' B')
+  assert tables.quantity(number) == text
+  assert tables.quantity(number, 'B') == text + ('B' if ' ' in text else ' B')
 
 
 def tree_of_modules() -> report.Report:
@@ -359,7 +359,7 @@ def test_zero_says_which_convention_counts_what_it_leaves_out():
   assert counted.total == 0
   assert counted.unpriced == transformer().total
   note = (
-    f"the convention 'conv' leaves out {report.quantity(counted.unpriced)}"
+    f"the convention 'conv' leaves out {tables.quantity(counted.unpriced)}"
     " MACs of matrix products; 'conv+linear' counts them"
   )
   assert note in str(counted) and note in counted.to_table()
