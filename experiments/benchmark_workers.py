@@ -125,8 +125,10 @@ class _Jax:
     stats = [self.sparse(batch, self.masks)[1] for batch in batches]
     self.stats = stats[0]
     arguments = jax.ShapeDtypeStruct((1, *shape[1:]), jnp.float32)
-    gated = count_macs(self.model, arguments)
-    dense = count_macs(self.networks.model('dense'), arguments)
+    gated, dense = (
+      count_macs(model, arguments, convention='conv')
+      for model in (self.model, self.networks.model('dense'))
+    )
     executed = np.concatenate([gated.executed(s.masks) for s in stats])
     density = np.mean(
       [np.mean(mask.hard) for s in stats for mask in s.masks], dtype=float

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import html
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynconv_jax.macs import conventions, formulas
+
+# A printed tree goes as deep as this many rows allow.
+_TREE_ROWS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +32,10 @@ class LayerMacs:
     parameters: elements of its weights, counted once.
     macs: its price by the report's convention (FLOPs by the convention
       `flops`).
-    positions: output positions of its convolutions over the batch, N * h * w.
+    positions: output positions over the batch: N * h * w of convolutions,
+      N * tokens of linear layers; 0 where they are not known.
+    activations: elements that its convolutions and matrix products output.
+    activation_bytes: their size in bytes; 0 where it is not known.
   """
 
   name: str
@@ -36,6 +44,8 @@ class LayerMacs:
   parameters: int
   macs: int
   positions: int
+  activations: int = 0
+  activation_bytes: int = 0
 
 
 class Uncounted(NamedTuple):
@@ -45,7 +55,7 @@ class Uncounted(NamedTuple):
   layer: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
   """What a network costs for the arguments as given (the whole batch).
 
@@ -54,12 +64,23 @@ class Report:
     padding: whether positions of input padding count as work.
     by_layer: {layer name: LayerMacs}, in order of execution.
     uncounted: the operations that are missing from the count.
+    unpriced: multiply-accumulates that the convention leaves out: those of
+      matrix products in `conv`.
+    parameters_by_module: {path: elements of the parameters that the module
+      holds itself}, of all modules; None where only the weights of the layers
+      are known.
+    parameter_bytes: size of the parameters in bytes; 0 where it is not known.
+    notes: what else is to be known about the count, one sentence each.
   """
 
   convention: conventions.Convention
   padding: bool
   by_layer: Mapping[str, LayerMacs]
   uncounted: tuple[Uncounted, ...] = ()
+  unpriced: int = 0
+  parameters_by_module: Mapping[str, int] | None = None
+  parameter_bytes: int = 0
+  notes: tuple[str, ...] = ()
 
   @property
   def total(self) -> int:
@@ -68,19 +89,37 @@ class Report:
 
   @property
   def parameters(self) -> int:
-    """The weights of the layers that are listed."""
+    """The model's parameters; the weights of the layers if it is unknown."""
+    if self.parameters_by_module is not None:
+      return sum(self.parameters_by_module.values())
     return sum(layer.parameters for layer in self.by_layer.values())
 
-  def executed(self, masks: Sequence[Any]) -> np.ndarray:
+  @property
+  def activations(self) -> int:
+    """Elements that convolutions and matrix products output."""
+    return sum(layer.activations for layer in self.by_layer.values())
+
+  @property
+  def activation_bytes(self) -> int:
+    """Size of `activations` in bytes; 0 where it is not known."""
+    return sum(layer.activation_bytes for layer in self.by_layer.values())
+
+  def executed(
+    self, masks: Sequence[Any], batch: int | None = None
+  ) -> np.ndarray:
     """Returns float64[N]: what each image costs where its masks execute.
 
     A layer that a mask names costs its share of active positions; every other
-    layer its whole. Masks of ones give `total` over the batch exactly.
+    layer its whole. A product of attention (kind 'pairs') costs its share of
+    active pairs, n_q * n_k. Masks of ones give `total` over the batch exactly.
 
     Args:
-      masks: `gating.mask.ExecutionMask`s: `hard` and `dilated`, [n, h, w] of
-        {0, 1}, and the `layers` that they mask. n need not be the batch that
-        was counted.
+      masks: `masks.ExecutionMask`s: `maps`, each [n, h, w] or [n, tokens] of
+        {0, 1}, and the `layers` that they mask: a name, the `level` of its map
+        and a `kind`, 'positions' or 'pairs'. n need not be the batch that was
+        counted.
+      batch: images that were counted; None: as the positions of the layers
+        tell.
 
     Raises:
       ValueError: if a masked layer is not in the report, is masked twice, or
@@ -88,37 +127,61 @@ class Report:
     """
     if not masks:
       raise ValueError('executed needs at least one mask; got none')
+    if batch is not None and batch < 1:
+      raise ValueError(f'batch must be at least 1; got {batch}')
     masked = [(layer, mask) for mask in masks for layer in mask.layers]
-    names = [layer.name for layer, _ in masked]
+    self._check_names([layer.name for layer, _ in masked])
+
+    batches, shares = {}, {}
+    for layer, mask in masked:
+      active = np.asarray(mask.maps[layer.level], np.float64)
+      size, counted = math.prod(active.shape[1:]), self.by_layer[layer.name]
+      weights = active.sum(axis=tuple(range(1, active.ndim)))
+      pairs = getattr(layer, 'kind', 'positions') == 'pairs'
+      if pairs:
+        # Of all heads and sizes: they do not tell the batch.
+        weights, size, number = weights**2, size**2, counted.macs
+        exact = self.convention.unit == 'MACs'
+      else:
+        number, exact = counted.positions, True
+        batches[layer.name] = number // size
+      if not number or (exact and number % (size * (batch or 1))):
+        images = f' for {batch} images' if batch else ''
+        raise ValueError(
+          f'{layer.name} has {number} {"MACs" if pairs else "output positions"}'
+          f'{images}, not a multiple of the {active.shape[1:]} of its mask'
+          f'{" squared" * pairs}'
+        )
+      shares[layer.name] = weights, size
+    if batch is None:
+      if not batches:
+        raise ValueError(
+          'the masks name products of attention alone, which do not tell how'
+          ' many images were counted; give batch='
+        )
+      if len(set(batches.values())) > 1:
+        raise ValueError(
+          'the masks fit the layers at different batch sizes:'
+          f' {batches}; were they made from images of another size?'
+        )
+      batch = next(iter(batches.values()))
+
+    executed = 0
+    for name, (weights, size) in shares.items():
+      executed = executed + weights * self.by_layer[name].macs / (size * batch)
+    always = self.total - sum(self.by_layer[name].macs for name in shares)
+    return always / batch + executed
+
+  def _check_names(self, names: Sequence[str]) -> None:
+    """Raises an error unless masks name layers of the report, each once."""
     if missing := [name for name in names if name not in self.by_layer]:
+      hint = f'; {note}' if (note := self._unpriced_note()) else ''
       raise ValueError(
         f'the masks name layers that the report does not have: {missing};'
-        f' it has {list(self.by_layer)}'
+        f' it has {list(self.by_layer)}{hint}'
       )
     if twice := sorted({name for name in names if names.count(name) > 1}):
       raise ValueError(f'layers masked more than once: {twice}')
-
-    batches, executed = {}, 0
-    for layer, mask in masked:
-      active = np.asarray(mask.maps[layer.level])
-      counted = self.by_layer[layer.name]
-      size = int(np.prod(active.shape[1:]))
-      if not counted.positions or counted.positions % size:
-        raise ValueError(
-          f'{layer.name} has {counted.positions} output positions, not a'
-          f' multiple of the {active.shape[1:]} of its mask'
-        )
-      batches[layer.name] = counted.positions // size
-      weights = active.sum(axis=(1, 2), dtype=np.float64)
-      executed = executed + weights * counted.macs / counted.positions
-    if len(set(batches.values())) > 1:
-      raise ValueError(
-        'the masks fit the layers at different batch sizes:'
-        f' {batches}; were they made from images of another size?'
-      )
-    batch = next(iter(batches.values()))
-    always = self.total - sum(self.by_layer[name].macs for name in names)
-    return always / batch + executed
 
   def grouped(self, depth: int) -> Report:
     """Returns the report with layers merged by the first `depth` names.
@@ -157,6 +220,7 @@ class Report:
         'kind': layer.kind,
         'output_shape': layer.output_shape,
         'parameters': layer.parameters,
+        'activations': layer.activations,
         'macs': layer.macs,
         'share': layer.macs / total,
       }
@@ -169,50 +233,184 @@ class Report:
     return rows
 
   def to_table(self, sort: str = 'order') -> str:
-    """Returns the report as aligned text, with a line for the total."""
-    header = (
-      'name',
-      'kind',
-      'output shape',
-      'parameters',
-      self.convention.unit,
-      'share',
-    )
+    """Returns the layers as aligned text, with a line for the total.
+
+    Args:
+      sort: as in `rows`.
+    """
+    total = self.total or 1
     lines = [
-      (
-        row['name'],
-        row['kind'],
-        'x'.join(map(str, row['output_shape'])),
-        f'{row["parameters"]:,}',
-        f'{row["macs"]:,}',
-        f'{row["share"]:.1%}',
-      )
+      self._line(row['name'], self.by_layer[row['name']], total)
       for row in self.rows(sort)
     ]
-    lines.append(
-      ('total', '', '', f'{self.parameters:,}', f'{self.total:,}', '100.0%')
+    if rest := self.parameters - sum(
+      layer.parameters for layer in self.by_layer.values()
+    ):
+      lines.append(('all else', '', '', quantity(rest), '0', '0.0%'))
+    return self._text('name', lines)
+
+  def to_tree(self, depth: int | None = None) -> str:
+    """Returns the modules as aligned text, each indented below its parent.
+
+    A module's line has the sum of what is inside of it.
+
+    Args:
+      depth: levels to show; None: all.
+    """
+    if depth is not None and depth < 1:
+      raise ValueError(f'depth must be at least 1; got {depth}')
+    return self._text('module', self._tree_lines(self._tree(), depth))
+
+  def _tree(self) -> list[tuple[int, str, LayerMacs]]:
+    """Returns (depth, name in its parent, sums) of each module, depth first."""
+    layers = dict(self.by_layer)
+    held = self.parameters_by_module
+    if held is not None:
+      empty = LayerMacs('', '', (), 0, 0, 0)
+      layers = {
+        name: dataclasses.replace(
+          layers.get(name, empty), parameters=held.get(name, 0)
+        )
+        for name in (*layers, *(name for name in held if name not in layers))
+      }
+    nodes: dict[tuple[str, ...], LayerMacs] = {}
+    for name, layer in layers.items():
+      path = tuple(name.split('.')) if name else ('(itself)',)
+      for length in range(1, len(path) + 1):
+        here = nodes.get(path[:length])
+        whole = layer if length == len(path) else _inside(layer)
+        nodes[path[:length]] = _joined(here, whole) if here else whole
+    children: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for path in nodes:
+      children.setdefault(path[:-1], []).append(path)
+    ordered, stack = [], list(reversed(children.get((), [])))
+    while stack:
+      path = stack.pop()
+      ordered.append((len(path), path[-1], nodes[path]))
+      stack += reversed(children.get(path, []))
+    return ordered
+
+  def _tree_lines(self, tree, depth) -> list[tuple[str, ...]]:
+    total = self.total or 1
+    return [
+      self._line('  ' * (level - 1) + name, layer, total)
+      for level, name, layer in tree
+      if depth is None or level <= depth
+    ]
+
+  def _line(self, name, layer, total) -> tuple[str, ...]:
+    return (
+      name,
+      layer.kind,
+      'x'.join(map(str, layer.output_shape)),
+      quantity(layer.parameters),
+      quantity(layer.macs),
+      f'{layer.macs / total:.1%}',
     )
-    widths = [max(map(len, column)) for column in zip(header, *lines)]  # noqa: B905
+
+  def _header(self, first: str) -> tuple[str, ...]:
+    unit = self.convention.unit
+    return first, 'kind', 'output shape', 'parameters', unit, 'share'
+
+  def _total_line(self) -> tuple[str, ...]:
+    whole = '100.0%' if self.total else '0.0%'
+    numbers = quantity(self.parameters), quantity(self.total)
+    return ('total', '', '', *numbers, whole)
+
+  def _text(self, first: str, lines: Sequence[tuple[str, ...]]) -> str:
+    lines = [self._header(first), *lines, self._total_line()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = [
       '  '.join(
         cell.ljust(width) if i < 3 else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(line, widths, strict=True))
       ).rstrip()
-      for line in (header, *lines)
+      for line in lines
     ]
     text.insert(1, '-' * (sum(widths) + 2 * (len(widths) - 1)))
     text.insert(-1, text[1])
-    text += [
+    return '\n'.join([*text, *self._footer()])
+
+  def _footer(self) -> list[str]:
+    """Returns the lines below a table: memory, and what is not in it."""
+    sizes = [
+      f'{name} {quantity(count)} ({quantity(size, "B")})'
+      for name, count, size in (
+        ('parameters', self.parameters, self.parameter_bytes),
+        ('activations', self.activations, self.activation_bytes),
+      )
+      if size
+    ]
+    lines = [f'convention: {self.convention.name}']
+    lines += [f'memory: {", ".join(sizes)}'] if sizes else []
+    lines += [note] if (note := self._unpriced_note()) else []
+    lines += self.notes
+    return lines + [
       f'not counted: {operation} in {layer or "the network"}'
       for operation, layer in self.uncounted
     ]
-    return '\n'.join(text)
+
+  def _unpriced_note(self) -> str:
+    if not self.unpriced:
+      return ''
+    return (
+      f'the convention {self.convention.name!r} leaves out'
+      f' {quantity(self.unpriced)} MACs of matrix products;'
+      " 'conv+linear' counts them"
+    )
+
+  def __str__(self) -> str:
+    """Returns the tree of modules, as deep as 60 rows allow."""
+    tree = self._tree()
+    deepest = max((level for level, _, _ in tree), default=1)
+    depth = deepest
+    while depth > 1 and sum(row[0] <= depth for row in tree) > _TREE_ROWS:
+      depth -= 1
+    text = self.to_tree(depth)
+    if depth < deepest:
+      text += f'\nmodules to depth {depth} of {deepest}; to_tree() has all'
+    return text
+
+  def __repr__(self) -> str:
+    count = len(self.uncounted)
+    missing = f', {count} operations not counted' if count else ''
+    if not self.total and self.unpriced:
+      missing += f"; 'conv+linear' counts {quantity(self.unpriced)}"
+    return (
+      f'Report({self.convention.name!r}:'
+      f' {quantity(self.total)} {self.convention.unit}'
+      f' in {len(self.by_layer)} layers'
+      f'{missing})'
+    )
+
+  def _repr_html_(self) -> str:
+    """Returns the tree of modules as an HTML table, for notebooks."""
+    total = self.total or 1
+    lines = [
+      (f'padding-left: {level}em', self._line(name, layer, total))
+      for level, name, layer in self._tree()
+    ]
+    lines.append(('font-weight: bold', self._total_line()))
+    cells = [
+      f'<td style="text-align: left; {style}">{html.escape(line[0])}</td>'
+      + ''.join(f'<td>{html.escape(cell)}</td>' for cell in line[1:])
+      for style, line in lines
+    ]
+    head = ''.join(f'<th>{cell}</th>' for cell in self._header('module'))
+    body = ''.join(f'<tr>{row}</tr>' for row in cells)
+    foot = '<br>'.join(map(html.escape, self._footer()))
+    return (
+      f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+      f'<p>{foot}</p>'
+    )
 
   def to_csv(self, sort: str = 'order') -> str:
     """Returns the rows as CSV text, without a total."""
     file = io.StringIO()
-    fields = ('name', 'kind', 'output_shape', 'parameters', 'macs', 'share')
-    writer = csv.DictWriter(file, fields, lineterminator='\n')
+    fields = ('name', 'kind', 'output_shape', 'parameters', 'activations')
+    writer = csv.DictWriter(
+      file, (*fields, 'macs', 'share'), lineterminator='\n'
+    )
     writer.writeheader()
     for row in self.rows(sort):
       shape = 'x'.join(map(str, row['output_shape']))
@@ -220,15 +418,20 @@ class Report:
     return file.getvalue()
 
   def to_json(self, indent: int | None = None) -> str:
-    """Returns {convention, unit, padding, total, by_layer, uncounted}."""
+    """Returns {convention, unit, padding, total, by_layer, uncounted, ...}."""
     document = {
       'convention': self.convention.name,
       'unit': self.convention.unit,
       'padding': self.padding,
       'total': self.total,
+      'unpriced': self.unpriced,
       'parameters': self.parameters,
+      'parameter_bytes': self.parameter_bytes,
+      'activations': self.activations,
+      'activation_bytes': self.activation_bytes,
       'by_layer': {row.pop('name'): row for row in self.rows()},
       'uncounted': [list(entry) for entry in self.uncounted],
+      'notes': list(self.notes),
     }
     return json.dumps(document, indent=indent)
 
@@ -243,6 +446,10 @@ class ReportBuilder:
     self._padding = padding
     self._layers: dict[str, LayerMacs] = {}
     self._uncounted: dict[Uncounted, None] = {}
+    self._notes: dict[str, None] = {}
+    self._unpriced = 0
+    self._parameters: Mapping[str, int] | None = None
+    self._parameter_bytes = 0
 
   def add(
     self,
@@ -251,6 +458,7 @@ class ReportBuilder:
     *,
     output_shape: Iterable[int] = (),
     parameters: int = 0,
+    itemsize: int = 0,
   ) -> None:
     """Adds work to a layer; what the convention gives no price is left out.
 
@@ -260,9 +468,11 @@ class ReportBuilder:
       output_shape: shape of the operation's result, in the framework's layout.
       parameters: elements of weights that this operation brings in; pass them
         once for a weight that is used several times.
+      itemsize: bytes of an element of the result; 0 where it is not known.
     """
     macs = self._convention(work, self._padding)
     if not macs:
+      self._unpriced += work.macs if self._padding else work.inside_macs
       return
     layer = LayerMacs(
       name,
@@ -271,10 +481,28 @@ class ReportBuilder:
       parameters,
       macs,
       work.positions,
+      work.outputs,
+      work.outputs * itemsize,
     )
     if name in self._layers:
       layer = _merge(name, [self._layers[name], layer], dearest=False)
     self._layers[name] = layer
+
+  def set_parameters(self, by_module: Mapping[str, int], size: int = 0) -> None:
+    """Says what parameters the model has, used or not.
+
+    Args:
+      by_module: {path: elements of the parameters that the module holds
+        itself}, in the model's order. A parameter that several modules share
+        stands with one of them.
+      size: of all of them in bytes; 0 where it is not known.
+    """
+    self._parameters = dict(by_module)
+    self._parameter_bytes = size
+
+  def note(self, text: str) -> None:
+    """Adds a sentence that is shown below the table, once."""
+    self._notes[text] = None
 
   def leave_out(self, operation: str, layer: str, reason: str = '') -> None:
     """Notes an operation that is not counted; warns once for each name."""
@@ -290,8 +518,24 @@ class ReportBuilder:
 
   def build(self) -> Report:
     """Returns the report of all that was added."""
+    layers = self._layers
+    if self._parameters is not None:
+      # What the model says of a layer holds, however often it is used.
+      layers = {
+        name: dataclasses.replace(
+          layer, parameters=self._parameters.get(name, 0)
+        )
+        for name, layer in layers.items()
+      }
     return Report(
-      self._convention, self._padding, self._layers, tuple(self._uncounted)
+      self._convention,
+      self._padding,
+      layers,
+      tuple(self._uncounted),
+      self._unpriced,
+      self._parameters,
+      self._parameter_bytes,
+      tuple(self._notes),
     )
 
 
@@ -335,6 +579,16 @@ def distribution(
   )
 
 
+def quantity(number: int, unit: str = '') -> str:
+  """Returns a count in four digits: '960', '12.35 k', '4.087 G'."""
+  if number < 1000:
+    return f'{number} {unit}'.rstrip()
+  value, prefixes = number / 1000, 'kMGTPE'
+  while value >= 999.95 and len(prefixes) > 1:
+    value, prefixes = value / 1000, prefixes[1:]
+  return f'{value:.{max(4 - len(str(int(value))), 0)}f} {prefixes[0]}{unit}'
+
+
 def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
   """Returns layers as one, shaped as the first or dearest of its kind."""
   kind = min((layer.kind for layer in layers), key=formulas.KINDS.index)
@@ -346,5 +600,27 @@ def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
     shaped.output_shape,
     sum(layer.parameters for layer in layers),
     sum(layer.macs for layer in layers),
-    sum(layer.positions for layer in layers),
+    # A mask selects from the positions of one kind.
+    sum(layer.positions for layer in alike),
+    sum(layer.activations for layer in layers),
+    sum(layer.activation_bytes for layer in layers),
+  )
+
+
+def _inside(layer: LayerMacs) -> LayerMacs:
+  """Returns what a layer adds to the modules around it."""
+  return dataclasses.replace(layer, kind='', output_shape=())
+
+
+def _joined(module: LayerMacs, layer: LayerMacs) -> LayerMacs:
+  """Returns a module with one more layer inside, or with its own work."""
+  return LayerMacs(
+    module.name,
+    module.kind or layer.kind,
+    module.output_shape or layer.output_shape,
+    module.parameters + layer.parameters,
+    module.macs + layer.macs,
+    0,
+    module.activations + layer.activations,
+    module.activation_bytes + layer.activation_bytes,
   )
