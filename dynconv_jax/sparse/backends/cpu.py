@@ -40,6 +40,8 @@ _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 _GROUP_POSITIONS = 3136
 
 
+# Bytes of an expanded map from which an inverted residual runs in bands.
+_LARGE_MAP = 1 << 20
 # Weights of a linear layer from which the kernels are worth a call.
 _LARGE = 1 << 16
 
@@ -105,6 +107,25 @@ def _is_depthwise(conv: Conv) -> bool:
   return 1 < conv.groups == conv.in_features == conv.features
 
 
+def runs_in_bands(branch: Branch, size: tuple[int, int]) -> bool:
+  """Returns whether a block's inner map is too large for a cache.
+
+  Args:
+    branch: of the block.
+    size: (height, width) of its input.
+  """
+  *expand, depthwise, project = branch.convs
+  height, width = size
+  return (
+    _is_depthwise(depthwise)
+    and len(expand) <= 1
+    and all(conv.is_pointwise for conv in (*expand, project))
+    and branch.activation is None
+    and branch.shortcut != 'projection'
+    and 4 * height * width * depthwise.in_features >= _LARGE_MAP
+  )
+
+
 def _computes(conv: Conv) -> bool:
   """Whether the kernels compute a convolution of a chain."""
   return conv.activation in _ACTIVATIONS and (
@@ -143,21 +164,22 @@ def run_block(
   Returns:
     float32[N, h, w, features].
   """
-  branch, n = block.branch, len(x)
-  sizes = branch.level_sizes(x.shape[1:3])
+  branch, n, size = block.branch, len(x), x.shape[1:3]
+  convs, sizes = branch.convs, branch.level_sizes(size)
   if mask is None:
     maps = [jnp.ones((n, *size), jnp.float32) for size in sizes]
   else:
     maps = list(mask.maps)
   areas = [h * w for h, w in sizes]
-  group = min(n, max(1, _GROUP_POSITIONS // areas[0]))
+  bands = len(convs) > 1 and runs_in_bands(branch, size)
+  in_place = branch.shortcut == 'identity' and not bands
+  group = n if bands else min(n, max(1, _GROUP_POSITIONS // areas[0]))
   shapes = [(n, *sizes[0], branch.features)]
   shapes += [
-    (group * areas[level], conv.features)
-    for conv, level in zip(branch.convs[:-1], branch.levels, strict=False)
+    (0 if bands else group * areas[level], conv.features)
+    for conv, level in zip(convs[:-1], branch.levels, strict=False)
   ]
   none = jnp.zeros((0, 1, _register().width), jnp.float32)
-  convs, size = branch.convs, x.shape[1:3]
   inputs = list(zip(convs, (size, *branch.sizes(size)), strict=False))
   activations = (*(c.activation for c in convs), branch.activation)
 
@@ -168,7 +190,7 @@ def run_block(
     _register().targets['block'],
     [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     # What is inactive stays where the shortcut is the identity.
-    input_output_aliases={0: 0} if branch.shortcut == 'identity' else {},
+    input_output_aliases={0: 0} if in_place else {},
   )(
     x,
     *maps,
@@ -183,6 +205,7 @@ def run_block(
     depthwise=integers(map(_is_depthwise, convs)),
     activations=integers(_ACTIVATIONS[a] for a in activations),
     shortcut=np.int64(_SHORTCUTS[branch.shortcut]),
+    bands=np.bool_(bands),
     group=np.int64(group),
   )
   return out

@@ -10,8 +10,10 @@
 #include <numeric>
 #include <vector>
 
+#include "bands.h"
 #include "depthwise.h"
 #include "dots.h"
+#include "layer.h"
 #include "positions.h"
 #include "product.h"
 #include "squares.h"
@@ -21,31 +23,6 @@
 namespace {
 
 namespace ffi = xla::ffi;
-
-// How a convolution of a chain is followed: by nothing, a ReLU, or one that is
-// capped at 6.
-enum Activation { kNone, kRelu, kRelu6 };
-
-// A convolution of a chain. `panels` are its weights: as Product has them, of a
-// depthwise one as DepthwiseTile; `squares` those for MultiplySquares, if any:
-// faster where positions are neighbors.
-struct Layer {
-  Window window;
-  int64_t level, depth, features;
-  bool depthwise;
-  Activation activation;
-  const float *panels, *squares;
-
-  Product product(bool add, int64_t relu_from = kAllRows) const {
-    return {panels,
-            window.size * window.size,
-            depth,
-            features,
-            add,
-            activation == kNone ? kNoRow : relu_from,
-            activation == kRelu6 ? 6.0f : kNoCap};
-  }
-};
 
 // A convolution at the active positions of a mask.
 template <typename Row, typename Writes>
@@ -80,7 +57,8 @@ enum Shortcut { kIdentity, kProjection, kNothing };
 
 // activation(shortcut(x) + mask * branch(x)), where the branch is a chain of
 // convolutions. Layer i runs on mask levels[i]; the last one on level 0. With
-// the identity what is not active stays.
+// the identity what is not active stays; `bands` has x and out in two buffers,
+// see RunBands.
 //
 // Arguments after x: the masks of the levels; the weights of the convolutions,
 // and of the projection; those for MultiplySquares, without elements where there
@@ -95,7 +73,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
                  ffi::Span<const int64_t> levels,
                  ffi::Span<const int64_t> depthwise,
                  ffi::Span<const int64_t> activations, int64_t shortcut,
-                 int64_t group) {
+                 bool bands, int64_t group) {
   const int64_t convs = sizes.size();
   const int64_t num_levels =
       1 + *std::max_element(levels.begin(), levels.end());
@@ -145,8 +123,14 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
     lists.reserve(num_levels);
     for (int64_t level = 0; level < num_levels; ++level)
       lists.emplace_back(argument(level), image, stop,
-                         level == 0 && shortcut != kIdentity);
+                         level == 0 && shortcut != kIdentity && !bands);
     const Positions& all = lists[0];
+    if (bands) {
+      RunBands(team, convs == 3 ? &layers[0] : nullptr, layers[convs - 2],
+               layers[convs - 1], shortcut == kIdentity, in, all,
+               lists[num_levels - 1], xs, outs, zeros.data());
+      continue;
+    }
     const auto out_row = [&](int64_t i) {
       return outs + all.numbers[i] * features;
     };
@@ -329,6 +313,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                                   .Attr<Integers>("depthwise")
                                   .Attr<Integers>("activations")
                                   .Attr<int64_t>("shortcut")
+                                  .Attr<bool>("bands")
                                   .Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,
