@@ -29,7 +29,7 @@ from flax import nnx
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.methods.dynconv import Squeeze
+from dynconv_jax.methods.dynconv import Squeeze, average_pool
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.fold import FoldedConv
 
@@ -299,12 +299,14 @@ class CpuSqueeze(nnx.Module):
   """
 
   def __init__(self, squeeze: Squeeze):
+    self.pool = squeeze.pool
     self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
     self.weights = nnx.Param(jnp.asarray(np.ascontiguousarray(matrix.T)))
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w]: logits of a float32[N, H, W, C] input."""
+    x = average_pool(x, self.pool)
     n, height, width, _ = x.shape
     shapes = (
       (n, -(-height // self.strides), -(-width // self.strides)),
