@@ -133,7 +133,9 @@ class Jax:
     stats = [sparse(batch)[1] for batch in self.batches]
     self.masks = {mask.name: mask for mask in stats[0].masks}
     image = jax.ShapeDtypeStruct((1, *self.batches[0].shape[1:]), jnp.float32)
-    gated, everything = count_macs(model, image), count_macs(dense, image)
+    gated, everything = (
+      count_macs(m, image, convention='conv') for m in (model, dense)
+    )
     executed = np.concatenate([gated.executed(s.masks) for s in stats])
     densities = [np.mean(mask.hard) for s in stats for mask in s.masks]
     return {

@@ -141,6 +141,18 @@ class Branch:
         f'activation must be None or one of {", ".join(ACTIVATIONS)}; got '
         f'{self.activation!r}'
       )
+    if self.shortcut not in SHORTCUTS:
+      raise ValueError(
+        f'shortcut must be one of {", ".join(SHORTCUTS)}; got {self.shortcut!r}'
+      )
+    if self.shortcut == 'identity' and (
+      self.strides != 1 or self.in_features != self.features
+    ):
+      raise ValueError(
+        'an identity shortcut needs strides of 1 and as many channels in as '
+        f'out; got strides {self.strides}, {self.in_features} and '
+        f'{self.features} channels'
+      )
 
   @property
   def in_features(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 
 # Folders whose tests compile much and compute little.
-_COMPILING = ('interop', 'layers', 'methods', 'models', 'sparse')
+_COMPILING = ('backends', 'interop', 'layers', 'methods', 'models', 'sparse')
 
 
 def pytest_configure(config):

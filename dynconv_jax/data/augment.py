@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import dm_pix as pix
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+
+from dynconv_jax.data.decode import MAX_IMAGE_SIZE
 
 CROPS = ('resized', 'pad', 'none')
 
@@ -21,7 +24,7 @@ STD = (0.229, 0.224, 0.225)
 _ERASED_AREA = (0.02, 0.33)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 
-# Colour jitter turns the hue by a quarter of the strength of the rest: Chen
+# Color jitter turns the hue by a quarter of the strength of the rest: Chen
 # et al., 'SimCLR' (ICML 2020), appendix A.
 _HUE_SHARE = 0.25
 
@@ -70,31 +73,28 @@ class Augmentation:
         raise ValueError(
           f'{name} must be two numbers, low and high; got {getattr(self, name)}'
         )
-    errors = []
-    if self.crop not in CROPS:
-      errors.append(f'crop must be one of {CROPS}; got {self.crop!r}')
-    low, high = self.crop_scale
-    if not 0 < low <= high <= 1:
-      errors.append(
-        f'crop_scale must be 0 < low <= high <= 1; got {self.crop_scale}'
+    (low, high), (narrow, wide) = self.crop_scale, self.crop_ratio
+    errors = [
+      f'{name} must be {allowed}; got {getattr(self, name)!r}'
+      for name, holds, allowed in (
+        ('crop', self.crop in CROPS, f'one of {CROPS}'),
+        ('crop_scale', 0 < low <= high <= 1, '0 < low <= high <= 1'),
+        ('crop_ratio', 0 < narrow <= wide < math.inf, '0 < low <= high'),
+        (
+          'crop_padding',
+          0 <= self.crop_padding <= MAX_IMAGE_SIZE,
+          f'in [0, {MAX_IMAGE_SIZE}]',
+        ),
+        ('color_jitter', 0 <= self.color_jitter <= 1, 'in [0, 1]'),
+        ('random_erasing', 0 <= self.random_erasing <= 1, 'in [0, 1]'),
+        ('mixup', self.mixup >= 0, '>= 0'),
+        ('mixup', self.mixup != math.inf, 'finite'),
+        ('cutmix', self.cutmix >= 0, '>= 0'),
+        ('cutmix', self.cutmix != math.inf, 'finite'),
+        ('label_smoothing', 0 <= self.label_smoothing < 1, 'in [0, 1)'),
       )
-    low, high = self.crop_ratio
-    if not 0 < low <= high:
-      errors.append(
-        f'crop_ratio must be 0 < low <= high; got {self.crop_ratio}'
-      )
-    if self.crop_padding < 0:
-      errors.append(f'crop_padding must be >= 0; got {self.crop_padding}')
-    for name in ('color_jitter', 'random_erasing'):
-      if not 0 <= getattr(self, name) <= 1:
-        errors.append(f'{name} must be in [0, 1]; got {getattr(self, name)}')
-    for name in ('mixup', 'cutmix'):
-      if not getattr(self, name) >= 0:
-        errors.append(f'{name} must be >= 0; got {getattr(self, name)}')
-    if not 0 <= self.label_smoothing < 1:
-      errors.append(
-        f'label_smoothing must be in [0, 1); got {self.label_smoothing}'
-      )
+      if not holds
+    ]
     if errors:
       raise ValueError('; '.join(errors))
 
@@ -113,7 +113,7 @@ def denormalize(images: jax.Array) -> jax.Array:
   """Returns uint8[..., 3], what `normalize` was given, to look at.
 
   Args:
-    images: float32[..., 3], normalised.
+    images: float32[..., 3], normalized.
   """
   images = images * jnp.array(STD) + jnp.array(MEAN)
   return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
@@ -130,7 +130,7 @@ def augment(
   """Returns a training batch: all of the augmentation but the resized crop.
 
   Pure and shape-static: call it under jit. The order is padded crop, flip,
-  colour jitter, normalisation, erasing, mixup or cutmix.
+  color jitter, normalization, erasing, mixup or cutmix.
 
   Args:
     key: the batch's random key.
@@ -140,7 +140,7 @@ def augment(
     num_classes: length of the label vectors.
 
   Returns:
-    'image': float32[N, S, S, 3], normalised; 'label': float32[N, num_classes],
+    'image': float32[N, S, S, 3], normalized; 'label': float32[N, num_classes],
     each row of sum 1.
   """
   keys = dict(zip(('crop', 'flip', 'color', 'erase', 'mix'),
@@ -267,16 +267,16 @@ def _mix(key, images, labels, augmentation: Augmentation):
   alpha = jnp.where(use_cutmix, augmentation.cutmix, augmentation.mixup)
   share = jax.random.beta(share_key, alpha, alpha)  # of the image itself
 
-  # Yun et al., equation 2: a box of area 1 - share around a uniform centre,
+  # Yun et al., equation 2: a box of area 1 - share around a uniform center,
   # cut off at the border, and the label's share corrected for that.
   side = jnp.sqrt(1 - share)
   half = jnp.stack([width * side, height * side], axis=1) / 2
-  centre = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])
+  center = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])
   limits = jnp.array([width, height])
   boxes = jnp.concatenate(
     [
-      jnp.clip(jnp.round(centre - half), 0, limits),
-      jnp.clip(jnp.round(centre + half), 0, limits),
+      jnp.clip(jnp.round(center - half), 0, limits),
+      jnp.clip(jnp.round(center + half), 0, limits),
     ],
     axis=1,
   )

@@ -67,21 +67,31 @@ class TrainBatches:
       CorruptImageError: by the constructor with a cache, else by `next`.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
-    if batch_size > len(source):
-      raise ValueError(
-        f'batch_size {batch_size} exceeds the {len(source)} training examples'
-      )
-    if seed < 0:
-      raise ValueError(f'seed must be >= 0; got {seed}')
     augmentation = augmentation or augment.Augmentation()
     resized = augmentation.crop == 'resized'
-    if cache_size is not None and not (cache == 'device' and resized):
-      raise ValueError(
+    largest = decode.MAX_IMAGE_SIZE
+    _require(
+      (
+        batch_size <= len(source),
+        f'batch_size {batch_size} exceeds the {len(source)} training examples',
+      ),
+      (0 <= seed < 2**63, f'seed must be in [0, 2**63); got {seed}'),
+      (
+        augmentation.crop != 'pad' or augmentation.crop_padding < image_size,
+        f'crop_padding must be less than image_size, {image_size}; got '
+        f'{augmentation.crop_padding}',
+      ),
+      (
+        cache_size is None or (cache == 'device' and resized),
         'cache_size needs cache=device and crop=resized; got cache='
-        f'{cache}, crop={augmentation.crop}'
-      )
-    if cache_size is not None and cache_size < 1:
-      raise ValueError(f'cache_size must be >= 1; got {cache_size}')
+        f'{cache}, crop={augmentation.crop}',
+      ),
+      (
+        cache_size is None or image_size <= cache_size <= largest,
+        f'cache_size must be in [{image_size}, {largest}], from image_size on; '
+        f'got {cache_size}',
+      ),
+    )
 
     self.step = 0
     self.skipped: list[str] = []
@@ -160,7 +170,9 @@ class TrainBatches:
 
     def feed(step):
       if self._host is None:
-        self._host = readers.prefetch(read, int(step), None, self._num_workers)
+        self._host = readers.read_ahead(
+          readers.train_batches(read, int(step)), self._num_workers
+        )
       batch = next(self._host)
       _note_skipped(self.skipped, batch['skipped'])
       images, labels = batch['image'], batch['label']
@@ -179,7 +191,6 @@ class TrainBatches:
       cache_size or device_cache.default_cache_size(size, augmentation),
       box_fn=decode.whole_image if resized else readers.fitted_box(size),
       skip_corrupt=self._skip_corrupt,
-      num_threads=self._num_workers or None,
     )
     _note_skipped(self.skipped, decoded.corrupt.values())
     good = np.ones(len(source), bool)
@@ -228,7 +239,7 @@ class EvalBatches:
       image_size: side of the images, in pixels.
       batch_size: images a batch, over all devices.
       resize_ratio: short side of the resized image over `image_size`; the
-        centre is kept.
+        center is kept.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
       num_workers: see `TrainBatches`; processes start anew at each pass,
@@ -249,13 +260,12 @@ class EvalBatches:
     self._batch_size = batch_size
     self._num_workers = num_workers
     self._sharding = sharding
-    self._read = readers.EvalReader(
-      source,
-      batch_size,
+    self._source = source
+    self._read = readers.ExampleReader(
       image_size,
-      resize_ratio,
+      readers.fitted_box(image_size, resize_ratio),
       skip_corrupt,
-      has_mask='object_mask' in source[0],
+      mask_ratio=resize_ratio,
     )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
@@ -272,7 +282,7 @@ class EvalBatches:
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
     """Yields batches of N = batch_size.
 
-    'image': float32[N, S, S, 3], normalised; 'label': int32[N]; 'weight':
+    'image': float32[N, S, S, 3], normalized; 'label': int32[N]; 'weight':
     float32[N], 1 for an example, 0 for padding and for a corrupt image;
     'object_mask': bool[N, S, S], in the image's geometry, if the source has it.
     """
@@ -284,10 +294,20 @@ class EvalBatches:
       yield from self._kept
       return
     kept = []
-    host = readers.prefetch(self._read, 0, len(self), self._num_workers)
+    size = self._batch_size
+    host = readers.read_ahead(
+      readers.eval_batches(self._source, self._read, size), self._num_workers
+    )
     try:
-      for batch in host:
-        _note_skipped(self.skipped, batch.pop('skipped'))
+      for number, batch in enumerate(host):
+        weightless = number * size + np.flatnonzero(batch['weight'] == 0)
+        _note_skipped(
+          self.skipped,
+          (
+            self._source[i]['name'] for i in weightless if i < len(self._source)
+          ),
+        )
+        del batch['aspect']
         batch = jax.device_put(batch, self._sharding)
         if self._keep:
           kept.append(batch)
@@ -296,11 +316,6 @@ class EvalBatches:
       host.close()
     if self._keep:
       self._kept = kept
-
-
-# The names under which the programs build them.
-train_batches = TrainBatches
-eval_batches = EvalBatches
 
 
 def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
@@ -349,22 +364,30 @@ def _replicated(sharding):
   return sharding
 
 
+def _require(*conditions: tuple[bool, str]) -> None:
+  """Raises ValueError with the message of the first that does not hold."""
+  for holds, message in conditions:
+    if not holds:
+      raise ValueError(message)
+
+
 def _check(source, image_size, batch_size, cache, num_workers, sharding):
-  if not len(source):
-    raise ValueError('the data set has no examples')
-  if image_size < 1:
-    raise ValueError(f'image_size must be >= 1; got {image_size}')
-  if batch_size < 1:
-    raise ValueError(f'batch_size must be >= 1; got {batch_size}')
-  if cache not in CACHES:
-    raise ValueError(f'cache must be one of {CACHES}; got {cache!r}')
-  if num_workers < 0:
-    raise ValueError(f'num_workers must be >= 0; got {num_workers}')
-  if num_workers and not flags.FLAGS.is_parsed():
-    raise ValueError(
+  largest = decode.MAX_IMAGE_SIZE
+  _require(
+    (bool(len(source)), 'the data set has no examples'),
+    (
+      1 <= image_size <= largest,
+      f'image_size must be in [1, {largest}]; got {image_size}',
+    ),
+    (batch_size >= 1, f'batch_size must be >= 1; got {batch_size}'),
+    (cache in CACHES, f'cache must be one of {CACHES}; got {cache!r}'),
+    (num_workers >= 0, f'num_workers must be >= 0; got {num_workers}'),
+    (
+      not num_workers or flags.FLAGS.is_parsed(),
       f'num_workers={num_workers} needs parsed absl flags, for grain: start '
-      'the program by absl.app.run'
-    )
+      'the program by absl.app.run',
+    ),
+  )
   if sharding is not None:
     try:
       sharding.shard_shape((batch_size,))

@@ -6,34 +6,30 @@ TensorFlow to encode; this one stores PNG files.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import pathlib
-import tarfile
 from collections.abc import Iterator
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from dynconv_jax.data import files, spots
+from dynconv_jax.data import decode, folders
+from dynconv_jax.data.prepare import download, prepare
+from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
+_OPTION = 'cifar10_dir'
 # TFDS knows the SHA-256 of what is published under this address and checks it.
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # Published on https://www.cs.toronto.edu/~kriz/cifar.html.
 MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 ARCHIVE = 'cifar-10-binary.tar.gz'
 
+# fmt: off
 CLASS_NAMES = (
-  'airplane',
-  'automobile',
-  'bird',
-  'cat',
-  'deer',
-  'dog',
-  'frog',
-  'horse',
-  'ship',
-  'truck',
+  'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse',
+  'ship', 'truck',
 )
+# fmt: on
 _FILES = {
   'train': tuple(f'data_batch_{i}.bin' for i in range(1, 6)),
   'test': ('test_batch.bin',),
@@ -43,57 +39,49 @@ _SIDE = 32
 _RECORD_BYTES = 1 + 3 * _SIDE * _SIDE
 
 
-class Cifar10Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """CIFAR-10 as PNG files."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of the source."""
 
-  name = 'cifar10'
-  VERSION = tfds.core.Version('3.1.0')
+  cifar10_dir: str = option(
+    '', "CIFAR-10's binary files; empty: download.", operational=True
+  )
 
-  def __init__(self, directory: pathlib.Path | None = None, **kwargs):
-    """
-    Args:
-      directory: folder of the unpacked files, or the archive; None: download.
-      **kwargs: of the base class.
-    """
-    self._directory = directory
-    super().__init__(**kwargs)
 
-  def _info(self):
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(
-            shape=(_SIDE, _SIDE, 3), encoding_format='png'
-          ),
-          'label': tfds.features.ClassLabel(names=CLASS_NAMES),
-          'id': tfds.features.Text(),
-        }
-      ),
-      supervised_keys=('image', 'label'),
-      homepage='https://www.cs.toronto.edu/~kriz/cifar.html',
-    )
+def open_cifar10(options: Options, common: Common) -> Dataset:
+  """Returns CIFAR-10, from a folder or an archive if one is named.
 
-  def _split_generators(self, dl_manager):
-    path = self._directory or files.TarDownloader(
-      dl_manager, pathlib.Path(self._data_dir_root), '--cifar10_dir'
-    ).download(URL)
-    return {split: self._generate_examples(path, split) for split in _FILES}
+  Raises:
+    FileNotFoundError: the folder or files are missing.
+    ValueError: files are not what they should be.
+    ConnectionError: it cannot be downloaded.
+  """
+  path, key = None, ''
+  if options.cifar10_dir:
+    path, key = check_directory(options.cifar10_dir)
 
-  def _generate_examples(self, path, split):
-    index = 0
-    for file_name, content in _read_files(path, _FILES[split]):
-      for image, label in parse(content, file_name):
-        name = f'{split}/{index:05d}'
-        index += 1
-        yield (
-          name,
-          {
-            'image': spots.to_png(image),
-            'label': CLASS_NAMES[label],
-            'id': name,
-          },
-        )
+  def examples(dl_manager):
+    found = path or download(dl_manager, URL, _OPTION)
+    return {split: _examples(found, split) for split in _FILES}
+
+  return prepare(
+    SOURCE.name, '3.1.0', examples, CLASS_NAMES, common.data_dir, key=key
+  )
+
+
+SOURCE = DataSource('cifar10', Options, open_cifar10)
+
+
+def _examples(path: pathlib.Path, split: str):
+  index = 0
+  for file_name, content in folders.read_files(path, _FILES[split]):
+    for image, label in parse(content, file_name):
+      yield {
+        'image': decode.to_png(image),
+        'label': CLASS_NAMES[label],
+        'name': f'{split}/{index:05d}',
+      }
+      index += 1
 
 
 def parse(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
@@ -136,26 +124,12 @@ def check_directory(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
       found = hashlib.file_digest(f, 'md5').hexdigest()
     if found != MD5:
       raise ValueError(
-        f'--cifar10_dir: {path} is not the published {ARCHIVE}: its MD5 is '
+        f'{_OPTION}: {path} is not the published {ARCHIVE}: its MD5 is '
         f'{found} instead of {MD5}'
       )
     return path, found[:12]
-  files.check_directory(path, '--cifar10_dir')
+  folders.check_directory(path, _OPTION)
   if (path / 'cifar-10-batches-bin').is_dir():
     path = path / 'cifar-10-batches-bin'
   names = [name for group in _FILES.values() for name in group]
-  key = files.check_files(path, names, source='CIFAR-10')
-  return path, key
-
-
-def _read_files(path, names):
-  """Yields the name and content of files in a folder or an archive."""
-  if pathlib.Path(path).is_dir():
-    for name in names:
-      yield name, (pathlib.Path(path) / name).read_bytes()
-    return
-  with tarfile.open(path) as tar:
-    for member in tar:
-      name = pathlib.PurePosixPath(member.name).name
-      if name in names:
-        yield name, tar.extractfile(member).read()
+  return path, folders.check_files(path, [names], source='CIFAR-10')

@@ -8,26 +8,19 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 # ImageNet's own protocol: short side 256, central 224.
 RESIZE_RATIO = 256 / 224
+
+# Of a network's input and of drawn images, pixels: a bound against typing
+# errors that end in hours of work or an abort.
+MAX_IMAGE_SIZE = 4096
 
 # (left, top, right, bottom) in pixels, fractions allowed.
 Box = tuple[float, float, float, float]
 
 _FORMATS = ('JPEG', 'PNG', 'WEBP')
-
-# By EXIF orientation; 5 and above swap width and height.
-_UPRIGHT = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
 
 
 class CorruptImageError(ValueError):
@@ -52,7 +45,7 @@ def decode_image(data: bytes, name: str = '(unnamed)') -> np.ndarray:
   """Returns uint8[H, W, 3], the picture upright, in RGB, over white.
 
   Args:
-    data: a JPEG, PNG or WebP file: any colour mode, bit depth or orientation
+    data: a JPEG, PNG or WebP file: any color mode, bit depth or orientation
       tag. Of an animation, the first frame.
     name: what to call the image in an error.
 
@@ -88,7 +81,7 @@ def decode_resized(
     CorruptImageError: see `decode_image`.
   """
   image = _open(data, name)
-  size = image.size[::-1] if _orientation(image) >= 5 else image.size
+  size = _upright_size(image)
   box = np.asarray(box_fn(*size), np.float64)
   if reducing_gap is not None:
     side = min(box[2] - box[0], box[3] - box[1])
@@ -122,7 +115,7 @@ def decode_mask(
 def preprocess_image(
   image: np.ndarray, image_size: int, resize_ratio: float = RESIZE_RATIO
 ) -> np.ndarray:
-  """Returns uint8[image_size, image_size, 3]: resized, then the centre cut out.
+  """Returns uint8[image_size, image_size, 3]: resized, then the center cut out.
 
   Args:
     image: uint8[H, W, 3], as `decode_image` returns it.
@@ -140,7 +133,7 @@ def evaluation_box(
   image_size: int,
   resize_ratio: float = RESIZE_RATIO,
 ) -> Box:
-  """Returns the box that resizing the short side and a centre crop keep.
+  """Returns the box that resizing the short side and a center crop keep.
 
   Sizes and offsets are rounded as torchvision's Resize and CenterCrop round
   them; resampling the box at once leaves the rest of the image untouched.
@@ -161,6 +154,15 @@ def evaluation_box(
     starts.append(start * length / resized)
     stops.append((start + image_size) * length / resized)
   return (*starts, *stops)
+
+
+def to_png(array: np.ndarray) -> bytes:
+  """Returns an image, uint8[h, w, 3] or bool[h, w], as a PNG file."""
+  if array.dtype == np.bool_:
+    array = array.astype(np.uint8) * 255
+  buffer = io.BytesIO()
+  Image.fromarray(array).save(buffer, 'png', compress_level=3)
+  return buffer.getvalue()
 
 
 def whole_image(width: int, height: int) -> Box:
@@ -187,23 +189,23 @@ def _open(data: bytes, name: str) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
-  """Returns the EXIF orientation, 1 (upright) to 8."""
-  try:
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    return orientation if orientation in _UPRIGHT else 1
-  except Exception:  # damaged metadata around sound pixels
-    return 1
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+  """Returns the width and height that `_load` will give."""
+  with contextlib.suppress(Exception):  # Damaged metadata.
+    if 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8:
+      return image.size[::-1]
+  return image.size
 
 
 def _load(image: Image.Image, name: str) -> Image.Image:
-  orientation = _orientation(image)
   with _naming(name):
     image.load()
-    image = _to_rgb(image)
-  if orientation == 1:
-    return image
-  return image.transpose(_UPRIGHT[orientation])
+  # In place it turns the pixels first, so that damaged metadata around sound
+  # pixels is no obstacle.
+  with contextlib.suppress(Exception):
+    ImageOps.exif_transpose(image, in_place=True)
+  with _naming(name):
+    return _to_rgb(image)
 
 
 @contextlib.contextmanager

@@ -3,25 +3,23 @@
 Every image is resized to one square of `cache_size` pixels, its aspect ratio
 kept beside it: the crop undoes the squash. Against padding to a square, no
 memory is wasted and the short side keeps more pixels; against cutting out the
-centre, nothing is lost.
+center, nothing is lost.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import dataclasses
 import math
 import os
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from dynconv_jax.data import augment, decode
-
-# Pixels that the JPEG decoder leaves for each pixel of the cached image.
-REDUCING_GAP = 2.0
+from dynconv_jax.data import augment, decode, readers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,6 @@ def decode_all(
   *,
   box_fn=decode.whole_image,
   skip_corrupt: bool = False,
-  num_threads: int | None = None,
 ) -> DecodedImages:
   """Decodes every image of a source, in parallel, into one array.
 
@@ -84,8 +81,6 @@ def decode_all(
     cache_size: side of the cached images, in pixels.
     box_fn: what to keep of an image, from its (width, height).
     skip_corrupt: note corrupt images instead of stopping at the first.
-    num_threads: Pillow decodes outside the interpreter's lock; None: one a
-      core.
 
   Raises:
     CorruptImageError: an image cannot be decoded, without `skip_corrupt`.
@@ -97,33 +92,18 @@ def decode_all(
   images = np.zeros(shape, np.uint8)
   labels, aspects = np.zeros(n, np.int32), np.ones(n, np.float32)
   corrupt = {}
-
-  def decode_one(index: int) -> None:
-    example = source[index]
-    labels[index] = example['label']
-
-    def note_aspect(width: int, height: int) -> decode.Box:
-      aspects[index] = width / height
-      return box_fn(width, height)
-
-    try:
-      images[index] = decode.decode_resized(
-        example['image'],
-        example['name'],
-        cache_size,
-        note_aspect,
-        reducing_gap=REDUCING_GAP,
-      )
-    except decode.CorruptImageError:
-      if not skip_corrupt:
-        raise
-      corrupt[index] = example['name']
-
-  num_threads = num_threads or os.cpu_count()
-  with concurrent.futures.ThreadPoolExecutor(num_threads) as executor:
-    for done, _ in enumerate(executor.map(decode_one, range(n)), start=1):
+  reader = readers.ExampleReader(
+    cache_size, box_fn, skip_corrupt, readers.REDUCING_GAP
+  )
+  rows = grain.MapDataset.source(source).map(reader)
+  with contextlib.closing(readers.read_ahead(rows, num_workers=0)) as ahead:
+    for i, row in enumerate(ahead):
+      images[i], labels[i] = row['image'], row['label']
+      aspects[i] = row['aspect']
+      if not row['weight']:
+        corrupt[i] = source[i]['name']
       logging.log_every_n_seconds(
-        logging.INFO, 'decoded %d of %d images', 10, done, n
+        logging.INFO, 'decoded %d of %d images', 10, i + 1, n
       )
   logging.info('cached %d images, %.0f MiB', n, images.nbytes / 2**20)
   return DecodedImages(images, labels, aspects, corrupt)

@@ -1,6 +1,6 @@
 """Any folder of images by split and class: `train/CLASS/*.jpg`.
 
-It is prepared into array_record like every other dataset, not read in place:
+It is prepared into array_record like every other data set, not read in place:
 then the splits' notation, the mixing of classes (`train[:90%]` of a sorted
 listing would leave whole classes out), names and resuming work as elsewhere,
 and epochs read few large files.
@@ -13,145 +13,154 @@ import os
 import pathlib
 import re
 
-import tensorflow_datasets as tfds
+from dynconv_jax.data import folders
+from dynconv_jax.data.prepare import prepare
+from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
-from dynconv_jax.data import files
-
+_OPTION = 'image_folder_dir'
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
-  """What a folder of images holds.
+class Options:
+  """Options of the source."""
 
-  Attributes:
-    directory: the folder.
-    class_names: sorted.
-    examples: paths such as 'train/cat/1.jpg' by split.
-    key: short hash of the paths, sizes and times of all files.
+  image_folder_dir: str = option(
+    '',
+    'Holds train/CLASS/*.jpg and, if there are such splits, val/CLASS/*.jpg '
+    'and test/CLASS/*.jpg.',
+    operational=True,
+  )
+
+
+def open_folder(options: Options, common: Common) -> Dataset:
+  """Returns the data set of a folder of images, after checking the folder.
+
+  A folder `val` is the validation split, as is one called `validation`.
+
+  Raises:
+    FileNotFoundError: the folder, its train folder or images are missing.
+    ValueError: no folder is named, an image is empty or in two places, a link
+      leads upward, or a split has a class that train lacks.
   """
+  if not options.image_folder_dir:
+    raise ValueError(f'the dataset image_folder needs {_OPTION}')
+  directory = pathlib.Path(options.image_folder_dir).expanduser()
+  class_names, found = scan_folder(directory)
+  key = folders.check_files(
+    directory,
+    (names for classes in found.values() for names in classes.values()),
+    source=f'{_OPTION}',
+    allow_empty=common.skip_corrupt,
+  )
+  has_val = 'val' in found and 'validation' not in found
+  return prepare(
+    SOURCE.name,
+    '1.0.0',
+    lambda _: {
+      split: (
+        {'image': directory / name, 'label': label, 'name': name}
+        for label, names in classes.items()
+        for name in names
+      )
+      for split, classes in found.items()
+    },
+    class_names,
+    common.data_dir,
+    key=key,
+    aliases={'validation': 'val'} if has_val else {},
+  )
 
-  directory: pathlib.Path
-  class_names: tuple[str, ...]
-  examples: dict[str, tuple[str, ...]]
-  key: str
+
+SOURCE = DataSource('image_folder', Options, open_folder)
 
 
 def scan_folder(
-  directory: str | pathlib.Path, allow_empty_files: bool = False
-) -> ImageFolder:
-  """Returns what a folder of images holds, after checking it.
+  directory: pathlib.Path,
+) -> tuple[tuple[str, ...], dict[str, dict[str, list[str]]]]:
+  """Returns the class names, and the images' paths by split and class.
 
   Args:
     directory: holds `train/CLASS/` and, where there are such splits,
       `test/CLASS/` and others, with images anywhere below a class's folder.
-      Hidden files and files of other types are passed over.
-    allow_empty_files: whether zero-byte images are let through, for a reader
-      that skips what it cannot decode.
+      Hidden files and files of other types are passed over. Linked folders are
+      followed, each once.
 
   Raises:
     FileNotFoundError: the folder, its train folder or images are missing.
-    ValueError: an image is empty, or a split holds a class that train lacks.
+    ValueError: a link leads to a folder above it, or a split holds a class that
+      train lacks.
   """
-  directory = pathlib.Path(directory).expanduser()
-  files.check_directory(directory, '--image_folder_dir')
+  folders.check_directory(directory, _OPTION)
   if not (directory / 'train').is_dir():
     raise FileNotFoundError(
-      f'--image_folder_dir: {directory} has no folder train; the layout is '
-      'train/CLASS/*.jpg and test/CLASS/*.jpg (also .jpeg, .png, .webp)'
+      f'{_OPTION}: {directory} has no folder train; the layout is '
+      'train/CLASS/*.jpg, val/CLASS/*.jpg and test/CLASS/*.jpg (also .jpeg, '
+      '.png, .webp)'
     )
-  examples, classes = {}, {}
-  for split in _subfolders(directory):
-    if not re.fullmatch(r'[A-Za-z_]\w*', split):
-      continue
-    folder = directory / split
-    classes[split] = _subfolders(folder)
-    examples[split] = tuple(
-      name for c in classes[split] for name in _images(directory, folder / c)
+  found = {
+    split: {
+      label: _images(directory, directory / split / label)
+      for label in _subfolders(directory / split)
+    }
+    for split in _subfolders(directory)
+    if re.fullmatch(r'[A-Za-z_]\w*', split)
+  }
+  train = directory / 'train'
+  bare = [f'{train}/{c}' for c, names in found['train'].items() if not names]
+  if bare or not found['train']:
+    raise FileNotFoundError(
+      f'{_OPTION}: no image (.jpg, .jpeg, .png, .webp) in '
+      f'{folders.some(bare) or f"{train}/CLASS"}'
     )
-    bare = [c for c in classes[split] if not _images(directory, folder / c)]
-    if split == 'train' and (bare or not examples[split]):
-      raise FileNotFoundError(
-        f'--image_folder_dir: no image (.jpg, .jpeg, .png, .webp) in '
-        f'{files.some([f"{folder}/{c}" for c in bare]) or f"{folder}/CLASS"}'
-      )
-  examples = {split: names for split, names in examples.items() if names}
-  for split in examples:
-    unknown = sorted(set(classes[split]) - set(classes['train']))
+  found = {s: classes for s, classes in found.items() if any(classes.values())}
+  for split, classes in found.items():
+    unknown = sorted(set(classes) - set(found['train']))
     if unknown:
       raise ValueError(
-        f'--image_folder_dir: {directory / split} holds classes that train '
-        f'lacks: {files.some(unknown)}'
+        f'{_OPTION}: {directory / split} holds classes that train lacks: '
+        f'{folders.some(unknown)}'
       )
-  key = files.check_files(
-    directory,
-    [name for names in examples.values() for name in names],
-    source='--image_folder_dir',
-    allow_empty=allow_empty_files,
-  )
-  return ImageFolder(directory, tuple(classes['train']), examples, key)
-
-
-class ImageFolderBuilder(
-  tfds.core.GeneratorBasedBuilder, skip_registration=True
-):
-  """Stores a folder's images, unchanged, with their paths as names."""
-
-  name = 'image_folder'
-  VERSION = tfds.core.Version('1.0.0')
-
-  def __init__(self, folder: ImageFolder, **kwargs):
-    self._folder = folder
-    super().__init__(**kwargs)
-
-  def _info(self):
-    return tfds.core.DatasetInfo(
-      builder=self,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(),
-          'label': tfds.features.ClassLabel(names=self._folder.class_names),
-          'id': tfds.features.Text(),
-        }
-      ),
-      supervised_keys=('image', 'label'),
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager
-    return {
-      split: self._generate_examples(names)
-      for split, names in self._folder.examples.items()
-    }
-
-  def _generate_examples(self, names):
-    for name in names:
-      yield (
-        name,
-        {
-          'image': self._folder.directory / name,
-          'label': name.split('/')[1],
-          'id': name,
-        },
-      )
+  return tuple(found['train']), found
 
 
 def _subfolders(directory: pathlib.Path) -> list[str]:
-  return sorted(
+  """Returns the sorted names of the folders in a folder, links included."""
+  names = sorted(
     p.name
     for p in directory.iterdir()
     if p.is_dir() and not p.name.startswith('.')
   )
+  for name in names:
+    _check_link(directory / name)
+  return names
 
 
 def _images(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
   """Returns the sorted paths of the images below a folder."""
-  found = []
-  for path, _, names in os.walk(folder, followlinks=True):
+  found, visited = [], {os.path.realpath(folder)}
+  for path, subfolders, names in os.walk(folder, followlinks=True):
     relative = pathlib.Path(path).relative_to(root).as_posix()
     found += [
       f'{relative}/{name}'
       for name in names
       if name.lower().endswith(SUFFIXES) and not name.startswith('.')
     ]
+    subfolders.sort()
+    for name in subfolders[:]:
+      _check_link(pathlib.Path(path, name))
+      real = os.path.realpath(os.path.join(path, name))
+      if real in visited:
+        subfolders.remove(name)
+      visited.add(real)
   return sorted(found)
+
+
+def _check_link(path: pathlib.Path) -> None:
+  """Raises ValueError if a folder is a link to one that holds it."""
+  target, here = os.path.realpath(path), os.path.realpath(path.parent)
+  if os.path.commonpath([target, here]) == target:
+    raise ValueError(
+      f'{_OPTION}: {path} is a link to {target}, a folder above it. Remove it: '
+      'it would count images again, under another class'
+    )

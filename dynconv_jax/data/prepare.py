@@ -1,111 +1,329 @@
-"""Preparation of TFDS builders into array_record, once, whole and quietly."""
+"""Data sets prepared into array_record files: once, whole and quietly.
+
+TFDS does the work, without TensorFlow: it shuffles the examples by a hash of
+their names, so that each slice of a split mixes the classes, and writes them
+into few large files.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
+import json
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
+import requests
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python import array_record_module
-from google.protobuf import json_format
+
+from dynconv_jax import files
+from dynconv_jax.data import folders
+from dynconv_jax.data.source import Dataset
 
 FILE_FORMAT = 'array_record'
 
 # TFDS writes it last.
 _INFO_FILE = 'dataset_info.json'
+_LABELS_FILE = 'labels.npz'
 
 # A preparation that was killed leaves its folder behind. One that is older
 # than this belongs to no living process.
 _STALE_SECONDS = 24 * 3600
+_CONNECT_SECONDS = 10
 
 
 def prepare(
-  make_builder: Callable[..., tfds.core.DatasetBuilder],
+  name: str,
+  version: str,
+  examples: Callable[[Any], Mapping[str, Iterable[Mapping[str, Any]]]],
+  class_names: Sequence[str],
   data_dir: str | os.PathLike[str],
-) -> tfds.core.DatasetBuilder:
-  """Returns a reader of a prepared dataset, preparing it where need be.
+  *,
+  key: str = '',
+  masks: bool = False,
+  aliases: Mapping[str, str] | None = None,
+) -> Dataset:
+  """Returns a prepared data set, preparing it where need be.
 
   TFDS writes into a folder of another name and renames it when all is done, so
   a preparation that fails or is killed is never taken for whole.
 
   Args:
-    make_builder: a builder's class; called with `data_dir` and `file_format`.
-    data_dir: the folder under which the builder prepares.
+    name: of the data set.
+    version: of what is prepared, such as '1.0.0'.
+    examples: called only to prepare, with TFDS's download manager; returns by
+      split name what to store: dicts of image (an encoded file or its path),
+      label (a class's name or number), name (unique) and, with `masks`,
+      object_mask (an encoded file).
+    class_names: in label order.
+    data_dir: where prepared data sets are kept.
+    key: tells apart data sets of this name that differ in content.
+    masks: whether examples have an object mask.
+    aliases: of `Dataset`.
 
   Raises:
     OSError: the disk is full; nothing half-written is kept.
+    ConnectionError: there is nothing to download from.
     ValueError: the prepared files are damaged or of another format.
   """
-  try:
-    builder = make_builder(data_dir=data_dir, file_format=FILE_FORMAT)
-  except (
-    ValueError,
-    json_format.ParseError,
-    tfds.core.dataset_info.DatasetInfoFileError,
-  ) as error:
-    raise ValueError(
-      f'a prepared dataset in {data_dir} cannot be read: {_first_line(error)}. '
-      'Delete it to prepare it again, or choose another folder by --data_dir'
-    ) from error
-  directory = pathlib.Path(builder.data_dir)
+  root = pathlib.Path(data_dir).expanduser()
+  if key:
+    root /= f'{name}-{key}'
+  directory = root / name / version
   if not (directory / _INFO_FILE).exists():
     if directory.exists():
       raise _damaged(directory, f'{_INFO_FILE} is missing')
     _remove_stale(directory.parent)
-    logging.info('Preparing %s in %s.', builder.name, directory)
+    logging.info('Preparing %s in %s.', name, directory)
+    masked = {'object_mask': tfds.features.Image(shape=(None, None, 1))}
+    features = {
+      'image': tfds.features.Image(),
+      'label': tfds.features.ClassLabel(names=class_names),
+      'id': tfds.features.Text(),
+      **(masked if masks else {}),
+    }
+    # TFDS reads both off the class.
+    attributes = dict(name=name, VERSION=tfds.core.Version(version))
+    builder = type(name, (_Builder,), attributes, skip_registration=True)
     try:
       with _quiet():
-        builder.download_and_prepare()
+        builder(
+          examples, features, data_dir=root, file_format=FILE_FORMAT
+        ).download_and_prepare()
     except (OSError, RuntimeError) as error:
-      # Another process may have prepared the same dataset in the meantime.
+      # Another process may have prepared the same data set in the meantime.
       if not _is_occupied(error) or not (directory / _INFO_FILE).exists():
-        _raise_if_full(error, builder.name, directory)
+        _raise_if_full(error, name, directory)
         raise
-  # Read anew: it then refers to nothing but the prepared files.
-  builder = tfds.builder_from_directory(directory)
-  _check_files(builder.info, directory)
-  return builder
+  return _read(directory, aliases or {})
+
+
+def download(
+  dl_manager: tfds.download.DownloadManager, url: str, option: str
+) -> pathlib.Path:
+  """Returns a downloaded file, whose hash TFDS has checked.
+
+  Args:
+    dl_manager: TFDS's.
+    url: the file's address.
+    option: names a local copy, for the error.
+
+  Raises:
+    ConnectionError: it cannot be downloaded.
+  """
+  try:
+    # TFDS tries again for minutes where a host cannot be reached at all.
+    requests.head(
+      url, timeout=_CONNECT_SECONDS, allow_redirects=True
+    ).raise_for_status()
+    return pathlib.Path(dl_manager.download(url))
+  except (
+    requests.exceptions.RequestException,
+    tfds.download.DownloadError,
+    tfds.core.download.download_manager.NonMatchingChecksumError,
+  ) as error:
+    raise ConnectionError(
+      f'cannot download {url}: {str(error).strip()}. Without a network, name a '
+      f'local copy by {option}'
+    ) from error
+
+
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+  """Stores examples as they come, and reports images that two splits share."""
+
+  def __init__(self, examples, features, **kwargs):
+    self._examples, self._features = examples, features
+    self._first: dict[bytes, tuple[str, str]] = {}
+    self._shared: list[str] = []
+    super().__init__(**kwargs)
+
+  def _info(self):
+    return tfds.core.DatasetInfo(
+      builder=self, features=tfds.features.FeaturesDict(self._features)
+    )
+
+  def _split_generators(self, dl_manager):
+    return {
+      split: self._generate_examples(split, examples)
+      for split, examples in self._examples(dl_manager).items()
+    }
+
+  def _generate_examples(self, split, examples):
+    for example in examples:
+      example = dict(example)
+      name, image = example.pop('name'), example['image']
+      if isinstance(image, os.PathLike):
+        image = pathlib.Path(image).read_bytes()
+      self._note(split, name, image)
+      yield name, example | {'id': name, 'image': image}
+
+  def _note(self, split: str, name: str, image: bytes) -> None:
+    digest = hashlib.blake2b(image, digest_size=16).digest()
+    first, twin = self._first.setdefault(digest, (split, name))
+    if first != split and image:
+      self._shared.append(f'{name} of {split} is {twin} of {first}')
+
+  def download_and_prepare(self, **kwargs):
+    super().download_and_prepare(**kwargs)
+    if self._shared:
+      logging.warning(
+        '%s: two splits hold the same images: %s',
+        self.name,
+        folders.some(self._shared),
+      )
+
+
+class _Records:
+  """Examples of a prepared split. Picklable; safe to read from threads."""
+
+  def __init__(self, info: tfds.core.SplitInfo, directory: pathlib.Path, data):
+    self._info, self._directory, self._data = info, directory, data
+
+  def __len__(self) -> int:
+    return self._info.num_examples
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    index = range(len(self))[index]
+    try:
+      record = self._data[index]
+    except RuntimeError as error:  # array_record checks hashes.
+      shard = np.searchsorted(
+        np.cumsum(self._info.shard_lengths), index, side='right'
+      )
+      raise _unreadable(
+        self._directory, self._info.filepaths[shard].name, error
+      ) from error
+    record['name'] = record.pop('id').decode()
+    return record
+
+
+def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
+  """Returns the data set that was prepared into a folder.
+
+  Raises:
+    ValueError: a file is missing, damaged or of another format.
+  """
+  # TFDS passes over some of these where they are missing.
+  contents = {}
+  for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
+    try:
+      contents[name] = (directory / name).read_text('utf-8')
+      if name.endswith('.json'):
+        json.loads(contents[name])
+    except (OSError, ValueError) as error:
+      raise _unreadable(directory, name, error) from error
+  try:
+    # Refers to nothing but the prepared files.
+    builder = tfds.builder_from_directory(directory)
+    info, features = builder.info, builder.info.features
+    class_names = tuple(features['label'].names)
+    stored = json.loads(contents['features.json'])['featuresDict']['features']
+    number = int(stored['label']['classLabel']['numClasses'])
+    if len(class_names) != number:
+      raise ValueError(
+        f'label.labels.txt holds {len(class_names)} of {number} class names'
+      )
+    decoders = {
+      name: tfds.decode.SkipDecoding()
+      for name in {'image', 'object_mask'} & set(features)
+    }
+    shards = [
+      shard
+      for split in info.splits.values()
+      for shard in zip(split.filepaths, split.shard_lengths, strict=True)
+    ]
+    if info.file_format.value == FILE_FORMAT:
+      splits = {
+        name: _Records(
+          split, directory, builder.as_data_source(name, decoders=decoders)
+        )
+        for name, split in info.splits.items()
+      }
+  except Exception as error:  # TFDS raises many kinds.
+    raise _damaged(directory, _first_line(error)) from error
+  if info.file_format.value != FILE_FORMAT:
+    raise ValueError(
+      f'the prepared data set in {directory} is of the format '
+      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
+      'data_dir'
+    )
+  for path, expected in shards:
+    try:
+      reader = array_record_module.ArrayRecordReader(os.fspath(path))
+      found = reader.num_records()
+      reader.close()
+    except (RuntimeError, ValueError, OSError) as error:
+      raise _unreadable(directory, path.name, error) from error
+    if found != expected:
+      raise _damaged(
+        directory, f'{path.name} holds {found} of {expected} examples'
+      )
+  for name, labels in _read_labels(splits, directory).items():
+    splits[name].labels = labels
+  return Dataset(class_names, splits, aliases)
+
+
+def _read_labels(
+  splits: Mapping[str, _Records], directory: pathlib.Path
+) -> dict[str, np.ndarray]:
+  """Returns int32 labels by split, from a file kept beside the records."""
+  path = directory / _LABELS_FILE
+  if path.exists():
+    try:
+      # np.load leaves a damaged file open.
+      with np.load(io.BytesIO(path.read_bytes())) as stored:
+        labels = dict(stored)
+      found = {name: array.shape for name, array in labels.items()}
+      if found != {name: (len(split),) for name, split in splits.items()}:
+        raise ValueError('it is of another data set')
+      return labels
+    except (
+      AttributeError,  # A bare array.
+      EOFError,
+      OSError,
+      ValueError,
+      zipfile.BadZipFile,
+    ) as error:
+      reason = _first_line(error)
+      if 'pickle' in reason:  # NumPy takes garbage for one.
+        reason = 'it is no NumPy archive'
+      raise ValueError(
+        f'{path} is damaged: {reason}. Delete it, and it is made anew'
+      ) from error
+  labels = {
+    name: np.fromiter((e['label'] for e in split), np.int32, len(split))
+    for name, split in splits.items()
+  }
+  content = io.BytesIO()
+  np.savez(content, **labels)
+  # A folder that cannot be written to is read again at the next start.
+  with contextlib.suppress(OSError):
+    files.write_atomic(path, content.getvalue())
+  return labels
 
 
 def _damaged(directory: pathlib.Path, what: str) -> ValueError:
   return ValueError(
-    f'the prepared dataset in {directory} is damaged: {what}. Delete that '
+    f'the prepared data set in {directory} is damaged: {what}. Delete that '
     'folder to prepare it again'
   )
 
 
-def _check_files(info: tfds.core.DatasetInfo, directory: pathlib.Path) -> None:
-  """Raises ValueError unless each file holds as many records as it should."""
-  if info.file_format.value != FILE_FORMAT:
-    raise ValueError(
-      f'the prepared dataset in {directory} is of the format '
-      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
-      '--data_dir'
-    )
-  for split in info.splits.values():
-    for path, expected in zip(
-      split.filepaths, split.shard_lengths, strict=True
-    ):
-      try:
-        reader = array_record_module.ArrayRecordReader(os.fspath(path))
-        found = reader.num_records()
-        reader.close()
-      except (RuntimeError, ValueError, OSError) as error:
-        raise _damaged(
-          directory, f'{path.name} cannot be read ({_first_line(error)})'
-        ) from error
-      if found != expected:
-        raise _damaged(
-          directory, f'{path.name} holds {found} of {expected} examples'
-        )
+def _unreadable(
+  directory: pathlib.Path, name: str, error: BaseException
+) -> ValueError:
+  return _damaged(directory, f'{name} cannot be read ({_first_line(error)})')
 
 
 def _is_occupied(error: BaseException) -> bool:
@@ -129,7 +347,7 @@ def _raise_if_full(
       code,
       f'no space left while preparing {name} in {directory}; nothing '
       'half-written was kept. Free some space or choose another folder by '
-      '--data_dir',
+      'data_dir',
     ) from error
 
 

@@ -10,7 +10,10 @@ from collections.abc import Callable
 import grain
 import numpy as np
 
-from dynconv_jax.data import augment, decode, device_cache
+from dynconv_jax.data import augment, decode
+
+# Pixels that the JPEG decoder leaves for each pixel of a training image.
+REDUCING_GAP = 2.0
 
 _FOREVER = 2**62
 
@@ -50,6 +53,55 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExampleReader:
+  """Decodes an example: a box of its image, resampled, uint8.
+
+  Attributes:
+    image_size: side of the result, in pixels.
+    box_fn: gives the box from the image's (width, height).
+    skip_corrupt: give corrupt images weight 0 instead of stopping.
+    reducing_gap: of `decode.decode_resized`.
+    mask_ratio: of `decode.decode_mask`; None: object masks are left out.
+  """
+
+  image_size: int
+  box_fn: Callable[[int, int], decode.Box]
+  skip_corrupt: bool
+  reducing_gap: float | None = None
+  mask_ratio: float | None = None
+
+  def __call__(self, example: dict) -> dict:
+    size, name = self.image_size, example['name']
+    row = {
+      'image': np.zeros((size, size, 3), np.uint8),
+      'label': np.int32(example['label']),
+      'weight': np.float32(0),
+      'aspect': np.float32(1),
+    }
+
+    def box_fn(width: int, height: int) -> decode.Box:
+      row['aspect'] = np.float32(width / height)
+      return self.box_fn(width, height)
+
+    has_mask = self.mask_ratio is not None and 'object_mask' in example
+    if has_mask:
+      row['object_mask'] = np.zeros((size, size), bool)
+    try:
+      row['image'] = decode.decode_resized(
+        example['image'], name, size, box_fn, reducing_gap=self.reducing_gap
+      )
+      if has_mask:
+        row['object_mask'] = decode.decode_mask(
+          example['object_mask'], name, size, self.mask_ratio
+        )
+      row['weight'] = np.float32(1)
+    except decode.CorruptImageError:
+      if not self.skip_corrupt:
+        raise
+    return row
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainReader:
   """Reads the batch of a step on the host: decoded, cropped, uint8."""
 
@@ -60,84 +112,31 @@ class TrainReader:
   skip_corrupt: bool
 
   def __call__(self, step: int) -> dict:
-    size, batch_size = self.image_size, self.order.batch_size
-    images = np.empty((batch_size, size, size, 3), np.uint8)
-    labels = np.empty(batch_size, np.int32)
-    uniform = self.order.rng(step).random((batch_size, 4))
-    skipped, count = [], 0
+    uniform = self.order.rng(step).random((self.order.batch_size, 4))
+    rows, skipped = [], []
     for index in self.order.candidates(step):
+      box_fn = fitted_box(self.image_size)
+      if self.augmentation.crop == 'resized':
+        box_fn = functools.partial(
+          augment.crop_boxes,
+          uniform[len(rows)],
+          augmentation=self.augmentation,
+        )
       example = self.source[int(index)]
-      try:
-        images[count] = self._crop(example, uniform[count])
-      except decode.CorruptImageError:
-        if not self.skip_corrupt:
-          raise
+      row = ExampleReader(
+        self.image_size, box_fn, self.skip_corrupt, REDUCING_GAP
+      )(example)
+      if not row['weight']:
         skipped.append(example['name'])
         continue
-      labels[count] = example['label']
-      count += 1
-      if count == batch_size:
+      rows.append(row)
+      if len(rows) == self.order.batch_size:
         break
-    check_full(count, self.order)
-    return {'image': images, 'label': labels, 'skipped': skipped}
-
-  def _crop(self, example: dict, uniform: np.ndarray) -> np.ndarray:
-    if self.augmentation.crop == 'resized':
-      box_fn = functools.partial(
-        augment.crop_boxes, uniform, augmentation=self.augmentation
-      )
-    else:
-      box_fn = fitted_box(self.image_size)
-    return decode.decode_resized(
-      example['image'],
-      example['name'],
-      self.image_size,
-      box_fn,
-      reducing_gap=device_cache.REDUCING_GAP,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalReader:
-  """Reads one evaluation batch on the host: decoded, centred, uint8."""
-
-  source: object
-  batch_size: int
-  image_size: int
-  resize_ratio: float
-  skip_corrupt: bool
-  has_mask: bool
-
-  def __call__(self, number: int) -> dict:
-    n, size = self.batch_size, self.image_size
+    check_full(len(rows), self.order)
     batch = {
-      'image': np.zeros((n, size, size, 3), np.uint8),
-      'label': np.zeros(n, np.int32),
-      'weight': np.zeros(n, np.float32),
-      'skipped': [],
+      key: np.stack([r[key] for r in rows]) for key in ('image', 'label')
     }
-    if self.has_mask:
-      batch['object_mask'] = np.zeros((n, size, size), bool)
-    box_fn = fitted_box(size, self.resize_ratio)
-    first = number * n
-    for row in range(min(n, len(self.source) - first)):
-      example = self.source[first + row]
-      name = example['name']
-      batch['label'][row] = example['label']
-      try:
-        batch['image'][row] = decode.decode_resized(
-          example['image'], name, size, box_fn
-        )
-        if self.has_mask:
-          batch['object_mask'][row] = decode.decode_mask(
-            example['object_mask'], name, size, self.resize_ratio
-          )
-        batch['weight'][row] = 1
-      except decode.CorruptImageError:
-        if not self.skip_corrupt:
-          raise
-        batch['skipped'].append(name)
-    return batch
+    return batch | {'skipped': skipped}
 
 
 def fitted_box(image_size: int, resize_ratio: float = 1.0):
@@ -147,26 +146,36 @@ def fitted_box(image_size: int, resize_ratio: float = 1.0):
   )
 
 
-def prefetch(
-  read: Callable[[int], dict], start: int, stop: int | None, num_workers: int
+def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
+  """Returns the batches of all steps from `start` on."""
+  return grain.MapDataset.range(start, _FOREVER).map(reader)
+
+
+def eval_batches(
+  source, reader: ExampleReader, batch_size: int
+) -> grain.MapDataset:
+  """Returns every example once, in batches; the last is padded with zeros."""
+  pad = functools.partial(
+    grain.experimental.batch_and_pad, batch_size=batch_size
+  )
+  rows = grain.MapDataset.source(source).map(reader)
+  return rows.batch(batch_size, batch_fn=pad)
+
+
+def read_ahead(
+  dataset: grain.MapDataset, num_workers: int
 ) -> grain.DatasetIterator:
-  """Returns an iterator over read(start), read(start + 1), ..., read ahead.
+  """Returns an iterator over a data set of batches, read ahead, in order.
 
   Args:
-    read: picklable; gives the batch of a number.
-    start: the first number.
-    stop: the number after the last; None: endless.
+    dataset: picklable.
     num_workers: processes that read; 0: threads of this process, one a core.
       The order of the batches is the same for any.
   """
   num_threads = 1 if num_workers else min(os.cpu_count(), _MAX_THREADS)
-  dataset = (
-    grain.MapDataset.range(start, _FOREVER if stop is None else stop)
-    .map(read)
-    .to_iter_dataset(
-      grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=num_threads + 1
-      )
+  dataset = dataset.to_iter_dataset(
+    grain.ReadOptions(
+      num_threads=num_threads, prefetch_buffer_size=num_threads + 1
     )
   )
   if num_workers:

@@ -1,98 +1,107 @@
-"""Random-access sources of encoded images, one interface for all datasets."""
+"""Data sources by name, and the splits of an opened data set."""
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import functools
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from dynconv_jax.data import cifar10, food101, image_folder, spots
-from dynconv_jax.data import prepare as prepare_lib
+from dynconv_jax import references
 from dynconv_jax.data import splits as splits_lib
+from dynconv_jax.data.source import Common, Dataset, DataSource
 
 DATASETS = ('spots', 'food101', 'cifar10', 'image_folder')
 
-# The names and sizes of a dataset's splits are those of TFDS where it has it.
-_ALIASES = {'food101': food101.ALIASES}
-
 
 class Splits(NamedTuple):
-  """A dataset's sources by role; None where there is no such split."""
+  """A data set's sources by role; None where there is no such split."""
 
   train: ImageSource | None
   validation: ImageSource | None
   test: ImageSource | None
 
 
-def default_splits(dataset: str) -> tuple[str, str, str]:
-  """Returns the splits to train, validate and test on, in TFDS's notation."""
-  _check_dataset(dataset)
-  test = _ALIASES.get(dataset, {}).get('test', 'test')
-  return 'train[:90%]', 'train[90%:]', test
-
-
-def open_source(dataset: str, split: str, **options) -> ImageSource | None:
-  """Returns the source of one split, preparing the dataset where need be.
+def load_source(name: str) -> DataSource:
+  """Returns a data source.
 
   Args:
-    dataset: one of DATASETS.
+    name: one of DATASETS, or package.module:NAME.
+
+  Raises:
+    ValueError: there is no such source.
+  """
+  if name in DATASETS:
+    name = f'{__package__}.{name}:SOURCE'
+  if ':' not in name:
+    raise ValueError(
+      f'unknown dataset {name!r}; there are {", ".join(DATASETS)}, and your '
+      'own by package.module:NAME'
+    )
+  return references.load(name, DataSource, 'dataset')
+
+
+def open_source(
+  source: DataSource | str, split: str, options: Any, common: Common
+) -> ImageSource | None:
+  """Returns the source of one split, preparing the data set where need be.
+
+  Args:
+    source: the data source, or its name.
     split: in TFDS's notation, such as 'train[:90%]'.
-    **options: of `Dataset`.
+    options: an instance of the source's `options`; None: the defaults.
+    common: options that all sources share.
 
   Returns:
     The source; None where `split` is '' or 'none'.
 
   Raises:
-    ValueError: the split is empty or unknown, and as `Dataset`.
+    ValueError: as `open_splits`.
   """
   if splits_lib.is_none(split):
     return None
-  opened = Dataset(dataset, **options)
+  opened = _Opened(source, options, common)
   return opened.source(
-    splits_lib.resolve_split(split, opened.split_sizes, opened.aliases)
+    splits_lib.resolve_split(split, opened.sizes, opened.aliases)
   )
 
 
 def open_splits(
-  dataset: str,
+  source: DataSource | str,
+  options: Any,
+  common: Common,
+  *,
   train: str | None = None,
   validation: str | None = None,
   test: str | None = None,
-  **options,
 ) -> Splits:
   """Returns the sources of splits that share no example.
 
   Args:
-    dataset: one of DATASETS.
-    train: in TFDS's notation; '' or 'none': no such split; None: the default.
-    validation: as `train`.
-    test: as `train`. By default None where the dataset has no test split.
-    **options: of `Dataset`.
+    source: the data source, or its name.
+    options: an instance of the source's `options`; None: the defaults.
+    common: options that all sources share.
+    train: in TFDS's notation; '' or 'none': no such split. None: all of the
+      train split if the data set has a validation split, else its first 90 %.
+    validation: as `train`. None: the data set's validation split, else the
+      last 10 % of its train split.
+    test: as `train`. None: the data set's test split, if it has one.
 
   Raises:
-    ValueError: a split is empty, unknown or overlaps another.
+    ValueError: an argument is not allowed, files are not what they should be,
+      or a split is empty, unknown or overlaps another.
+    FileNotFoundError: folders or files are missing.
+    ConnectionError: there is nothing to download from.
+    OSError: the disk is full.
   """
-  opened = Dataset(dataset, **options)
-  defaults = default_splits(dataset)
-  if defaults[2] not in opened.split_sizes:
-    defaults = (*defaults[:2], '')
-  given = (train, validation, test)
+  opened = _Opened(source, options, common)
+  given = {'train': train, 'validation': validation, 'test': test}
   expressions = {
-    role: default if expression is None else expression
-    for role, expression, default in zip(
-      Splits._fields, given, defaults, strict=True
-    )
+    role: default if given[role] is None else given[role]
+    for role, default in opened.default_splits().items()
   }
-  resolved = splits_lib.check_splits(
-    expressions, opened.split_sizes, opened.aliases
-  )
+  resolved = splits_lib.check_splits(expressions, opened.sizes, opened.aliases)
   return Splits(
     **{
       role: None if slices is None else opened.source(slices)
@@ -101,105 +110,63 @@ def open_splits(
   )
 
 
-class Dataset:
-  """A prepared dataset, of which `source` opens splits.
+class _Opened:
+  """A data set reduced to the classes asked for.
 
-  Attributes:
-    class_names: in label order.
-    split_sizes: number of examples by name of split, of those classes.
-    aliases: other names of splits.
-    directory: where it is prepared.
+  Splits are taken after that: percents are of these classes' examples. A split
+  has the same examples as if no other class had been there.
   """
 
-  def __init__(
-    self,
-    dataset: str,
-    *,
-    data_dir: str | os.PathLike[str],
-    food101_dir: str | os.PathLike[str] | None = None,
-    cifar10_dir: str | os.PathLike[str] | None = None,
-    image_folder_dir: str | os.PathLike[str] | None = None,
-    spots_size: int = 32,
-    spots_train: int = 3000,
-    spots_test: int = 1000,
-    spots_seed: int = 0,
-    classes: Sequence[str] = (),
-    skip_corrupt: bool = False,
-  ):
-    """Prepares the dataset, unless it has been prepared before.
-
-    Args:
-      dataset: one of DATASETS.
-      data_dir: where prepared datasets are kept.
-      food101_dir: an unpacked archive of Food-101, or any folder of its
-        layout; otherwise Food-101 is downloaded.
-      cifar10_dir: a folder with CIFAR-10's binary files, or their archive;
-        otherwise CIFAR-10 is downloaded.
-      image_folder_dir: holds `train/CLASS/*.jpg`, `test/CLASS/*.jpg`.
-      spots_size: height and width of drawn images, in pixels.
-      spots_train: number of drawn images to train on.
-      spots_test: number of drawn images to test on.
-      spots_seed: of the drawn images.
-      classes: the only classes to keep, numbered in the order given. Splits
-        are taken after that: percents are of these classes' examples. The
-        examples of a split are the same as if no other class had been there.
-      skip_corrupt: whether zero-byte files are let through, for a reader that
-        skips what it cannot decode.
-
-    Raises:
-      ValueError: an argument is not allowed, or files are not what they
-        should be.
-      FileNotFoundError: folders or files are missing.
-      ConnectionError: there is nothing to download from.
-      OSError: the disk is full.
-    """
-    _check_dataset(dataset)
-    classes = tuple(classes)
-    repeated = sorted({c for c in classes if classes.count(c) > 1})
-    if repeated:
-      raise ValueError(f'--classes names {", ".join(repeated)} more than once')
-    make, key = {
-      'spots': lambda: _spots(spots_size, spots_train, spots_test, spots_seed),
-      'food101': lambda: _food101(food101_dir, classes, skip_corrupt),
-      'cifar10': lambda: _cifar10(cifar10_dir),
-      'image_folder': lambda: _image_folder(image_folder_dir, skip_corrupt),
-    }[dataset]()
-    data_dir = pathlib.Path(data_dir).expanduser()
-    self._builder = prepare_lib.prepare(
-      make, data_dir / f'{dataset}-{key}' if key else data_dir
-    )
-    self.name = dataset
-    self.aliases = _ALIASES.get(dataset, {})
-    self.directory = pathlib.Path(self._builder.data_dir)
-    all_names = tuple(self._builder.info.features['label'].names)
-    self.class_names = classes or all_names
-    _check_classes(self.class_names, all_names, dataset)
-    # The records of these classes by split, and their labels.
-    number = np.full(len(all_names), -1, np.int32)
+  def __init__(self, source: DataSource | str, options: Any, common: Common):
+    if isinstance(source, str):
+      source = load_source(source)
+    _check_list(common.classes)
+    dataset = source.open(options or source.options(), common)
+    self._name, self._dataset = source.name, dataset
+    self.aliases = dataset.aliases
+    self.class_names = tuple(common.classes) or tuple(dataset.class_names)
+    check_classes(self.class_names, dataset.class_names, source.name)
+    if len(self.class_names) < 2:
+      raise ValueError(
+        f'{source.name} has one class, {self.class_names[0]!r}; a classifier '
+        'needs two or more'
+      )
+    # The examples of these classes by split, and their labels.
+    number = np.full(len(dataset.class_names), -1, np.int32)
     for label, name in enumerate(self.class_names):
-      number[all_names.index(name)] = label
+      number[dataset.class_names.index(name)] = label
     self._members, self._labels = {}, {}
-    for name, labels in _read_labels(self._builder, self.directory).items():
-      self._members[name] = np.flatnonzero(number[labels] >= 0)
-      self._labels[name] = number[labels[self._members[name]]]
-    self.split_sizes = {name: len(m) for name, m in self._members.items()}
+    for split, examples in dataset.splits.items():
+      labels = _labels(examples, dataset, f'split {split!r} of {source.name}')
+      self._members[split] = np.flatnonzero(number[labels] >= 0)
+      self._labels[split] = number[labels[self._members[split]]]
+    self.sizes = {split: len(m) for split, m in self._members.items()}
+
+  def default_splits(self) -> dict[str, str]:
+    """Returns the splits to train, validate and test on, in TFDS's notation."""
+    own = {role: self.aliases.get(role, role) for role in Splits._fields}
+    test = own['test'] if own['test'] in self.sizes else ''
+    if own['validation'] in self.sizes and own['validation'] != test:
+      return own | {'test': test}
+    train = own['train']
+    return {
+      'train': f'{train}[:90%]',
+      'validation': f'{train}[90%:]',
+      'test': test,
+    }
 
   def source(self, slices: splits_lib.Slices) -> ImageSource:
     """Returns the source of a split's examples, in order."""
-    names = list(dict.fromkeys(name for name, _, _ in slices))
-    offsets, total = {}, 0
-    for name in names:
-      offsets[name] = total
-      total += self._builder.info.splits[name].num_examples
-    parts = [(name, slice(start, stop)) for name, start, stop in slices]
     return ImageSource(
-      records=_records(self._builder, '+'.join(names)),
-      positions=np.concatenate(
-        [offsets[name] + self._members[name][part] for name, part in parts]
+      parts=[
+        (self._dataset.splits[name], self._members[name][start:stop])
+        for name, start, stop in slices
+      ],
+      labels=np.concatenate(
+        [self._labels[name][start:stop] for name, start, stop in slices]
       ),
-      labels=np.concatenate([self._labels[name][part] for name, part in parts]),
       class_names=self.class_names,
-      description=f'{self.name}:'
+      description=f'{self._name}:'
       + '+'.join(f'{name}[{a}:{b}]' for name, a, b in slices),
     )
 
@@ -211,7 +178,7 @@ class ImageSource:
     image: bytes, the encoded file as it was.
     label: int, position in `class_names`.
     name: str, such as 'apple_pie/1005649'.
-    object_mask: bytes, a PNG file of the object's mask (spots only).
+    object_mask: bytes, an image file of the object's mask (not in all sources).
 
   Attributes:
     class_names: in label order.
@@ -220,40 +187,34 @@ class ImageSource:
 
   def __init__(
     self,
-    records: Sequence[Mapping[str, Any]],
-    positions: np.ndarray,
+    parts: Sequence[tuple[Sequence[Mapping[str, Any]], np.ndarray]],
     labels: np.ndarray,
     class_names: tuple[str, ...],
     description: str,
   ):
     """
     Args:
-      records: TFDS's data source, images not decoded.
-      positions: int64[n], where the examples lie in `records`.
-      labels: int32[n].
+      parts: examples of a split, and the positions in it to take, int64[n].
+      labels: int32[n], n over all parts.
       class_names: in label order.
       description: names the data set and split, in `repr`.
     """
-    self._records = records
-    self._positions = positions
+    self._parts = parts
+    self._stops = np.cumsum([len(positions) for _, positions in parts])
     self._description = description
     self.labels = labels
     self.class_names = class_names
 
   def __len__(self) -> int:
-    return len(self._positions)
+    return len(self.labels)
 
   def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
     index = range(len(self))[index]
-    record = self._records[int(self._positions[index])]
-    example = {
-      'image': record['image'],
-      'label': int(self.labels[index]),
-      'name': record['id'].decode(),
-    }
-    if 'object_mask' in record:
-      example['object_mask'] = record['object_mask']
-    return example
+    part = np.searchsorted(self._stops, index, side='right')
+    examples, positions = self._parts[part]
+    # Counted from the part's end.
+    position = int(positions[index - self._stops[part]])
+    return {**examples[position], 'label': int(self.labels[index])}
 
   # grain compares this when it restores an iterator.
   def __repr__(self) -> str:
@@ -263,14 +224,7 @@ class ImageSource:
     )
 
 
-def _check_dataset(dataset: str) -> None:
-  if dataset not in DATASETS:
-    raise ValueError(
-      f'unknown dataset {dataset!r}; there are {", ".join(DATASETS)}'
-    )
-
-
-def _check_classes(
+def check_classes(
   classes: Sequence[str], known: Sequence[str], dataset: str
 ) -> None:
   """Raises ValueError naming all classes that `dataset` lacks."""
@@ -286,64 +240,47 @@ def _check_classes(
     )
 
 
-def _spots(size, train, test, seed):
-  config = spots.SpotsConfig(size, train, test, seed)
-  return functools.partial(spots.SpotsBuilder, config), config.key
-
-
-def _food101(directory, classes, skip_corrupt):
-  if directory is None:
-    return functools.partial(food101.Food101, version=food101.VERSION), ''
-  folder = food101.scan_folder(directory, classes, skip_corrupt)
-  _check_classes(classes, folder.class_names, str(directory))
-  return functools.partial(food101.Food101FolderBuilder, folder), folder.key
-
-
-def _cifar10(directory):
-  if directory is None:
-    return cifar10.Cifar10Builder, ''
-  path, key = cifar10.check_directory(directory)
-  return functools.partial(cifar10.Cifar10Builder, path), key
-
-
-def _image_folder(directory, skip_corrupt):
-  if directory is None:
-    raise ValueError('the dataset image_folder needs --image_folder_dir')
-  folder = image_folder.scan_folder(directory, skip_corrupt)
-  return functools.partial(image_folder.ImageFolderBuilder, folder), folder.key
-
-
-def _records(
-  builder: tfds.core.DatasetBuilder, split: str
-) -> Sequence[Mapping[str, Any]]:
-  """Returns TFDS's data source of a split, images not decoded."""
-  images = {'image', 'object_mask'} & set(builder.info.features)
-  return builder.as_data_source(
-    split, decoders={name: tfds.decode.SkipDecoding() for name in images}
-  )
-
-
-def _read_labels(
-  builder: tfds.core.DatasetBuilder, directory: pathlib.Path
-) -> dict[str, np.ndarray]:
-  """Returns int32 labels by split, from a file kept beside the records."""
-  path = directory / 'labels.npz'
-  if path.exists():
-    with np.load(path) as stored:
-      return dict(stored)
-  labels = {}
-  for split, info in builder.info.splits.items():
-    records = _records(builder, split)
-    labels[split] = np.fromiter(
-      (record['label'] for record in records), np.int32, info.num_examples
+def _check_list(classes: Sequence[str]) -> None:
+  """Raises ValueError if a list of wanted classes is no such list."""
+  if not all(classes):
+    raise ValueError(
+      f'classes has an empty name; got {",".join(classes)!r}. Leave it out '
+      'for all classes'
     )
-  # A folder that cannot be written to is read again at the next start.
-  written = directory / f'labels.{os.getpid()}.tmp'
-  with contextlib.suppress(OSError):
-    try:
-      with written.open('wb') as f:
-        np.savez(f, **labels)
-      written.replace(path)
-    finally:
-      written.unlink(missing_ok=True)
-  return labels
+  repeated = sorted({c for c in classes if classes.count(c) > 1})
+  if repeated:
+    raise ValueError(f'classes names {", ".join(repeated)} more than once')
+
+
+def _labels(
+  examples: Sequence[Mapping[str, Any]], dataset: Dataset, what: str
+) -> np.ndarray:
+  """Returns int32 labels, after checking that a split is as `Dataset` says."""
+  if not len(examples):
+    return np.zeros(0, np.int32)
+  missing = sorted({'image', 'label', 'name'} - set(examples[0]))
+  if missing or not isinstance(examples[0]['image'], bytes):
+    raise ValueError(
+      f'{what}: an example must have image (bytes), label and name; '
+      + (
+        f'{", ".join(missing)} missing'
+        if missing
+        else f'got image of type {type(examples[0]["image"]).__name__}'
+      )
+    )
+  labels = getattr(examples, 'labels', None)
+  if labels is None:
+    labels = [example['label'] for example in examples]
+  labels = np.asarray(labels)
+  num_classes = len(dataset.class_names)
+  if labels.shape != (len(examples),) or labels.dtype.kind not in 'iu':
+    raise ValueError(
+      f'{what}: labels must be {len(examples)} integers; got '
+      f'{labels.dtype}{list(labels.shape)}'
+    )
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(
+      f'{what}: labels must be 0 to {num_classes - 1}; got {labels.min()} to '
+      f'{labels.max()}'
+    )
+  return labels.astype(np.int32)

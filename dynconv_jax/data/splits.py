@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-import tensorflow_datasets as tfds
-
 # A split as slices of the dataset's own splits: (name, start, stop).
 Slices = tuple[tuple[str, int, int], ...]
 
@@ -35,6 +33,8 @@ def resolve_split(
     ValueError: the notation is wrong, a split is unknown or out of range, or
       nothing is left, or an example would come twice.
   """
+  import tensorflow_datasets as tfds  # Slow, and most programs need no data.
+
   aliases = aliases or {}
   known = f'the dataset has {_describe(sizes, aliases)}'
   spec = re.sub(
@@ -100,7 +100,7 @@ def check_splits(
         else resolve_split(expression, sizes, aliases)
       )
     except ValueError as error:
-      raise ValueError(f'--{role}_split: {error}') from error
+      raise ValueError(f'{role}_split: {error}') from error
   roles = [role for role, slices in resolved.items() if slices is not None]
   for i, first in enumerate(roles):
     for second in roles[i + 1 :]:
@@ -109,8 +109,8 @@ def check_splits(
       )
       if shared:
         raise ValueError(
-          f'--{first}_split={expressions[first]} and '
-          f'--{second}_split={expressions[second]} overlap in {shared} '
+          f'{first}_split={expressions[first]} and '
+          f'{second}_split={expressions[second]} overlap in {shared} '
           f'examples; the dataset has {_describe(sizes, aliases or {})}'
         )
   return resolved

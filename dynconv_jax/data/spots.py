@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
 
 import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
+
+from dynconv_jax.data import decode
+from dynconv_jax.data.prepare import prepare
+from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
 CLASS_NAMES = ('disc', 'ring', 'square', 'triangle', 'cross', 'bars')
 
@@ -24,46 +25,66 @@ _MIN_RADIUS, _MAX_RADIUS = 0.15, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
-class SpotsConfig:
-  """What determines every pixel of the dataset.
+class Options:
+  """Options of the source: what determines every pixel of it."""
 
-  Attributes:
-    size: height and width of the images, in pixels.
-    num_train: images in the train split.
-    num_test: images in the test split.
-    seed: of all random choices.
-  """
-
-  size: int = 32
-  num_train: int = 3000
-  num_test: int = 1000
-  seed: int = 0
+  spots_size: int = option(32, 'Side of the drawn images, pixels.')
+  spots_train: int = option(3000, 'Number of drawn training images.')
+  spots_test: int = option(1000, 'Number of drawn test images.')
+  spots_seed: int = option(0, 'Seed of the drawn images.')
 
   def __post_init__(self):
-    for name, least in (
-      ('size', 24),
-      ('num_train', 1),
-      ('num_test', 1),
-      ('seed', 0),
+    for name, low, high in (
+      ('spots_size', 24, decode.MAX_IMAGE_SIZE),
+      ('spots_train', 1, 10**9),
+      ('spots_test', 1, 10**9),
+      ('spots_seed', 0, 2**63 - 1),
     ):
-      if getattr(self, name) < least:
+      if not low <= getattr(self, name) <= high:
         raise ValueError(
-          f'spots: {name} must be at least {least}; got {getattr(self, name)}'
+          f'{name} must be in [{low}, {high}]; got {getattr(self, name)}'
         )
 
-  @property
-  def key(self) -> str:
-    """A name for folders: every field in few characters."""
-    return f'{self.size}px-{self.num_train}-{self.num_test}-seed{self.seed}'
+
+def open_spots(options: Options, common: Common) -> Dataset:
+  """Returns the drawn images, drawing them where need be."""
+  numbers = {'train': options.spots_train, 'test': options.spots_test}
+  return prepare(
+    SOURCE.name,
+    '1.0.0',
+    lambda _: {
+      split: _examples(options, split, number)
+      for split, number in numbers.items()
+    },
+    CLASS_NAMES,
+    common.data_dir,
+    key=f'{options.spots_size}px-{options.spots_train}-{options.spots_test}-'
+    f'seed{options.spots_seed}',
+    masks=True,
+  )
+
+
+SOURCE = DataSource('spots', Options, open_spots)
+
+
+def _examples(options: Options, split: str, number: int):
+  for index in range(number):
+    image, mask, label = draw(options, split, index)
+    yield {
+      'image': decode.to_png(image),
+      'label': label,
+      'name': f'{split}/{index:06d}',
+      'object_mask': decode.to_png(mask),
+    }
 
 
 def draw(
-  config: SpotsConfig, split: str, index: int, label: int | None = None
+  options: Options, split: str, index: int, label: int | None = None
 ) -> tuple[np.ndarray, np.ndarray, int]:
   """Returns one image, the mask of its object, and its label.
 
   Args:
-    config: size and seed; the numbers of images play no part.
+    options: size and seed; the numbers of images play no part.
     split: 'train' or 'test'.
     index: of the image in its split, from 0.
     label: to draw another class at the same place; by default classes take
@@ -72,10 +93,10 @@ def draw(
   Returns:
     uint8[size, size, 3], bool[size, size], int.
   """
-  rng = np.random.default_rng((config.seed, _SPLIT_IDS[split], index))
+  rng = np.random.default_rng((options.spots_seed, _SPLIT_IDS[split], index))
   if label is None:
     label = index % len(CLASS_NAMES)
-  size = config.size
+  size = options.spots_size
   image = _background(rng, size)
   radius = size * rng.uniform(_MIN_RADIUS, _MAX_RADIUS)
   center = rng.uniform(radius + 1, size - 2 - radius, 2)
@@ -96,67 +117,6 @@ def draw(
   return image, cover[..., 0] >= 0.5, label
 
 
-class SpotsBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Draws the dataset and stores it as PNG files with masks."""
-
-  name = 'spots'
-  VERSION = tfds.core.Version('1.0.0')
-
-  def __init__(self, spots: SpotsConfig, **kwargs):
-    self._spots = spots
-    super().__init__(**kwargs)
-
-  def _info(self):
-    size = self._spots.size
-    return tfds.core.DatasetInfo(
-      builder=self,
-      description=__doc__,
-      features=tfds.features.FeaturesDict(
-        {
-          'image': tfds.features.Image(
-            shape=(size, size, 3), encoding_format='png'
-          ),
-          'label': tfds.features.ClassLabel(names=CLASS_NAMES),
-          'id': tfds.features.Text(),
-          'object_mask': tfds.features.Image(
-            shape=(size, size, 1), encoding_format='png'
-          ),
-        }
-      ),
-      supervised_keys=('image', 'label'),
-    )
-
-  def _split_generators(self, dl_manager):
-    del dl_manager
-    return {
-      'train': self._generate_examples('train', self._spots.num_train),
-      'test': self._generate_examples('test', self._spots.num_test),
-    }
-
-  def _generate_examples(self, split, number):
-    for index in range(number):
-      image, mask, label = draw(self._spots, split, index)
-      name = f'{split}/{index:06d}'
-      yield (
-        name,
-        {
-          'image': to_png(image),
-          'label': label,
-          'id': name,
-          'object_mask': to_png(mask),
-        },
-      )
-
-
-def to_png(array: np.ndarray) -> bytes:
-  """Returns an image, uint8[h, w, 3] or bool[h, w], as a PNG file."""
-  if array.dtype == np.bool_:
-    array = array.astype(np.uint8) * 255
-  buffer = io.BytesIO()
-  Image.fromarray(array).save(buffer, 'png', compress_level=3)
-  return buffer.getvalue()
-
-
 @functools.cache
 def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
   y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -166,7 +126,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
   """Returns float32[size, size, 3] in [0, 1]: texture, blobs, segments."""
   y, x = _grid(size)
-  # Texture: two gratings of any direction over a plain colour.
+  # Texture: two gratings of any direction over a plain color.
   image = np.broadcast_to(
     rng.uniform(0.3, 0.7, 3).astype(np.float32), (size, size, 3)
   ).copy()
@@ -175,7 +135,7 @@ def _background(rng: np.random.Generator, size: int) -> np.ndarray:
     frequency = 2 * np.pi * rng.uniform(2, 8) / size
     wave = np.sin(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase)
     image += wave[..., None] * rng.uniform(-0.08, 0.08, 3).astype(np.float32)
-  # Clutter: soft blobs and thin segments of any colour.
+  # Clutter: soft blobs and thin segments of any color.
   for _ in range(rng.integers(2, 6)):
     cy, cx = rng.uniform(0, size, 2)
     sigma = size * rng.uniform(0.03, 0.1)
@@ -199,7 +159,7 @@ def _paint(image: np.ndarray, cover: np.ndarray, color: np.ndarray) -> None:
 def _contrasting_color(
   rng: np.random.Generator, around: np.ndarray
 ) -> np.ndarray:
-  """Returns a random colour that stands out from what is around it."""
+  """Returns a random color that stands out from what is around it."""
   candidates = rng.uniform(0, 1, (8, 3))
   distances = np.linalg.norm(candidates - around, axis=1)
   far = np.flatnonzero(distances > 0.55)

@@ -181,7 +181,7 @@ class GatedBlock(nnx.Module):
     self.branch = branch
     self.name = name
     self.stage = stage
-    self.dtype = dtype
+    self.dtype = jnp.dtype(dtype)
     self.downsample = nnx.data(None)
     if (projection := branch.projection) is not None:
       self.downsample = nnx.List(

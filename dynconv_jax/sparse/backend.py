@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -140,10 +141,12 @@ def get_backend(name: str | Backend) -> Backend:
     ValueError: there is no such backend.
     ImportError: a package that it needs is missing; says which extra has it.
   """
-  if isinstance(name, Backend):
-    return name
-  path = BACKENDS.get(name, name)
-  module, colon, attribute = path.partition(':')
+  return name if isinstance(name, Backend) else _make_backend(name)
+
+
+@functools.cache
+def _make_backend(name: str) -> Backend:
+  module, colon, attribute = BACKENDS.get(name, name).partition(':')
   if not colon:
     raise ValueError(
       f'backend must be auto, {", ".join(BACKENDS)} or package.module:CLASS; '
@@ -155,10 +158,9 @@ def get_backend(name: str | Backend) -> Backend:
     if name in BACKENDS:
       raise
     raise ValueError(f'there is no backend {name!r}: {error}') from error
-  backend = kind() if isinstance(kind, type) else kind
-  if not isinstance(backend, Backend):
-    raise ValueError(f'{name!r} is not a Backend; got {type(backend).__name__}')
-  return backend
+  if not (isinstance(kind, type) and issubclass(kind, Backend)):
+    raise ValueError(f'{name!r} is not a Backend; got {kind!r}')
+  return kind()
 
 
 def auto_backends(dtype: jnp.dtype, platform: str) -> list[Backend]:

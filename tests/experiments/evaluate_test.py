@@ -83,7 +83,7 @@ def summary(evaluated):
 @pytest.fixture(scope='module')
 def outputs(dynconv_run):
   """logits, masks, labels and objects of the test images, in one batch."""
-  drawn = [spots.draw(spots.SpotsConfig(size=24), 'test', i) for i in range(20)]
+  drawn = [spots.draw(spots.Options(24), 'test', i) for i in range(20)]
   images, objects, labels = map(np.stack, zip(*drawn, strict=True))
   images = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
   model = workdir.load_run(dynconv_run).model

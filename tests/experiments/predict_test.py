@@ -65,7 +65,7 @@ def _make_images(folder):
   paths['pixel'] = _png(folder / 'pixel.png', Image.new('RGB', (1, 1), 'red'))
   big = Image.fromarray(rng.integers(0, 256, (900, 1600, 3), np.uint8))
   paths['big'] = _jpeg(folder / 'big.jpg', big)
-  spot, _, _ = spots.draw(spots.SpotsConfig(size=24), 'test', 4)
+  spot, _, _ = spots.draw(spots.Options(24), 'test', 4)
   paths['spot'] = _png(folder / 'spot.png', Image.fromarray(spot))
   return paths
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from dynconv_jax.data import cifar10, sources
+from dynconv_jax.data.source import Common
 
 
 def _record(label, seed):
@@ -29,10 +30,10 @@ def cifar10_dir(tmp_path):
 def test_images_labels_and_names(cifar10_dir, tmp_path):
   opened = sources.open_splits(
     'cifar10',
+    cifar10.Options(str(cifar10_dir.parent)),
+    Common(tmp_path / 'data'),
     train='train',
     validation='none',
-    data_dir=tmp_path / 'data',
-    cifar10_dir=cifar10_dir.parent,
   )
   assert (len(opened.train), len(opened.test)) == (10, 2)
   assert opened.train.class_names[:2] == ('airplane', 'automobile')
@@ -53,12 +54,15 @@ def test_archive(cifar10_dir, tmp_path, monkeypatch):
   archive = tmp_path / 'archive.tar.gz'
   with tarfile.open(archive, 'w:gz') as tar:
     tar.add(cifar10_dir, 'cifar-10-batches-bin')
-  options = {'data_dir': tmp_path / 'data', 'cifar10_dir': archive}
+  given = cifar10.Options(str(archive)), Common(tmp_path / 'data')
   with pytest.raises(ValueError, match='not the published .* MD5 is .* inst'):
-    sources.open_source('cifar10', 'train', **options)
+    sources.open_source('cifar10', 'train', *given)
   md5 = hashlib.md5(archive.read_bytes()).hexdigest()
   monkeypatch.setattr(cifar10, 'MD5', md5)
-  assert len(sources.open_source('cifar10', 'train', **options)) == 10
+  found = sources.open_source('cifar10', 'train', *given)
+  unpacked = cifar10.Options(str(cifar10_dir))
+  expected = sources.open_source('cifar10', 'train', unpacked, given[1])
+  assert [found[i] for i in range(10)] == [expected[i] for i in range(10)]
 
 
 def test_published_hash_is_that_of_tfds():
@@ -72,7 +76,7 @@ def test_missing_file(cifar10_dir, tmp_path):
   (cifar10_dir / 'data_batch_4.bin').unlink()
   with pytest.raises(FileNotFoundError, match='absent .*: data_batch_4.bin'):
     cifar10.check_directory(cifar10_dir)
-  with pytest.raises(FileNotFoundError, match='--cifar10_dir: .* not exist'):
+  with pytest.raises(FileNotFoundError, match='cifar10_dir: .* not exist'):
     cifar10.check_directory(tmp_path / 'nothing')
 
 

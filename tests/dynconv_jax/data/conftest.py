@@ -46,7 +46,8 @@ def image_folder_dir(tmp_path):
       (root / split / name).mkdir(parents=True)
       for i in range(number):
         suffix = ('jpg', 'PNG', 'webp')[i % 3]
-        pixels = np.full((4, 5, 3), 10 * i + 100 * (name == 'dog'), np.uint8)
+        shade = 10 * i + 100 * (name == 'dog') + 60 * (split == 'test')
+        pixels = np.full((4, 5, 3), shade, np.uint8)
         Image.fromarray(pixels).save(root / split / name / f'{i}.{suffix}')
   (root / 'train' / 'cat' / 'notes.txt').write_text('not an image')
   (root / 'train' / 'cat' / '.hidden.jpg').write_bytes(b'')

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 from absl.testing import absltest, parameterized
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dynconv_jax.data import decode
 
@@ -83,6 +83,19 @@ class DecodeImageTest(parameterized.TestCase):
     self.assertEqual(sizes, [upright(image).shape[1::-1]])
     np.testing.assert_array_equal(resized, upright(image)[:4, :4])
 
+  def test_orientation_beside_damaged_metadata(self):
+    image, exif = noise(6, 4), Image.Exif()
+    exif[0x0112] = 6
+    exif[0x8825] = {2: (1.0, 2.0, 3.0)}  # GPS
+    # A latitude of text, which Pillow reads but cannot write again.
+    exif = exif.tobytes().replace(b'\0\x02\0\x05', b'\0\x02\0\x02')
+    data = encode(image, exif=exif)
+    with self.assertRaises(TypeError):
+      ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(
+      decode.decode_image(data), np.rot90(image, -1)
+    )
+
   def test_damaged_exif_is_ignored(self):
     data = encode(smooth(8, 8), 'JPEG', exif=b'Exif\x00\x00damaged beyond use')
     self.assertEqual(decode.decode_image(data).shape, (8, 8, 3))
@@ -153,6 +166,16 @@ class DecodeImageTest(parameterized.TestCase):
     data = encode(frames[0], 'MPO', save_all=True, append_images=frames[1:])
     decoded = decode.decode_image(data)
     np.testing.assert_allclose(decoded, np.full((8, 8, 3), RED), atol=4)
+
+
+class ToPngTest(parameterized.TestCase):
+  def test_round_trip(self):
+    image = noise(5, 7)
+    for array in (image, image[..., 0] > 128):
+      decoded = Image.open(io.BytesIO(decode.to_png(array)))
+      np.testing.assert_array_equal(
+        decoded, 255 * array if array.dtype == bool else array
+      )
 
 
 class CorruptImageTest(parameterized.TestCase):

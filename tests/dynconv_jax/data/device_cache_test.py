@@ -3,7 +3,6 @@
 import io
 from unittest import mock
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,21 +86,6 @@ class CropAndResizeTest(parameterized.TestCase):
     self.assertTrue(np.all((area > 0.28) & (area < 0.63)))
     self.assertGreater(np.ptp(area), 0.2)
 
-  def test_one_trace(self):
-    chex.clear_trace_counter()
-    fn = jax.jit(
-      chex.assert_max_traces(device_cache.random_crops, n=1),
-      static_argnames=('image_size', 'augmentation'),
-    )
-    for seed in range(3):
-      fn(
-        jax.random.key(seed),
-        noise(2, 8, 8, 3, seed=seed),
-        np.ones(2, np.float32) + seed,
-        image_size=4,
-        augmentation=Augmentation(),
-      )
-
 
 class DecodeAllTest(parameterized.TestCase):
   def test_rows_are_the_squashed_images(self):
@@ -116,13 +100,6 @@ class DecodeAllTest(parameterized.TestCase):
     np.testing.assert_array_equal(decoded.label, [0, 1, 2])
     np.testing.assert_allclose(decoded.aspect, [1.5, 1.0, 0.25])
     self.assertEmpty(decoded.corrupt)
-
-  def test_any_number_of_threads(self):
-    source = examples([noise(9, 9, 3, seed=i) for i in range(20)])
-    one = device_cache.decode_all(source, 8, num_threads=1)
-    many = device_cache.decode_all(source, 8, num_threads=5)
-    np.testing.assert_array_equal(one.image, many.image)
-    np.testing.assert_array_equal(one.label, many.label)
 
   def test_corrupt(self):
     source = examples([noise(9, 9, 3, seed=i) for i in range(6)])

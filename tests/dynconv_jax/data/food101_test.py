@@ -1,47 +1,66 @@
+import functools
+import http.server
 import json
 import re
 import shutil
+import tarfile
+import threading
 
 import pytest
+from tensorflow_datasets.core.download import checksums
 
-from dynconv_jax.data import food101
+from dynconv_jax.data import food101, sources
+from dynconv_jax.data.source import Common
 
 
-def test_what_a_folder_holds(food101_dir):
-  folder = food101.scan_folder(food101_dir)
-  # TFDS's order, not the alphabet's: cheesecake comes before cheese_plate.
-  assert folder.class_names == ('apple_pie', 'cheesecake', 'cheese_plate')
-  assert {s: len(n) for s, n in folder.examples.items()} == {
+def _open(directory, data_dir, **splits):
+  return sources.open_splits(
+    food101.SOURCE,
+    food101.Options(str(directory)),
+    Common(data_dir / 'data'),
+    **splits,
+  )
+
+
+def test_what_a_folder_holds(food101_dir, tmp_path):
+  names, _ = food101.scan_folder(food101_dir)
+  assert {s: len(n) for s, n in names.items()} == {
     'train': 5 + 8 + 6,
     'validation': 3 + 4 + 4,
   }
-  assert 'apple_pie/1000' in folder.examples['train']
+  assert 'apple_pie/1000' in names['train']
+  # TFDS's order, not the alphabet's: cheesecake comes before cheese_plate.
+  assert _open(food101_dir, tmp_path).test.class_names == (
+    'apple_pie',
+    'cheesecake',
+    'cheese_plate',
+  )
 
 
 def test_key_tells_folders_apart(food101_dir, tmp_path):
-  key = food101.scan_folder(food101_dir).key
-  assert food101.scan_folder(food101_dir).key == key
+  key = food101.scan_folder(food101_dir)[1]
+  assert food101.scan_folder(food101_dir)[1] == key
   copy = tmp_path / 'copy'
   shutil.copytree(food101_dir, copy)
-  assert food101.scan_folder(copy).key == key
+  assert food101.scan_folder(copy)[1] == key
   image = copy / 'images' / 'apple_pie' / '1000.jpg'
   image.write_bytes(image.read_bytes() + b'\0')
-  assert food101.scan_folder(copy).key != key
+  assert food101.scan_folder(copy)[1] != key
   shutil.rmtree(copy)
   shutil.copytree(food101_dir, copy)
   meta = copy / 'meta' / 'train.json'
   classes = json.loads(meta.read_text())
   classes['apple_pie'].pop()
   meta.write_text(json.dumps(classes))
-  assert food101.scan_folder(copy).key != key
+  assert food101.scan_folder(copy)[1] != key
 
 
 def test_unwanted_classes_need_no_folder(food101_dir):
   shutil.rmtree(food101_dir / 'images' / 'cheesecake')
   with pytest.raises(FileNotFoundError, match=r'cheesecake.*\(12 in all\)'):
     food101.scan_folder(food101_dir)
-  folder = food101.scan_folder(food101_dir, classes=['apple_pie'])
-  assert folder.class_names == ('apple_pie', 'cheese_plate')
+  names, _ = food101.scan_folder(food101_dir, classes=['apple_pie'])
+  assert [len(group) for group in names.values()] == [5 + 6, 3 + 4]
 
 
 def _remove_all(root):
@@ -95,9 +114,9 @@ def _leak(root):
 @pytest.mark.parametrize(
   ('break_folder', 'error', 'message'),
   [
-    (_remove_all, FileNotFoundError, '--food101_dir: .* does not exist'),
-    (_empty, FileNotFoundError, '--food101_dir: .* is empty'),
-    (_make_file, NotADirectoryError, '--food101_dir: .* is not a folder'),
+    (_remove_all, FileNotFoundError, 'food101_dir: .* does not exist'),
+    (_empty, FileNotFoundError, 'food101_dir: .* is empty'),
+    (_make_file, NotADirectoryError, 'food101_dir: .* is not a folder'),
     (_remove_meta, FileNotFoundError, 'meta/test.json is missing'),
     (
       _remove_images,
@@ -108,7 +127,7 @@ def _leak(root):
     (
       _zero_bytes,
       ValueError,
-      'zero-byte files: cheesecake/1003.jpg. .*--skip_corrupt',
+      'zero-byte files: cheesecake/1003.jpg. .*skip_corrupt',
     ),
     (_damage_meta, ValueError, 'train.json must be a JSON object of lists'),
     (_list_meta, ValueError, 'train.json must be a JSON object of lists'),
@@ -124,7 +143,67 @@ def test_errors(food101_dir, break_folder, error, message):
   assert str(food101_dir) in re.sub(r'\s', '', str(raised.value))
 
 
-def test_zero_bytes_are_let_through_when_asked(food101_dir):
-  _zero_bytes(food101_dir)
-  folder = food101.scan_folder(food101_dir, allow_empty_files=True)
-  assert len(folder.examples['train']) == 19
+class _QuietHandler(http.server.SimpleHTTPRequestHandler):
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture
+def archive_url(food101_dir, tmp_path, monkeypatch):
+  """Address from which TFDS's builder gets a small archive of Food-101."""
+  served = tmp_path / 'served'
+  served.mkdir()
+  with tarfile.open(served / 'food-101.tar.gz', 'w:gz') as tar:
+    tar.add(food101_dir, 'food-101')
+  server = http.server.ThreadingHTTPServer(
+    ('127.0.0.1', 0), functools.partial(_QuietHandler, directory=served)
+  )
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  url = f'http://127.0.0.1:{server.server_port}/food-101.tar.gz'
+  monkeypatch.setattr(food101, 'URL', url)
+  yield url
+  server.shutdown()
+  server.server_close()
+
+
+def test_download(archive_url, food101_dir, tmp_path):
+  found = _open('', tmp_path, train='train', validation='')
+  # Of the whole data set.
+  assert len(found.train.class_names) == 101
+  expected = _open(food101_dir, tmp_path, train='train', validation='')
+  assert [len(s) for s in expected if s] == [19, 11]
+  # A folder gives what the download gives, in the same order.
+  for a, b in ((found.train, expected.train), (found.test, expected.test)):
+    assert [_without_label(e) for e in a] == [_without_label(e) for e in b]
+    assert [a.class_names[i] for i in a.labels] == [
+      b.class_names[i] for i in b.labels
+    ]
+
+
+def _without_label(example):
+  return {k: v for k, v in example.items() if k != 'label'}
+
+
+def test_download_with_another_hash(archive_url, tmp_path, monkeypatch):
+  known = checksums.get_all_url_infos()
+  info = checksums.UrlInfo(size=1, checksum='0' * 64, filename='x.tar.gz')
+  monkeypatch.setattr(
+    checksums, 'get_all_url_infos', lambda: {**known, archive_url: info}
+  )
+  with pytest.raises(ConnectionError, match='cannot download .*checksum'):
+    _open('', tmp_path)
+
+
+def test_published_hash_is_that_of_tfds():
+  # TFDS refuses a download whose hash is not the one it keeps for the address.
+  assert food101.URL in checksums.get_all_url_infos()
+
+
+def test_no_network(tmp_path, monkeypatch):
+  monkeypatch.setattr(food101, 'URL', 'http://127.0.0.1:9/x.tar.gz')
+  message = (
+    'cannot download http://127.0.0.1:9/x.tar.gz: .*Without a network, name a '
+    'local copy by food101_dir'
+  )
+  with pytest.raises(ConnectionError, match=message):
+    _open('', tmp_path)

@@ -1,22 +1,26 @@
 import concurrent.futures
 import errno
 import os
+import shutil
 import time
 
+import numpy as np
 import pytest
 from array_record.python import array_record_module
 
-from dynconv_jax.data import food101, sources
+from dynconv_jax.data import prepare
+
+_SIZES = {'train': 19, 'test': 11}
 
 
-def _open(food101_dir, data_dir):
-  return sources.open_source(
-    'food101', 'train', data_dir=data_dir, food101_dir=food101_dir
-  )
+def _examples(split):
+  for i in range(_SIZES[split]):
+    image = f'image {i} of {split}'.encode()
+    yield {'image': image, 'label': 'ab'[i % 2], 'name': f'{split}/{i}'}
 
 
-def _info_files(data_dir):
-  return list(data_dir.rglob('dataset_info.json'))
+def _all(dl_manager):
+  return {split: _examples(split) for split in _SIZES}
 
 
 @pytest.fixture
@@ -24,24 +28,42 @@ def data_dir(tmp_path):
   return tmp_path / 'data'
 
 
-def test_prepares_once(food101_dir, data_dir, monkeypatch):
-  first = _open(food101_dir, data_dir)
-  examples = [first[i] for i in range(len(first))]
+def _prepare(data_dir, examples=_all, key='k'):
+  return prepare.prepare('its', '1.0.0', examples, 'ab', data_dir, key=key)
 
-  def fail(self, names):
-    raise AssertionError('prepared again')
 
-  monkeypatch.setattr(food101.Food101FolderBuilder, '_generate_examples', fail)
-  second = _open(food101_dir, data_dir)
-  assert [second[i] for i in range(len(second))] == examples
-  # Other content is another dataset.
-  (food101_dir / 'images/apple_pie/1000.jpg').write_bytes(b'other')
+def _read(dataset):
+  return {name: [e for e in split] for name, split in dataset.splits.items()}
+
+
+def _fail(dl_manager):
+  raise AssertionError('prepared again')
+
+
+def test_holds_what_it_was_given(data_dir):
+  dataset = _prepare(data_dir)
+  assert tuple(dataset.class_names) == ('a', 'b')
+  for split, number in _SIZES.items():
+    found = dataset.splits[split]
+    assert len(found) == number
+    given = [e | {'label': 'ab'.index(e['label'])} for e in _examples(split)]
+    assert sorted(found, key=lambda e: e['name']) == sorted(
+      given, key=lambda e: e['name']
+    )
+    # Mixed, as TFDS does it.
+    assert [e['name'] for e in found] != [e['name'] for e in given]
+    np.testing.assert_array_equal(found.labels, [e['label'] for e in found])
+
+
+def test_prepares_once_a_key(data_dir):
+  first = _read(_prepare(data_dir))
+  assert _read(_prepare(data_dir, _fail)) == first
   with pytest.raises(AssertionError, match='prepared again'):
-    _open(food101_dir, data_dir)
+    _prepare(data_dir, _fail, key='other')
 
 
-def test_prints_nothing(food101_dir, data_dir, capfd):
-  _open(food101_dir, data_dir)
+def test_prints_nothing(data_dir, capfd):
+  _prepare(data_dir)
   out, err = capfd.readouterr()
   assert out == ''
   assert 'it/s' not in err and '%|' not in err
@@ -55,7 +77,7 @@ def test_prints_nothing(food101_dir, data_dir, capfd):
     RuntimeError('write() failed: No space left on device; writing x'),
   ],
 )
-def test_full_disk(food101_dir, data_dir, monkeypatch, error):
+def test_full_disk(data_dir, monkeypatch, error):
   class FullWriter:
     written = 0
 
@@ -79,85 +101,160 @@ def test_full_disk(food101_dir, data_dir, monkeypatch, error):
       'tensorflow_datasets.core.file_adapters.array_record_module', Module
     )
     with pytest.raises(OSError, match='no space left while preparing') as full:
-      _open(food101_dir, data_dir)
+      _prepare(data_dir)
   assert FullWriter.written == 7
   assert full.value.errno == errno.ENOSPC
-  assert '--data_dir' in str(full.value)
-  assert not _info_files(data_dir)
+  assert 'data_dir' in str(full.value)
+  assert not list(data_dir.rglob('dataset_info.json'))
   assert not list(data_dir.rglob('*array_record*'))
-  assert len(_open(food101_dir, data_dir)) == 19
+  assert len(_prepare(data_dir).splits['train']) == 19
 
 
-def test_other_errors_are_kept(food101_dir, data_dir, monkeypatch):
-  def fail(self, names):
+def test_other_errors_are_kept(data_dir):
+  def fail(dl_manager):
     raise RuntimeError('something else')
 
-  monkeypatch.setattr(food101.Food101FolderBuilder, '_generate_examples', fail)
   with pytest.raises(RuntimeError, match='something else'):
-    _open(food101_dir, data_dir)
-  assert not _info_files(data_dir)
+    _prepare(data_dir, fail)
+  assert not list(data_dir.rglob('dataset_info.json'))
 
 
-def test_killed_preparations_are_removed(food101_dir, data_dir):
-  _open(food101_dir, data_dir)
-  (info,) = _info_files(data_dir)
-  parent = info.parent.parent
-  old, new = parent / 'incomplete.AAAAAA_2.1.0', parent / 'incomplete.B_2.1.0'
-  info.unlink()
-  for path in (old, new):
-    path.mkdir()
-  info.parent.rename(old / 'part')
+def test_killed_preparations_are_removed(data_dir):
+  _prepare(data_dir)
+  folder = data_dir / 'its-k' / 'its' / '1.0.0'
+  old, new = (folder.with_name(f'incomplete.{x}_1.0.0') for x in 'AB')
+  folder.rename(old)
+  new.mkdir()
   two_days_ago = time.time() - 2 * 24 * 3600
   os.utime(old, (two_days_ago, two_days_ago))
-  assert len(_open(food101_dir, data_dir)) == 19
+  _prepare(data_dir)
   assert not old.exists()
   # It may belong to a process that is at work.
   assert new.exists()
 
 
-def test_prepared_by_another_process_meanwhile(
-  food101_dir, data_dir, monkeypatch
-):
-  builder = food101.Food101FolderBuilder
-  generate = builder._generate_examples
+def test_prepared_by_another_process_meanwhile(data_dir):
+  def meanwhile(dl_manager):
+    _prepare(data_dir)
+    return _all(dl_manager)
 
-  def prepare_meanwhile(self, names):
-    with monkeypatch.context() as patched:
-      patched.setattr(builder, '_generate_examples', generate)
-      _open(food101_dir, data_dir)
-    yield from generate(self, names)
-
-  monkeypatch.setattr(builder, '_generate_examples', prepare_meanwhile)
-  assert len(_open(food101_dir, data_dir)) == 19
+  assert len(_prepare(data_dir, meanwhile).splits['train']) == 19
   assert not list(data_dir.rglob('incomplete.*'))
 
 
-@pytest.mark.parametrize('damage', ['truncated', 'removed', 'swapped'])
-def test_damaged_files(food101_dir, data_dir, damage):
-  _open(food101_dir, data_dir)
-  train, validation = sorted(data_dir.rglob('*.array_record-*'))
-  if damage == 'truncated':
-    train.write_bytes(train.read_bytes()[: train.stat().st_size // 2])
-  elif damage == 'removed':
-    train.unlink()
+def _cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _remove(path):
+  path.unlink()
+
+
+def _swap(path):
+  (other,) = path.parent.glob('its-test.array_record-*')
+  path.write_bytes(other.read_bytes())
+
+
+def _flip(path):
+  content = bytearray(path.read_bytes())
+  content[1000] ^= 4
+  path.write_bytes(content)
+
+
+def _garbage(path):
+  path.write_bytes(b'\xff\xfegarbage\0')
+
+
+def _empty(path):
+  path.write_bytes(b'')
+
+
+@pytest.mark.parametrize(
+  ('name', 'damage', 'message'),
+  [
+    ('its-train.array_record-00000-of-00001', _cut, 'cannot be read ('),
+    ('its-train.array_record-00000-of-00001', _remove, 'cannot be read ('),
+    ('its-train.array_record-00000-of-00001', _flip, 'cannot be read ('),
+    ('its-train.array_record-00000-of-00001', _swap, 'holds 11 of 19 examples'),
+    ('dataset_info.json', _remove, 'is missing'),
+    ('dataset_info.json', _cut, 'cannot be read ('),
+    ('features.json', _remove, 'cannot be read ('),
+    ('features.json', _garbage, 'cannot be read ('),
+    ('label.labels.txt', _remove, 'cannot be read ('),
+    ('label.labels.txt', _garbage, 'cannot be read ('),
+    ('label.labels.txt', _cut, 'holds 1 of 2 class names'),
+  ],
+)
+def test_damaged_files(data_dir, name, damage, message):
+  _prepare(data_dir)
+  (path,) = data_dir.rglob(name)
+  damage(path)
+  with pytest.raises(ValueError) as raised:
+    _read(_prepare(data_dir, _fail))
+  text = str(raised.value)
+  assert text.startswith(
+    f'the prepared data set in {path.parent} is damaged: {name} {message}'
+  )
+  assert text.endswith('Delete that folder to prepare it again')
+
+
+@pytest.mark.parametrize('damage', [_cut, _garbage, _empty, _flip])
+def test_damaged_labels(data_dir, damage):
+  first = _read(_prepare(data_dir))
+  (path,) = data_dir.rglob('labels.npz')
+  if damage is _flip:
+    content = bytearray(path.read_bytes())
+    content[content.index(b'NUMPY') + 200] ^= 4
+    path.write_bytes(content)
   else:
-    train.write_bytes(validation.read_bytes())
-  with pytest.raises(ValueError, match='is damaged: food101-train.* Delete'):
-    _open(food101_dir, data_dir)
+    damage(path)
+  with pytest.raises(ValueError, match=f'^{path} is damaged: ') as raised:
+    _prepare(data_dir)
+  assert str(raised.value).endswith('. Delete it, and it is made anew')
+  assert 'pickle' not in str(raised.value)
+  path.unlink()
+  assert _read(_prepare(data_dir)) == first
 
 
-def test_folder_without_info(food101_dir, data_dir):
-  _open(food101_dir, data_dir)
-  (info,) = _info_files(data_dir)
-  info.unlink()
-  with pytest.raises(ValueError, match='damaged: dataset_info.json is miss'):
-    _open(food101_dir, data_dir)
+def test_labels_of_another_data_set(data_dir):
+  _prepare(data_dir)
+  (path,) = data_dir.rglob('labels.npz')
+  for labels in ({'train': np.zeros(19)}, {'train': [], 'test': []}):
+    np.savez(path, **labels)
+    with pytest.raises(ValueError, match='labels.npz is damaged: it is of ano'):
+      _prepare(data_dir)
 
 
-def test_threads(food101_dir, data_dir):
-  source = _open(food101_dir, data_dir)
-  expected = [source[i] for i in range(len(source))]
-  source = _open(food101_dir, data_dir)
+def test_labels_that_cannot_be_kept(data_dir, monkeypatch):
+  def full(path, content):
+    raise OSError('No space left on device')
+
+  with monkeypatch.context() as patched:
+    patched.setattr(prepare.files, 'write_atomic', full)
+    first = _prepare(data_dir)
+  assert not list(data_dir.rglob('labels.npz'))
+  second = _prepare(data_dir)
+  assert len(list(data_dir.rglob('labels.npz'))) == 1
+  for name, split in first.splits.items():
+    np.testing.assert_array_equal(split.labels, second.splits[name].labels)
+
+
+def test_another_format(data_dir):
+  _prepare(data_dir)
+  (path,) = data_dir.rglob('dataset_info.json')
+  path.write_text(path.read_text().replace('array_record', 'tfrecord'))
+  with pytest.raises(ValueError, match='is of the format tfrecord, not array_'):
+    _prepare(data_dir)
+  shutil.rmtree(path.parent)
+  path.parent.mkdir()
+  with pytest.raises(ValueError, match='dataset_info.json is missing'):
+    _prepare(data_dir)
+
+
+def test_threads(data_dir):
+  split = _prepare(data_dir).splits['train']
+  expected = list(split)
+  split = _prepare(data_dir).splits['train']
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    found = list(pool.map(lambda i: source[i % len(source)], range(380)))
+    found = list(pool.map(lambda i: split[i % len(split)], range(380)))
   assert found == expected * 20

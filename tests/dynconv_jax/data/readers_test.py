@@ -38,15 +38,13 @@ class EpochOrderTest(parameterized.TestCase):
     self.assertNotEqual(draw(1, 2), draw(2, 2))
 
 
-class PrefetchTest(absltest.TestCase):
-  def test_range(self):
-    iterator = readers.prefetch(lambda i: i * i, 3, 7, num_workers=0)
-    self.assertEqual(list(iterator), [9, 16, 25, 36])
-
-  def test_endless(self):
-    iterator = readers.prefetch(lambda i: -i, 10**6, None, num_workers=0)
-    first = [next(iterator) for _ in range(3)]
-    self.assertEqual(first, [-1_000_000, -1_000_001, -1_000_002])
+class ReadAheadTest(absltest.TestCase):
+  def test_all_steps_from_one_on(self):
+    batches = readers.train_batches(lambda step: -step, 10**6)
+    iterator = readers.read_ahead(batches, num_workers=0)
+    self.assertEqual(
+      [next(iterator) for _ in range(3)], [-1_000_000, -1_000_001, -1_000_002]
+    )
     iterator.close()
 
 

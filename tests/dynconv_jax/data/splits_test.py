@@ -78,13 +78,13 @@ class CheckSplitsTest(parameterized.TestCase):
   def test_overlap(self, train, validation, test, first, second, number):
     expressions = {'train': train, 'validation': validation, 'test': test}
     message = (
-      f'--{first}_split={expressions[first]} and '
-      f'--{second}_split={expressions[second]} overlap in {number} examples; '
+      f'{first}_split={expressions[first]} and '
+      f'{second}_split={expressions[second]} overlap in {number} examples; '
       'the dataset has train: 10 examples'
     )
     with pytest.raises(ValueError, match=re.escape(message)):
       splits.check_splits(expressions, _SIZES, _ALIASES)
 
   def test_names_the_flag(self):
-    with pytest.raises(ValueError, match='--validation_split: .* is empty'):
+    with pytest.raises(ValueError, match='validation_split: .* is empty'):
       splits.check_splits({'validation': 'train[99%:]'}, _SIZES)

@@ -176,8 +176,9 @@ class ResNetTest(parameterized.TestCase):
     self.assertLen(expected, len(by_onnx.by_layer))
     self.assertEqual(layer_macs(by_onnx, by_onnx.by_layer), expected)
     self.assertEqual(layer_macs(by_jax, by_jax.by_layer), expected)
-    self.assertEqual(by_onnx.parameters, by_torch.parameters)
     self.assertEqual(by_jax.parameters, by_torch.parameters)
+    for name, layer in by_torch.by_layer.items():
+      self.assertEqual(by_onnx.by_layer[name].parameters, layer.parameters)
 
   def test_ptflops(self):
     # The JAX front end does not know the convention.

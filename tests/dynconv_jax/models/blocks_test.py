@@ -12,6 +12,7 @@ from flax import nnx
 
 from dynconv_jax.methods.gate import Decision, Gate
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
+from dynconv_jax.models.gated import Gating
 
 PLANES = 3
 
@@ -75,7 +76,7 @@ def _sliced(block, x, hard, dilated):
   out = x
   if block.downsample is not None:
     out = _conv_at(everywhere, x, *_folded(*block.downsample), block.strides)
-  basic = isinstance(block, BasicBlock)
+  basic = type(block) is BasicBlock
   first, second = (block.strides, 1) if basic else (1, block.strides)
   y = _conv_at(dilated, x, *_folded(block.conv1, block.bn1), first)
   y = np.maximum(y, 0)
@@ -94,9 +95,11 @@ def _input(in_features, size=(6, 6)):
 
 
 def _run(block, x, hard=None, **gate_kwargs):
-  """The block's output and its execution mask."""
-  mask, _ = block.decide(x, None, hard, **gate_kwargs)
-  return block(x, mask), mask
+  """The block's output and its execution mask, None if it has none."""
+  masks = None if hard is None else [hard]
+  gating = Gating(masks=masks, **gate_kwargs)
+  out = block(x, gating)
+  return out, next(iter(gating.finish()), None)
 
 
 CASES = (
@@ -159,30 +162,33 @@ class BlockTest(parameterized.TestCase):
     self.assertEqual(jnp.sum(mask.executed_macs()), 0)
     self.assertGreater(float(jnp.max(jnp.abs(dense - empty))), 0.1)
 
-  def test_gate_decides_and_gets_its_arguments(self):
+  def test_gates_get_their_arguments_and_what_the_one_before_returned(self):
     seen = []
 
     class Rows(Gate):
       def __call__(self, x, carry=None, **kwargs):
         seen.append((carry, kwargs))
-        return Decision(jnp.zeros((2, 3, 3)).at[:, 1].set(1)), 'next'
+        return Decision(jnp.zeros((2, 3, 3)).at[:, 1].set(1)), len(seen)
 
     block = _block(BasicBlock, 2, 2, Rows())
     x = _input(2)
-    mask, carry = block.decide(x, 'before', temperature=2.0)
-    self.assertEqual(seen, [('before', {'temperature': 2.0})])
-    self.assertEqual(carry, 'next')
+    gating = Gating(temperature=2.0, gumbel_noise=False)
+    block(x, gating)
+    block(x, gating)
+    kwargs = {'rngs': None, 'temperature': 2.0, 'gumbel_noise': False}
+    self.assertEqual(seen, [(None, kwargs), (1, kwargs)])
+    mask, again = gating.finish()
     np.testing.assert_array_equal(mask.hard.sum((1, 2)), [3, 3])
-    # The gate is not asked where a mask is given.
-    again, carry = block.decide(x, 'before', mask.hard)
-    self.assertEqual(carry, 'before')
     chex.assert_trees_all_equal(again, mask)
-    self.assertLen(seen, 1)
+    # The gate is not asked where a mask is given.
+    _, given = _run(block, x, mask.hard)
+    chex.assert_trees_all_equal(given, mask)
+    self.assertLen(seen, 2)
 
   @parameterized.parameters(BasicBlock, Bottleneck)
   def test_a_gate_per_image(self, kind):
     class First(Gate):
-      def __call__(self, x, carry=None):
+      def __call__(self, x, carry=None, **kwargs):
         hard = jnp.array([1.0, 0.0]).reshape(2, 1, 1)
         return Decision(hard, 0.5 * hard), carry
 
@@ -201,25 +207,33 @@ class BlockTest(parameterized.TestCase):
     class Given(Gate):
       interpolates = True
 
-      def __call__(self, x, carry=None, *, given):
-        return Decision(given), carry
+      def __init__(self, hard):
+        super().__init__()
+        self.hard = nnx.Variable(hard)
 
-    block = _block(BasicBlock, PLANES, 1, Given())
+      def __call__(self, x, carry=None, **kwargs):
+        return Decision(self.hard[...]), carry
+
     plain = _block(BasicBlock, PLANES, 1)
     x = _input(PLANES)
+
+    def run(hard):
+      block = _block(BasicBlock, PLANES, 1)
+      block.masker = Given(hard)
+      return _run(block, x)[0]
+
     for hard in jnp.zeros((2, 6, 6)), jnp.ones((2, 6, 6)):
-      out, mask = _run(block, x, None, given=hard)
-      np.testing.assert_array_equal(out, _run(plain, x, hard)[0])
-      grad = jax.grad(lambda m: jnp.sum(_run(block, x, None, given=m)[0]))(hard)
+      np.testing.assert_array_equal(run(hard), _run(plain, x, hard)[0])
+      grad = jax.grad(lambda m: jnp.sum(run(m)))(hard)
       # m block(x) + (1 - m) x, whatever m is.
-      expected = nnx.relu(x + block.branch(x)) - nnx.relu(x)
+      expected = nnx.relu(x + plain.run_branch(x)) - nnx.relu(x)
       np.testing.assert_allclose(grad, expected.sum(-1), rtol=1e-4, atol=1e-4)
 
   @parameterized.parameters(
-    (BasicBlock, ((2, 9, True), (PLANES, 9, False))),
+    (BasicBlock, ((2, 9, 1), (PLANES, 9, 0))),
     (
       Bottleneck,
-      ((2, 1, True), (PLANES, 9, False), (PLANES, 4, False)),
+      ((2, 1, 1), (PLANES, 9, 0), (PLANES, 4, 0)),
     ),
   )
   def test_layers_and_their_macs(self, kind, layers):
@@ -230,10 +244,10 @@ class BlockTest(parameterized.TestCase):
     self.assertEqual(mask.name, 'layer2.0')
     # Multiply-accumulates of an output position: inputs * k * k * outputs.
     self.assertEqual(
-      [(m.name, m.macs_per_position, m.dilated) for m in mask.layers],
+      [(m.name, m.macs_per_position, m.level) for m in mask.layers],
       [
-        (f'layer2.0.conv{i}', inputs * taps * PLANES, dilated)
-        for i, (inputs, taps, dilated) in enumerate(layers, start=1)
+        (f'layer2.0.conv{i}', inputs * taps * PLANES, level)
+        for i, (inputs, taps, level) in enumerate(layers, start=1)
       ],
     )
 
@@ -244,7 +258,7 @@ class BlockTest(parameterized.TestCase):
       jnp.ones((2, 6, 6))
     )
     # out = relu(x + mask * branch): the branch where the output is positive.
-    branch = block.branch(x)
+    branch = block.run_branch(x)
     expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
 
@@ -255,7 +269,7 @@ class BlockTest(parameterized.TestCase):
       ValueError,
       re.escape(f'the mask of layer2.0 must be (2, 6, 6); got {shape}'),
     ):
-      block.decide(_input(PLANES), None, jnp.ones(shape))
+      _run(block, _input(PLANES), jnp.ones(shape))
 
 
 if __name__ == '__main__':

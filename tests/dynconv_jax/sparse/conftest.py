@@ -11,7 +11,7 @@ from flax import nnx
 from dynconv_jax import create_model
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 from dynconv_jax.models.resnet import ARCHITECTURES, Architecture
-from dynconv_jax.sparse import native as native_lib
+from dynconv_jax.sparse.backends.cpu import CpuBackend
 
 # Identities, projections and strides of both families, in four blocks.
 SMALL = {
@@ -20,10 +20,12 @@ SMALL = {
 }
 
 
-@pytest.fixture(params=(False, True), ids=('xla', 'native'))
-def native(request):
-  """Whether the kernels that are compiled on this machine serve."""
-  if request.param and not native_lib.usable(jnp.dtype(jnp.float32)):
+@pytest.fixture(params=('xla', 'cpu'))
+def backend(request):
+  """A backend that executes active positions here."""
+  if request.param == 'cpu' and not CpuBackend().supports_platform(
+    jnp.dtype(jnp.float32), jax.default_backend()
+  ):
     pytest.skip('the kernels need a CPU and a C++ compiler')
   return request.param
 

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynconv_jax.models.create import METHODS
-from dynconv_jax.sparse import BlockPlan, SparseExecutor
-from dynconv_jax.sparse import executor as executor_lib
-from dynconv_jax.sparse.cost import clustered_masks
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.sparse import BlockPlan, ExecutionStats, SparseExecutor
+from dynconv_jax.sparse.backend import get_backend
+from dynconv_jax.sparse.calibrate import clustered_masks
 
 # Odd sizes in every stage; positions that no chunk size divides.
 SHAPE = (3, 21, 27, 3)
 FAMILIES = ('basic', 'bottleneck')
+METHODS = ('dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
 
 
 def make_images(shape=SHAPE, seed=0):
@@ -49,13 +50,13 @@ def assert_same(got, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'dense'])
+@pytest.mark.parametrize('method', METHODS)
 def test_the_executor_equals_the_masked_dense_forward(
-  make_network, native, family, method
+  make_network, backend, family, method
 ):
   model, images = make_network(family, method), make_images()
   expected, masks = masked_dense(model, images)
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
+  executor = SparseExecutor(model, images.shape, backend=backend)
   logits, stats = executor(images)
   assert_same(logits, expected)
   assert stats.names == tuple(mask.name for mask in masks)
@@ -75,7 +76,7 @@ def test_the_executor_equals_the_masked_dense_forward(
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('batch', (1, 3))
 def test_given_masks_are_obeyed_and_nothing_is_traced_again(
-  make_network, native, family, batch
+  make_network, backend, family, batch
 ):
   model, images = (
     make_network(family, 'dynconv'),
@@ -103,57 +104,21 @@ def test_given_masks_are_obeyed_and_nothing_is_traced_again(
     name: dense(nnx.as_pure(state), images, masks)[0]
     for name, masks in cases.items()
   }
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
+  executor = SparseExecutor(model, images.shape, backend=backend)
   chex.clear_trace_counter()
-  once = chex.assert_max_traces(SparseExecutor._forward, n=1)
-  with mock.patch.object(SparseExecutor, '_forward', once):
+  once = chex.assert_max_traces(ExecutionStats.pack, n=1)
+  with mock.patch.object(ExecutionStats, 'pack', once):
     for name, masks in cases.items():
       logits, stats = executor(images, masks=masks)
       assert_same(logits, expected[name])
       assert stats.positions.tolist() == [int(m.sum()) for m in masks]
 
 
-@pytest.mark.parametrize('method', [m for m in METHODS if m != 'dense'])
-def test_gates_are_computed_where_masks_are_given(make_network, native, method):
-  """They are a part of the cost: what is timed must hold them.
-
-  XLA drops what no output depends on: logits alone, of masks that do not wait
-  for the gates, are those of a network without.
-  """
-
-  def compiled(method, outputs):
-    model, images = make_network('bottleneck', method), make_images()
-    executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
-    blocks = zip(executor._network.blocks, executor._inputs, strict=True)
-    masks = [jnp.ones(block.output_shape(shape)) for block, shape in blocks]
-    own, stats = executor(images)[1], executor(images, masks)[1]
-    for decision, mask in zip(own.decisions, own.masks, strict=True):
-      np.testing.assert_array_equal(decision, mask.hard)
-    assert stats.positions.tolist() == [mask.size for mask in masks]
-    first = stats.names.index(own.names[0])
-    np.testing.assert_array_equal(stats.decisions[first], own.decisions[0])
-    inputs = (executor._arrays, images, masks)
-    run = jax.jit(lambda *args: outputs(executor._run(*args)))
-    return run.lower(*inputs).compile()
-
-  run = compiled(method, outputs=lambda results: results)
-  obey = executor_lib._obey
-  with mock.patch.object(executor_lib, '_obey', lambda *a: obey(*a[:3], None)):
-    without = compiled('dynconv', outputs=lambda results: results[0])
-  flops, few = (r.cost_analysis()['flops'] for r in (run, without))
-  assert flops > 1.01 * few
-  if native and method == 'dynconv':
-    assert run.as_text().count('"dynconv_mask_logits') == 4
-    assert '"dynconv_mask_logits' not in without.as_text()
-
-
-def test_whole_images_are_given_by_one_value_each(make_network, native):
+def test_whole_images_are_given_by_one_value_each(make_network, backend):
   model, images = make_network('bottleneck', 'convnet_aig'), make_images()
   shapes = mask_shapes(model, images)
   active = [np.array(a, np.float32) for a in ((1, 0, 1), (0, 0, 0))] * 2
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
-  form = 'native' if native else 'images'
-  assert {plan.form for plan in executor.plans} == {form}
+  executor = SparseExecutor(model, images.shape, backend=backend)
   full = [
     np.broadcast_to(a[:, None, None], shape)
     for a, shape in zip(active, shapes, strict=True)
@@ -170,7 +135,7 @@ def test_whole_images_are_given_by_one_value_each(make_network, native):
   )
 
 
-def test_what_is_above_the_limit_is_exact_and_counted(make_network, native):
+def test_what_is_above_the_limit_is_exact_and_counted(make_network, backend):
   model, images = make_network('bottleneck', 'dynconv'), make_images()
   shapes = mask_shapes(model, images)
   rng = np.random.default_rng(0)
@@ -179,32 +144,23 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network, native):
     clustered_masks(rng, shape, density)
     for shape, density in zip(shapes, densities, strict=True)
   ]
-  executor = SparseExecutor(
-    model, images.shape, mode='sparse', limit=0.5, native=native
-  )
+  executor = SparseExecutor(model, images.shape, limit=0.5, backend=backend)
   logits, stats = executor(images, masks=masks)
   assert stats.overflows.tolist() == [0, 1, 0, 1]
   assert_same(logits, masked_dense(model, images, masks)[0])
 
 
 @pytest.mark.parametrize('limit', (0.5, 1.0))
-def test_weights_are_kept_in_the_forms_that_plans_read(
-  make_network, native, limit
-):
+def test_only_weights_that_are_read_are_kept(make_network, backend, limit):
+  """A block's weights once; twice where it may be executed densely."""
   model, images = make_network('bottleneck', 'dynconv'), make_images()
-  executor = SparseExecutor(
-    model, images.shape, mode='sparse', limit=limit, native=native
-  )
+  executor = SparseExecutor(model, images.shape, limit=limit, backend=backend)
   kernels = sum(leaf.ndim == 4 for leaf in executor._arrays)
-  squares = sum(
-    layer.squares is not None
-    for block in executor._network.blocks
-    for layer in (block.first, block.second)
-  )
-  # Above the limit blocks are dense: 3 convolutions each, 2 projections. XLA
-  # has stem, head and the mask units' convolutions too.
-  unpacked = 14 if limit < 1 else 0
-  assert kernels == (unpacked + squares if native else 14 + 2 + 4)
+  blocks = 4 * 3 + 2  # Convolutions and projections.
+  dense = blocks if limit < 1 else 0
+  # XLA has the stem and the mask units' convolutions too, the kernels for a CPU
+  # weights for squares of outputs.
+  assert kernels == dense + (4 * 3 if backend == 'cpu' else blocks + 1 + 4)
 
 
 def test_statistics_pass_a_jitted_function(make_network):
@@ -230,12 +186,24 @@ def test_every_mode_gives_the_same(make_network):
   model, images = make_network('basic', 'dynconv'), make_images((1, 13, 9, 3))
   expected, _ = masked_dense(model, images)
   dense = SparseExecutor(model, images.shape, mode='dense')
-  assert {plan.form for plan in dense.plans} == {'dense'}
+  assert {plan.backend.name for plan in dense.plans.values()} == {'dense'}
   assert_same(dense(images)[0], expected)
-  plans = [BlockPlan('buckets', buckets=2), BlockPlan('chunks', (16,))] * 2
-  given = SparseExecutor(model, images.shape, plans=plans)
-  assert given.plans == plans
+  plans = {'layer2.1': BlockPlan(get_backend('xla'), limit=0.5)}
+  given = SparseExecutor(model, images.shape, mode='dense', plans=plans)
+  assert given.plans == dense.plans | plans
   assert_same(given(images)[0], expected)
+
+
+def test_auto_measures_what_may_be_slower_than_dense(make_network):
+  model, images = make_network('basic', 'dynconv'), make_images((1, 13, 9, 3))
+  xla = [get_backend('xla')]
+  with mock.patch('dynconv_jax.sparse.sparsify.auto_backends', lambda *_: xla):
+    executor = SparseExecutor(model, images.shape, density=0.1)
+  limits = [plan.limit for plan in executor.plans.values()]
+  assert all(0 < limit <= 1 for limit in limits)
+  names = {plan.backend.name for plan in executor.plans.values()}
+  assert names <= {'xla', 'dense'}
+  assert_same(executor(images)[0], masked_dense(model, images)[0])
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_dense_forward(make_network):
@@ -263,10 +231,10 @@ def test_bfloat16_is_as_near_to_float32_as_the_dense_forward(make_network):
 
 
 def test_an_image_that_is_no_number_leaves_the_others_alone(
-  make_network, native
+  make_network, backend
 ):
   model, images = make_network('bottleneck', 'dynconv'), make_images()
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=native)
+  executor = SparseExecutor(model, images.shape, backend=backend)
   expected, _ = executor(images)
   logits, _ = executor(images.at[-1].set(jnp.nan))
   # How a 3x3 is summed up depends on the positions of all images.
@@ -282,21 +250,26 @@ def test_what_cannot_be_executed_is_an_error(make_network):
     with pytest.raises(ValueError, match=re.escape(message)):
       SparseExecutor(*args, **kwargs)
 
-  error('image_shape must be (N, H, W, 3); got (9, 9, 3)', model, (9, 9, 3))
+  error('image_shape must be (N, H, W, C); got (9, 9, 3)', model, (9, 9, 3))
   error(
-    'image_shape must be (N, H, W, 3); got (0, 9, 9, 3)', model, (0, 9, 9, 3)
+    'image_shape must be (N, H, W, C); got (0, 9, 9, 3)', model, (0, 9, 9, 3)
   )
   error("unknown mode 'fast'", model, shape, mode='fast')
   error('limit must be in (0, 1]; got 0', model, shape, limit=0)
   error('density must be in (0, 1]; got 1.5', model, shape, density=1.5)
-  plans = [BlockPlan('dense')]
-  error('plans must be one a block, 4; got 1', model, shape, plans=plans)
+  plans = {'layer3.0': BlockPlan(get_backend('dense'))}
+  error('plans name layer3.0; the gated blocks are', model, shape, plans=plans)
+  error('backend must be auto, cpu, triton', model, shape, backend='fast')
+  error("'json:dumps' is not a Backend", model, shape, backend='json:dumps')
+  error('there is no backend', model, shape, backend='json:Fast')
+  message = "mode 'dense' has no backend"
+  error(message, model, shape, mode='dense', backend='cpu')
   rounded = make_network('basic', 'dynconv', jnp.bfloat16)
-  message = 'native needs a CPU, a C++ compiler, a model in float32'
-  error(message, rounded, shape, native=True)
-  error(message, model, shape, mode='dense', native=True)
-  error(message, model, shape, plans=[BlockPlan('native')] * 4, native=False)
-  error('the network has no gates', make_network('basic', 'dense'), shape)
+  message = 'backend cpu cannot execute this network on cpu in bfloat16'
+  error(message, rounded, shape, backend='cpu')
+  error(
+    'the network has no gated block', nnx.Linear(3, 3, rngs=nnx.Rngs(0)), shape
+  )
   training = nnx.view(model, deterministic=False, use_running_average=False)
   error('needs the evaluation view', training, shape)
   sampling = nnx.view(model, deterministic=False, use_running_average=True)
@@ -305,9 +278,18 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   executor = SparseExecutor(model, shape, mode='dense')
   with pytest.raises(ValueError, match=r'images must be \(1, 9, 9, 3\); got'):
     executor(jnp.zeros((2, 9, 9, 3)))
-  with pytest.raises(ValueError, match='masks must be one a block, 4; got 1'):
+  with pytest.raises(ValueError, match='masks must be one a block.*got 1'):
     executor(jnp.zeros(shape), masks=[jnp.zeros((1, 9, 9))])
   with pytest.raises(
-    ValueError, match=r'mask of layer1.0 must be \(1, 9, 9\); got \(1, 3, 3\)'
+    ValueError,
+    match=r'the mask of layer1.0 must be \(1, 9, 9\); got \(1, 3, 3\)',
   ):
     executor(jnp.zeros(shape), masks=[jnp.zeros((1, 3, 3))] * 4)
+
+
+def test_what_is_shown_is_short(make_network):
+  model, images = make_network('basic', 'dynconv'), make_images()
+  _, stats = SparseExecutor(model, images.shape, mode='dense')(images)
+  assert repr(stats) == 'ExecutionStats(4 blocks)'
+  mask = ExecutionMask((jnp.zeros((1, 2, 3)),), 'layer1.0')
+  assert repr(mask) == "ExecutionMask('layer1.0', maps=(float32[1, 2, 3]))"

@@ -3,51 +3,69 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dynconv_jax.models.resnet import ResNet
-from dynconv_jax.sparse.dense import convolve, run_dense
-from dynconv_jax.sparse.fold import fold_conv, fold_network
-
-
-def _input(*shape):
-  return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+from dynconv_jax.branch import Conv
+from dynconv_jax.layers import BatchNorm, conv
+from dynconv_jax.sparse.backends.dense import activate, convolve
+from dynconv_jax.sparse.fold import describe_conv, fold_block, fold_conv
 
 
-@pytest.mark.parametrize('im2col', (False, True))
 @pytest.mark.parametrize('family', ('basic', 'bottleneck'))
-def test_folded_layers_are_convolution_and_norm(make_network, family, im2col):
+def test_folded_layers_are_convolution_and_norm(make_network, family):
   model = make_network(family, 'dynconv')
   block = model.blocks[2]
   assert block.strides == 2
-  for conv, norm in (
-    (block.conv1, block.bn1),
-    (block.conv2, block.bn2),
+  for layer, norm in (
+    *(
+      (getattr(block, c.name), getattr(block, c.norm))
+      for c in block.branch.convs
+    ),
     tuple(block.downsample),
     (model.conv1, model.bn1),
   ):
-    x = _input(2, 7, 6, conv.kernel.shape[2])
-    expected = norm(conv(x))
-    folded = convolve(x, fold_conv(conv, norm, jnp.float32), im2col)
-    np.testing.assert_allclose(folded, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize('family', ('basic', 'bottleneck'))
-def test_a_folded_network_is_the_dense_one(make_network, family):
-  model = make_network(family, 'dense')
-  assert isinstance(model, ResNet)
-  network = fold_network(model)
-  x = jnp.abs(_input(2, 9, 7, model.blocks[0].conv1.kernel.shape[2]))
-  y = x
-  for block, folded in zip(model.blocks, network.blocks, strict=True):
-    shape = folded.output_shape(y.shape)
-    x, y = block(x), run_dense(folded, y)
-    assert y.shape[:3] == shape
-  np.testing.assert_allclose(y, x, rtol=0, atol=1e-5 * float(jnp.max(x)))
+    x = np.random.default_rng(0).normal(size=(2, 7, 6, layer.in_features))
+    x = jnp.asarray(x, jnp.float32)
+    folded = fold_conv(layer, norm, describe_conv(layer, norm), jnp.float32)
+    got = activate(convolve(x, folded), folded)
+    np.testing.assert_allclose(got, norm(layer(x)), rtol=0, atol=1e-5)
 
 
 def test_kernels_have_the_compute_dtype_and_biases_float32(make_network):
-  model = make_network('bottleneck', 'dynconv', jnp.bfloat16)
-  network = fold_network(model)
-  for layer in (network.stem, network.blocks[0].first, network.blocks[2].third):
+  block = fold_block(
+    make_network('bottleneck', 'dynconv', jnp.bfloat16).blocks[2]
+  )
+  for layer in (*block.convs, block.projection):
     assert layer.kernel.dtype == jnp.bfloat16
     assert layer.bias.dtype == jnp.float32
+
+
+def test_what_a_description_says_and_what_it_cannot():
+  rngs = nnx.Rngs(0)
+  for what in (
+    Conv('conv', 'norm', 4, 6, 3, 2, 2, 'relu6'),
+    Conv('conv', 'norm', 4, 6, 5, 2, padding='same'),
+    Conv('conv', 'norm', 4, 6),
+  ):
+    layer = conv(
+      what.in_features,
+      what.features,
+      what.kernel_size,
+      strides=what.strides,
+      groups=what.groups,
+      padding=what.padding,
+      rngs=rngs,
+    )
+    norm = BatchNorm(6, activation=what.activation, rngs=rngs)
+    assert describe_conv(layer, norm) == what
+  norm = BatchNorm(6, rngs=rngs)
+  for kwargs in (
+    {'use_bias': True},
+    {'padding': 'VALID', 'use_bias': False},
+    {'kernel_dilation': 2, 'use_bias': False},
+    {'strides': (1, 2), 'use_bias': False},
+  ):
+    kwargs = {'padding': ((1, 1), (1, 1))} | kwargs
+    assert (
+      describe_conv(nnx.Conv(4, 6, (3, 3), rngs=rngs, **kwargs), norm) is None
+    )

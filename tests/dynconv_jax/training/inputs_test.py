@@ -7,7 +7,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dynconv_jax.data import spots
+from dynconv_jax.data import image_folder, spots
+from dynconv_jax.data.source import Common
 from dynconv_jax.training import inputs
 from dynconv_jax.training.config import Config
 
@@ -100,21 +101,22 @@ def test_every_option_of_the_data_reaches_it():
   with mock.patch.object(inputs.sources, 'open_splits') as open_splits:
     inputs.open_splits(config)
   open_splits.assert_called_once_with(
-    'image_folder',
-    'train[:3]',
-    'none',
-    None,
-    data_dir='data',
-    food101_dir=None,
-    cifar10_dir=None,
-    image_folder_dir='folder',
-    spots_size=40,
-    spots_train=50,
-    spots_test=60,
-    spots_seed=7,
-    classes=('b', 'a'),
-    skip_corrupt=True,
+    image_folder.SOURCE,
+    image_folder.Options('folder'),
+    Common('data', ('b', 'a'), skip_corrupt=True),
+    train='train[:3]',
+    validation='none',
+    test=None,
   )
+  config = dataclasses.replace(config, dataset='spots')
+  with mock.patch.object(inputs.sources, 'open_source') as open_source:
+    inputs.open_split(config, 'test[:2]')
+  assert open_source.call_args.args[2] == spots.Options(40, 50, 60, 7)
+
+
+def test_a_source_from_outside(config):
+  config = dataclasses.replace(config, dataset=f'{spots.__name__}:SOURCE')
+  assert len(inputs.open_split(config, 'test')) == config.spots_test
 
 
 def test_train_batches_follow_the_config(config):
@@ -143,9 +145,7 @@ def test_eval_batches_hold_each_image_once(config):
   masks = np.concatenate([batch['object_mask'] for batch in batches])[:10]
   labels = np.concatenate([batch['label'] for batch in batches])[:10]
   for i, name in enumerate(_names(source)):
-    image, mask, label = spots.draw(
-      spots.SpotsConfig(24), 'test', int(name[-6:])
-    )
+    image, mask, label = spots.draw(spots.Options(24), 'test', int(name[-6:]))
     expected = (image / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(images[i], expected, atol=1e-5)
     np.testing.assert_array_equal(masks[i], mask)

@@ -12,41 +12,67 @@ import pytest
 from flax import nnx
 
 from dynconv_jax import layers
-from dynconv_jax.masks import dilate
+from dynconv_jax.branch import Branch, Conv
+from dynconv_jax.masks import execution_mask
 from dynconv_jax.methods.dynconv import Squeeze
-from dynconv_jax.sparse import SparseExecutor, native
-from dynconv_jax.sparse.dense import convolve, run_dense
-from dynconv_jax.sparse.fold import FoldedBlock, Layer
+from dynconv_jax.sparse import SparseExecutor, sparsify
+from dynconv_jax.sparse.backends import cpu
+from dynconv_jax.sparse.backends.dense import activate, convolve, run_dense
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
+
+BACKEND = cpu.CpuBackend()
 
 
 @pytest.fixture(autouse=True, scope='module')
 def kernels():
-  if not native.usable(jnp.dtype(jnp.float32)):
+  if not BACKEND.supports_platform(jnp.float32, jax.default_backend()):
     pytest.skip('the kernels need a CPU and a C++ compiler')
 
 
-def make_layer(rng, size, in_features, features, strides=1):
-  kernel = rng.normal(size=(size, size, in_features, features))
-  return Layer(
-    jnp.asarray(kernel / np.sqrt(size**2 * in_features), jnp.float32),
-    jnp.asarray(rng.normal(size=features), jnp.float32),
-    strides,
+def fill(rng, conv):
+  kernel = rng.normal(size=conv.kernel_shape)
+  return FoldedConv(
+    jnp.asarray(kernel / np.sqrt(np.prod(kernel.shape[:3])), jnp.float32),
+    jnp.asarray(rng.normal(size=conv.features), jnp.float32),
+    conv,
   )
+
+
+def fold(rng, *convs):
+  same = convs[0].in_features == convs[-1].features
+  same &= all(conv.strides == 1 for conv in convs)
+  shortcut = 'identity' if same else 'projection'
+  branch = Branch(convs, shortcut=shortcut, input_activated=True)
+  projection = branch.projection and fill(rng, branch.projection)
+  return FoldedBlock(tuple(fill(rng, c) for c in convs), projection, branch)
 
 
 def make_basic_block(rng, features):
-  layers = [make_layer(rng, 3, features, features) for _ in range(2)]
-  return FoldedBlock(*layers, None, None)
+  return fold(
+    rng,
+    Conv('a', 'an', features, features, 3, activation='relu'),
+    Conv('b', 'bn', features, features, 3),
+  )
 
 
 def make_block(rng, in_features, planes, features, strides=1):
-  projected = strides > 1 or features != in_features
-  return FoldedBlock(
-    make_layer(rng, 1, in_features, planes),
-    make_layer(rng, 3, planes, planes, strides),
-    make_layer(rng, 1, planes, features),
-    make_layer(rng, 1, in_features, features, strides) if projected else None,
+  return fold(
+    rng,
+    Conv('a', 'an', in_features, planes, activation='relu'),
+    Conv('b', 'bn', planes, planes, 3, strides, activation='relu'),
+    Conv('c', 'cn', planes, features),
   )
+
+
+def masked(block, x, hard):
+  hard = jnp.asarray(hard, jnp.float32)
+  return execution_mask(block.branch, hard, x.shape[1:3], name='b')
+
+
+def run(block, x, hard=None):
+  # A fresh function: the kernels of the moment, not those of a cached trace.
+  mask = None if hard is None else masked(block, x, hard)
+  return jax.jit(lambda *args: BACKEND.run(*args))(BACKEND.pack(block), x, mask)
 
 
 def assert_near(got, expected):
@@ -56,15 +82,9 @@ def assert_near(got, expected):
 
 def compare(block, shape, rng, density=0.5):
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), jnp.float32)
-  hard = rng.random(block.output_shape(shape)) < density
-  hard = jnp.asarray(hard, jnp.float32)
-  strides = block.second.strides if block.third is not None else 1
-  dilated = dilate(hard, strides)[:, : shape[1], : shape[2]]
-  # A fresh function: the kernels of the moment, not those of a cached trace.
-  run = jax.jit(lambda *args: native.run_native(*args))
-  assert_near(
-    run(native.pack(block), x, hard, dilated), run_dense(block, x, hard)
-  )
+  output = (shape[0], *block.branch.sizes(shape[1:3])[-1])
+  hard = (rng.random(output) < density).astype(np.float32)
+  assert_near(run(block, x, hard), run_dense(block, x, hard))
 
 
 # Every remainder of tiles and panels, narrow panels and full ones.
@@ -98,9 +118,9 @@ def test_any_number_of_rows(count):
 def test_groups_of_images(strides):
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 24, strides)
-  area = np.prod(block.output_shape((5, 5, 7, 8))[1:])
+  area = np.prod(block.branch.sizes((5, 7))[-1])
   for images in (0, 1, 2):  # The last group of 2 has one image.
-    with mock.patch.object(native, '_GROUP_POSITIONS', images * area):
+    with mock.patch.object(cpu, '_GROUP_POSITIONS', images * area):
       compare(block, (5, 5, 7, 8), rng)
 
 
@@ -130,19 +150,19 @@ def test_squares_of_outputs_by_many_tasks():
   compare(block, (3, 11, 23, 16), rng, density=1.1)
 
 
-def test_squares_serve_where_positions_are_neighbours():
+def test_squares_serve_where_positions_are_neighbors():
   """By squares the same sums are formed in another order."""
   rng = np.random.default_rng(0)
-  block = native.pack(make_block(rng, 8, 4, 8))
-  by_rows = block.replace(second=block.second.replace(squares=None))
+  block = make_block(rng, 8, 4, 8)
+  packed = BACKEND.pack(block)
+  none = packed.squares[0]
+  by_rows = packed.replace(squares=(none,) * 3)
   x = jnp.asarray(np.maximum(rng.normal(size=(1, 30, 30, 8)), 0), jnp.float32)
   row, column = np.indices((1, 30, 30))[1:]
 
   def differ(hard):
-    hard = jnp.asarray(hard, jnp.float32)
-    out, other = (
-      native.run_native(b, x, hard, dilate(hard, 1)) for b in (block, by_rows)
-    )
+    mask = masked(block, x, hard)
+    out, other = (BACKEND.run(b, x, mask) for b in (packed, by_rows))
     return bool((out != other).any())
 
   assert differ(row >= 0)
@@ -156,7 +176,7 @@ def test_squares_in_a_network(make_network, family):
   model = make_network(family, 'dynconv')
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 97, 122, 3)), jnp.float32)
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=True)
+  executor = SparseExecutor(model, images.shape, backend='cpu')
   logits, stats = executor(images)
   expected, masks = model(images)
   np.testing.assert_array_equal(
@@ -169,44 +189,57 @@ def test_squares_in_a_network(make_network, family):
 def test_by_squares_a_value_reaches_its_window_only():
   """What is no number shows where it went."""
   rng = np.random.default_rng(0)
-  block = native.pack(make_block(rng, 8, 4, 8))
+  block = make_block(rng, 8, 4, 8)
   for y, x in ((14, 14), (14, 15), (15, 14), (15, 15)):
     images = rng.normal(size=(1, 30, 30, 8)).astype(np.float32)
     images[0, y, x] = np.nan
-    reached = np.isnan(native.run_native(block, jnp.asarray(images))).all(-1)
+    reached = np.isnan(run(block, jnp.asarray(images))).all(-1)
     expected = np.zeros((30, 30), bool)
     expected[y - 1 : y + 2, x - 1 : x + 2] = True
     np.testing.assert_array_equal(reached[0], expected)
 
 
-def test_without_masks_a_block_is_computed_everywhere():
-  rng = np.random.default_rng(0)
-  block = make_block(rng, 8, 4, 8)
-  x = jnp.asarray(np.maximum(rng.normal(size=(2, 5, 7, 8)), 0), jnp.float32)
-  out = native.run_native(native.pack(block), x)
-  assert_near(out, run_dense(block, x))
-
-
 def test_the_input_is_kept():
   """Without a projection the output is written where the input was."""
   rng = np.random.default_rng(0)
-  block = native.pack(make_block(rng, 8, 4, 8))
+  block = BACKEND.pack(make_block(rng, 8, 4, 8))
   x = jnp.asarray(np.maximum(rng.normal(size=(2, 5, 7, 8)), 0), jnp.float32)
   before = np.array(x)
-  both = jax.jit(lambda b, x: (native.run_native(b, x), x + 1))(block, x)
+  both = jax.jit(lambda b, x: (BACKEND.run(b, x, None), x + 1))(block, x)
   np.testing.assert_array_equal(x, before)
   np.testing.assert_array_equal(both[1], before + 1)
   assert (np.asarray(both[0]) != before).any()
 
 
-@pytest.mark.parametrize('size,strides', ((3, 1), (7, 2)))
-def test_a_convolution_and_a_relu(size, strides):
+@pytest.mark.parametrize('activation', (None, 'relu', 'relu6'))
+@pytest.mark.parametrize('padding', ('symmetric', 'same'))
+@pytest.mark.parametrize('size,strides', ((3, 1), (3, 2), (7, 2)))
+def test_a_convolution_outside_of_blocks(size, strides, padding, activation):
   rng = np.random.default_rng(0)
-  layer = make_layer(rng, size, 3, 20, strides)
+  conv = Conv('c', 'n', 3, 20, size, strides, 1, activation, padding)
+  conv = fill(rng, conv)
   x = jnp.asarray(rng.normal(size=(2, 13, 18, 3)), jnp.float32)
-  packed = native.pack((layer,))[0]
-  expected = jax.nn.relu(convolve(x, layer))
-  assert_near(native.convolve(x, packed, relu=True), expected)
+  assert_near(BACKEND.convolution(conv)(x), activate(convolve(x, conv), conv))
+
+
+def test_convolutions_that_the_kernels_leave_to_xla():
+  rng = np.random.default_rng(0)
+  for conv in (
+    Conv('c', 'n', 4, 4, 3, groups=2),
+    Conv('c', 'n', 4, 4, 3, activation='silu'),
+    Conv('c', 'n', 4, 4, 3, groups=4),
+  ):
+    assert BACKEND.convolution(fill(rng, conv)) is None
+
+
+@pytest.mark.parametrize('use_bias', (True, False))
+def test_a_linear_layer(use_bias):
+  linear = nnx.Linear(700, 100, use_bias=use_bias, rngs=nnx.Rngs(0))
+  x = np.random.default_rng(0).normal(size=(2, 3, 700)).astype(np.float32)
+  kernels = BACKEND.replacement(linear)
+  assert isinstance(kernels, cpu.CpuLinear)
+  assert_near(kernels(jnp.asarray(x)), linear(jnp.asarray(x)))
+  assert BACKEND.replacement(nnx.Linear(7, 10, rngs=nnx.Rngs(0))) is None
 
 
 @pytest.mark.parametrize('size', ((1, 1), (6, 9), (7, 4)))
@@ -214,16 +247,16 @@ def test_max_pool(size):
   x = np.random.default_rng(0).normal(size=(2, *size, 20)).astype(np.float32)
   x[0, 0, 0, 3] = np.nan
   x[1, -1, -1] = -np.inf
-  np.testing.assert_array_equal(native.max_pool(x), layers.max_pool(x))
+  pool = BACKEND.replacement(layers.MaxPool())
+  np.testing.assert_array_equal(pool(x), layers.max_pool(x))
 
 
 def test_what_is_no_number_stays_so():
+  conv = Conv('c', 'n', 4, 33, activation='relu')
   rng = np.random.default_rng(0)
-  layer = make_layer(rng, 1, 4, 33)
   x = jnp.asarray(rng.normal(size=(1, 1, 3, 4)), jnp.float32)
   x = x.at[0, 0, 1, 2].set(jnp.nan)
-  out = native.convolve(x, native.pack((layer,))[0], relu=True)
-  is_nan = np.isnan(np.asarray(out)).all(-1)
+  is_nan = np.isnan(BACKEND.convolution(fill(rng, conv))(x)).all(-1)
   assert is_nan.tolist() == [[[False, True, False]]]
 
 
@@ -235,12 +268,11 @@ def test_mask_logits(kernel_size, strides, size):
     20,
     strides=strides,
     kernel_size=kernel_size,
-    conv_general_dilated=jax.lax.conv_general_dilated,
     rngs=nnx.Rngs(1),
   )
   x = np.random.default_rng(0).normal(size=(3, *size, 20))
   x = jnp.asarray(x, jnp.float32)
-  assert_near(native.NativeSqueeze(squeeze)(x), squeeze(x))
+  assert_near(BACKEND.replacement(squeeze)(x), squeeze(x))
 
 
 @pytest.mark.skipif(
@@ -249,9 +281,9 @@ def test_mask_logits(kernel_size, strides, size):
 @pytest.mark.parametrize('machine', ('x86-64', 'x86-64-v3'))
 def test_machines_with_fewer_instructions(machine):
   """As far as this machine runs what is compiled for them."""
-  register = functools.partial(native._register, (f'-march={machine}',))
-  assert register() != native._register()
-  with mock.patch.object(native, '_register', register):
+  register = functools.partial(cpu._register, (f'-march={machine}',))
+  assert register() != cpu._register()
+  with mock.patch.object(cpu, '_register', register):
     rng = np.random.default_rng(0)
     for features in (16, 20, 48):
       block = make_block(rng, features, features - 3, features)
@@ -263,7 +295,7 @@ def test_calls_from_several_threads(make_network):
   model = make_network('bottleneck', 'dynconv')
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(3, 21, 27, 3)), jnp.float32)
-  executor = SparseExecutor(model, images.shape, mode='sparse', native=True)
+  executor = SparseExecutor(model, images.shape, backend='cpu')
   expected = np.asarray(executor(images)[0])
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     for logits in pool.map(lambda _: executor(images)[0], range(100)):
@@ -273,31 +305,30 @@ def test_calls_from_several_threads(make_network):
 @pytest.mark.parametrize('compiler', ('no-such-compiler', 'false'))
 def test_without_a_compiler_xla_serves(make_network, monkeypatch, compiler):
   monkeypatch.setenv('CXX', compiler)
-  register = functools.cache(native._register.__wrapped__)
+  register = functools.cache(cpu._register.__wrapped__)
   model = make_network('bottleneck', 'dynconv')
   with (
-    mock.patch.object(native, '_register', register),
-    mock.patch.object(native.logging, 'warning') as warning,
+    mock.patch.object(cpu, '_register', register),
+    mock.patch.object(cpu.logging, 'warning') as warning,
   ):
     executor = SparseExecutor(model, (1, 9, 9, 3), mode='sparse')
-    assert not executor.native
-    assert {plan.form for plan in executor.plans} == {'chunks'}
-    with pytest.raises(ValueError, match='native needs a CPU, a C'):
-      SparseExecutor(model, (1, 9, 9, 3), native=True)
+    assert {plan.backend.name for plan in executor.plans.values()} == {'xla'}
+    with pytest.raises(ValueError, match='backend cpu cannot execute'):
+      sparsify(model, 'cpu')
   warning.assert_called_once()
   assert compiler in warning.call_args.args[0] % warning.call_args.args[1:]
 
 
 def test_the_compilers_error_is_told(monkeypatch):
-  register = functools.cache(native._register.__wrapped__)
-  with mock.patch.object(native.logging, 'warning') as warning:
+  register = functools.cache(cpu._register.__wrapped__)
+  with mock.patch.object(cpu.logging, 'warning') as warning:
     assert register(('-include', 'no_such_header.h')) is None
   text = warning.call_args.args[0] % warning.call_args.args[1:]
   assert 'no_such_header.h' in text
 
 
 def test_a_library_is_compiled_once():
-  path = native.build()
+  path = cpu.build()
   before = path.stat().st_mtime_ns
-  assert native.build() == path
+  assert cpu.build() == path
   assert path.stat().st_mtime_ns == before

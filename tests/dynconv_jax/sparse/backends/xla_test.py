@@ -6,9 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from dynconv_jax.sparse.chunks import for_chunks, padded_size
-from dynconv_jax.sparse.positions import (
+from dynconv_jax.branch import Conv
+from dynconv_jax.sparse.backends.xla import (
+  chunk_sizes,
   find_positions,
+  for_chunks,
+  padded_size,
   take_or_zero,
   windows,
 )
@@ -32,22 +35,29 @@ class PositionsTest(chex.TestCase):
     np.testing.assert_array_equal(found.indices[len(indices) :], mask.size)
     np.testing.assert_array_equal(found.rows, rows)
 
-  @parameterized.product(shape=((1, 1), (4, 6), (5, 7)), strides=(1, 2))
-  def test_windows_are_those_of_a_loop(self, shape, strides):
+  @parameterized.product(
+    shape=((1, 1), (4, 6), (5, 7)),
+    strides=(1, 2),
+    size=(1, 3, 5),
+    padding=('symmetric', 'same'),
+  )
+  def test_windows_are_those_of_a_loop(self, shape, strides, size, padding):
     height, width = shape
+    conv = Conv('c', 'n', 1, 1, size, strides, padding=padding)
+    top, left = conv.pads(height)[0], conv.pads(width)[0]
     rng = np.random.default_rng(0)
     rows = rng.permutation(2 * height * width).reshape(2, height, width)
     missing = 999
-    reads = windows(jnp.asarray(rows, jnp.int32), strides, missing)
+    reads = windows(conv, jnp.asarray(rows, jnp.int32), missing)
     h, w = -(-height // strides), -(-width // strides)
     self.assertEqual(reads.shape, (h, w))
-    expected = np.full((2, h, w, 3, 3), missing)
+    expected = np.full((2, h, w, size, size), missing)
     for n, i, j, a, b in np.ndindex(expected.shape):
-      y, x = i * strides + a - 1, j * strides + b - 1
+      y, x = i * strides + a - top, j * strides + b - left
       if 0 <= y < height and 0 <= x < width:
         expected[n, i, j, a, b] = rows[n, y, x]
     np.testing.assert_array_equal(
-      reads.rows(jnp.arange(2 * h * w)), expected.reshape(-1, 9)
+      reads.rows(jnp.arange(2 * h * w)), expected.reshape(-1, size**2)
     )
 
   def test_what_is_missing_is_zero_and_not_a_neighbour(self):
@@ -60,6 +70,10 @@ class ChunksTest(chex.TestCase):
   def test_a_buffer_holds_a_chunk_that_never_runs(self):
     self.assertEqual(padded_size(3, (32, 8)), 32)
     self.assertEqual(padded_size(60, (32, 8)), 67)
+
+  @parameterized.parameters((16, (16,)), (3136, (1024, 128)), (196, (64, 16)))
+  def test_chunk_sizes_decrease(self, size, expected):
+    self.assertEqual(chunk_sizes(size), expected)
 
   @parameterized.product(
     count=(0, 1, 5, 8, 23, 32), sizes=((8,), (8, 3), (5, 1))

@@ -1,0 +1,112 @@
+"""Checks of the folders that data sets are prepared from."""
+
+from __future__ import annotations
+
+import hashlib
+import pathlib
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+
+
+def check_directory(directory: pathlib.Path, option: str) -> None:
+  """Raises OSError unless `directory` is a folder and not empty.
+
+  Args:
+    directory: the folder.
+    option: the option that named it, for the error.
+  """
+  if not directory.exists():
+    raise FileNotFoundError(f'{option}: {directory} does not exist')
+  if not directory.is_dir():
+    raise NotADirectoryError(f'{option}: {directory} is not a folder')
+  if not any(directory.iterdir()):
+    raise FileNotFoundError(f'{option}: {directory} is empty')
+
+
+def check_files(
+  directory: pathlib.Path,
+  groups: Iterable[Iterable[str]],
+  *,
+  source: str,
+  allow_empty: bool = False,
+  salt: str = '',
+) -> str:
+  """Returns a short hash of files' names, sizes and times of modification.
+
+  Args:
+    directory: the folder that names are relative to.
+    groups: paths of the files. No file may be in two groups, such as splits or
+      classes; links count as the file that they lead to.
+    source: what names them, for the error.
+    allow_empty: whether zero-byte files are let through.
+    salt: what else the hash depends on.
+
+  Raises:
+    FileNotFoundError: files are absent.
+    ValueError: files are empty or in two groups, or a name is not UTF-8.
+  """
+  digest = hashlib.sha256(salt.encode())
+  odd, absent, empty, twice, seen = [], [], [], [], {}
+  for number, names in enumerate(groups):
+    for name in names:
+      try:
+        found = (directory / name).stat()
+        line = f'{name}\0{found.st_size}\0{found.st_mtime_ns}\n'.encode()
+      except OSError:
+        absent.append(name)
+      except UnicodeEncodeError:
+        odd.append(ascii(name))
+      else:
+        digest.update(line)
+        if not stat.S_ISREG(found.st_mode):
+          absent.append(name)
+        elif not found.st_size:
+          empty.append(name)
+        first = seen.setdefault((found.st_dev, found.st_ino), (number, name))
+        if first[0] != number:
+          twice.append(f'{first[1]} and {name}')
+  if absent:
+    raise FileNotFoundError(
+      f'{source} names files that are absent from {directory}: {some(absent)}'
+    )
+  for wrong, what in (
+    (odd, 'names that are not UTF-8: {}'),
+    (
+      [] if allow_empty else empty,
+      'zero-byte files: {}. Remove or replace them, or go on without them by '
+      'skip_corrupt',
+    ),
+    (twice, 'the same file by link in two classes or splits: {}'),
+  ):
+    if wrong:
+      raise ValueError(f'{directory} holds {what.format(some(wrong))}')
+  return digest.hexdigest()[:12]
+
+
+def read_files(
+  path: pathlib.Path, names: Iterable[str]
+) -> Iterator[tuple[str, bytes]]:
+  """Yields the names and contents of files, from an archive in its order.
+
+  Args:
+    path: a folder, or a tar archive whose only folder stands for it.
+    names: paths of the files in the folder.
+  """
+  if path.is_dir():
+    yield from ((name, (path / name).read_bytes()) for name in names)
+    return
+  names = set(names)
+  with tarfile.open(path) as tar:
+    for member in tar:
+      name = member.name.removeprefix('./').partition('/')[2]
+      if name in names:
+        yield name, tar.extractfile(member).read()
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+  """Returns the first few of `names` and how many there are."""
+  text = ', '.join(names[:limit])
+  if len(names) > limit:
+    text += f', ... ({len(names)} in all)'
+  return text

@@ -1,0 +1,1 @@
+"""Short programs that extend the library from outside."""

@@ -1,0 +1,206 @@
+"""Tests of sparse networks: any network, own blocks, own backends."""
+
+import re
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynconv_jax.layers import BatchNorm, conv
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.models.blocks import BasicBlock
+from dynconv_jax.models.gated import Gating, gated_blocks
+from dynconv_jax.sparse import Backend, SparseBlock, sparsify
+from dynconv_jax.sparse.backends.dense import run_dense
+from dynconv_jax.sparse.sparsify import trace_blocks
+
+FEATURES = 6
+
+
+class SiluBlock(BasicBlock):
+  """Computes something else than it inherits the description of."""
+
+  def run_branch(self, x):
+    return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
+
+
+class SqueezeExciteBlock(BasicBlock):
+  """What is computed at one position depends on all others."""
+
+  describable = False
+
+  def run_branch(self, x):
+    y = super().run_branch(x)
+    return y * nnx.sigmoid(jnp.mean(y, axis=(1, 2), keepdims=True))
+
+
+class UNet(nnx.Module):
+  """Blocks in two resolutions, joined by concatenation."""
+
+  foldable = (('stem', 'norm'),)
+
+  def __init__(self, kind=BasicBlock, *, rngs):
+    self.stem = conv(3, FEATURES, 3, rngs=rngs)
+    self.norm = BatchNorm(FEATURES, activation='relu', rngs=rngs)
+
+    def block(name, in_features, planes, strides=1):
+      gate = MaskUnit(in_features, strides=strides, rngs=rngs)
+      return kind(
+        in_features,
+        planes,
+        strides,
+        name=name,
+        gate=gate,
+        rngs=rngs,
+        input_activated=True,
+      )
+
+    # Not in the order of their names.
+    self.first = block('first', FEATURES, FEATURES)
+    self.down = nnx.Dict(a=block('down', FEATURES, 2 * FEATURES, 2))
+    self.after = block('after', 3 * FEATURES, FEATURES)
+    self.head = nnx.Conv(FEATURES, 2, (1, 1), rngs=rngs)
+
+  def __call__(self, images, *, rngs=None, masks=None):
+    gating = Gating(rngs=rngs, masks=masks)
+    x = self.first(self.norm(self.stem(images)), gating)
+    y = self.down['a'](x, gating)
+    y = jnp.repeat(jnp.repeat(y, 2, 1), 2, 2)
+    y = self.after(jnp.concatenate([x, y], -1), gating)
+    return self.head(y), gating.finish()
+
+
+@pytest.fixture
+def images():
+  x = np.random.default_rng(0).normal(size=(2, 10, 12, 3))
+  return jnp.asarray(x, jnp.float32)
+
+
+def make(kind=BasicBlock):
+  model = UNet(kind, rngs=nnx.Rngs(1))
+  rng = np.random.default_rng(0)
+  for _, node in nnx.iter_modules(model):
+    if isinstance(node, nnx.BatchNorm):
+      shape = node.mean.shape
+      node.mean[...] = jnp.asarray(0.1 * rng.normal(size=shape), jnp.float32)
+      node.var[...] = jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
+  return nnx.view(model, deterministic=True, use_running_average=True)
+
+
+def assert_same(got, expected):
+  scale = float(jnp.max(jnp.abs(expected)))
+  assert scale > 0
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
+
+
+def test_a_network_that_is_no_resnet(images, backend):
+  model = make()
+  expected, masks = jax.jit(lambda x: model(x))(images)
+  densities = [float(m.density().mean()) for m in masks]
+  assert min(densities) > 0 and max(densities) < 1
+  sparse = sparsify(model, backend)
+  out, got = jax.jit(lambda x: sparse(x))(images)
+  assert_same(out, expected)
+  for mine, theirs in zip(got, masks, strict=True):
+    np.testing.assert_array_equal(mine.hard, theirs.hard)
+    assert (mine.name, mine.layers) == (theirs.name, theirs.layers)
+  assert not gated_blocks(sparse)
+  assert len(gated_blocks(model)) == 3  # The model is as it was.
+  # The stem is one convolution now.
+  assert not isinstance(sparse.norm, BatchNorm)
+  # By name, bool and int, and back through what a network returned.
+  by_name = {m.name: np.asarray(m.hard) > 0 for m in masks}
+  assert_same(sparse(images, masks=by_name)[0], expected)
+  in_order = [np.asarray(m.hard, np.int32) for m in masks]
+  assert_same(sparse(images, masks=in_order)[0], expected)
+
+
+def test_the_order_of_execution_is_traced(images):
+  traces = trace_blocks(make(), images.shape)
+  assert [t.name for t in traces] == ['first', 'down', 'after']
+  assert [t.follows for t in traces] == [False, True, False]
+  assert traces[2].shape == (2, 10, 12, 18)
+
+
+def test_a_block_that_is_not_what_it_says_is_refused():
+  with pytest.raises(ValueError, match='compute something else') as error:
+    sparsify(make(SiluBlock))
+  for name in ('first', 'down', 'after', 'describable = False'):
+    assert name in str(error.value)
+
+
+def test_a_layer_that_was_exchanged_is_noticed():
+  model = make()
+  model.first.bn1 = nnx.view(
+    BatchNorm(FEATURES, rngs=nnx.Rngs(0)), use_running_average=True
+  )  # Without its activation.
+  with pytest.raises(ValueError, match=r'first \(BasicBlock, by'):
+    sparsify(model)
+  model.first.bn1 = nnx.GroupNorm(FEATURES, 2, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match='first .* is not what its branch'):
+    sparsify(model)
+
+
+def test_what_cannot_be_described_is_executed_densely(images):
+  model = make(SqueezeExciteBlock)
+  model.first = make().first
+  expected, _ = jax.jit(lambda x: model(x))(images)
+  sparse = sparsify(model)
+  kinds = [type(sparse.first), type(sparse.down['a']), type(sparse.after)]
+  assert kinds == [SparseBlock, SqueezeExciteBlock, SqueezeExciteBlock]
+  assert_same(sparse(images)[0], expected)
+
+
+class Doubling(Backend):
+  """From outside of the package; wrong, so that one sees it was asked."""
+
+  name = 'doubling'
+
+  def supports(self, branch, dtype, platform):
+    return branch.strides == 1
+
+  def pack(self, block):
+    return block
+
+  def run(self, packed, x, mask):
+    return 2 * run_dense(packed, x, mask.hard)
+
+
+def test_a_backend_from_outside(images):
+  model = make()
+  here = mock.patch.dict(sys.modules, {'outside': mock.Mock(Kind=Doubling)})
+  for backend in (Doubling(), 'outside:Kind'):
+    with here:
+      sparse = sparsify(model, backend)
+    x = jnp.abs(images[..., :1]) * jnp.ones(FEATURES)
+    mask = jnp.ones(x.shape[:3])
+    got = sparse.first(x, Gating(masks=[mask]))
+    assert_same(got, 2 * model.first(x, Gating(masks=[mask])))
+    # What it does not support is executed all the same.
+    assert sparse.down['a'].plan.backend.name == 'xla'
+
+
+def test_given_masks(images):
+  model = make()
+  _, masks = model(images)
+  hard = [mask.hard for mask in masks]
+
+  def error(message, masks):
+    with pytest.raises(ValueError, match=re.escape(message)):
+      model(images, masks=masks)
+
+  error('masks must be one a block; got 2, none for after', hard[:2])
+  error('masks must be one a block, 3; got 4', [*hard, hard[0]])
+  error('masks are given for third; the gated blocks are', {'third': hard[0]})
+  error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
+  error('must be float, int or bool', [hard[0].astype(complex)] * 3)
+  # Where there is none the gate decides.
+  out, got = model(images, masks=[None, 1 - hard[1], None])
+  np.testing.assert_array_equal(got[0].hard, hard[0])
+  np.testing.assert_array_equal(got[1].hard, 1 - hard[1])
+  again, _ = model(images, masks={'down': 1 - hard[1]})
+  np.testing.assert_array_equal(out, again)
