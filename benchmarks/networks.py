@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,11 +35,10 @@ class Networks:
         settings['workdir'], best=settings['checkpoint'] == 'best'
       )
       self.settings['num_classes'] = len(self.trained.class_names)
-      for name in (
-        *('model', 'method', 'image_size', 'compute_dtype'),
-        'width_multiplier',
-      ):
-        self.settings[name] = getattr(self.trained.config, name)
+      config = self.trained.config
+      self.settings['method'] = config.method.method
+      for name in ('model', 'image_size', 'compute_dtype', 'width_multiplier'):
+        self.settings[name] = getattr(config.model, name)
     self.method = self.settings['method']
     self._models: dict[tuple[str, str], nnx.Module] = {}
 
@@ -80,7 +78,7 @@ class Networks:
     changes = {'eval_batch_size': batch_size}
     if self.settings['food101_dir']:
       changes['food101_dir'] = self.settings['food101_dir']
-    config = dataclasses.replace(self.trained.config, **changes)
+    config = self.trained.config.replace(**changes)
     source = inputs.open_split(config, self.settings['split'])
     batches = iter(inputs.eval_batches(config, source))
     count = min(self.settings['num_batches'], len(source) // batch_size)

@@ -102,7 +102,7 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   mesh = jax.make_mesh(
     (jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,)
   )
-  config = Config(
+  config = Config.make(
     model=_MODEL.value,
     method=method,
     image_size=_IMAGE_SIZE.value,

@@ -25,14 +25,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
+from flax import nnx
 
 from benchmarks import cases
-from dynconv_jax.models.create import METHODS, stage_granularities
-from dynconv_jax.models.resnet import (
-  ARCHITECTURES,
-  check_choice,
-  check_image_size,
-)
+from dynconv_jax import create_model
+from dynconv_jax.checks import check_choice
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.models.resnet import ARCHITECTURES
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.executor import MODES
 from dynconv_jax.training.workdir import read_config
@@ -147,7 +146,20 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   def sides(text):
     if not all(side.strip().isdigit() for side in text.split(',')):
       raise ValueError(f'mask_granularity must be integers; got {text!r}')
-    stage_granularities(_MODEL.value, [int(s) for s in text.split(',')])
+    sizes = tuple(int(side) for side in text.split(','))
+    model = nnx.eval_shape(
+      lambda: create_model(
+        _MODEL.value, mask_granularity=sizes, method='dynconv', rngs=nnx.Rngs(0)
+      )
+    )
+    check_image_size(model)
+
+  def check_image_size(model):
+    least = 2 * model.architecture.total_stride
+    if _IMAGE_SIZE.value < least:
+      raise ValueError(
+        f'image_size must be at least {least}; got {_IMAGE_SIZE.value}'
+      )
 
   gated = [method for method in METHODS if method != 'dense']
   for what, given, allowed in (
@@ -163,7 +175,6 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
       errors.append(f"mode 'dense' has no backend; got {_BACKEND.value!r}")
   granularities = _GRANULARITY.value.split(';')
   if _MODEL.value in ARCHITECTURES:
-    check(check_image_size, _MODEL.value, _IMAGE_SIZE.value)
     for text in granularities:
       check(sides, text)
   batch_sizes = check(
@@ -186,7 +197,7 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   method = _METHOD.value
   if _WORKDIR.value:
     # A trained network has its own masks.
-    method, granularities, densities = _config().method, [''], [None]
+    method, granularities, densities = _config().method.method, [''], [None]
   wanted = itertools.product(batch_sizes, granularities, densities)
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
@@ -236,8 +247,10 @@ def _summary(results) -> dict[str, Any]:
     settings |= _values(_OF_RUNS)
     settings['workdir'] = pathlib.Path(_WORKDIR.value).name
     del settings['num_classes']
-    for name in ('model', 'method', 'image_size', 'compute_dtype'):
-      settings[name] = getattr(_config(), name)
+    config = _config()
+    settings['method'] = config.method.method
+    for name in ('model', 'image_size', 'compute_dtype'):
+      settings[name] = getattr(config.model, name)
   settings |= cases.describe_machine()
   if len(results) == 1:
     return {**settings, **results[0]}
