@@ -22,7 +22,8 @@ import numpy as np
 from absl import flags
 
 from benchmarks import turns
-from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
+from dynconv_jax.checks import check_choice
+from dynconv_jax.models.resnet import ARCHITECTURES
 from experiments import program
 
 _MODEL = flags.DEFINE_string(
