@@ -116,7 +116,9 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   }
   batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
   model = workdir.build_model(config, _CLASSES)
-  tx = schedules.optimizer(config, schedules.learning_rate(config, 100))
+  tx = schedules.optimizer(
+    config.optimization, schedules.learning_rate(config.optimization, 100)
+  )
   train_step = state.make_train_step(state.split(model)[0], tx, config, 100)
   current = jax.device_put(
     state.create_state(model, tx, config), NamedSharding(mesh, PartitionSpec())
