@@ -17,11 +17,11 @@ onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 from onnx import TensorProto, helper  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import compare_counters  # noqa: E402
 from dynconv_jax import create_model  # noqa: E402
 from dynconv_jax.macs import count_macs  # noqa: E402
 from dynconv_jax.macs.onnx import count_macs as count_onnx_macs  # noqa: E402
 from dynconv_jax.macs.torch import count_macs as count_torch_macs  # noqa: E402
-from experiments import compare_counters  # noqa: E402
 
 
 class Graph:

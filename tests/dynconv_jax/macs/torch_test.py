@@ -16,11 +16,11 @@ torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import compare_counters  # noqa: E402
 from dynconv_jax import macs  # noqa: E402
 from dynconv_jax.macs import formulas, torch_ops  # noqa: E402
 from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.torch import AsIs, count_macs  # noqa: E402
-from experiments import compare_counters  # noqa: E402
 
 
 class Functional(nn.Module):
