@@ -10,8 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
+
+from dynconv_jax import extras
+
+extras.require('train', 'safetensors')
+
+import safetensors  # noqa: E402
+import safetensors.numpy  # noqa: E402
 
 from dynconv_jax.files import replacing
 

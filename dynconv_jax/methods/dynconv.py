@@ -39,6 +39,13 @@ class Squeeze(nnx.Module):
   """Mask logits: a convolution plus a linear map of the global average.
 
   Verelst and Tuytelaars, CVPR 2020, section 3.2 and the authors' code.
+
+  Args:
+    in_features: channels of the map.
+    strides: of the convolution.
+    kernel_size: of the convolution, odd.
+    pool: side of the patches whose averages are read, 1: positions.
+    rngs: stream `params`.
   """
 
   def __init__(
@@ -47,9 +54,11 @@ class Squeeze(nnx.Module):
     *,
     strides: int,
     kernel_size: int,
+    pool: int = 1,
     rngs: nnx.Rngs,
   ):
     padding = kernel_size // 2
+    self.pool = pool
     self.conv = nnx.Conv(
       in_features,
       1,
@@ -73,7 +82,7 @@ class Squeeze(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w]: logits of a float[N, H, W, C] input."""
-    x = x.astype(jnp.float32)
+    x = average_pool(x, self.pool)
     squeezed = self.fc(jnp.mean(x, axis=(1, 2)))
     return (self.conv(x) + squeezed[:, None, None, :])[..., 0]
 
@@ -111,6 +120,7 @@ class MaskUnit(Gate):
       # Pooling does the stride of the block too.
       strides=strides if granularity == 1 else 1,
       kernel_size=kernel_size,
+      pool=1 if granularity == 1 else granularity * strides,
       rngs=rngs,
     )
 
@@ -124,10 +134,7 @@ class MaskUnit(Gate):
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
-    pooled = x
-    if self.granularity > 1:
-      pooled = _average_pool(x, self.granularity * self.strides)
-    logits = self.maskconv(pooled)
+    logits = self.maskconv(x)
     if self.deterministic:
       hard = (logits >= 0).astype(jnp.float32)
     else:
@@ -141,8 +148,10 @@ class MaskUnit(Gate):
     return Decision(hard), carry
 
 
-def _average_pool(x: jax.Array, size: int) -> jax.Array:
+def average_pool(x: jax.Array, size: int) -> jax.Array:
   """Returns float32 means of size x size patches; those at the edge are cut."""
+  if size == 1:
+    return x.astype(jnp.float32)
 
   def summed(v):
     return jax.lax.reduce_window(
