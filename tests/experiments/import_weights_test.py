@@ -110,7 +110,7 @@ def test_training_starts_from_a_file(
   )
   with caplog.at_level('INFO'):
     loop.train(config, tmp_path / 'run')
-  (line,) = [t for t in caplog.messages if t.startswith('initialised afresh')]
+  (line,) = [t for t in caplog.messages if t.startswith('initialized afresh')]
   assert 'fc.weight' in line and 'masker' in line
   started = workdir.load_run(tmp_path / 'run').model
   trained = interop.to_torch_state_dict(started)

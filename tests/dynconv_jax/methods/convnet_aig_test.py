@@ -220,7 +220,7 @@ class NetworkTest(parameterized.TestCase):
     x = model.stem(images)
     for i, block in enumerate(model.blocks):
       shortcut = block.shortcut(x)
-      x = nnx.relu(shortcut + block.branch(x) if i == 1 else shortcut)
+      x = nnx.relu(shortcut + block.run_branch(x) if i == 1 else shortcut)
     np.testing.assert_array_equal(logits, model.head(x))
 
   def test_masks_are_whole_images_and_are_counted(self):

@@ -325,7 +325,7 @@ class NetworkTest(parameterized.TestCase):
     self.assertEqual(sum(float(jnp.sum(m.executed_macs())) for m in masks), 0)
     first, second, third = model.blocks
     x = model.stem(images)
-    x = nnx.relu(x + first.branch(x))
+    x = nnx.relu(x + first.run_branch(x))
     x = nnx.relu(second.shortcut(x))
     x = nnx.relu(third.shortcut(x))
     np.testing.assert_allclose(logits, model.head(x), rtol=1e-6, atol=1e-6)
