@@ -121,7 +121,7 @@ def sweep(tmp_path, program, monkeypatch):
 
 
 def test_a_sweep_and_its_table_and_figures(sweep):
-  printed = sweep('--recipe=short', '--food101_dir=/a/place')
+  printed = sweep('--recipe=short', '--data_dir=/a/place')
   folder = sweep.table.parent
   assert sweep.calls() == [
     *(f'{p} {name}' for name in _NAMES for p in ('train', 'evaluate')),
@@ -307,12 +307,12 @@ def test_runs_wait_for_the_run_that_they_start_from(sweep):
 
 
 def test_errors_come_before_anything_runs(sweep):
-  workdir.write_flags(sweep.runs / _NAMES[0], Config.make(epochs=3))
+  workdir.write_flags(sweep.runs / _NAMES[0], Config.make(epochs=30))
   with pytest.raises(ValueError) as error:
     sweep('--grid=bugdet=0.3', '--grid=dynconv:seed=a')
-  for message in ("'bugdet' is no flag", "'a' is not an integer"):
+  for message in ("'bugdet' is no flag", "seed must be an integer; got 'a'"):
     assert message in str(error.value)
-  with pytest.raises(ValueError, match='epochs: 20, not 3'):
+  with pytest.raises(ValueError, match='epochs: 20, not 30'):
     sweep()
   with pytest.raises(ValueError, match='results must be a folder, in which'):
     sweep(f'--results={sweep.table}')
