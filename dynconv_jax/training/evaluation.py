@@ -137,7 +137,9 @@ def evaluate(
     if masks:
       executed = [np.asarray(m.executed_macs(), np.float64) for m in masks]
       row['executed_macs'] = np.sum(executed, axis=0)
-      row['densities'] = np.stack([m.density() for m in masks], -1)
+      row['densities'] = np.stack(
+        [m.hard.mean(tuple(range(1, m.hard.ndim))) for m in masks], -1
+      )
       if 'object_mask' in batch:
         found = [
           _found(m.hard, np.asarray(batch['object_mask'])) for m in masks
