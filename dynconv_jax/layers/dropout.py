@@ -1,0 +1,34 @@
+"""Dropout whose keys come with the call."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+
+class Dropout(nnx.Dropout):
+  """Zeros values at random in training, and scales up the rest.
+
+  With broadcast_dims=(1, 2, 3) it drops whole images: stochastic depth.
+  """
+
+  def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None):
+    """Returns x, or in training x with values dropped.
+
+    Args:
+      x: of any shape.
+      rngs: stream `dropout`; is asked for in training only.
+
+    Raises:
+      ValueError: there is no such stream.
+    """
+    if self.rate and not self.deterministic:
+      if rngs is None or not ('dropout' in rngs or 'default' in rngs):
+        given = None if rngs is None else [name for name, _ in rngs.items()]
+        raise ValueError(
+          'dropout in training needs rngs=nnx.Rngs(dropout=key); got '
+          f'{given}. For evaluation use nnx.view(model, deterministic=True, '
+          'use_running_average=True)'
+        )
+      rngs = rngs['dropout']
+    return super().__call__(x, rngs=rngs)
