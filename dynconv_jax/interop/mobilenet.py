@@ -71,41 +71,45 @@ def find_naming(state_dict: Mapping[str, Any]) -> str:
   return 'timm'
 
 
-def rename(
-  model: MobileNet, state_dict: Mapping[str, Any], naming: str | None = None
-) -> dict[str, Any]:
-  """Returns a state_dict by the names of the network's own modules.
+def published_names(
+  model: nnx.Module, weights: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  """Returns a network's weights by the names of each naming but its own.
 
-  Names that the network has not, such as those of gates, stay as they are.
+  Nothing for a network of another family.
 
   Args:
     model: of arrays, or of shapes and dtypes.
-    state_dict: arrays by name.
-    naming: one of NAMINGS that it is in; None: is found out.
+    weights: by the names of the network's own modules.
+    found: the arrays that are about to be loaded.
+
+  Raises:
+    ValueError: `found` are the weights of another variant.
   """
-  naming = naming or find_naming(state_dict)
-  own = {v: k for k, v in module_names(model, naming).items()}
-  return _renamed(state_dict, own)
+  if not isinstance(model, MobileNet):
+    return []
+  check_variant(model, found)
+  return [restore(model, weights, naming) for naming in NAMINGS[1:]]
 
 
 def restore(
-  model: MobileNet, state_dict: Mapping[str, Any], naming: str
+  model: MobileNet, weights: Mapping[str, Any], naming: str
 ) -> dict[str, Any]:
-  """Returns a state_dict by the names of others, the inverse of `rename`.
+  """Returns weights by the names that a naming has for them.
+
+  What has no published name, such as gates, keeps its own.
 
   Args:
     model: of arrays, or of shapes and dtypes.
-    state_dict: arrays by the names of the network's own modules.
+    weights: by the names of the network's own modules, such as those of
+      `to_torch_state_dict`.
     naming: one of NAMINGS.
   """
-  return _renamed(state_dict, module_names(model, naming))
-
-
-def _renamed(state_dict, modules):
+  modules = module_names(model, naming)
   renamed = {}
-  for name, array in state_dict.items():
+  for name, weight in weights.items():
     module, _, leaf = name.rpartition('.')
-    renamed[f'{modules.get(module, module)}.{leaf}'] = array
+    renamed[f'{modules.get(module, module)}.{leaf}'] = weight
   return renamed
 
 
@@ -123,6 +127,22 @@ def source_padding(source: str) -> str | None:
   if re.match(r'efficientnet_lite\d|mobilenet_?v2', name):
     return 'symmetric'
   return None
+
+
+def source_normalization(
+  source: str,
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+  """Returns (mean, std) of the images that weights were trained on, or None.
+
+  Args:
+    source: as in `source_padding`.
+  """
+  padding = source_padding(source)
+  if padding is None:
+    return None
+  if padding == 'same':  # efficientnet_lite_builder.py, of images in [0, 1].
+    return (127 / 255,) * 3, (128 / 255,) * 3
+  return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def check_source(model: MobileNet, source: str) -> None:

@@ -15,10 +15,11 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.methods.convnet_aig import LayerGate
+from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.models.resnet import ResNet
 
 NAMINGS = ('torchvision', 'convnet_aig')
-HEADS = ('fc', 'linear')
+HEADS = ('fc', 'linear', 'classifier', 'classifier.1', '_fc')
 
 _BATCH_NORM = {
   'scale': 'weight',
@@ -27,8 +28,6 @@ _BATCH_NORM = {
   'var': 'running_var',
 }
 _AIG_MODULES = {'downsample': 'shortcut', 'fc': 'linear', 'masker': None}
-# Modules of a plain ResNet, under the network or one of its blocks.
-_TRUNK = re.compile(r'conv\d|bn\d|downsample|fc')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,7 @@ class Weight:
   @property
   def is_gate(self) -> bool:
     """Whether a dense network of the same architecture lacks it."""
-    module = self.path[2] if self.path[0].startswith('layer') else self.path[0]
-    return not _TRUNK.fullmatch(str(module))
+    return 'masker' in self.path
 
   def to_torch(self, array: np.ndarray) -> np.ndarray:
     """Returns a writable copy of the network's array in PyTorch's layout."""
@@ -74,7 +72,7 @@ def _kernel_axes(ndim: int) -> tuple[int, ...]:
 
 def own_naming(model: ResNet) -> str:
   """Returns how public checkpoints of the model's method name its weights."""
-  gated = any(isinstance(block.masker, LayerGate) for block in model.blocks)
+  gated = any(isinstance(b.masker, LayerGate) for b in gated_blocks(model))
   return 'convnet_aig' if gated else 'torchvision'
 
 
@@ -137,7 +135,7 @@ def gateless_blocks(model: ResNet, names: list[str]) -> dict[str, list[str]]:
   if own_naming(model) != 'convnet_aig':
     return {}
   found = {}
-  for block in model.blocks:
+  for block in gated_blocks(model):
     if block.masker is None:
       gate = re.compile(rf'{re.escape(block.name)}\.(fc1|fc1bn|fc2)\.\w+')
       if entries := [name for name in names if gate.fullmatch(name)]:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from dynconv_jax.interop import mobilenet
 from dynconv_jax.interop import names as names_lib
 from dynconv_jax.models.resnet import ResNet
 
@@ -176,6 +177,7 @@ def _match(model: ResNet, state_dict: Mapping[str, Any]) -> _Match:
     names_lib.torch_names(model, naming)
     for naming in dict.fromkeys((own, 'torchvision'))
   ]
+  candidates += mobilenet.published_names(model, candidates[0], found)
   weights = max(candidates, key=lambda names: len(names.keys() & found.keys()))
   expected = {*weights, *names_lib.step_counts(weights)}
   unexpected = [name for name in found if name not in expected]
