@@ -19,8 +19,8 @@ ACTIVATIONS = {
 class BatchNorm(nnx.BatchNorm):
   """Batch normalization in PyTorch's convention, and an activation.
 
-  Running statistics hold the unbiased variance; the statistics and the normalization are float32 whatever the compute dtype,
-  which the result has.
+  Running statistics hold the unbiased variance. The statistics and the
+  normalization are float32 whatever the compute dtype, which the result has.
 
   Args:
     num_features: channels.
