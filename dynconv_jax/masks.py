@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -218,3 +219,32 @@ def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     for size, out in zip(values.shape[-2:], shape, strict=True)
   )
   return values[..., rows[:, None], columns]
+
+
+def executed_fractions(
+  masks: Sequence[ExecutionMask],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns executed over dense MACs of the masked layers, over the batch.
+
+  Args:
+    masks: one a gated block.
+
+  Returns:
+    network: float32 scalar, of all masked layers together.
+    blocks: float32[blocks].
+  """
+  executed = jnp.stack([jnp.mean(mask.executed_macs()) for mask in masks])
+  dense = jnp.array([mask.dense_macs() for mask in masks], jnp.float32)
+  return jnp.sum(executed) / jnp.sum(dense), executed / dense
+
+
+def check_scores(masks: Sequence[ExecutionMask], need: str) -> None:
+  """Raises ValueError unless there are masks and each has a score.
+
+  Args:
+    masks: one a gated block.
+    need: what needs them, the start of the message.
+  """
+  without = [mask.name for mask in masks if mask.score is None]
+  if without or not masks:
+    raise ValueError(f'{need}; got {without or "none"}')

@@ -31,10 +31,6 @@ from dynconv_jax.models.gated import Gating
 from dynconv_jax.plotting.ponder import plot_ponder_grid, ponder_cost_map
 from dynconv_jax.sparse import SparseExecutor
 
-_STEPS = flags.DEFINE_integer('steps', 300, 'Training steps.')
-_BUDGET = flags.DEFINE_float('budget', 0.3, 'Executed fraction to train for.')
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder for the ponder maps.')
-
 
 class UNet(nnx.Module):
   """Ronneberger et al., MICCAI 2015, small, of gated residual blocks.
@@ -188,4 +184,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  # Not before: tests import this file.
+  _STEPS = flags.DEFINE_integer('steps', 300, 'Training steps.')
+  _BUDGET = flags.DEFINE_float('budget', 0.3, 'Executed fraction to train for.')
+  _OUTPUT = flags.DEFINE_string('output', None, 'Folder for the ponder maps.')
   app.run(main)

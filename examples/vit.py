@@ -27,9 +27,6 @@ from dynconv_jax.methods.gate import Decision, Gate
 from dynconv_jax.methods.gumbel import binary_gumbel
 from dynconv_jax.models.gated import Gating
 
-_STEPS = flags.DEFINE_integer('steps', 400, 'Training steps.')
-_BUDGET = flags.DEFINE_float('budget', 0.5, 'Executed fraction to train for.')
-
 
 class TokenGate(Gate):
   """Decides per image and token, by a linear map of the token.
@@ -232,4 +229,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+  # Not before: tests import this file.
+  _STEPS = flags.DEFINE_integer('steps', 400, 'Training steps.')
+  _BUDGET = flags.DEFINE_float('budget', 0.5, 'Executed fraction to train for.')
   app.run(main)

@@ -6,6 +6,8 @@
     --input_shape=1,224,224,3
   python -m experiments.count_macs --torch=package.module:factory \
     --input_shape=1,3,224,224
+  python -m experiments.count_macs --torch=package.module:bert \
+    --input_shape=input_ids=1,128:int64 --input_shape=attention_mask=1,128:int64
   python -m experiments.count_macs --onnx=FILE --dimension=batch=1
 
 A table of one image, of one batch, or of what the shapes say. The last line is
@@ -23,10 +25,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
-from matplotlib.ticker import EngFormatter
 
 from dynconv_jax.macs import CONVENTIONS, Report
-from dynconv_jax.plotting import style
 from experiments import program
 
 _MODEL = flags.DEFINE_string('model', None, 'A network of ours: resnet50, ...')
@@ -47,26 +47,33 @@ _ONNX = flags.DEFINE_string('onnx', None, 'An ONNX file to count.')
 _INPUT_SHAPE = flags.DEFINE_multi_string(
   'input_shape',
   [],
-  'Of an argument for --jax and --torch, once for each: 1,224,224,3. With'
-  ' --jax, a dtype may follow: 1,128:int32. They are float32.',
+  'Of an argument for --jax and --torch, once for each: 1,224,224,3. A dtype'
+  ' may follow, 1,128:int32, and a name precede, input_ids=1,128:int64, for an'
+  ' argument by name. They are float32, or of the dtype of the --torch module.',
 )
 _DIMENSION = flags.DEFINE_multi_string(
   'dimension', [], 'NAME=SIZE of a symbolic dimension for --onnx.'
 )
 _CONVENTION = flags.DEFINE_enum(
-  'convention', 'conv', sorted(CONVENTIONS), 'What is counted; docs/macs.md.'
+  'convention',
+  'conv+linear',
+  sorted(CONVENTIONS),
+  "What is counted; docs/macs.md. The figures here have 'conv'.",
 )
 _PADDING = flags.DEFINE_bool(
   'padding', True, 'Whether positions of input padding are work.'
 )
 _TRIP_COUNT = flags.DEFINE_integer(
-  'trip_count', None, 'How often while loops run (--jax, --onnx).'
+  'trip_count', None, 'How often while loops run (--jax, --torch, --onnx).'
 )
 _BRANCH = flags.DEFINE_string(
   'branch', 'max', 'Which branch of a condition counts: max, min or its name.'
 )
 _DEPTH = flags.DEFINE_integer(
   'depth', None, 'Merges layers by the first DEPTH parts of their names.'
+)
+_TREE = flags.DEFINE_bool(
+  'tree', False, 'Shows the modules as a tree, as deep as DEPTH.'
 )
 _SORT = flags.DEFINE_enum(
   'sort', 'order', ['order', 'name', 'macs', 'parameters'], 'Of the rows.'
@@ -95,69 +102,36 @@ def main(argv: Sequence[str]) -> None:
   if _DEPTH.value is not None and _DEPTH.value < 1:
     raise ValueError(f'depth must be at least 1; got {_DEPTH.value}')
   if _PLOT.value:
+    from dynconv_jax.plotting import macs as plots
+    from dynconv_jax.plotting import style
+
     style.figure_paths(_PLOT.value)
   report = sources[given[0]](
     {'convention': _CONVENTION.value, 'padding': _PADDING.value}
   )
   shown = report.grouped(_DEPTH.value) if _DEPTH.value else report
 
-  print(shown.to_table(_SORT.value))
+  if _TREE.value:
+    print(report.to_tree(_DEPTH.value))
+  else:
+    print(shown.to_table(_SORT.value))
   if _CSV.value:
     _write(_CSV.value, shown.to_csv(_SORT.value))
   if _JSON.value:
     _write(_JSON.value, report.to_json(indent=2) + '\n')
   if _PLOT.value:
-    png, svg = plot_layers(shown, _PLOT.value, _SORT.value)
+    png, svg = plots.plot_layers(shown, _PLOT.value, _SORT.value)
     print(f'wrote {png} and {svg}')
   line = {
     'total': report.total,
     'by_layer': {name: row.macs for name, row in report.by_layer.items()},
     'convention': report.convention.name,
     'unit': report.convention.unit,
+    'unpriced': report.unpriced,
     'parameters': report.parameters,
     'uncounted': [list(entry) for entry in report.uncounted],
   }
   print(json.dumps(line))
-
-
-@style.styled()
-def plot_layers(
-  report: Report, path: str | os.PathLike, sort: str = 'order'
-) -> tuple[pathlib.Path, pathlib.Path]:
-  """Draws a bar for each layer, coloured by kind; returns the files written.
-
-  Args:
-    report: what to draw.
-    path: of the PNG and the SVG file.
-    sort: as in `Report.rows`; the first row is on top.
-  """
-  rows = report.rows(sort)
-  colours = dict(
-    zip(
-      dict.fromkeys(row['kind'] for row in rows),
-      (style.BLUE, style.ORANGE, style.GREEN, style.PURPLE, style.VERMILION)
-      + (style.SKY_BLUE, style.GREY),
-      strict=False,
-    )
-  )
-  figure = style.new_figure(6.5, 1 + 0.16 * max(len(rows), 1))
-  axes = figure.subplots()
-  for kind, colour in colours.items():
-    chosen = [i for i, row in enumerate(rows) if row['kind'] == kind]
-    axes.barh(
-      chosen, [rows[i]['macs'] for i in chosen], color=colour, label=kind
-    )
-  axes.set_yticks(range(len(rows)), [row['name'] for row in rows], fontsize=6)
-  axes.set_ylim(len(rows) - 0.4, -0.6)
-  axes.grid(axis='y', visible=False)
-  axes.grid(axis='x', visible=True)
-  unit = report.convention.unit
-  axes.xaxis.set_major_formatter(EngFormatter(places=None, sep=' '))
-  axes.set_xlabel(f'{unit} ({report.convention.name})')
-  axes.set_title(f'{report.total:,} {unit}')
-  if len(colours) > 1:
-    axes.legend(loc='lower right')
-  return style.save_figure(figure, path)
 
 
 def _count_ours(options: dict[str, Any]) -> Report:
@@ -198,18 +172,20 @@ def _count_jax(options: dict[str, Any]) -> Report:
   from dynconv_jax.macs import count_macs
 
   f = _load('jax', _JAX.value)
-  arguments = []
-  for shape, dtype in map(_shape, _INPUT_SHAPE.value):
+  args, kwargs = [], {}
+  for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
     try:
-      arguments.append(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
+      argument = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or 'float32'))
     except TypeError as error:
       raise ValueError(
         f'the dtype of input_shape is not one that JAX has; got {dtype!r}'
       ) from error
+    _add_argument(args, kwargs, name, argument)
   branch = _BRANCH.value
   return count_macs(
     f,
-    *arguments,
+    *args,
+    kwargs=kwargs,
     trip_counts=_TRIP_COUNT.value,
     branch=int(branch) if branch.isdigit() else branch,
     **options,
@@ -221,13 +197,39 @@ def _count_torch(options: dict[str, Any]) -> Report:
     from dynconv_jax.macs.torch import count_macs
   except ImportError as error:
     raise ValueError(str(error)) from error
+  import torch
 
   module = _load('torch', _TORCH.value)()
-  shapes = [_shape(text)[0] for text in _INPUT_SHAPE.value]
+  args, kwargs = [], {}
+  for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
+    found = getattr(torch, dtype, None)
+    if dtype and not isinstance(found, torch.dtype):
+      raise ValueError(
+        f'the dtype of input_shape is not one that PyTorch has; got {dtype!r}'
+      )
+    # A shape stands for a tensor of the module's own dtype and device.
+    argument = torch.zeros(shape, dtype=found) if dtype else shape
+    _add_argument(args, kwargs, name, argument)
   try:
-    return count_macs(module, *shapes, branch=_BRANCH.value, **options)
+    return count_macs(
+      module,
+      *args,
+      kwargs=kwargs,
+      trip_counts=_TRIP_COUNT.value,
+      branch=_BRANCH.value,
+      **options,
+    )
   except TypeError as error:
     raise ValueError(f'--torch={_TORCH.value}: {error}') from error
+
+
+def _add_argument(args: list, kwargs: dict, name: str, value: Any) -> None:
+  if not name:
+    args.append(value)
+  elif name in kwargs:
+    raise ValueError(f'input_shape names the argument {name!r} twice')
+  else:
+    kwargs[name] = value
 
 
 def _count_onnx(options: dict[str, Any]) -> Report:
@@ -271,17 +273,17 @@ def _load(flag: str, path: str) -> Callable:
   return found
 
 
-def _shape(text: str) -> tuple[tuple[int, ...], str]:
-  """Returns the shape and the dtype of '1,224,224,3:dtype'."""
-  sizes, _, dtype = text.partition(':')
+def _shape(text: str) -> tuple[str, tuple[int, ...], str]:
+  """Returns the name, shape and dtype of 'name=1,224,224,3:dtype'."""
+  name, _, rest = text.rpartition('=')
+  sizes, _, dtype = rest.partition(':')
   try:
-    return tuple(
-      int(size) for size in sizes.split(',') if size
-    ), dtype or 'float32'
+    shape = tuple(int(size) for size in sizes.split(',') if size)
   except ValueError:
     raise ValueError(
       f'input_shape must be numbers with commas between; got {text!r}'
     ) from None
+  return name, shape, dtype
 
 
 def _write(path: str, text: str) -> None:

@@ -55,7 +55,9 @@ def main(argv: Sequence[str]) -> None:
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   size, ratio = run.config.image_size, inputs.resize_ratio(run.config)
   report = count_macs(
-    run.model, jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+    run.model,
+    jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
+    convention='conv',
   )
   graphdef, params, model_state = split_model(run.model)
   predict = make_predict(graphdef)

@@ -9,23 +9,9 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-import jax
 from absl import app, logging
 
 import dynconv_jax
-from dynconv_jax.data.decode import CorruptImageError
-from dynconv_jax.training.checkpoints import CheckpointError
-
-# Errors whose message says what to do; anything else is a bug and its
-# traceback is wanted.
-USER_ERRORS = (
-  CheckpointError,
-  CorruptImageError,
-  FloatingPointError,
-  OSError,
-  ValueError,
-)
-
 
 # Ours; through other libraries' progress nobody would find it.
 _PACKAGES = tuple(
@@ -53,6 +39,17 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   ).startswith(_PACKAGES)
 
 
+def user_errors() -> tuple[type[Exception], ...]:
+  """Returns the errors whose message says what to do.
+
+  Anything else is a bug and its traceback is wanted.
+  """
+  errors = (FloatingPointError, OSError, ValueError)
+  # A program that has no checkpoints does not import what they need.
+  checkpoints = sys.modules.get('dynconv_jax.training.checkpoints')
+  return (*errors, checkpoints.CheckpointError) if checkpoints else errors
+
+
 def share_cpu(devices: int, batch_size: int) -> None:
   """Shares the CPU out to JAX devices; to be called before JAX is used.
 
@@ -74,6 +71,8 @@ def share_cpu(devices: int, batch_size: int) -> None:
       else os.cpu_count()
     )
     devices = 2 if cores > 1 and batch_size % 2 == 0 else 1
+  import jax  # Here: to count a PyTorch model takes no JAX.
+
   try:
     jax.config.update('jax_num_cpu_devices', devices)
   except (
@@ -106,7 +105,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.get_absl_handler().addFilter(is_wanted)
     try:
       main(argv)
-    except USER_ERRORS as error:
+    except user_errors() as error:
       # At --verbosity=1 and above the traceback is shown too.
       if logging.get_verbosity() > logging.INFO:
         raise

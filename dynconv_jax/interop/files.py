@@ -10,8 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
+
+from dynconv_jax import extras
+
+extras.require('train', 'safetensors')
+
+import safetensors  # noqa: E402
+import safetensors.numpy  # noqa: E402
+
+from dynconv_jax.files import replacing
 
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.pth.tar')
 
@@ -110,15 +117,13 @@ def write_safetensors(
   path = pathlib.Path(path).expanduser()
   if path.suffix != '.safetensors':
     raise ValueError(f'the file must end in .safetensors; got {path}')
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'{path.name}.partial')
   # safetensors writes an array's memory as it lies, whatever its strides.
   arrays = {k: np.ascontiguousarray(v) for k, v in state_dict.items()}
   try:
     # Readers of PyTorch weights ask for this mark.
-    safetensors.numpy.save_file(
-      arrays, partial, {'format': 'pt', **(metadata or {})}
-    )
+    with replacing(path) as partial:
+      safetensors.numpy.save_file(
+        arrays, partial, {'format': 'pt', **(metadata or {})}
+      )
   except safetensors.SafetensorError as error:
     raise OSError(f'cannot write {path}: {error}') from error
-  os.replace(partial, path)

@@ -1,25 +1,27 @@
 """What a network's weights are called, and how they lie, in PyTorch.
 
-Names and layouts follow from the modules of the network itself. Two namings
-are in use: torchvision's, which timm and the checkpoints of DynConv share, and
-that of ConvNet-AIG's checkpoints.
+Names and layouts follow from the modules of the network itself. Names are
+torchvision's, which timm and the checkpoints of DynConv share, unless the gates
+say how the checkpoints of their method rename modules.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.methods.convnet_aig import LayerGate
-from dynconv_jax.models.gated import gated_blocks
-from dynconv_jax.models.resnet import ResNet
+from dynconv_jax.models.gated import GatedBlock, gated_blocks
 
-NAMINGS = ('torchvision', 'convnet_aig')
 HEADS = ('fc', 'linear', 'classifier', 'classifier.1', '_fc')
+
+# How a naming calls the modules that it calls otherwise than torchvision;
+# None: leaves out.
+Naming = Mapping[str, str | None]
+TORCHVISION: Naming = {}
 
 _BATCH_NORM = {
   'scale': 'weight',
@@ -27,7 +29,7 @@ _BATCH_NORM = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
-_AIG_MODULES = {'downsample': 'shortcut', 'fc': 'linear', 'masker': None}
+_GATE = 'masker'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Weight:
   @property
   def is_gate(self) -> bool:
     """Whether a dense network of the same architecture lacks it."""
-    return 'masker' in self.path
+    return _GATE in self.path
 
   def to_torch(self, array: np.ndarray) -> np.ndarray:
     """Returns a writable copy of the network's array in PyTorch's layout."""
@@ -70,18 +72,18 @@ def _kernel_axes(ndim: int) -> tuple[int, ...]:
   return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
-def own_naming(model: ResNet) -> str:
+def own_naming(model: nnx.Module) -> Naming:
   """Returns how public checkpoints of the model's method name its weights."""
-  gated = any(isinstance(b.masker, LayerGate) for b in gated_blocks(model))
-  return 'convnet_aig' if gated else 'torchvision'
+  gates = [b.masker for b in gated_blocks(model) if b.masker is not None]
+  return gates[0].checkpoint_modules if gates else TORCHVISION
 
 
-def torch_names(model: ResNet, naming: str) -> dict[str, Weight]:
+def torch_names(model: nnx.Module, naming: Naming) -> dict[str, Weight]:
   """Returns the model's weights and batch statistics by their PyTorch names.
 
   Args:
     model: of arrays, or of shapes and dtypes.
-    naming: one of NAMINGS.
+    naming: of modules.
   """
   kinds = {path: type(module) for path, module in nnx.iter_modules(model)}
   weights = {}
@@ -102,11 +104,9 @@ def torch_names(model: ResNet, naming: str) -> dict[str, Weight]:
   return weights
 
 
-def _modules(path: list[Any], naming: str) -> list[str]:
+def _modules(path: list[Any], naming: Naming) -> list[str]:
   modules = map(str, path)
-  if naming == 'convnet_aig':
-    modules = filter(None, (_AIG_MODULES.get(m, m) for m in modules))
-  return list(modules)
+  return list(filter(None, (naming.get(m, m) for m in modules)))
 
 
 def step_counts(weights: dict[str, Weight]) -> list[str]:
@@ -119,25 +119,39 @@ def step_counts(weights: dict[str, Weight]) -> list[str]:
   ]
 
 
-def gateless_blocks(model: ResNet, names: list[str]) -> dict[str, list[str]]:
-  """Returns gate entries of ConvNet-AIG for blocks that have no gate here.
+def gateless_blocks(
+  model: nnx.Module, names: list[str]
+) -> dict[str, list[str]]:
+  """Returns entries of gates for blocks that have no gate here.
 
-  A block whose target rate is 1 is always executed; public checkpoints hold a
-  gate for it all the same, which nothing reads.
+  A block that is always executed may have a gate in public checkpoints all the
+  same, which nothing reads, as ConvNet-AIG's have.
 
   Args:
     model: whose blocks are asked.
-    names: in ConvNet-AIG's naming.
+    names: in the naming of the method's public checkpoints.
 
   Returns:
     The names among `names`, by block; none for a model that has no gates.
   """
-  if own_naming(model) != 'convnet_aig':
+  naming, blocks = own_naming(model), gated_blocks(model)
+  if naming == TORCHVISION:
     return {}
+  parts = {part for block in blocks for part in _parts_of_gate(block)}
   found = {}
-  for block in gated_blocks(model):
+  for block in blocks:
     if block.masker is None:
-      gate = re.compile(rf'{re.escape(block.name)}\.(fc1|fc1bn|fc2)\.\w+')
-      if entries := [name for name in names if gate.fullmatch(name)]:
+      starts = tuple(
+        '.'.join([*_modules([*block.name.split('.'), _GATE], naming), part, ''])
+        for part in parts
+      )
+      if entries := [name for name in names if name.startswith(starts)]:
         found[block.name] = entries
   return found
+
+
+def _parts_of_gate(block: GatedBlock) -> set[str]:
+  """Returns the names of the modules of a block's gate."""
+  if block.masker is None:
+    return set()
+  return {str(path[0]) for path, _ in nnx.iter_modules(block.masker) if path}

@@ -14,7 +14,6 @@ from flax import nnx
 
 from dynconv_jax.interop import mobilenet
 from dynconv_jax.interop import names as names_lib
-from dynconv_jax.models.resnet import ResNet
 
 # Where training scripts keep the weights, and what wrappers put before a name.
 _NESTS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network')
@@ -23,20 +22,21 @@ _PREFIXES = (*_NESTS, '_orig_mod', 'backbone')
 _BESIDE = re.compile(r'(optim\w*|(lr_)?scheduler|scaler|amp)\..*')
 
 
-def load_torch_state_dict(model: ResNet, state_dict: Mapping[str, Any]) -> None:
+def load_torch_state_dict(
+  model: nnx.Module, state_dict: Mapping[str, Any]
+) -> None:
   """Sets all weights and batch statistics of a network from PyTorch's.
 
-  Names are torchvision's; for the methods they are those of the public
-  checkpoints: DynConv's for `dynconv`, ConvNet-AIG's (or torchvision's) for
-  `convnet_aig`, and our own paths for the gates of the others. ConvNet-AIG's
-  gates of blocks that are always executed here are left out, and logged.
+  Names are torchvision's, or those of the public checkpoints of the network's
+  method (DynConv's, ConvNet-AIG's); other methods' gates have our own paths.
+  Gates of blocks that are always executed here are left out, and logged.
 
   Args:
     model: is changed, unless an error is raised; may be abstract, of shapes
       and dtypes.
     state_dict: NumPy arrays or tensors, of any floating point, by name; or a
       checkpoint that holds such a mapping, with prefixes such as `module.`
-      and an optimiser's state beside it.
+      and an optimizer's state beside it.
 
   Raises:
     ValueError: names every entry that is missing, unexpected, of another shape
@@ -47,10 +47,12 @@ def load_torch_state_dict(model: ResNet, state_dict: Mapping[str, Any]) -> None:
   match.load(model)
 
 
-def load_pretrained(model: ResNet, state_dict: Mapping[str, Any]) -> list[str]:
+def load_pretrained(
+  model: nnx.Module, state_dict: Mapping[str, Any]
+) -> list[str]:
   """Starts a network from PyTorch's weights; what they lack stays as it is.
 
-  Gates stay as initialised where the state_dict has none at all: gated methods
+  Gates stay as initialized where the state_dict has none at all: gated methods
   start from dense weights, as in their papers. So does a classifier of another
   number of classes. All else must be there, as in `load_torch_state_dict`.
 
@@ -59,7 +61,7 @@ def load_pretrained(model: ResNet, state_dict: Mapping[str, Any]) -> list[str]:
     state_dict: as in `load_torch_state_dict`.
 
   Returns:
-    PyTorch's names of the weights that stay as initialised; they are logged.
+    PyTorch's names of the weights that stay as initialized; they are logged.
 
   Raises:
     ValueError: as `load_torch_state_dict`.
@@ -77,11 +79,11 @@ def load_pretrained(model: ResNet, state_dict: Mapping[str, Any]) -> list[str]:
   match.check()
   match.load(model)
   if fresh:
-    logging.info('initialised afresh: %s', ', '.join(fresh))
+    logging.info('initialized afresh: %s', ', '.join(fresh))
   return fresh
 
 
-def to_torch_state_dict(model: ResNet) -> dict[str, np.ndarray]:
+def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
   """Returns a network's weights and statistics by PyTorch's names.
 
   The names are those that `load_torch_state_dict` describes, with every batch
@@ -158,7 +160,7 @@ class _Match:
         f'the state_dict does not fit the network{hint}; {"; ".join(errors)}'
       )
 
-  def load(self, model: ResNet) -> None:
+  def load(self, model: nnx.Module) -> None:
     """Sets the weights that fit."""
     state = {
       self.weights[name].path: jnp.array(
@@ -169,13 +171,12 @@ class _Match:
     nnx.update(model, nnx.from_flat_state(state))
 
 
-def _match(model: ResNet, state_dict: Mapping[str, Any]) -> _Match:
+def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
   found = _find_weights(state_dict)
-  # A ConvNet-AIG network is met in its own naming and in torchvision's.
-  own = names_lib.own_naming(model)
+  # A network is met in its method's naming and in torchvision's.
   candidates = [
     names_lib.torch_names(model, naming)
-    for naming in dict.fromkeys((own, 'torchvision'))
+    for naming in (names_lib.own_naming(model), names_lib.TORCHVISION)
   ]
   candidates += mobilenet.published_names(model, candidates[-1], found)
   weights = max(candidates, key=lambda names: len(names.keys() & found.keys()))
@@ -211,7 +212,7 @@ def _match(model: ResNet, state_dict: Mapping[str, Any]) -> _Match:
 def _hint(match: _Match) -> str:
   gates = {name for name, weight in match.weights.items() if weight.is_gate}
   if gates and gates <= set(match.missing):
-    return ', whose gates it lacks (training starts from it by --pretrained)'
+    return ', whose gates it lacks (training can start from it: `pretrained`)'
   return ''
 
 
@@ -233,7 +234,7 @@ def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     name = str(given)
     while name.partition('.')[0] in _PREFIXES:
       name = name.partition('.')[2]
-    # Epochs, accuracies, arguments, an optimiser's state.
+    # Epochs, accuracies, arguments, an optimizer's state.
     is_number = '.' not in name and np.ndim(array) == 0
     if is_number or not hasattr(array, 'shape') or _BESIDE.fullmatch(name):
       continue

@@ -1,7 +1,12 @@
 """What networks cost in multiply-accumulates, exactly and layer by layer."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from dynconv_jax.macs.conventions import CONVENTIONS, Convention
-from dynconv_jax.macs.jaxpr import count_macs
+from dynconv_jax.macs.formulas import Work
+from dynconv_jax.macs.registry import register
 from dynconv_jax.macs.report import (
   Distribution,
   LayerMacs,
@@ -11,6 +16,9 @@ from dynconv_jax.macs.report import (
   distribution,
 )
 
+if TYPE_CHECKING:
+  from dynconv_jax.macs.jaxpr import count_macs as count_macs
+
 __all__ = [
   'CONVENTIONS',
   'Convention',
@@ -19,6 +27,17 @@ __all__ = [
   'Report',
   'Uncounted',
   'UncountedWarning',
+  'Work',
   'count_macs',
   'distribution',
+  'register',
 ]
+
+
+def __getattr__(name):
+  # On demand: counting PyTorch or ONNX does not import JAX.
+  if name == 'count_macs':
+    from dynconv_jax.macs.jaxpr import count_macs
+
+    return count_macs
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

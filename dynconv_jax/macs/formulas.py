@@ -36,8 +36,10 @@ class Work:
     operations: arithmetic on elements that is neither of these, one each.
     ptflops: what ptflops 0.7.5 charges for the module beyond `macs + bias`:
       its norms, activations and pooling.
-    positions: output positions of a convolution over the batch, N * h * w,
-      which is what an execution mask selects from; 0 for other kinds.
+    positions: output positions over the batch that an execution mask can
+      select from: N * h * w of a convolution, N * tokens of a linear layer; 0
+      where there are none or they are not known.
+    outputs: elements of the output of a convolution or matmul.
   """
 
   kind: str
@@ -47,6 +49,7 @@ class Work:
   operations: int = 0
   ptflops: int = 0
   positions: int = 0
+  outputs: int = 0
 
   def __post_init__(self):
     if self.kind not in KINDS:
@@ -124,6 +127,7 @@ def convolution(
     inside_macs=per_pair * math.prod(d.inside_pairs() for d in dims),
     bias=positions * out_features if bias else 0,
     positions=positions,
+    outputs=positions * out_features,
   )
 
 
@@ -143,36 +147,52 @@ def transposed_convolution(
 ) -> Work:
   """Returns the work of a transposed convolution as PyTorch and ONNX put it.
 
+  Each input element meets each tap once, cropped or not, and no more than each
+  output once. Where the stride is 1, no zeros spread the input, and the
+  convolution that it equals would read padding instead.
+
   Args are those of `convolution`, but `strides` spreads the input, `padding`
   is what (low, high) crops from the output, and `output_padding` is added at
   its high end.
   """
   kernel_dilation = kernel_dilation or (1,) * len(input_size)
-  reaches = [
-    dilation * (taps - 1)
-    for dilation, taps in zip(kernel_dilation, kernel_size, strict=True)
+  padding = [
+    (dilation * (taps - 1) - low, dilation * (taps - 1) - high + extra)
+    for dilation, taps, (low, high), extra in zip(
+      kernel_dilation, kernel_size, padding, output_padding, strict=True
+    )
   ]
-  return convolution(
+  work = convolution(
     batch=batch,
     in_features=in_features,
     out_features=out_features,
     input_size=input_size,
     kernel_size=kernel_size,
-    padding=[
-      (reach - low, reach - high + extra)
-      for reach, (low, high), extra in zip(
-        reaches, padding, output_padding, strict=True
-      )
-    ],
+    padding=padding,
     input_dilation=strides,
     kernel_dilation=kernel_dilation,
     feature_groups=feature_groups,
     bias=bias,
   )
+  dims = [
+    _Dimension(size, taps, 1, padded, stride, dilation)
+    for size, taps, padded, stride, dilation in zip(
+      input_size, kernel_size, padding, strides, kernel_dilation, strict=True
+    )
+  ]
+  pairs = math.prod(d.input_size * min(d.taps, d.output_size) for d in dims)
+  macs = batch * (in_features // feature_groups) * out_features * pairs
+  return dataclasses.replace(work, macs=macs)
 
 
 def matmul(
-  rows: int, inner: int, columns: int, *, batch: int = 1, bias: bool = False
+  rows: int,
+  inner: int,
+  columns: int,
+  *,
+  batch: int = 1,
+  bias: bool = False,
+  positions: int = 0,
 ) -> Work:
   """Returns the work of [batch, rows, inner] times [batch, inner, columns].
 
@@ -181,7 +201,33 @@ def matmul(
   """
   outputs = batch * rows * columns
   macs = outputs * inner
-  return Work('matmul', macs, macs, bias=outputs if bias else 0)
+  return Work(
+    'matmul',
+    macs,
+    macs,
+    bias=outputs if bias else 0,
+    positions=positions,
+    outputs=outputs,
+  )
+
+
+def of_complex(work: Work, steps: int = 2) -> Work:
+  """Returns the real work of `work` that is done on complex numbers.
+
+  A complex multiply-accumulate is four real ones: four multiplications and
+  four additions. An addition is two. `fft` counts real operations already.
+
+  Args:
+    work: as of real numbers.
+    steps: real operations for each of `work.operations`.
+  """
+  return dataclasses.replace(
+    work,
+    macs=4 * work.macs,
+    inside_macs=4 * work.inside_macs,
+    bias=2 * work.bias,
+    operations=steps * work.operations,
+  )
 
 
 def attention(
@@ -276,6 +322,96 @@ def fft(elements: int, lengths: Sequence[int]) -> Work:
   size = math.prod(lengths)
   steps = 5 * math.log2(size) if size > 1 else 0
   return Work('reduction', operations=round(elements * steps))
+
+
+def triangular_solve(size: int, columns: int) -> Work:
+  """Returns the work of solving a triangular system for `columns` sides."""
+  return _factorized(
+    columns * size * (size - 1) // 2, size * columns, divisions=size * columns
+  )
+
+
+def cholesky(size: int) -> Work:
+  """Returns the work of a Cholesky factorization; a root is a division."""
+  return _factorized(
+    size * (size**2 - 1) // 6, size**2, divisions=size * (size + 1) // 2
+  )
+
+
+def lu(rows: int, columns: int) -> Work:
+  """Returns the work of an LU factorization with partial pivoting."""
+  steps = range(1, min(rows, columns) + 1)
+  return _factorized(
+    sum((rows - k) * (columns - k) for k in steps),
+    rows * columns,
+    divisions=sum(rows - k for k in steps),
+  )
+
+
+def qr(rows: int, columns: int) -> Work:
+  """Returns the work of Householder's QR factorization, without forming Q.
+
+  Reflector k has the norm of a column and is applied to those after it.
+  """
+  steps = range(min(rows, columns))
+  macs = sum((rows - k) * (2 * (columns - k - 1) + 1) for k in steps)
+  return _factorized(macs, rows * columns)
+
+
+def apply_q(rows: int, columns: int, reflectors: int) -> Work:
+  """Returns the work of a product with the Q of a QR factorization."""
+  macs = sum(2 * (rows - k) * columns for k in range(reflectors))
+  return _factorized(macs, rows * columns)
+
+
+def form_q(rows: int, columns: int, reflectors: int) -> Work:
+  """Returns the work of forming Q; reflector k reaches columns from k on."""
+  macs = sum(2 * (rows - k) * (columns - k) for k in range(reflectors))
+  return _factorized(macs, rows * columns)
+
+
+def eigh(size: int, vectors: bool = True) -> Work:
+  """Returns the usual estimate for a symmetric eigenproblem.
+
+  9 n^3 operations, or 4/3 n^3 without vectors (Golub and Van Loan, Matrix
+  Computations, 4th edition, section 8.3); half as many multiply-accumulates.
+  """
+  return _factorized(
+    (27 if vectors else 4) * size**3 // 6, size**2 if vectors else size
+  )
+
+
+def eig(size: int, vectors: bool = True) -> Work:
+  """Returns the usual estimate for a general eigenproblem or Schur form.
+
+  25 n^3 operations, or 10 n^3 without vectors (the same, section 7.5).
+  """
+  return _factorized(
+    (25 if vectors else 10) * size**3 // 2, size**2 if vectors else size
+  )
+
+
+def hessenberg(size: int) -> Work:
+  """Returns the usual estimate for a reduction to Hessenberg form.
+
+  10/3 n^3 operations (the same, section 7.4).
+  """
+  return _factorized(5 * size**3 // 3, size**2)
+
+
+def svd(rows: int, columns: int, vectors: bool = True) -> Work:
+  """Returns the usual estimate for a singular value decomposition.
+
+  4 m n^2 - 4/3 n^3 operations for the values alone, 14 m n^2 + 8 n^3 with
+  thin vectors, m >= n (the same, section 8.6, Golub and Reinsch).
+  """
+  m, n = max(rows, columns), min(rows, columns)
+  twice = 14 * m * n**2 + 8 * n**3 if vectors else 4 * m * n**2 - 4 * n**3 // 3
+  return _factorized(twice // 2, m * n if vectors else n)
+
+
+def _factorized(macs: int, outputs: int, divisions: int = 0) -> Work:
+  return Work('matmul', macs, macs, operations=divisions, outputs=outputs)
 
 
 @dataclasses.dataclass(frozen=True)

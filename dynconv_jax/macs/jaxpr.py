@@ -17,7 +17,7 @@ def count_macs(
   f: Callable[..., Any],
   *args: Any,
   kwargs: Mapping[str, Any] | None = None,
-  convention: str | conventions.Convention = 'conv',
+  convention: str | conventions.Convention = 'conv+linear',
   padding: bool = True,
   trip_counts: int | Mapping[str, int] | None = None,
   branch: str | int = 'max',
@@ -38,8 +38,8 @@ def count_macs(
     convention: a name in `conventions.CONVENTIONS`, but not 'ptflops'.
     padding: whether positions of input padding count as work.
     trip_counts: how often the body of a `while` runs: one number, or
-      {layer name around the loop: number}. A loop without one that does work
-      is left out with a warning.
+      {layer name around the loop: number}. A loop that counts by a constant to
+      a constant needs none; another that does work is left out with a warning.
     branch: which branch of a `cond` or `switch` counts: 'max' or 'min' for the
       dearest or cheapest, an index (`lax.cond` has the false branch first), or
       the name of a branch's function, the dearest where there is none of that
@@ -49,7 +49,7 @@ def count_macs(
   Raises:
     TypeError: if `f` cannot be called.
     ValueError: if `f` cannot be traced with these arguments, the convention is
-      unknown or needs modules, or an option does not fit.
+      unknown or needs modules, or an option does not fit the program.
   """
   convention = conventions.get_convention(convention)
   if convention.name == 'ptflops':
@@ -67,10 +67,28 @@ def count_macs(
     if isinstance(trips, bool) or not isinstance(trips, int) or trips < 0:
       raise ValueError(f'trip_counts must be integers >= 0; got {trips!r}')
 
-  jaxpr = _trace(f, args, dict(kwargs or {}))
+  kwargs = dict(kwargs or {})
+  if inspect.ismethod(f) and scopes.is_nnx(f.__self__):
+    f, args = f.__func__, (f.__self__, *args)
+  roots = scopes.modules_of(f) + _named(f, args, kwargs)
+  jaxpr = _trace(f, args, kwargs)
   walk = Walk(convention, padding, trip_counts, branch)
   walk.program(jaxpr)
-  return walk.report()
+  builder = report.ReportBuilder(convention, padding)
+  walk.report_to(builder)
+  parameters = scopes.parameters_of(roots)
+  for argument in (*args, *kwargs.values()):
+    # The variables of Linen are named as its modules are.
+    if isinstance(argument, Mapping) and 'params' in argument:
+      held = scopes.arrays_of(argument['params'])
+      parameters += _below_root(held, walk.layers())
+  if parameters:
+    sizes: dict[str, int] = {}
+    for module, array in parameters:
+      sizes[module] = sizes.get(module, 0) + array.size
+    size = sum(array.size * array.dtype.itemsize for _, array in parameters)
+    builder.set_parameters(sizes, size)
+  return builder.build()
 
 
 def _values(numbers: Any) -> list[Any]:
@@ -81,8 +99,6 @@ def _values(numbers: Any) -> list[Any]:
 
 def _trace(f, args, kwargs) -> core.ClosedJaxpr:
   """Returns the jaxpr of f(*args, **kwargs), its layers named by scopes."""
-  if inspect.ismethod(f) and scopes.is_nnx(f.__self__):
-    f, args = f.__func__, (f.__self__, *args)
   leaves, tree = jax.tree.flatten((f, args, kwargs), is_leaf=scopes.is_nnx)
   nnx = _nnx() if any(map(scopes.is_nnx, leaves)) else None
   split = [nnx.split(x) if scopes.is_nnx(x) else (None, x) for x in leaves]
@@ -123,6 +139,18 @@ def _describe(argument: Any) -> str:
   if _is_array(argument):
     return f'{argument.dtype}{list(argument.shape)}'
   return type(argument).__name__
+
+
+def _below_root(
+  held: list[tuple[str, Any]], layers: set[str]
+) -> list[tuple[str, Any]]:
+  """Returns Linen's parameters by the names of layers, its root's included."""
+  roots = {'', *(f'{name.partition(".")[0]}.' for name in layers)}
+  found = {
+    root: sum(root + name in layers for name, _ in held) for root in roots
+  }
+  root = max(sorted(roots), key=found.get)
+  return [((root + name).removesuffix('.'), array) for name, array in held]
 
 
 def _named(f, args, kwargs) -> list[tuple[str, Any]]:

@@ -1,12 +1,16 @@
 """The work of each JAX primitive, handed to the formulas by its shapes.
 
-A new primitive is a word in one of the sets or a function in `_WORK`. What
-holds other computations (jit, scan, ...) is walked in jaxpr.py.
+A new primitive is a word in one of the sets or a function in `_WORK`; users
+register their own with `macs.register`. What holds other computations (jit,
+scan, ...) is walked in walk.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,17 +39,22 @@ LAYOUT = _names("""
 _FREE = LAYOUT | _names("""
   
   after_all all_gather all_gather_invariant all_gather_reduced all_to_all
-  axis_index bitcast_convert_type broadcast_to clz complex concatenate conj
-  create_token dce_sink debug_callback debug_print device_put dimension_size
-  dim_as_value dynamic_slice dynamic_update_slice empty empty2 from_edtype
-  gather imag inspect_sharding iota iota_2x32_shape lu_pivots_to_permutation
-  multiple_of pad pbroadcast platform_index pmax pmin population_count
-  ppermute psum psum_invariant random_bits random_clone random_fold_in
-  random_gamma random_seed random_split random_unwrap random_wrap
-  ragged_all_to_all real reduce_scatter rng_bit_generator rng_uniform scatter
-  select_n shape_assertion shift_left shift_right_arithmetic
-  shift_right_logical slice split stack threefry2x32 tie tile to_edtype
-  unreduced_psum unreduced_reduce_scatter unstack zeros_like
+  axis_index bcoo_extract bcoo_fromdense bcoo_sort_indices bcoo_todense
+  bcoo_transpose bcsr_extract bcsr_fromdense bcsr_todense
+  bitcast_convert_type broadcast_to check clz complex concatenate conj
+  coo_fromdense coo_todense create_token csr_fromdense csr_todense dce_sink
+  debug_callback debug_print device_put dim_as_value dimension_size
+  dynamic_slice dynamic_update_slice empty empty2 freeze from_edtype gather
+  get imag inspect_sharding iota iota_2x32_shape lu_pivots_to_permutation
+  multiple_of new_ref pad pbroadcast philox2x32 philox4x32 platform_index
+  pmax pmin population_count ppermute precv psend psum psum_invariant
+  ragged_all_to_all random_bits random_clone random_fold_in random_gamma
+  random_seed random_split random_unwrap random_wrap real reduce_scatter
+  rng_bit_generator rng_uniform scatter select_n shape_assertion shift_left
+  shift_right_arithmetic shift_right_logical slice split stack swap
+  threefry2x32 threefry4x32 tie tile to_edtype todense unreachable
+  unreduced_psum unreduced_reduce_scatter unstack xla_metadata_value
+  zeros_like
   
 """)
 
@@ -89,22 +98,89 @@ _SCATTERS = _names("""
 """)
 
 
+# Real operations of one complex operation; of any other function two, one for
+# each part.
+_COMPLEX_STEPS = {'mul': 6, 'square': 6, 'div': 11, 'abs': 4}
+
+# {name of a primitive, jitted function or kernel: its formula}
+_REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
+
+
+def register_jax(name: str) -> Callable:
+  """Returns a decorator that makes a function the formula of an operation.
+
+  The function gets its `inputs` and `outputs`, lists of what has a shape and a
+  dtype, and its `params` by name.
+
+  Args:
+    name: of a primitive, a Pallas kernel, or a function that is jitted, called
+      back or has custom derivatives.
+  """
+
+  def decorator(formula: Callable[..., formulas.Work]) -> Callable:
+    _REGISTERED[name] = formula
+    return formula
+
+  return decorator
+
+
+def registered(eqn: Any) -> formulas.Work | None:
+  """Returns the work of an equation by a user's formula, if there is one."""
+  if not _REGISTERED:
+    return None
+  params = eqn.params
+  called = getattr(params.get('call_jaxpr'), 'jaxpr', None)
+  callback = getattr(params.get('callback'), 'callback_func', None)
+  names = (
+    eqn.primitive.name,
+    params.get('name'),
+    getattr(getattr(called, 'debug_info', None), 'func_name', None),
+    getattr(callback, '__name__', None),
+  )
+  for name in names:
+    if isinstance(name, str) and name in _REGISTERED:
+      operation = types.SimpleNamespace(
+        inputs=[v.aval for v in eqn.invars],
+        outputs=[v.aval for v in eqn.outvars],
+        params=params,
+      )
+      work = _REGISTERED[name](operation)
+      if not isinstance(work, formulas.Work):
+        raise TypeError(
+          f'the formula registered for {name!r} must return a macs.Work; got'
+          f' {type(work).__name__}'
+        )
+      return work
+  return None
+
+
 def work_of(eqn: Any) -> formulas.Work | None:
   """Returns the work of an equation; None if its primitive is not known.
 
   Arithmetic that involves no floating-point number (of indices, say) is none.
   """
   name = eqn.primitive.name
-  if name in _FREE:
+  # A collective may be in two halves: psum_start and psum_done.
+  if (
+    name in _FREE or name.removesuffix('_start').removesuffix('_done') in _FREE
+  ):
     return formulas.elementwise(0)
+  work = _real_work_of(eqn, name)
+  is_done = work is None or name == 'fft'
+  if not is_done and any(is_complex(v.aval) for v in eqn.invars):
+    return formulas.of_complex(work, _COMPLEX_STEPS.get(name, 2))
+  return work
+
+
+def _real_work_of(eqn, name) -> formulas.Work | None:
   if name in _WORK:
     return _WORK[name](eqn)
   known = (_ELEMENTWISE, _REDUCTIONS, _CUMULATIVE, _WINDOWS, _SCATTERS)
   if not any(name in names for names in known):
     return None
-  operand, output = eqn.invars[0].aval, eqn.outvars[0].aval
   if not any(_is_floating(v.aval) for v in (*eqn.invars, *eqn.outvars)):
     return formulas.elementwise(0)
+  operand, output = eqn.invars[0].aval, eqn.outvars[0].aval
   if name in _ELEMENTWISE:
     return formulas.elementwise(output.size)
   if name in _REDUCTIONS:
@@ -135,6 +211,11 @@ def out_features(eqn: Any, weights: int = 1) -> int:
     shape = eqn.invars[weights].aval.shape
     return math.prod(n for i, n in enumerate(shape) if i not in used)
   return 0
+
+
+def is_complex(aval: Any) -> bool:
+  """Returns whether these are complex numbers."""
+  return jax.dtypes.issubdtype(getattr(aval, 'dtype', bool), np.complexfloating)
 
 
 def _convolution(eqn) -> formulas.Work:
@@ -196,23 +277,180 @@ def _sort(eqn) -> formulas.Work:
 def _fft(eqn) -> formulas.Work:
   lengths = eqn.params['fft_lengths']
   largest = max(eqn.invars[0].aval.size, eqn.outvars[0].aval.size)
-  real = any(
-    not jax.dtypes.issubdtype(v.aval.dtype, np.complexfloating)
-    for v in (eqn.invars[0], eqn.outvars[0])
-  )
+  real = not all(is_complex(v.aval) for v in (eqn.invars[0], eqn.outvars[0]))
   return formulas.fft(largest // 2 if real else largest, lengths)
 
 
+def _scaled_matmul(eqn) -> formulas.Work:
+  """[batch, m, k] times [batch, n, k], scaled by blocks of k."""
+  batch, rows, inner = eqn.invars[0].aval.shape
+  return formulas.matmul(rows, inner, eqn.invars[1].aval.shape[1], batch=batch)
+
+
+def _fused_attention(products: int):
+  """Returns the formula of cuDNN's attention, by its number of products."""
+
+  def formula(eqn) -> formulas.Work:
+    query, key = (v.aval.shape for v in eqn.invars[:2])
+    # [batch, time, heads, size] or [batch, heads, time, size].
+    time, heads = (2, 1) if eqn.params.get('layout') else (1, 2)
+    work = formulas.attention(
+      query[0] * query[heads], query[time], key[time], query[-1], query[-1]
+    )
+    factor = products / 2
+    return dataclasses.replace(
+      work,
+      macs=round(work.macs * factor),
+      inside_macs=round(work.macs * factor),
+    )
+
+  return formula
+
+
+def _linalg(formula: Callable[[Any, tuple[int, ...]], formulas.Work]):
+  """Returns the formula of a batch of matrices from that of one.
+
+  Args:
+    formula: from the equation and the shape of the first operand's matrices.
+  """
+
+  def batched(eqn) -> formulas.Work:
+    shape = eqn.invars[0].aval.shape
+    return formula(eqn, shape[-2:]) * math.prod(shape[:-2])
+
+  return batched
+
+
+def _triangular_solve(eqn, shape) -> formulas.Work:
+  columns = -1 if eqn.params['left_side'] else -2
+  return formulas.triangular_solve(shape[0], eqn.invars[1].aval.shape[columns])
+
+
+def _qr(eqn, shape) -> formulas.Work:
+  rows, columns = shape
+  q = eqn.outvars[0].aval.shape[-1]
+  return formulas.qr(*shape) + formulas.form_q(rows, q, min(rows, columns))
+
+
+def _householder_product(eqn, shape) -> formulas.Work:
+  return formulas.form_q(*shape, eqn.invars[1].aval.shape[-1])
+
+
+def _ormqr(eqn, shape) -> formulas.Work:
+  rows, columns = eqn.invars[2].aval.shape[-2:]
+  if not eqn.params['left']:
+    rows, columns = columns, rows
+  return formulas.apply_q(rows, columns, eqn.invars[1].aval.shape[-1])
+
+
+def _eig(eqn, shape) -> formulas.Work:
+  return formulas.eig(shape[0], len(eqn.outvars) > 1)
+
+
+def _svd(eqn, shape) -> formulas.Work:
+  return formulas.svd(*shape, len(eqn.outvars) > 1)
+
+
+def _schur(eqn, shape) -> formulas.Work:
+  return formulas.eig(shape[0], len(eqn.outvars) > 1)
+
+
+def _tridiagonal_solve(eqn) -> formulas.Work:
+  """Thomas' algorithm: a step down and a step up, each a product a side."""
+  *batch, size, columns = eqn.invars[3].aval.shape
+  macs = max(size - 1, 0) * (1 + 2 * columns)
+  divisions = size * (1 + columns)
+  work = formulas.Work('matmul', macs, macs, operations=divisions)
+  return work * math.prod(batch)
+
+
+def _symmetric_product(eqn) -> formulas.Work:
+  *batch, size, inner = eqn.invars[0].aval.shape
+  return formulas.matmul(size, inner, size, batch=math.prod(batch))
+
+
+def _sparse_dot(eqn) -> formulas.Work:
+  """Each element that is stored meets the free dimensions of the other side."""
+  data, rhs = eqn.invars[0].aval, eqn.invars[-1].aval
+  (_, contract), (_, batch) = eqn.params['dimension_numbers']
+  used = {*contract, *batch}
+  columns = math.prod(n for i, n in enumerate(rhs.shape) if i not in used)
+  return formulas.matmul(data.size, 1, columns)
+
+
+def _sampled_dot(eqn) -> formulas.Work:
+  """Only the products at the given indices."""
+  (contract, _), _ = eqn.params['dimension_numbers']
+  shape = eqn.invars[0].aval.shape
+  inner = math.prod(shape[i] for i in contract)
+  return formulas.matmul(eqn.outvars[0].aval.size, inner, 1)
+
+
+def _sparse_matrix(eqn) -> formulas.Work:
+  """A COO or CSR matrix times a vector or a matrix."""
+  columns = eqn.invars[3].aval.shape[1:]
+  return formulas.matmul(eqn.invars[0].aval.size, 1, math.prod(columns))
+
+
+def _sum_duplicates(eqn) -> formulas.Work:
+  return formulas.elementwise(eqn.invars[0].aval.size)
+
+
+def _accumulate(eqn) -> formulas.Work:
+  """Adds to a mutable array."""
+  return formulas.elementwise(eqn.invars[1].aval.size)
+
+
 def _is_floating(aval) -> bool:
-  return jax.dtypes.issubdtype(aval.dtype, np.inexact)
+  return jax.dtypes.issubdtype(getattr(aval, 'dtype', bool), np.inexact)
 
 
 _WORK = {
   'conv_general_dilated': _convolution,
   'dot_general': _dot,
   'ragged_dot_general': _ragged_dot,
+  'scaled_dot': _dot,
+  **dict.fromkeys(('scaled_matmul', 'scaled_matmul_wrapper'), _scaled_matmul),
+  # Backward: the scores once more, and two gradients for each product.
+  **{
+    f'dot_product_attention_{fp8}{way}{wrapper}': _fused_attention(products)
+    for fp8 in ('', 'fp8_')
+    for way, products in (('fwd', 2), ('bwd', 5))
+    for wrapper in ('', '_wrapper')
+  },
   'select_and_scatter_add': _select_and_scatter,
-  'sort': _sort,
-  'top_k': _sort,
+  **dict.fromkeys(('sort', 'top_k', 'approx_top_k'), _sort),
   'fft': _fft,
+  'addupdate': _accumulate,
+  'cholesky': _linalg(lambda _, shape: formulas.cholesky(shape[0])),
+  # A rotation for each element of the triangle: two outputs of two products.
+  'cholesky_update': _linalg(
+    lambda _, shape: formulas.matmul(shape[0], 2, shape[0] + 1)
+  ),
+  'lu': _linalg(lambda _, shape: formulas.lu(*shape)),
+  **dict.fromkeys(
+    ('geqrf', 'geqp3'), _linalg(lambda _, shape: formulas.qr(*shape))
+  ),
+  'qr': _linalg(_qr),
+  'householder_product': _linalg(_householder_product),
+  'ormqr': _linalg(_ormqr),
+  'triangular_solve': _linalg(_triangular_solve),
+  'eigh': _linalg(lambda _, shape: formulas.eigh(shape[0])),
+  'eig': _linalg(_eig),
+  'svd': _linalg(_svd),
+  'schur': _linalg(_schur),
+  'hessenberg': _linalg(lambda _, shape: formulas.hessenberg(shape[0])),
+  'tridiagonal': _linalg(
+    lambda _, shape: formulas.eigh(shape[0], vectors=False)
+  ),
+  'tridiagonal_solve': _tridiagonal_solve,
+  'symmetric_product': _symmetric_product,
+  **dict.fromkeys(('bcoo_dot_general', 'bcsr_dot_general'), _sparse_dot),
+  'bcoo_dot_general_sampled': _sampled_dot,
+  'bcoo_sum_duplicates': _sum_duplicates,
+  **{
+    f'{format}_{product}': _sparse_matrix
+    for format in ('coo', 'csr')
+    for product in ('matvec', 'matmat')
+  },
 }

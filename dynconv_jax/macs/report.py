@@ -6,13 +6,14 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dynconv_jax.macs import conventions, formulas
+from dynconv_jax.macs import conventions, formulas, tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,10 @@ class LayerMacs:
     parameters: elements of its weights, counted once.
     macs: its price by the report's convention (FLOPs by the convention
       `flops`).
-    positions: output positions of its convolutions over the batch, N * h * w.
+    positions: output positions over the batch: N * h * w of convolutions,
+      N * tokens of linear layers; 0 where they are not known.
+    activations: elements that its convolutions and matrix products output.
+    activation_bytes: their size in bytes; 0 where it is not known.
   """
 
   name: str
@@ -36,6 +40,8 @@ class LayerMacs:
   parameters: int
   macs: int
   positions: int
+  activations: int = 0
+  activation_bytes: int = 0
 
 
 class Uncounted(NamedTuple):
@@ -45,7 +51,7 @@ class Uncounted(NamedTuple):
   layer: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
   """What a network costs for the arguments as given (the whole batch).
 
@@ -54,12 +60,23 @@ class Report:
     padding: whether positions of input padding count as work.
     by_layer: {layer name: LayerMacs}, in order of execution.
     uncounted: the operations that are missing from the count.
+    unpriced: multiply-accumulates that the convention leaves out: those of
+      matrix products in `conv`.
+    parameters_by_module: {path: elements of the parameters that the module
+      holds itself}, of all modules; None where only the weights of the layers
+      are known.
+    parameter_bytes: size of the parameters in bytes; 0 where it is not known.
+    notes: what else is to be known about the count, one sentence each.
   """
 
   convention: conventions.Convention
   padding: bool
   by_layer: Mapping[str, LayerMacs]
   uncounted: tuple[Uncounted, ...] = ()
+  unpriced: int = 0
+  parameters_by_module: Mapping[str, int] | None = None
+  parameter_bytes: int = 0
+  notes: tuple[str, ...] = ()
 
   @property
   def total(self) -> int:
@@ -68,19 +85,37 @@ class Report:
 
   @property
   def parameters(self) -> int:
-    """The weights of the layers that are listed."""
+    """The model's parameters; the weights of the layers if it is unknown."""
+    if self.parameters_by_module is not None:
+      return sum(self.parameters_by_module.values())
     return sum(layer.parameters for layer in self.by_layer.values())
 
-  def executed(self, masks: Sequence[Any]) -> np.ndarray:
+  @property
+  def activations(self) -> int:
+    """Elements that convolutions and matrix products output."""
+    return sum(layer.activations for layer in self.by_layer.values())
+
+  @property
+  def activation_bytes(self) -> int:
+    """Size of `activations` in bytes; 0 where it is not known."""
+    return sum(layer.activation_bytes for layer in self.by_layer.values())
+
+  def executed(
+    self, masks: Sequence[Any], batch: int | None = None
+  ) -> np.ndarray:
     """Returns float64[N]: what each image costs where its masks execute.
 
     A layer that a mask names costs its share of active positions; every other
-    layer its whole. Masks of ones give `total` over the batch exactly.
+    layer its whole. A product of attention (kind 'pairs') costs its share of
+    active pairs, n_q * n_k. Masks of ones give `total` over the batch exactly.
 
     Args:
-      masks: `gating.mask.ExecutionMask`s: `hard` and `dilated`, [n, h, w] of
-        {0, 1}, and the `layers` that they mask. n need not be the batch that
-        was counted.
+      masks: `masks.ExecutionMask`s: `maps`, each [n, h, w] or [n, tokens] of
+        {0, 1}, and the `layers` that they mask: a name, the `level` of its map
+        and a `kind`, 'positions' or 'pairs'. n need not be the batch that was
+        counted.
+      batch: images that were counted; None: as the positions of the layers
+        tell.
 
     Raises:
       ValueError: if a masked layer is not in the report, is masked twice, or
@@ -88,37 +123,61 @@ class Report:
     """
     if not masks:
       raise ValueError('executed needs at least one mask; got none')
+    if batch is not None and batch < 1:
+      raise ValueError(f'batch must be at least 1; got {batch}')
     masked = [(layer, mask) for mask in masks for layer in mask.layers]
-    names = [layer.name for layer, _ in masked]
+    self._check_names([layer.name for layer, _ in masked])
+
+    batches, shares = {}, {}
+    for layer, mask in masked:
+      active = np.asarray(mask.maps[layer.level], np.float64)
+      size, counted = math.prod(active.shape[1:]), self.by_layer[layer.name]
+      weights = active.sum(axis=tuple(range(1, active.ndim)))
+      pairs = getattr(layer, 'kind', 'positions') == 'pairs'
+      if pairs:
+        # Of all heads and sizes: they do not tell the batch.
+        weights, size, number = weights**2, size**2, counted.macs
+        exact = self.convention.unit == 'MACs'
+      else:
+        number, exact = counted.positions, True
+        batches[layer.name] = number // size
+      if not number or (exact and number % (size * (batch or 1))):
+        images = f' for {batch} images' if batch else ''
+        raise ValueError(
+          f'{layer.name} has {number} {"MACs" if pairs else "output positions"}'
+          f'{images}, not a multiple of the {active.shape[1:]} of its mask'
+          f'{" squared" * pairs}'
+        )
+      shares[layer.name] = weights, size
+    if batch is None:
+      if not batches:
+        raise ValueError(
+          'the masks name products of attention alone, which do not tell how'
+          ' many images were counted; give batch='
+        )
+      if len(set(batches.values())) > 1:
+        raise ValueError(
+          'the masks fit the layers at different batch sizes:'
+          f' {batches}; were they made from images of another size?'
+        )
+      batch = next(iter(batches.values()))
+
+    executed = 0
+    for name, (weights, size) in shares.items():
+      executed = executed + weights * self.by_layer[name].macs / (size * batch)
+    always = self.total - sum(self.by_layer[name].macs for name in shares)
+    return always / batch + executed
+
+  def _check_names(self, names: Sequence[str]) -> None:
+    """Raises an error unless masks name layers of the report, each once."""
     if missing := [name for name in names if name not in self.by_layer]:
+      hint = f'; {note}' if (note := tables.unpriced(self)) else ''
       raise ValueError(
         f'the masks name layers that the report does not have: {missing};'
-        f' it has {list(self.by_layer)}'
+        f' it has {list(self.by_layer)}{hint}'
       )
     if twice := sorted({name for name in names if names.count(name) > 1}):
       raise ValueError(f'layers masked more than once: {twice}')
-
-    batches, executed = {}, 0
-    for layer, mask in masked:
-      active = np.asarray(mask.maps[layer.level])
-      counted = self.by_layer[layer.name]
-      size = int(np.prod(active.shape[1:]))
-      if not counted.positions or counted.positions % size:
-        raise ValueError(
-          f'{layer.name} has {counted.positions} output positions, not a'
-          f' multiple of the {active.shape[1:]} of its mask'
-        )
-      batches[layer.name] = counted.positions // size
-      weights = active.sum(axis=(1, 2), dtype=np.float64)
-      executed = executed + weights * counted.macs / counted.positions
-    if len(set(batches.values())) > 1:
-      raise ValueError(
-        'the masks fit the layers at different batch sizes:'
-        f' {batches}; were they made from images of another size?'
-      )
-    batch = next(iter(batches.values()))
-    always = self.total - sum(self.by_layer[name].macs for name in names)
-    return always / batch + executed
 
   def grouped(self, depth: int) -> Report:
     """Returns the report with layers merged by the first `depth` names.
@@ -157,6 +216,7 @@ class Report:
         'kind': layer.kind,
         'output_shape': layer.output_shape,
         'parameters': layer.parameters,
+        'activations': layer.activations,
         'macs': layer.macs,
         'share': layer.macs / total,
       }
@@ -169,50 +229,43 @@ class Report:
     return rows
 
   def to_table(self, sort: str = 'order') -> str:
-    """Returns the report as aligned text, with a line for the total."""
-    header = (
-      'name',
-      'kind',
-      'output shape',
-      'parameters',
-      self.convention.unit,
-      'share',
-    )
-    lines = [
-      (
-        row['name'],
-        row['kind'],
-        'x'.join(map(str, row['output_shape'])),
-        f'{row["parameters"]:,}',
-        f'{row["macs"]:,}',
-        f'{row["share"]:.1%}',
-      )
-      for row in self.rows(sort)
-    ]
-    lines.append(
-      ('total', '', '', f'{self.parameters:,}', f'{self.total:,}', '100.0%')
-    )
-    widths = [max(map(len, column)) for column in zip(header, *lines)]  # noqa: B905
-    text = [
-      '  '.join(
-        cell.ljust(width) if i < 3 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-      ).rstrip()
-      for line in (header, *lines)
-    ]
-    text.insert(1, '-' * (sum(widths) + 2 * (len(widths) - 1)))
-    text.insert(-1, text[1])
-    text += [
-      f'not counted: {operation} in {layer or "the network"}'
-      for operation, layer in self.uncounted
-    ]
-    return '\n'.join(text)
+    """Returns the layers as aligned text, with a line for the total.
+
+    Args:
+      sort: as in `rows`.
+    """
+    return tables.layers(self, sort)
+
+  def to_tree(self, depth: int | None = None) -> str:
+    """Returns the modules as aligned text, each indented below its parent.
+
+    A module's line has the sum of what is inside of it.
+
+    Args:
+      depth: levels to show; None: all.
+    """
+    if depth is not None and depth < 1:
+      raise ValueError(f'depth must be at least 1; got {depth}')
+    return tables.modules(self, depth)
+
+  def __str__(self) -> str:
+    """Returns the tree of modules, as deep as 60 rows allow."""
+    return tables.modules_that_fit(self)
+
+  def __repr__(self) -> str:
+    return tables.one_line(self)
+
+  def _repr_html_(self) -> str:
+    """Returns the tree of modules as an HTML table, for notebooks."""
+    return tables.modules_as_html(self)
 
   def to_csv(self, sort: str = 'order') -> str:
     """Returns the rows as CSV text, without a total."""
     file = io.StringIO()
-    fields = ('name', 'kind', 'output_shape', 'parameters', 'macs', 'share')
-    writer = csv.DictWriter(file, fields, lineterminator='\n')
+    fields = ('name', 'kind', 'output_shape', 'parameters', 'activations')
+    writer = csv.DictWriter(
+      file, (*fields, 'macs', 'share'), lineterminator='\n'
+    )
     writer.writeheader()
     for row in self.rows(sort):
       shape = 'x'.join(map(str, row['output_shape']))
@@ -220,15 +273,20 @@ class Report:
     return file.getvalue()
 
   def to_json(self, indent: int | None = None) -> str:
-    """Returns {convention, unit, padding, total, by_layer, uncounted}."""
+    """Returns {convention, unit, padding, total, by_layer, uncounted, ...}."""
     document = {
       'convention': self.convention.name,
       'unit': self.convention.unit,
       'padding': self.padding,
       'total': self.total,
+      'unpriced': self.unpriced,
       'parameters': self.parameters,
+      'parameter_bytes': self.parameter_bytes,
+      'activations': self.activations,
+      'activation_bytes': self.activation_bytes,
       'by_layer': {row.pop('name'): row for row in self.rows()},
       'uncounted': [list(entry) for entry in self.uncounted],
+      'notes': list(self.notes),
     }
     return json.dumps(document, indent=indent)
 
@@ -243,6 +301,10 @@ class ReportBuilder:
     self._padding = padding
     self._layers: dict[str, LayerMacs] = {}
     self._uncounted: dict[Uncounted, None] = {}
+    self._notes: dict[str, None] = {}
+    self._unpriced = 0
+    self._parameters: Mapping[str, int] | None = None
+    self._parameter_bytes = 0
 
   def add(
     self,
@@ -251,6 +313,7 @@ class ReportBuilder:
     *,
     output_shape: Iterable[int] = (),
     parameters: int = 0,
+    itemsize: int = 0,
   ) -> None:
     """Adds work to a layer; what the convention gives no price is left out.
 
@@ -260,9 +323,11 @@ class ReportBuilder:
       output_shape: shape of the operation's result, in the framework's layout.
       parameters: elements of weights that this operation brings in; pass them
         once for a weight that is used several times.
+      itemsize: bytes of an element of the result; 0 where it is not known.
     """
     macs = self._convention(work, self._padding)
     if not macs:
+      self._unpriced += work.macs if self._padding else work.inside_macs
       return
     layer = LayerMacs(
       name,
@@ -271,10 +336,28 @@ class ReportBuilder:
       parameters,
       macs,
       work.positions,
+      work.outputs,
+      work.outputs * itemsize,
     )
     if name in self._layers:
       layer = _merge(name, [self._layers[name], layer], dearest=False)
     self._layers[name] = layer
+
+  def set_parameters(self, by_module: Mapping[str, int], size: int = 0) -> None:
+    """Says what parameters the model has, used or not.
+
+    Args:
+      by_module: {path: elements of the parameters that the module holds
+        itself}, in the model's order. A parameter that several modules share
+        stands with one of them.
+      size: of all of them in bytes; 0 where it is not known.
+    """
+    self._parameters = dict(by_module)
+    self._parameter_bytes = size
+
+  def note(self, text: str) -> None:
+    """Adds a sentence that is shown below the table, once."""
+    self._notes[text] = None
 
   def leave_out(self, operation: str, layer: str, reason: str = '') -> None:
     """Notes an operation that is not counted; warns once for each name."""
@@ -290,8 +373,24 @@ class ReportBuilder:
 
   def build(self) -> Report:
     """Returns the report of all that was added."""
+    layers = self._layers
+    if self._parameters is not None:
+      # What the model says of a layer holds, however often it is used.
+      layers = {
+        name: dataclasses.replace(
+          layer, parameters=self._parameters.get(name, 0)
+        )
+        for name, layer in layers.items()
+      }
     return Report(
-      self._convention, self._padding, self._layers, tuple(self._uncounted)
+      self._convention,
+      self._padding,
+      layers,
+      tuple(self._uncounted),
+      self._unpriced,
+      self._parameters,
+      self._parameter_bytes,
+      tuple(self._notes),
     )
 
 
@@ -346,5 +445,8 @@ def _merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
     shaped.output_shape,
     sum(layer.parameters for layer in layers),
     sum(layer.macs for layer in layers),
-    sum(layer.positions for layer in layers),
+    # A mask selects from the positions of one kind.
+    sum(layer.positions for layer in alike),
+    sum(layer.activations for layer in layers),
+    sum(layer.activation_bytes for layer in layers),
   )

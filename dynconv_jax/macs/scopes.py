@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
 # Marks a scope of ours: the paths of the module around and of the module.
@@ -91,6 +92,59 @@ def modules_of(f: Callable) -> list[tuple[str, Any]]:
   return [('self', f)]
 
 
+def parameters_of(roots: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+  """Returns (path of the module, array) of each parameter of the modules.
+
+  Parameters are NNX's `Param`s and Equinox's floating-point arrays, each once.
+
+  Args:
+    roots: (name, module), as for `Scopes.add_roots`.
+  """
+  roots = _unique(roots)
+  found: dict[int, tuple[str, Any]] = {}
+  for name, module in roots:
+    prefix = name if len(roots) > 1 else ''
+    for path, array in _arrays(module):
+      found.setdefault(
+        id(array), ('.'.join(filter(None, [prefix, path])), array)
+      )
+  return list(found.values())
+
+
+def arrays_of(tree: Any, prefix: str = '') -> list[tuple[str, Any]]:
+  """Returns (path of what holds it, array) of each array in a pytree."""
+  found = []
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'):
+      names = [
+        str(getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', ''))))
+        for key in path[:-1]
+      ]
+      found.append(('.'.join(filter(None, [prefix, *names])), leaf))
+  return found
+
+
+def _arrays(module: Any) -> list[tuple[str, Any]]:
+  """Returns (path of the module that holds it, array) of each parameter."""
+  if is_nnx(module):
+    nnx = sys.modules['flax.nnx']
+    params = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return [
+      ('.'.join(map(str, path[:-1])), array)
+      for path, variable in params
+      for array in jax.tree.leaves(variable)
+    ]
+  return [
+    (path, array)
+    for path, array in arrays_of(module)
+    if jax.dtypes.issubdtype(array.dtype, np.inexact)
+  ]
+
+
+def _unique(roots: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
+  return list({id(module): (name, module) for name, module in roots}.values())
+
+
 class Scopes:
   """Finds the paths of the modules that are called in one trace."""
 
@@ -102,7 +156,7 @@ class Scopes:
 
   def add_roots(self, roots: Iterable[tuple[str, Any]]) -> None:
     """Names the modules in each root; by its own name if there are several."""
-    roots = list({id(module): (n, module) for n, module in roots}.values())
+    roots = _unique(roots)
     for name, module in roots:
       self._register(name if len(roots) > 1 else '', module)
 

@@ -1,21 +1,27 @@
 """Counts a PyTorch module from the operations that it dispatches.
 
 The module runs once on fake tensors, which have a shape and no data, under a
-dispatch mode that sees every operation, be it called by a module, a function
-or an operator. That keeps Python control flow as it is and needs no graph,
-where `torch.export` would have to trace one; module hooks only name what is
-seen. Inference mode makes composite operations arrive whole, so that a linear
-layer keeps its bias whatever the layout of its input.
+dispatch mode that sees every operation. That keeps Python control flow as it
+is and needs no graph, where `torch.export` would have to trace one. Inference
+mode makes composite operations arrive whole, so that a linear layer keeps its
+bias whatever the layout of its input.
+
+A module that looks at values of its tensors runs once on data instead.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
+import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from dynconv_jax.macs import conventions, formulas, report
+from dynconv_jax.macs import conventions, report
 
 try:
   import torch
@@ -27,283 +33,318 @@ except ModuleNotFoundError as error:
 
 from torch import nn
 from torch._subclasses import fake_tensor
-from torch.nn.modules import module as module_hooks
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynconv_jax.macs import torch_ops
+from dynconv_jax.macs import torch_counter, torch_einsum, torch_ops
+
+# One of these is loaded where something may be compiled.
+_COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
+
+# A note of a report: its count depends on the data.
+_RAN = 'counted by a run on {data}: other values may give another count'
+
+
+@dataclasses.dataclass(frozen=True)
+class AsIs:
+  """An argument that reaches the module as given, be it a tuple of ints."""
+
+  value: Any
 
 
 def count_macs(
   module: nn.Module,
   *args: Any,
   kwargs: Mapping[str, Any] | None = None,
-  convention: str | conventions.Convention = 'conv',
+  convention: str | conventions.Convention = 'conv+linear',
   padding: bool = True,
   branch: str = 'max',
+  trip_counts: int | Mapping[str, int] | None = None,
+  run: bool | None = None,
+  backward: bool = False,
 ) -> report.Report:
-  """Returns what a module costs in evaluation mode for inputs like `args`.
+  """Returns what a module costs for inputs like `args`.
 
-  Nothing is allocated or computed, and the module is left as it was. The
-  layers are named by the path of the module that was running, what `module`
-  does itself by its class.
+  The module is counted in evaluation mode and left as it was. Layers are
+  named by the path of the module that was running, what `module` does itself
+  by its class.
 
   Args:
-    module: on any device, 'meta' included.
+    module: on any device, 'meta' included, or a `torch.export.ExportedProgram`.
     *args: what `module` is called with: tensors, nests of tensors and other
-      values, or shapes, tuples of ints, which stand for a tensor of the
-      module's dtype on its device.
+      values, or shapes, tuples or lists of ints, which stand for a tensor of
+      the module's dtype on its device. `AsIs((2, 3))` passes the tuple itself.
     kwargs: arguments by name, likewise.
     convention: a name in `conventions.CONVENTIONS`.
     padding: whether positions of input padding count as work.
     branch: which branch of a `torch.cond` counts: 'max' or 'min' for the dearer
-      or cheaper, 'true' or 'false'.
+      or cheaper, 'true' or 'false'. A run on data counts the one it takes.
+    trip_counts: how often the body of a `while_loop` runs: one number, or
+      {layer name around the loop: number}. A loop without one that does work
+      is left out with a warning. A run on data counts the steps it takes.
+    run: whether the module runs on data; False allocates and computes nothing.
+      By default it does only if it cannot run on shapes alone, as where it
+      looks at values of its tensors; the report then says so. Where a shape is
+      given, the data is normally distributed, the same each time.
+    backward: whether the gradients of the outputs by the parameters, and by
+      inputs that require them, count too. The module then is counted in the
+      mode, training or evaluation, that it is in.
 
   Raises:
     TypeError: if `module` is not an nn.Module.
-    ValueError: if the convention or branch is unknown, or the module does not
-      run on these inputs, has parameters without a shape, or looks at values
-      of tensors.
+    ValueError: if an option does not fit, or the module does not run on these
+      inputs or has parameters without a shape.
   """
+  if isinstance(module, torch.export.ExportedProgram):
+    module = module.module()
   if not isinstance(module, nn.Module):
     raise TypeError(f'module must be a torch.nn.Module; got {type(module)}')
   # A compiled module is counted by what was compiled.
   module = getattr(module, '_orig_mod', module)
-  if branch not in ('max', 'min', 'true', 'false'):
-    raise ValueError(
-      f"branch must be 'max', 'min', 'true' or 'false'; got {branch!r}"
+  options = torch_counter.Options(
+    conventions.get_convention(convention), branch, trip_counts, backward
+  )
+  _check(module, options, run)
+  builder = report.ReportBuilder(options.convention, padding)
+  try:
+    counter = _count(module, args, kwargs or {}, options, real=bool(run))
+  except _Failure as failure:
+    if run is not None or _has_no_data(module):
+      raise failure.error() from failure.cause
+    try:
+      counter = _count(module, args, kwargs or {}, options, real=True)
+    except _Failure as failure:
+      raise failure.error() from failure.cause
+    run = True
+  if run:
+    given = any(
+      isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))
     )
-  builder = report.ReportBuilder(convention, padding)
+    builder.note(_RAN.format(data='the data given' if given else 'random data'))
+  counter.report_to(builder)
+  return builder.build()
+
+
+def _check(
+  module: nn.Module, options: torch_counter.Options, run: bool | None
+) -> None:
+  """Raises an error if an option or the module does not fit."""
+  if options.branch not in ('max', 'min', 'true', 'false'):
+    raise ValueError(
+      f"branch must be 'max', 'min', 'true' or 'false'; got {options.branch!r}"
+    )
+  trips = options.trip_counts
+  for count in trips.values() if isinstance(trips, Mapping) else [trips]:
+    if count is not None and (type(count) is not int or count < 0):
+      raise ValueError(f'trip_counts must be integers >= 0; got {count!r}')
+  if options.backward and options.convention.name == 'ptflops':
+    raise ValueError("the convention 'ptflops' prices no backward pass")
   lazy = nn.parameter.UninitializedTensorMixin
   if any(isinstance(weight, lazy) for weight in module.parameters()):
     raise ValueError(
       f'{type(module).__name__} has parameters that have no shape yet: call it'
       ' once before counting'
     )
-  counter = _Counter(module, conventions.get_convention(convention), branch)
+  if run and _has_no_data(module):
+    raise ValueError(
+      f'run=True needs weights with data; those of {type(module).__name__} are'
+      " on the device 'meta'"
+    )
+
+
+def _has_no_data(module: nn.Module) -> bool:
+  return any(tensor.is_meta for tensor in _tensors_of(module))
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+  return [*module.parameters(), *module.buffers()]
+
+
+class _Failure(Exception):
+  """The module did not run."""
+
+  def __init__(self, module, shapes, layer, cause):
+    super().__init__(str(cause))
+    self.cause = cause
+    self._texts = type(module).__name__, shapes, layer or 'its forward'
+
+  def error(self) -> ValueError:
+    name, shapes, layer = self._texts
+    if isinstance(
+      self.cause,
+      fake_tensor.DataDependentOutputException
+      | fake_tensor.DynamicOutputShapeException,
+    ):
+      return ValueError(
+        f'{name} looks at the values of its tensors in {layer}'
+        f' ({self.cause.func}), and shapes have none: pass weights and inputs'
+        ' with data, and run=True'
+      )
+    return ValueError(
+      f'{name} does not run on inputs of shapes {shapes}:'
+      f' {type(self.cause).__name__} in {layer}: {self.cause}'
+    )
+
+
+def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
+  """Returns the counter of one run, on data or on fake tensors.
+
+  Raises:
+    _Failure: if the module does not run.
+  """
+  counter = torch_counter.Counter(module, options, real)
   fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+  inputs = ()
   with contextlib.ExitStack() as stack:
     stack.enter_context(_left_as_it_was(module))
-    stack.enter_context(torch.inference_mode())
-    stack.enter_context(fake)
-    _empty(module.eval(), fake)
-    fake_args, fake_kwargs = _fake_inputs(module, fake, args, kwargs or {})
-    stack.enter_context(counter.named())
-    stack.enter_context(counter)
+    if _COMPILING & sys.modules.keys():
+      # What is compiled is counted by what was compiled.
+      stack.enter_context(torch.compiler.set_stance('force_eager'))
+      stack.enter_context(warnings.catch_warnings())
+      warnings.filterwarnings('ignore', 'flex_attention called without')
+    if not options.backward:
+      stack.enter_context(torch.inference_mode())
+      # The module of an exported program has one mode, and no `eval`.
+      with contextlib.suppress(NotImplementedError):
+        module.eval()
+    else:
+      stack.enter_context(torch.enable_grad())
+      stack.enter_context(torch_einsum.OuterProducts())
+    if real:
+      devices = {x.device for x in _tensors_of(module) if x.is_cuda}
+      stack.enter_context(torch.random.fork_rng(devices))
+      torch.manual_seed(0)
+      copy_of = _copy
+    else:
+      stack.enter_context(fake)
+      copy_of = functools.partial(_without_data, fake)
     try:
-      module(*fake_args, **fake_kwargs)
-    except (
-      fake_tensor.DataDependentOutputException,
-      fake_tensor.DynamicOutputShapeException,
-    ) as error:
-      raise ValueError(
-        f'{type(module).__name__} looks at the values of its tensors in'
-        f' {counter.failed_in or "its forward"} ({error.func}); a count sees'
-        ' only their shapes'
-      ) from error
+      _replace_tensors(module, copy_of)
+      inputs = _inputs(module, copy_of, args, kwargs)
+      stack.enter_context(counter.named())
+      stack.enter_context(counter)
+      output = counter.run(module, *inputs)
+      if options.backward:
+        _differentiate(counter, module, inputs, output)
+    except torch_ops.FormulaError:
+      raise
     except Exception as error:
       shapes = [
         tuple(leaf.shape)
-        for leaf in pytree.tree_leaves((fake_args, fake_kwargs))
+        for leaf in pytree.tree_leaves(inputs)
         if isinstance(leaf, torch.Tensor)
       ]
-      raise ValueError(
-        f'{type(module).__name__} does not run on inputs of shapes {shapes}:'
-        f' {type(error).__name__} in {counter.failed_in or "its forward"}:'
-        f' {error}'
-      ) from error
-  counter.report_to(builder)
-  for entry in counter.uncounted:
-    builder.leave_out(*entry, 'its cost is not known')
-  return builder.build()
+      raise _Failure(module, shapes, counter.failed_in, error) from error
+  return counter
 
 
-class _Counter(TorchDispatchMode):
-  """Records the work of each operation under the module that is running."""
+def _without_data(
+  fake: fake_tensor.FakeTensorMode, tensor: torch.Tensor
+) -> torch.Tensor:
+  if tensor.layout != torch.strided:
+    raise NotImplementedError(
+      f'a shape does not tell how much a tensor of {tensor.layout} stores'
+    )
+  return fake.from_tensor(tensor)
 
-  supports_higher_order_operators = True
 
-  def __init__(
-    self,
-    module: nn.Module,
-    convention: conventions.Convention,
-    branch: str,
-  ):
-    super().__init__()
-    self.uncounted: list[report.Uncounted] = []
-    self.failed_in = ''
-    self._error: BaseException | None = None
-    self._sizes = {
-      name: weight.numel() for name, weight in module.named_parameters()
-    }
-    self._convention = convention
-    self._branch = branch
-    self._root = type(module).__name__
-    self._names = {child: name for name, child in module.named_modules()}
-    self._running: list[tuple[str, nn.Module]] = [('', module)]
-    # One entry an operation: layer, work, output shape.
-    self._records: list[tuple[str, formulas.Work, tuple[int, ...]]] = []
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+  copy = tensor.detach().clone()
+  if isinstance(tensor, nn.Parameter):
+    return nn.Parameter(copy, tensor.requires_grad)
+  return copy.requires_grad_(tensor.requires_grad)
 
-  @property
-  def layer(self) -> str:
-    """The path of the module that is running."""
-    return self._running[-1][0]
 
-  @contextlib.contextmanager
-  def named(self) -> Iterator[None]:
-    """Follows which module is running."""
-    handles = [
-      module_hooks.register_module_forward_pre_hook(self._start),
-      module_hooks.register_module_forward_hook(self._stop, always_call=True),
+def _differentiate(counter, module, inputs, output) -> None:
+  """Computes the gradients of all outputs by parameters and inputs."""
+  outputs, sources = (
+    [
+      leaf
+      for leaf in leaves
+      if isinstance(leaf, torch.Tensor) and leaf.requires_grad
     ]
-    try:
-      yield
-    finally:
-      for handle in handles:
-        handle.remove()
-
-  def _start(self, module, args):
-    del args
-    # A module made in a forward pass has no path: its caller's is used.
-    self._running.append((self._names.get(module, self.layer), module))
-
-  def _stop(self, module, args, output):
-    del module, args, output
-    error = sys.exc_info()[1]
-    if error is not self._error:
-      self._error, self.failed_in = error, self.layer
-    self._running.pop()
-
-  def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-    del types
-    kwargs = kwargs or {}
-    if func is torch.ops.higher_order.cond:
-      return self._cond(*args)
-    if not isinstance(func, torch._ops.OpOverload):
-      self._builder.leave_out(
-        str(func), self.layer, 'its body is not looked at'
-      )
-      return func(*args, **kwargs)
-    if func.namespace == 'prim':
-      return func(*args, **kwargs)
-    known = torch_ops.is_known(func)
-    if not known:
-      # Composite operations are counted by their parts.
-      with self:
-        output = func.decompose(*args, **kwargs)
-      if output is not NotImplemented:
-        return output
-    output = torch_ops.recurrent_output(func, args, kwargs)
-    if output is None:
-      output = func(*args, **kwargs)
-    work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
-    if work is None:
-      self._leave_out(func)
-    elif any((work.macs, work.bias, work.operations, work.ptflops)):
-      self._records.append((self.layer, work, torch_ops.first_shape(output)))
-    return output
-
-  def _leave_out(self, func) -> None:
-    entry = report.Uncounted(str(func), self.layer or self._root)
-    self.uncounted.append(entry)
-
-  def _cond(self, predicate, on_true, on_false, operands):
-    del predicate
-    before, branches = self._records, []
-    for branch in (on_true, on_false):
-      self._records = []
-      with self:
-        output = branch(*operands)
-      branches.append(self._records)
-    if self._branch in ('true', 'false'):
-      chosen = branches[self._branch == 'false']
-    else:
-      choose = min if self._branch == 'min' else max
-      chosen = choose(branches, key=self._price)
-    self._records = before + chosen
-    return output
-
-  def _price(self, records) -> int:
-    return sum(self._convention(work) for _, work, _ in records)
-
-  def report_to(self, builder: report.ReportBuilder) -> None:
-    """Adds all that was recorded, work of one layer and kind as one."""
-    totals: dict[str, dict[str, tuple[formulas.Work, tuple[int, ...]]]] = {}
-    for name, work, shape in self._records:
-      kinds = totals.setdefault(name, {})
-      if work.kind in kinds:
-        work = kinds[work.kind][0] + work
-      kinds[work.kind] = work, shape
-
-    # Weights that a layer uses without calling the module that holds them, as
-    # attention does its output projection, are that layer's.
-    parameters = dict.fromkeys(totals, 0)
-    for path, size in self._sizes.items():
-      while path:
-        path = path.rpartition('.')[0]
-        if path in totals:
-          parameters[path] += size
-          break
-
-    for name, kinds in totals.items():
-      # The heaviest kind has them: a convention may leave out the others.
-      heaviest = min(kinds, key=formulas.KINDS.index)
-      for kind, (work, shape) in kinds.items():
-        builder.add(
-          name or self._root,
-          work,
-          output_shape=shape,
-          parameters=parameters[name] if kind == heaviest else 0,
-        )
+    for leaves in (
+      pytree.tree_leaves(output),
+      (*module.parameters(), *pytree.tree_leaves(inputs)),
+    )
+  )
+  if not outputs:
+    raise ValueError('no output depends on what requires a gradient')
+  counter.differentiate(outputs, sources)
 
 
-def _fake_inputs(module, fake, args, kwargs):
-  """Returns the arguments with every tensor and shape as a fake tensor."""
-  weights = [
-    weight
-    for weight in (*module.parameters(), *module.buffers())
-    if weight.is_floating_point()
-  ]
+def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
+  """Returns the arguments with tensors copied and a tensor for each shape."""
+  weights = [x for x in _tensors_of(module) if x.is_floating_point()]
   dtype = weights[0].dtype if weights else torch.get_default_dtype()
   device = weights[0].device if weights else torch.device('cpu')
 
   def is_shape(value):
     return (
-      isinstance(value, (tuple, list))
+      type(value) in (tuple, list, torch.Size)
       and len(value) > 0
       and all(type(size) is int for size in value)
     )
 
-  def to_fake(value):
+  def to_input(value):
+    if isinstance(value, AsIs):
+      return value.value
     if is_shape(value):
-      return torch.empty(tuple(value), dtype=dtype, device=device)
+      return torch.randn(tuple(value), device=device).to(dtype)
     if isinstance(value, torch.Tensor):
-      return fake.from_tensor(value)
+      return copy_of(value)
+    if callable(value):
+      return value
+    # A cache of keys and values, say, that the module adds to.
+    with contextlib.suppress(Exception):
+      return copy.deepcopy(value)
     return value
 
-  return pytree.tree_map(to_fake, (args, dict(kwargs)), is_leaf=is_shape)
+  return pytree.tree_map(to_input, (args, dict(kwargs)), is_leaf=is_shape)
 
 
-def _empty(module: nn.Module, fake: fake_tensor.FakeTensorMode) -> None:
-  """Puts fake tensors in place of weights, so that no update reaches them."""
+def _replace_tensors(
+  module: nn.Module, copy_of: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+  """Puts copies in place of weights, so that no update reaches these."""
+  copies: dict[int, torch.Tensor] = {}
+
+  def replace(value):
+    if not isinstance(value, torch.Tensor):
+      return value
+    if id(value) not in copies:
+      copies[id(value)] = copy_of(value)
+    return copies[id(value)]
+
   for child in module.modules():
-    if not isinstance(child, torch.jit.ScriptModule):
-      for tensors in (child._parameters, child._buffers):
-        for name, tensor in tensors.items():
-          if tensor is not None:
-            tensors[name] = fake.from_tensor(tensor)
+    if isinstance(child, torch.jit.ScriptModule):
+      continue
+    for tensors in (child._parameters, child._buffers):
+      tensors.update({name: replace(x) for name, x in tensors.items()})
+    for name, value in child.__dict__.items():
+      # Recurrent layers hold their weights in a list, too.
+      if isinstance(value, torch.Tensor):
+        child.__dict__[name] = replace(value)
+      elif type(value) is list and any(id(x) in copies for x in value):
+        child.__dict__[name] = [replace(x) for x in value]
 
 
 @contextlib.contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-  """Undoes what a forward pass leaves behind: modes, caches, buffers.
+  """Undoes what a forward pass leaves behind: modes, caches, buffers, hooks.
 
   Also turns off attention's fused kernels, which hide what they compute.
   """
-  saved = [
-    (child, dict(child.__dict__), dict(child._buffers), dict(child._parameters))
+  attributes = [
+    (child.__dict__, dict(child.__dict__))
     for child in module.modules()
     if not isinstance(child, torch.jit.ScriptModule)
+  ]
+  # Weights, hooks and caches, which are changed in place.
+  containers = [
+    (value, copy.copy(value))
+    for _, original in attributes
+    for value in original.values()
+    if type(value) in (dict, collections.OrderedDict, list, set)
   ]
   modes = {child: child.training for child in module.modules()}
   fused = torch.backends.mha.get_fastpath_enabled()
@@ -317,11 +358,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(fused)
     for child, training in modes.items():
       child.training = training
-    for child, attributes, buffers, parameters in saved:
-      for current, original in (
-        (child.__dict__, attributes),
-        (child._buffers, buffers),
-        (child._parameters, parameters),
-      ):
-        current.clear()
-        current.update(original)
+    for current, original in (*attributes, *containers):
+      current.clear()
+      add = current.extend if isinstance(current, list) else current.update
+      add(original)

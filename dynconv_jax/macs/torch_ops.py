@@ -1,26 +1,73 @@
-"""The work of PyTorch's operations, by their names in ATen."""
+"""What PyTorch's operations do, by their names.
+
+An operation is one of four: it has a formula (`torch_formulas.py` and its
+neighbors), it is an activation, it is free, or its tags say that it works
+element by element or reduces. All others are not known.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import math
+import re
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from dynconv_jax.macs import formulas, recurrent, torch_ptflops
+from dynconv_jax.macs import (
+  formulas,
+  torch_backward,
+  torch_einsum,
+  torch_formulas,
+  torch_linalg,
+  torch_ptflops,
+  torch_quantized,
+)
+
+# {operation: the formula of a user}
+_REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
-def is_known(func: torch._ops.OpOverload) -> bool:
-  """Returns whether the operation has a formula of its own."""
+class FormulaError(TypeError):
+  """A user's formula does not return work."""
+
+
+def register_torch(name: str) -> Callable:
+  """Returns a decorator that makes a function the formula of an operation.
+
+  The function takes one object that describes a run of the operation: `inputs`
+  and `outputs`, lists of tensors, which may have no data, and `params`, its
+  other arguments by the names that its schema has. The operation is not taken
+  apart, and all of its overloads have the formula.
+
+  Args:
+    name: 'namespace::operation'.
+  """
+  if not re.fullmatch(r'\w+::\w+', name):
+    raise ValueError(f"name must be 'namespace::operation'; got {name!r}")
+
+  def decorator(formula: Callable[..., formulas.Work]) -> Callable:
+    _REGISTERED[_short(name)] = formula
+    return formula
+
+  return decorator
+
+
+def is_known(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
+  """Returns whether the operation has a formula of its own.
+
+  Args:
+    func: the operation.
+    args: its arguments.
+  """
   name = _name(func)
-  if func.namespace != 'aten':
-    return False
-  if name in ('conv1d', 'conv2d', 'conv3d'):
-    return func._overloadname == 'padding'
+  if name in _REGISTERED:
+    return True
+  if name in _CONVOLUTIONS_IN_PARTS:
+    # Complex ones would be three of real numbers.
+    return func._overloadname == 'padding' or args[0].is_complex()
   return name in _FORMULAS or name in _ACTIVATIONS
 
 
@@ -41,54 +88,100 @@ def work(
     module: the module that called it.
   """
   name = _name(func)
-  if is_known(func):
-    a = _bind(func, args, kwargs)
-    elements = math.prod(first_shape(output))
-    a.output = output[0] if isinstance(output, (tuple, list)) else output
-    if name in _FORMULAS:
-      done = _FORMULAS[name](a)
-    else:
-      done = formulas.activation(a.output.numel(), _ACTIVATIONS[name])
-    return torch_ptflops.charged(done, name, module, elements)
   inputs = [
     leaf
     for leaf in pytree.tree_leaves((args, kwargs))
     if isinstance(leaf, torch.Tensor)
   ]
-  if func.namespace != 'aten':
+  outputs = [
+    x for x in pytree.tree_leaves(output) if isinstance(x, torch.Tensor)
+  ]
+  if name in _REGISTERED:
+    return _registered(name, inputs, outputs, vars(_bind(func, args, kwargs)))
+  tensors = [*inputs, *outputs]
+  is_complex = any(x.is_complex() for x in inputs)
+  elements = outputs[0].numel() if outputs else 0
+  if is_known(func, args):
+    a = _bind(func, args, kwargs)
+    a.output = output[0] if isinstance(output, (tuple, list)) else output
+    if name in _FORMULAS:
+      done = _FORMULAS[name](a)
+    else:
+      done = formulas.activation(a.output.numel(), _ACTIVATIONS[name])
+    if is_complex and name not in _REAL:
+      done = formulas.of_complex(done)
+    return torch_ptflops.charged(done, name, module, elements)
+  if func.namespace not in ('aten', 'prims') and not _is_tagged(func):
     return None
-  leaves = [*inputs, *pytree.tree_leaves(output)]
   if (
     func.is_view
     or not inputs
     or name in _FREE
     # Arithmetic on indices and masks alone is none.
-    or not any(isinstance(x, torch.Tensor) and _is_floating(x) for x in leaves)
+    or not any(x.is_floating_point() or x.is_complex() for x in tensors)
   ):
     return formulas.elementwise(0)
-  elements = math.prod(first_shape(output))
   if name in _SCANS:
     length = inputs[0].shape[args[1]] if inputs[0].dim() else 1
-    return formulas.reduction(elements, elements // max(length, 1))
-  if name in _SCATTERS:
-    return formulas.elementwise(inputs[-1].numel())
-  if torch.Tag.pointwise in func.tags:
+    done = formulas.reduction(elements, elements // max(length, 1))
+  elif name in _SCATTERS:
+    done = formulas.elementwise(inputs[-1].numel())
+  elif torch.Tag.pointwise in func.tags or name in _STEPS:
     done = formulas.elementwise(elements * _STEPS.get(name, 1))
-    return torch_ptflops.charged(done, name, module, elements)
-  if torch.Tag.reduction in func.tags:
-    return formulas.reduction(
-      inputs[0].numel(), elements
-    ) + formulas.elementwise(elements if name == 'mean' else 0)
-  return None
+  elif torch.Tag.reduction in func.tags or name in _REDUCTIONS:
+    done = formulas.reduction(inputs[0].numel(), elements)
+    done += formulas.elementwise(elements if name == 'mean' else 0)
+  else:
+    return None
+  if is_complex:
+    done = formulas.of_complex(done, _COMPLEX_STEPS.get(name, 2))
+  return torch_ptflops.charged(done, name, module, elements)
 
 
-def _is_floating(tensor: torch.Tensor) -> bool:
-  return tensor.is_floating_point() or tensor.is_complex()
+def _registered(name, inputs, outputs, arguments) -> formulas.Work:
+  """Returns the work of an operation by the formula of a user."""
+  params = {
+    key: value
+    for key, value in arguments.items()
+    if not isinstance(value, torch.Tensor)
+  }
+  operation = types.SimpleNamespace(
+    inputs=inputs, outputs=outputs, params=params
+  )
+  work = _REGISTERED[name](operation)
+  if not isinstance(work, formulas.Work):
+    raise FormulaError(
+      f'the formula registered for {name!r} must return a macs.Work; got'
+      f' {type(work).__name__}'
+    )
+  return work
 
 
-def recurrent_output(func, args, kwargs) -> tuple[torch.Tensor, ...] | None:
-  """Returns what recurrent layers give, whose steps would be run one by one."""
-  if _name(func) not in ('lstm', 'gru', 'rnn_tanh', 'rnn_relu'):
+def possible_work(func: torch._ops.OpOverload) -> formulas.Work:
+  """Returns an example of what an operation that is not known may do.
+
+  PyTorch's own have names that tell convolutions and matrix products from all
+  else; those of other libraries may do anything.
+  """
+  name = func._schema.name.partition('::')[2]
+  if func.namespace not in ('aten', 'prims', 'torchvision', 'quantized'):
+    return formulas.Work('conv', 1, 1, operations=1, ptflops=1)
+  if re.search(_CONVOLUTIONS, name):
+    return formulas.Work('conv', 1, 1, operations=1)
+  if re.search(_PRODUCTS, name):
+    return formulas.Work('matmul', 1, 1, operations=1)
+  return formulas.elementwise(1)
+
+
+def shaped_output(func, args, kwargs) -> Any:
+  """Returns an empty result where PyTorch's own shape function does not serve.
+
+  Recurrent layers would be run step by step. None for all other operations.
+  """
+  name = _name(func)
+  if name == '_grouped_mm':
+    return torch_formulas.grouped_matmul_output(_bind(func, args, kwargs))
+  if name not in ('lstm', 'gru', 'rnn_tanh', 'rnn_relu'):
     return None
   a = _bind(func, args, kwargs)
   inputs = a.data if hasattr(a, 'data') else a.input
@@ -98,17 +191,23 @@ def recurrent_output(func, args, kwargs) -> tuple[torch.Tensor, ...] | None:
   return tuple(inputs.new_empty(shape) for shape in shapes)
 
 
-def first_shape(output: Any) -> tuple[int, ...]:
-  """Returns the shape of the first tensor of a result, () if there is none."""
-  for leaf in pytree.tree_leaves(output):
-    if isinstance(leaf, torch.Tensor):
-      return tuple(leaf.shape)
-  return ()
+def first_tensor(output: Any) -> torch.Tensor | None:
+  """Returns the first tensor of a result, None if there is none."""
+  leaves = pytree.tree_leaves(output)
+  return next((x for x in leaves if isinstance(x, torch.Tensor)), None)
 
 
 def _name(func: torch._ops.OpOverload) -> str:
-  """Returns the operation's name; in place or not is the same."""
-  return func._schema.name.partition('::')[2].removesuffix('_')
+  return _short(func._schema.name)
+
+
+def _short(name: str) -> str:
+  """Returns a name without 'aten::'; in place or not is the same."""
+  return name.removeprefix('aten::').removesuffix('_')
+
+
+def _is_tagged(func: torch._ops.OpOverload) -> bool:
+  return bool({torch.Tag.pointwise, torch.Tag.reduction} & set(func.tags))
 
 
 def _bind(func, args, kwargs) -> types.SimpleNamespace:
@@ -120,269 +219,19 @@ def _bind(func, args, kwargs) -> types.SimpleNamespace:
   return types.SimpleNamespace(**(values | kwargs))
 
 
-def _per_dimension(value: Any, dimensions: int) -> list[int]:
-  """Returns one int for each dimension of an int or a list of one or more."""
-  values = [value] if isinstance(value, int) else list(value)
-  return values * dimensions if len(values) == 1 else values
-
-
-def _convolution(a) -> formulas.Work:
-  kernel_size = a.weight.shape[2:]
-  dimensions = len(kernel_size)
-  *batch, in_features = a.input.shape[:-dimensions]
-  dilation = _per_dimension(a.dilation, dimensions)
-  transposed = getattr(a, 'transposed', False)
-  if a.padding == 'same':
-    reaches = [
-      step * (taps - 1)
-      for step, taps in zip(dilation, kernel_size, strict=True)
-    ]
-    padding = [(reach // 2, reach - reach // 2) for reach in reaches]
-  elif a.padding == 'valid':
-    padding = [(0, 0)] * dimensions
-  else:
-    padding = [(p, p) for p in _per_dimension(a.padding, dimensions)]
-  arguments = {
-    'batch': math.prod(batch),
-    'in_features': in_features,
-    'input_size': a.input.shape[-dimensions:],
-    'kernel_size': kernel_size,
-    'strides': _per_dimension(a.stride, dimensions),
-    'padding': padding,
-    'kernel_dilation': dilation,
-    'feature_groups': a.groups,
-    'bias': a.bias is not None,
-  }
-  if transposed:
-    return formulas.transposed_convolution(
-      out_features=a.weight.shape[1] * a.groups,
-      output_padding=_per_dimension(a.output_padding, dimensions),
-      **arguments,
-    )
-  return formulas.convolution(out_features=a.weight.shape[0], **arguments)
-
-
-def _matmul(left: str, bias: str | None = None):
-  """Returns the formula of a product with an inner product an output."""
-
-  def formula(a) -> formulas.Work:
-    inner = getattr(a, left).shape[-1]
-    added = bias is not None and getattr(a, bias) is not None
-    return formulas.matmul(a.output.numel(), inner, 1, bias=added)
-
-  return formula
-
-
-def _addbmm(a) -> formulas.Work:
-  batch, _, inner = a.batch1.shape
-  return formulas.matmul(a.output.numel(), batch * inner, 1, bias=True)
-
-
-def _grouped_matmul(a) -> formulas.Work:
-  # Groups of columns of a 2-D left and rows of a 2-D right side: each output
-  # sees its own group only, and together they see all of the inner dimension.
-  outputs, inner = a.output.numel(), a.self.shape[-1]
-  if a.self.dim() == a.mat2.dim() == 2:
-    outputs //= a.output.shape[0]
-  return formulas.matmul(outputs, inner, 1, bias=a.bias is not None)
-
-
-def _bilinear(a) -> formulas.Work:
-  features, first, second = a.weight.shape
-  rows = a.output.numel() // features
-  return formulas.matmul(rows, first, features * second) + formulas.matmul(
-    rows * features, second, 1, bias=a.bias is not None
-  )
-
-
-def _attention(a) -> formulas.Work:
-  *batch, queries, key_size = a.query.shape
-  keys = a.key.shape[-2]
-  done = formulas.attention(
-    math.prod(batch), queries, keys, key_size, a.value.shape[-1]
-  )
-  if a.attn_mask is not None:
-    done += formulas.elementwise(math.prod(batch) * queries * keys)
-  return done
-
-
-def _recurrent(cell: recurrent.Cell):
-  """Returns the formula of recurrent layers, or of one step of their cell."""
-
-  def formula(a) -> formulas.Work:
-    if hasattr(a, 'w_ih'):
-      inputs, group, bias = a.input, 2, a.b_ih is not None
-      weights = [a.w_ih, a.w_hh]
-    else:
-      inputs = a.data if hasattr(a, 'data') else a.input
-      weights, bias = a.params, a.has_biases
-      group = len(weights) // (a.num_layers * (1 + a.bidirectional))
-    rows = inputs.numel() // inputs.shape[-1]
-    return sum(
-      (
-        recurrent.layer(
-          cell,
-          rows,
-          inputs=weights[start].shape[1],
-          hidden=weights[start].shape[0] // cell.gates,
-          # An odd weight is an LSTM's projection of what it feeds back.
-          projection=weights[start + 1].shape[1] if group % 2 else None,
-          bias=bias,
-        )
-        for start in range(0, len(weights), group)
-      ),
-      formulas.elementwise(0),
-    )
-
-  return formula
-
-
-def _batch_norm(a) -> formulas.Work:
-  features = a.input.shape[1]
-  given = a.running_mean is not None and not a.training
-  return formulas.norm(
-    a.input.numel(),
-    features,
-    affine=a.weight is not None,
-    statistics_groups=0 if given else features,
-  )
-
-
-def _own_norm(a) -> formulas.Work:
-  """A norm by groups, layers or instances: by statistics of its input."""
-  if hasattr(a, 'num_groups'):
-    groups = a.input.shape[0] * a.num_groups
-  elif hasattr(a, 'normalized_shape'):
-    groups = a.input.numel() // math.prod(a.normalized_shape)
-  else:
-    groups = a.input.shape[0] * a.input.shape[1]
-  return formulas.norm(
-    a.input.numel(),
-    groups,
-    affine=a.weight is not None,
-    statistics_groups=groups if getattr(a, 'use_input_stats', True) else 0,
-  )
-
-
-def _pool(dimensions: int, mean: bool):
-  """Returns the formula of a pooling over windows of one size."""
-
-  def formula(a) -> formulas.Work:
-    window = math.prod(_per_dimension(a.kernel_size, dimensions))
-    return formulas.pool(a.self.numel(), a.output.numel(), window, mean=mean)
-
-  return formula
-
-
-def _adaptive_pool(dimensions: int, mean: bool):
-  """Returns the formula of a pooling to a given size."""
-
-  def formula(a) -> formulas.Work:
-    sizes = zip(
-      a.self.shape[-dimensions:], a.output.shape[-dimensions:], strict=True
-    )
-    window = math.prod(-(-size // out) for size, out in sizes)
-    return formulas.pool(a.self.numel(), a.output.numel(), window, mean=mean)
-
-  return formula
-
-
-def _softmax(a) -> formulas.Work:
-  elements = a.output.numel()
-  size = a.output.shape[a.dim] if a.output.dim() else 1
-  return formulas.softmax(elements, elements // size if size else 0)
-
-
-def _sort(a) -> formulas.Work:
-  length = a.self.shape[a.dim] if a.self.dim() else 1
-  return formulas.sort(a.self.numel(), length)
-
-
-def _fft(a) -> formulas.Work:
-  inputs = a.self
-  largest = max(inputs.numel(), a.output.numel())
-  if not (inputs.is_complex() and a.output.is_complex()):
-    largest //= 2
-  # The real side of a transform has its whole length.
-  whole = a.output if inputs.is_complex() else inputs
-  return formulas.fft(largest, [whole.shape[dim] for dim in a.dim])
-
-
-def _upsample(taps: int):
-  """Returns the formula of an interpolation of `taps` inputs an output."""
-
-  def formula(a) -> formulas.Work:
-    outputs = a.output.numel()
-    done = formulas.elementwise(outputs * (2 * taps - 1 if taps > 1 else 0))
-    return dataclasses.replace(done, ptflops=outputs)
-
-  return formula
-
-
-_FORMULAS = {
-  'convolution': _convolution,
-  'conv1d': _convolution,
-  'conv2d': _convolution,
-  'conv3d': _convolution,
-  'linear': _matmul('input', 'bias'),
-  'mm': _matmul('self'),
-  'bmm': _matmul('self'),
-  'mv': _matmul('self'),
-  'dot': _matmul('self'),
-  'vdot': _matmul('self'),
-  'addmm': _matmul('mat1', 'self'),
-  'addmv': _matmul('mat', 'self'),
-  'baddbmm': _matmul('batch1', 'self'),
-  'addbmm': _addbmm,
-  '_int_mm': _matmul('self'),
-  '_scaled_mm': _matmul('self', 'bias'),
-  '_weight_int8pack_mm': _matmul('self'),
-  '_grouped_mm': _grouped_matmul,
-  'bilinear': _bilinear,
-  'scaled_dot_product_attention': _attention,
-  **dict.fromkeys(('lstm', 'lstm_cell'), _recurrent(recurrent.LSTM)),
-  **dict.fromkeys(('gru', 'gru_cell'), _recurrent(recurrent.GRU)),
-  **{
-    f'rnn_{kind}{suffix}': _recurrent(recurrent.RNN)
-    for kind in ('tanh', 'relu')
-    for suffix in ('', '_cell')
-  },
-  'batch_norm': _batch_norm,
-  'instance_norm': _own_norm,
-  'group_norm': _own_norm,
-  'layer_norm': _own_norm,
-  'softmax': _softmax,
-  '_softmax': _softmax,
-  'log_softmax': _softmax,
-  '_log_softmax': _softmax,
-  **dict.fromkeys(('sort', 'topk', 'kthvalue', 'median', 'mode'), _sort),
-  **dict.fromkeys(('_fft_r2c', '_fft_c2r', '_fft_c2c'), _fft),
-  **{
-    f'{kind}_pool{dimensions}d{suffix}': _pool(dimensions, kind == 'avg')
-    for dimensions in (1, 2, 3)
-    for kind in ('avg', 'max')
-    for suffix in ('', '_with_indices')
-  },
-  **{
-    f'adaptive_{kind}_pool{dimensions}d': _adaptive_pool(
-      dimensions, kind == 'avg'
-    )
-    for dimensions in (1, 2, 3)
-    for kind in ('avg', 'max')
-  },
-  **{
-    f'upsample_{kind}': _upsample(taps)
-    for kind, taps in {
-      'nearest1d': 1,
-      'nearest2d': 1,
-      'nearest3d': 1,
-      'linear1d': 2,
-      'bilinear2d': 4,
-      'trilinear3d': 8,
-      'bicubic2d': 16,
-    }.items()
-  },
+_FORMULAS: dict[str, Callable[[Any], formulas.Work]] = {
+  **torch_formulas.FORMULAS,
+  **torch_einsum.FORMULAS,
+  **torch_linalg.FORMULAS,
+  **torch_quantized.FORMULAS,
+  **torch_backward.FORMULAS,
 }
+
+# Real operations of one complex operation; of any other two, one for each part.
+_COMPLEX_STEPS = {'mul': 6, 'square': 6, 'div': 11, 'abs': 4}
+
+# Formulas that are in real operations, of complex numbers too.
+_REAL = ('_fft_r2c', '_fft_c2r', '_fft_c2c')
 
 # Steps of an activation for each element.
 _ACTIVATIONS = {
@@ -407,7 +256,7 @@ _ACTIVATIONS = {
   'glu': 2,
 }
 
-# Operations on each element of more than one step, or of none.
+# Operations on each element of more than one step, of none, or without a tag.
 _STEPS = {
   'addcmul': 2,
   'addcdiv': 2,
@@ -416,30 +265,76 @@ _STEPS = {
   'clone': 0,
   'where': 0,
   'masked_fill': 0,
+  'mse_loss': 3,
+  'huber_loss': 4,
+  'smooth_l1_loss': 4,
+  'binary_cross_entropy': 6,
+  'binary_cross_entropy_with_logits': 6,
+  'xlogy': 2,
+  '_weight_norm_interface': 4,
+  'quantize_per_tensor': 2,
+  'quantize_per_channel': 2,
+  'quantize_per_tensor_dynamic': 4,
+  'dequantize': 2,
+  **dict.fromkeys(
+    (
+      'abs',
+      'rsub',
+      'floor_divide',
+      'copysign',
+      'heaviside',
+      'eq',
+      'ge',
+      'gt',
+      'le',
+      'lt',
+      'ne',
+    ),
+    1,
+  ),
 }
 
 _SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp')
 _SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
+_REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
+
+# Convolutions that are known by their parts, which all know their padding.
+_CONVOLUTIONS_IN_PARTS = frozenset(
+  f'conv{kind}{dimensions}d'
+  for kind in ('', '_transpose')
+  for dimensions in (1, 2, 3)
+)
+
+# Words in the names of PyTorch's convolutions, and of its other products.
+# Not among these: gamma, hamming, weights and interpolations.
+_CONVOLUTIONS = r'conv(?!ert)'
+_PRODUCTS = (
+  r'(?<!a)mm|mv|matmul|linalg|(?<!bi)(?<!tri)(?<!upsample_)linear|attention'
+  r'|encoder|rnn|lstm|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig(?!ht)'
+)
 
 # Operations that only make, move or choose.
 _FREE_NAMES = """
-  _assert_async _assert_tensor_metadata _linalg_check_errors
-  _local_scalar_dense _pack_padded_sequence _pin_memory _reshape_copy _to_copy
-  _unsafe_index _unsafe_index_put _unsafe_masked_index _unsafe_view alias_copy
-  as_strided as_strided_copy as_strided_scatter bernoulli block_diag bucketize
-  cat channel_shuffle complex constant_pad_nd copy detach diag_embed
-  diagonal_copy diagonal_scatter embedding empty_like expand_copy fill flip
-  full_like gather im2col index index_copy index_fill index_put index_select
-  is_same_size isin lift lift_fresh lift_fresh_copy masked_scatter
-  masked_select multinomial narrow_copy native_dropout new_empty
-  new_empty_strided new_full new_ones new_zeros nonzero nonzero_static normal
-  one_hot ones_like permute_copy pixel_shuffle pixel_unshuffle polar rand_like
-  randint_like randn_like random reflection_pad1d reflection_pad2d
-  reflection_pad3d repeat repeat_interleave replication_pad1d
-  replication_pad2d replication_pad3d resize roll rot90 scatter searchsorted
-  select_copy select_scatter set slice_copy slice_scatter split_copy
+  _assert_async _assert_tensor_metadata _coalesce _indices
+  _linalg_check_errors _local_scalar_dense _pack_padded_sequence _pin_memory
+  _reshape_copy _sparse_coo_tensor_with_dims_and_tensors _to_copy _to_dense
+  _to_sparse _to_sparse_csr _unique2 _unsafe_index _unsafe_index_put
+  _unsafe_masked_index _unsafe_view _values affine_grid_generator alias_copy
+  arange as_strided as_strided_copy as_strided_scatter bernoulli block_diag
+  bucketize cat channel_shuffle coalesce complex constant_pad_nd copy detach
+  diag_embed diagonal_copy diagonal_scatter embedding empty_like expand_copy
+  fill flip full_like gather histc im2col index index_copy index_fill
+  index_put index_select is_same_size isin lift lift_fresh lift_fresh_copy
+  masked_scatter masked_select multinomial narrow_copy native_dropout
+  new_empty new_empty_strided new_full new_ones new_zeros nonzero
+  nonzero_static normal one_hot ones_like permute_copy pixel_shuffle
+  pixel_unshuffle polar rand_like randint_like randn_like random
+  reflection_pad1d reflection_pad2d reflection_pad3d repeat repeat_interleave
+  replication_pad1d replication_pad2d replication_pad3d resize roll rot90
+  scatter searchsorted select_backward select_copy select_scatter set
+  slice_backward slice_copy slice_scatter sparse_mask split_copy
   split_with_sizes_copy squeeze stack t take transpose tril triu unbind_copy
-  unfold_copy uniform unsafe_split unsafe_split_with_sizes unsqueeze view_copy
-  zero zeros_like
+  unfold_backward unfold_copy uniform unique_consecutive unique_dim
+  unsafe_split unsafe_split_with_sizes unsqueeze view_copy zero zeros_like
 """
 _FREE = frozenset(_FREE_NAMES.split())

@@ -9,9 +9,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import numpy as np
 from jax.extend import core
 
-from dynconv_jax.macs import formulas, primitives, report, scopes
+from dynconv_jax.macs import formulas, loops, primitives, report, scopes
 
 # Primitives that do what the jaxpr in this parameter does.
 _CALLS = {
@@ -27,6 +29,10 @@ _CALLS = {
   'custom_vmap_call': 'call',
   'composite': 'jaxpr',
   'shard_map': 'jaxpr',
+  'custom_partitioning': 'call',
+  'cudnn_fusion': 'jaxpr',
+  'linear_call': 'callee',
+  'run_state': 'jaxpr',
 }
 
 _PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
@@ -41,21 +47,27 @@ class Walk:
     self._trip_counts = trip_counts
     self._branch = branch
     self._branches_seen: set[str] = set()
+    self._loops_seen: dict[str, None] = {}
     self._entries: list[_Entry] = []
 
   def program(self, jaxpr: core.ClosedJaxpr) -> None:
     """Walks a whole program, whose arguments may be weights.
 
     Raises:
-      ValueError: if no cond of the program has the branch that is asked for.
+      ValueError: if no cond of the program has the branch that is asked for, or
+        no loop the name that a trip count is for.
     """
     weights = [_weight(var, var.aval) for var in jaxpr.jaxpr.invars]
     self._sub(jaxpr, weights, ())
     self._check_branch_was_found()
+    self._check_loops_were_found()
 
-  def report(self) -> report.Report:
-    """Returns what was gathered, as a report."""
-    builder = report.ReportBuilder(self._convention, self._padding)
+  def layers(self) -> set[str]:
+    """Returns the names of the layers that were found."""
+    return {entry.layer for entry in self._entries}
+
+  def report_to(self, builder: report.ReportBuilder) -> None:
+    """Adds all that was gathered."""
     unnamed = {kind: itertools.count() for kind in ('conv', 'matmul')}
     counted: set[Any] = set()
     for entry in self._entries:
@@ -63,6 +75,7 @@ class Walk:
         builder.leave_out(entry.operation, entry.layer, entry.reason)
         continue
       if not self._convention(entry.work, self._padding):
+        builder.add('', entry.work)
         continue
       name, kind = entry.layer, entry.work.kind
       if not name and kind in unnamed:
@@ -74,21 +87,24 @@ class Walk:
         entry.work,
         output_shape=entry.shape,
         parameters=sum(w.parameters for w in fresh.values()),
+        itemsize=entry.itemsize,
       )
-    return builder.build()
 
   def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
     """Walks a jaxpr, open or closed; returns what is known of its outputs.
 
-    A `_Weight` is known of a variable, or the `_Entry` that it is output of.
+    A `_Weight` is known of a variable, the `_Entry` that it is output of, or a
+    whole number: an int, a `loops.Count` or a `loops.Comparison` of them.
     """
-    consts = [_weight(id(x), x) for x in getattr(jaxpr, 'consts', ())]
+    consts = [_constant(x) for x in getattr(jaxpr, 'consts', ())]
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(var):
-      return None if isinstance(var, core.Literal) else known.get(var)
+      if isinstance(var, core.Literal):
+        return _constant(var.val)
+      return known.get(var)
 
     for eqn in jaxpr.eqns:
       around = (*stacks, eqn.source_info.name_stack)
@@ -98,6 +114,8 @@ class Walk:
 
   def _equation(self, eqn, inputs, stacks) -> Sequence[Any]:
     name, params = eqn.primitive.name, eqn.params
+    if (work := primitives.registered(eqn)) is not None:
+      return self._add(eqn, work, inputs, stacks)
     if name in _CALLS:
       with self._times(_devices(params) if name == 'shard_map' else 1):
         return self._sub(params[_CALLS[name]], inputs, stacks)
@@ -107,26 +125,47 @@ class Walk:
       return self._scan(params, inputs, stacks)
     if name == 'while':
       return self._while(params, inputs, stacks)
+    if name == 'custom_linear_solve':
+      return self._linear_solve(params, inputs, stacks)
+    if name == 'call_exported':
+      return self._exported(eqn, stacks)
     if name == 'pallas_call':
       return self._pallas(eqn, stacks)
     if name in primitives.LAYOUT:
       return inputs[:1]
+    if (number := _whole_number(eqn, inputs)) is not None:
+      return [number]
     if name in ('add', 'add_any') and (entry := self._biased(eqn, inputs)):
       return [entry]
     work = primitives.work_of(eqn)
     if work is None:
-      self._leave_out(name, stacks, 'its work is not known')
+      self._leave_out(
+        name, stacks, 'its work is not known; see dynconv_jax.macs.register'
+      )
       return ()
+    return self._add(eqn, work, inputs, stacks)
+
+  def _add(self, eqn, work, inputs, stacks) -> Sequence[Any]:
+    """Records the work of an equation; returns what is known of its outputs."""
     if work == formulas.elementwise(0):
       return ()
+    name = eqn.primitive.name
+    output = eqn.outvars[0].aval if eqn.outvars else None
     entry = _Entry(
-      scopes.layer_name(*stacks), name, work, eqn.outvars[0].aval.shape
+      scopes.layer_name(*stacks),
+      name,
+      work,
+      getattr(output, 'shape', ()),
+      itemsize=getattr(getattr(output, 'dtype', None), 'itemsize', 0),
     )
     if name in _PRODUCTS:
       operand = _weights_operand(eqn, inputs)
+      entry.features = primitives.out_features(eqn, operand)
       if isinstance(weights := inputs[operand], _Weight):
         entry.weights = (weights,)
-      entry.features = primitives.out_features(eqn, operand)
+        if entry.features and not work.positions:
+          positions = math.prod(entry.shape) // entry.features
+          entry.work = dataclasses.replace(work, positions=positions)
     self._entries.append(entry)
     return [entry]
 
@@ -145,9 +184,10 @@ class Walk:
         and bias.size == product.features
         and eqn.outvars[0].aval.size == math.prod(product.shape)
       ):
-        product.work += formulas.Work(
-          product.work.kind, bias=eqn.outvars[0].aval.size
-        )
+        added = formulas.Work(product.work.kind, bias=eqn.outvars[0].aval.size)
+        if primitives.is_complex(eqn.outvars[0].aval):
+          added = formulas.of_complex(added)
+        product.work += added
         product.weights += (bias,)
         product.features = 0
         return product
@@ -187,33 +227,43 @@ class Walk:
     return outputs
 
   def _scan(self, params, inputs, stacks) -> Sequence[Any]:
-    body = params['jaxpr']
+    body, consts = params['jaxpr'], params['num_consts']
     inner = [
       # A slice of stacked weights is the weights of one layer of the stack.
       dataclasses.replace(known, size=var.aval.size)
       if isinstance(known, _Weight)
+      else known
+      if i < consts and not isinstance(known, _Entry)
       else None
-      for known, var in zip(inputs, _variables(body), strict=True)
+      for i, (known, var) in enumerate(
+        zip(inputs, _variables(body), strict=True)
+      )
     ]
     with self._times(params['length']):
       self._sub(body, inner, stacks)
     return ()
 
   def _while(self, params, inputs, stacks) -> Sequence[Any]:
-    inputs = [_weights_only(known) for known in inputs]
+    inputs = [None if isinstance(known, _Entry) else known for known in inputs]
     conds, bodies = params['cond_nconsts'], params['body_nconsts']
-    carry = inputs[conds + bodies :]
+    start = inputs[conds + bodies :]
+    # What a pass does to a number that is carried shows in what it hands on.
+    carried = _variables(params['body_jaxpr'])[bodies:]
+    carry = [
+      known if isinstance(known, _Weight) else _counter(var.aval)
+      for known, var in zip(start, carried, strict=True)
+    ]
     with self._apart() as body:
-      self._sub(
+      stop = self._sub(
         params['body_jaxpr'], inputs[conds : conds + bodies] + carry, stacks
       )
     with self._apart() as test:
-      self._sub(params['cond_jaxpr'], inputs[:conds] + carry, stacks)
+      (condition,) = self._sub(
+        params['cond_jaxpr'], inputs[:conds] + carry, stacks
+      )
 
-    layer = scopes.layer_name(*stacks)
-    trips = self._trip_counts
-    if isinstance(trips, Mapping):
-      trips = trips.get(layer)
+    fixed = loops.fixed_trips(condition, start, carry, stop)
+    trips = self._trips(scopes.layer_name(*stacks), fixed)
     if trips is not None:
       self._entries += _repeated(body, trips) + _repeated(test, trips + 1)
     elif self._price(body + test) or any(e.work is None for e in body + test):
@@ -221,6 +271,43 @@ class Walk:
         'while', stacks, 'its trip count is not in the program; see trip_counts'
       )
     return ()
+
+  def _trips(self, layer: str, fixed: int | None) -> int | None:
+    """Returns how often a loop runs, `fixed` being what the program says."""
+    self._loops_seen[layer] = None
+    given = self._trip_counts
+    if isinstance(given, Mapping):
+      return given.get(layer, fixed)
+    return given if fixed is None else fixed
+
+  def _exported(self, eqn, stacks) -> Sequence[Any]:
+    # Where nothing is exported, MLIR is not imported.
+    from dynconv_jax.macs import stablehlo
+
+    around = scopes.layer_name(*stacks)
+
+    def layer(scope: str) -> str:
+      return '.'.join(filter(None, [around, scope]))
+
+    found = stablehlo.operations(
+      eqn.params['exported'],
+      price=self._price,
+      trips=lambda scope, fixed: self._trips(layer(scope), fixed),
+      branch=self._branch,
+    )
+    self._entries += [
+      _Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)
+      for op in found
+    ]
+    return ()
+
+  def _linear_solve(self, params, inputs, stacks) -> Sequence[Any]:
+    """A system is solved by one of the functions that are given for it."""
+    lengths = params['const_lengths']
+    first = lengths.matvec + lengths.vecmat
+    consts = inputs[first : first + lengths.solve]
+    sides = inputs[sum(lengths) :]
+    return self._sub(params['jaxprs'].solve, [*consts, *sides], stacks)
 
   def _pallas(self, eqn, stacks) -> Sequence[Any]:
     cost = eqn.params.get('cost_estimate')
@@ -268,6 +355,15 @@ class Walk:
       if entry.work is not None
     )
 
+  def _check_loops_were_found(self) -> None:
+    if not isinstance(self._trip_counts, Mapping):
+      return
+    if unknown := sorted(self._trip_counts.keys() - self._loops_seen.keys()):
+      raise ValueError(
+        f'trip_counts must name loops of the program; got {unknown}, and the'
+        f' loops are in {list(self._loops_seen)}'
+      )
+
   def _check_branch_was_found(self) -> None:
     asked = self._branch
     if (
@@ -302,6 +398,7 @@ class _Entry:
   reason: str = ''
   # How many biases its output can take; 0 once it has one.
   features: int = 0
+  itemsize: int = 0
 
 
 def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
@@ -310,6 +407,21 @@ def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
     if entry.work is not None:
       entry.work *= times
   return list(entries) if times else []
+
+
+def _counter(aval) -> loops.Count | None:
+  whole = not aval.shape and jax.dtypes.issubdtype(aval.dtype, np.integer)
+  return loops.Count(object()) if whole else None
+
+
+def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
+  """Returns what is known of arithmetic on whole numbers, or None."""
+  if len(inputs) != 2 or not all(
+    jax.dtypes.issubdtype(getattr(v.aval, 'dtype', bool), np.integer)
+    for v in eqn.invars
+  ):
+    return None
+  return loops.arithmetic(eqn.primitive.name, *inputs)
 
 
 def _variables(jaxpr) -> Sequence[core.Var]:
@@ -321,8 +433,12 @@ def _weight(key: Any, array: Any) -> _Weight | None:
   return _Weight(key, math.prod(shape), math.prod(shape)) if shape else None
 
 
-def _weights_only(known: Any) -> _Weight | None:
-  return known if isinstance(known, _Weight) else None
+def _constant(value: Any) -> _Weight | int | None:
+  """Returns what is known of an array or number of the program itself."""
+  if getattr(value, 'shape', ()):
+    return _weight(id(value), value)
+  dtype = getattr(value, 'dtype', type(value))
+  return int(value) if jax.dtypes.issubdtype(dtype, np.integer) else None
 
 
 def _weights_operand(eqn, inputs) -> int:

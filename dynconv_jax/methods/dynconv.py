@@ -1,15 +1,27 @@
-"""DynConv's mask unit: one decision an image and position."""
+"""DynConv: one decision an image and position, and a budget of MACs."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.methods.gate import Decision, Gate
-from dynconv_jax.methods.gumbel import binary_gumbel
+from dynconv_jax.layers import conv_general_dilated
+from dynconv_jax.masks import ExecutionMask, executed_fractions
+from dynconv_jax.methods.budget import Budget, Opening, Warmup
+from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
+from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
+from dynconv_jax.methods.method import Method
+from dynconv_jax.options import NOT_NEGATIVE, Range, option
 
-# PyTorch's default initialisation, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): about
+# Share of the training after which the per-block bounds are fully open
+# (authors' code, `SparsityCriterion`).
+_ANNEALED = 0.33
+
+# PyTorch's default initialization, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): about
 # half of the positions open at the start.
 _torch_uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
@@ -27,6 +39,13 @@ class Squeeze(nnx.Module):
   """Mask logits: a convolution plus a linear map of the global average.
 
   Verelst and Tuytelaars, CVPR 2020, section 3.2 and the authors' code.
+
+  Args:
+    in_features: channels of the map.
+    strides: of the convolution.
+    kernel_size: of the convolution, odd.
+    pool: side of the patches whose averages are read, 1: positions.
+    rngs: stream `params`.
   """
 
   def __init__(
@@ -35,10 +54,11 @@ class Squeeze(nnx.Module):
     *,
     strides: int,
     kernel_size: int,
-    conv_general_dilated,
+    pool: int = 1,
     rngs: nnx.Rngs,
   ):
     padding = kernel_size // 2
+    self.pool = pool
     self.conv = nnx.Conv(
       in_features,
       1,
@@ -62,7 +82,7 @@ class Squeeze(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w]: logits of a float[N, H, W, C] input."""
-    x = x.astype(jnp.float32)
+    x = average_pool(x, self.pool)
     squeezed = self.fc(jnp.mean(x, axis=(1, 2)))
     return (self.conv(x) + squeezed[:, None, None, :])[..., 0]
 
@@ -80,7 +100,6 @@ class MaskUnit(Gate):
     strides: stride of the block: the mask has the block's output resolution.
     kernel_size: 3, or 1 for the variant of the authors' pose network.
     granularity: side of a patch, in positions of the block's output.
-    conv_general_dilated: the convolution function.
     rngs: stream `params`.
   """
 
@@ -91,7 +110,6 @@ class MaskUnit(Gate):
     strides: int,
     kernel_size: int = 3,
     granularity: int = 1,
-    conv_general_dilated=jax.lax.conv_general_dilated,
     rngs: nnx.Rngs,
   ):
     super().__init__()
@@ -102,17 +120,21 @@ class MaskUnit(Gate):
       # Pooling does the stride of the block too.
       strides=strides if granularity == 1 else 1,
       kernel_size=kernel_size,
-      conv_general_dilated=conv_general_dilated,
+      pool=1 if granularity == 1 else granularity * strides,
       rngs=rngs,
     )
+
+  def open(self, logit: float) -> None:
+    """Makes the logit the same everywhere; above 0 executes the block."""
+    unit = self.maskconv
+    unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
+    unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
+    unit.conv.bias[...] = jnp.full_like(unit.conv.bias[...], logit)
 
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
-    pooled = x
-    if self.granularity > 1:
-      pooled = _average_pool(x, self.granularity * self.strides)
-    logits = self.maskconv(pooled)
+    logits = self.maskconv(x)
     if self.deterministic:
       hard = (logits >= 0).astype(jnp.float32)
     else:
@@ -126,8 +148,10 @@ class MaskUnit(Gate):
     return Decision(hard), carry
 
 
-def _average_pool(x: jax.Array, size: int) -> jax.Array:
+def average_pool(x: jax.Array, size: int) -> jax.Array:
   """Returns float32 means of size x size patches; those at the edge are cut."""
+  if size == 1:
+    return x.astype(jnp.float32)
 
   def summed(v):
     return jax.lax.reduce_window(
@@ -143,3 +167,145 @@ def _average_pool(x: jax.Array, size: int) -> jax.Array:
     )
 
   return summed(x) / summed(jnp.ones((1, *x.shape[1:3], 1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Budget, Warmup, Opening, Gumbel):
+  """DynConv's options."""
+
+  mask_kernel_size: int = option(
+    3,
+    "Kernel of DynConv's mask units: 3 or 1.",
+    allowed=Range(lambda size: size in (1, 3), '1 or 3'),
+  )
+  mask_granularity: tuple[int, ...] = option(
+    (1,),
+    "Side of DynConv's patches, in positions of a block's output: one for all "
+    'stages, or one a stage.',
+  )
+  sparsity_weight: float = option(
+    10.0, "Weight of DynConv's sparsity loss.", allowed=NOT_NEGATIVE
+  )
+
+
+def stage_granularities(
+  given: Sequence[int], sites: Sequence[GateSite]
+) -> tuple[int, ...]:
+  """Returns the side of the patches in each stage.
+
+  Args:
+    given: one for all stages, or one a stage.
+    sites: of the network.
+
+  Raises:
+    ValueError: there are not so many, or one is not positive.
+  """
+  stages = 1 + max((site.stage for site in sites), default=0)
+  if len(given) not in (1, stages) or any(side < 1 for side in given):
+    raise ValueError(
+      f'mask_granularity must be 1 or {stages} integers >= 1, for so many '
+      f'stages; got {",".join(map(str, given))}'
+    )
+  return tuple(given) * (stages if len(given) == 1 else 1)
+
+
+def make_gates(
+  options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
+) -> MakeGate:
+  """Returns what makes the mask unit of a block."""
+  options.check_phases()
+  sides = stage_granularities(options.mask_granularity, sites)
+  return lambda site: MaskUnit(
+    site.in_features,
+    strides=site.strides,
+    kernel_size=options.mask_kernel_size,
+    granularity=sides[site.stage],
+    rngs=rngs,
+  )
+
+
+def budget_bounds(
+  budget: float | jax.Array, progress: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the (lower, upper) bound of a block's executed fraction.
+
+  Both are the budget at the start and open to [0, 1] by a third of the
+  training (Verelst and Tuytelaars, CVPR 2020, section 3.4).
+
+  Args:
+    budget: target executed fraction, in [0, 1].
+    progress: share of the training that is done, in [0, 1].
+  """
+  q = jnp.cos(jnp.pi / 2 * jnp.minimum(1.0, progress / _ANNEALED)) ** 2
+  return q * budget, 1.0 - q * (1.0 - budget)
+
+
+def sparsity_loss(
+  masks: Sequence[ExecutionMask],
+  *,
+  budget: float | jax.Array,
+  progress: float | jax.Array,
+) -> jax.Array:
+  """Returns DynConv's loss on the executed fraction, unweighted.
+
+  The network's executed fraction is drawn to the budget, each block's into
+  bounds that open as training goes on (Verelst and Tuytelaars, CVPR 2020,
+  section 3.4; the authors weigh it by 10, by 0.01 for pose).
+
+  Args:
+    masks: one a gated block, with straight-through gradients.
+    budget: target executed fraction of the masked layers' MACs, in [0, 1].
+    progress: share of the training that is done, in [0, 1].
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or a constant budget is outside [0, 1].
+  """
+  if not masks:
+    raise ValueError(
+      'the sparsity loss needs at least one execution mask; got none: '
+      'a dense network has no budget'
+    )
+  if not isinstance(budget, jax.Array) and not 0 <= budget <= 1:
+    raise ValueError(f'budget must be in [0, 1]; got {budget}')
+  network, blocks = executed_fractions(masks)
+  lower, upper = budget_bounds(budget, progress)
+  outside = jax.nn.relu(blocks - upper) ** 2 + jax.nn.relu(lower - blocks) ** 2
+  return (network - budget) ** 2 + jnp.mean(outside)
+
+
+def target(options: Options, progress: float | jax.Array) -> float | jax.Array:
+  """Returns the target executed fraction at a share of the training."""
+  if not options.budget_warmup:
+    return options.budget
+  return 1.0 - (1.0 - options.budget) * options.warm(progress)
+
+
+def _loss(options, masks, cross_entropy, progress):
+  del cross_entropy
+  return options.sparsity_weight, sparsity_loss(
+    masks, budget=target(options, progress), progress=progress
+  )
+
+
+def _open(options: Options, gate: MaskUnit) -> None:
+  if options.mask_bias is not None:
+    gate.open(options.mask_bias)
+
+
+METHOD = Method(
+  'dynconv',
+  Options,
+  make_gates,
+  _loss,
+  target,
+  anneal=Options.anneal,
+  open_gate=_open,
+  samples=True,
+  knob='budget',
+  label='DynConv',
+  color='vermilion',
+  marker='o',
+)

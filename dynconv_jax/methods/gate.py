@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -62,6 +62,8 @@ class Gate(nnx.Module):
     per_image: whether a decision holds for all positions of an image.
     spans_stage: whether a stage's output is not that of its last block, but
       what `end_stage` makes of it.
+    checkpoint_modules: how the public checkpoints of networks with such gates
+      rename modules; None for one that they leave out of names.
     interpolates: whether the gradient of a decision is that of
       `m relu(s + b) + (1 - m) relu(s)`, with shortcut s and branch b, not that
       of `relu(s + m b)`. The values are the same.
@@ -70,6 +72,7 @@ class Gate(nnx.Module):
   per_image = False
   spans_stage = False
   interpolates = False
+  checkpoint_modules: Mapping[str, str | None] = {}
 
   def __init__(self):
     self.deterministic = False

@@ -2,8 +2,57 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from dynconv_jax.options import RISING, SHARE, Range, option
+
+
+@dataclasses.dataclass(frozen=True)
+class Gumbel:
+  """Options of methods that sample by a Gumbel-softmax."""
+
+  gumbel_temperatures: tuple[float, ...] = option(
+    (1.0,),
+    'Temperature of the Gumbel sigmoid, one a phase.',
+    allowed=Range(
+      lambda values: bool(values) and all(t > 0 for t in values),
+      'one or more values > 0',
+    ),
+  )
+  gumbel_milestones: tuple[float, ...] = option(
+    (),
+    'Where the next temperature begins, as shares of the training.',
+    allowed=RISING,
+  )
+  gumbel_noise_until: float = option(
+    0.8,
+    'Share of the training after which the masks get no noise.',
+    allowed=SHARE,
+  )
+
+  def anneal(
+    self, progress: float | jax.Array
+  ) -> tuple[jax.Array, bool | jax.Array]:
+    """Returns temperature and whether gates add noise.
+
+    Args:
+      progress: share of the training that is done, in [0, 1].
+    """
+    starts = jnp.array(self.gumbel_milestones, jnp.float32)
+    phase = jnp.sum(progress >= starts).astype(jnp.int32)
+    temperatures = jnp.array(self.gumbel_temperatures, jnp.float32)
+    return temperatures[phase], progress < self.gumbel_noise_until
+
+  def check_phases(self) -> None:
+    """Raises ValueError unless each temperature but the first has a start."""
+    if len(self.gumbel_milestones) != len(self.gumbel_temperatures) - 1:
+      raise ValueError(
+        'gumbel_milestones must be one fewer than gumbel_temperatures; got '
+        f'{len(self.gumbel_milestones)} and {len(self.gumbel_temperatures)}'
+      )
 
 
 def straight_through(hard: jax.Array, soft: jax.Array) -> jax.Array:

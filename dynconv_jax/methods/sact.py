@@ -1,14 +1,20 @@
-"""The halting units of SACT and ACT: adaptive computation time in a stage."""
+"""SACT: adaptive computation time in a stage, for each position."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.methods.gate import Decision, Gate
+from dynconv_jax.layers import BatchNorm, conv_general_dilated
+from dynconv_jax.masks import ExecutionMask, check_scores
+from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
+from dynconv_jax.methods.method import Method
+from dynconv_jax.options import NOT_NEGATIVE, option
 
 # A position halts where less than this is left of its score (section 3.1).
 _EPSILON = 0.01
@@ -53,8 +59,6 @@ class HaltingUnit(Gate):
   Args:
     in_features: channels of the block's input.
     spatial: whether positions halt one by one (SACT), or whole images (ACT).
-    norm: makes a batch norm, given the channels and `rngs`.
-    conv_general_dilated: the convolution function.
     rngs: stream `params`.
   """
 
@@ -65,8 +69,6 @@ class HaltingUnit(Gate):
     in_features: int,
     *,
     spatial: bool,
-    norm,
-    conv_general_dilated=jax.lax.conv_general_dilated,
     rngs: nnx.Rngs,
   ):
     super().__init__()
@@ -74,7 +76,7 @@ class HaltingUnit(Gate):
     opening = nnx.initializers.constant(_OPENING)
     self.local_norm = self.local_conv = nnx.data(None)
     if spatial:
-      self.local_norm = norm(in_features, rngs=rngs)
+      self.local_norm = BatchNorm(in_features, rngs=rngs)
       self.local_conv = nnx.Conv(
         in_features,
         1,
@@ -86,7 +88,7 @@ class HaltingUnit(Gate):
         conv_general_dilated=conv_general_dilated,
         rngs=rngs,
       )
-    self.global_norm = norm(in_features, rngs=rngs)
+    self.global_norm = BatchNorm(in_features, rngs=rngs)
     self.global_fc = nnx.Linear(
       in_features,
       1,
@@ -135,3 +137,87 @@ class HaltingUnit(Gate):
     # The last unit halts whatever is still active.
     weight = carry.active * carry.remainder
     return (carry.output + weight[..., None] * x).astype(x.dtype), None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Options of SACT and ACT."""
+
+  ponder_weight: float = option(
+    0.01,
+    'Weight of the ponder cost of SACT and ACT; on ImageNet the paper has '
+    '0.005.',
+    allowed=NOT_NEGATIVE,
+  )
+
+
+def halting_gates(
+  name: str, spatial: bool, sites: Sequence[GateSite], rngs: nnx.Rngs | None
+) -> MakeGate:
+  """Returns what makes the halting unit of a block.
+
+  Args:
+    name: of the method.
+    spatial: whether positions halt one by one.
+    sites: of the network.
+    rngs: stream `params`.
+
+  Raises:
+    ValueError: no stage has two blocks.
+  """
+  if not any(site.stage_index > 0 for site in sites):
+    raise ValueError(
+      f'{name} needs a stage of two blocks or more, because the first of a '
+      'stage is always executed; the network has one a stage'
+    )
+  return lambda site: (
+    HaltingUnit(site.in_features, spatial=spatial, rngs=rngs)
+    if site.stage_index > 0
+    else None
+  )
+
+
+def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
+  """Returns what SACT and ACT pay for computing, unweighted.
+
+  A position pays N + R in a stage: N units until it halts, and the remainder R
+  that weighs its last state (Figurnov et al., CVPR 2017, section 3.1). The mean
+  over positions and images is summed over the stages; the authors weigh it by
+  0.005 on ImageNet and by 0.01 on CIFAR. Only R has a gradient. A stage of one
+  block has no gate and adds nothing.
+
+  Args:
+    masks: one a gated block, with halting scores.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or some have no score.
+  """
+  check_scores(masks, 'the ponder cost needs masks with halting scores')
+  stages: dict[int, jax.Array] = {}
+  for mask in masks:
+    # N is 1 and a unit more for each mask that is set; R is 1 less the scores
+    # read there, of the units that did not halt.
+    cost = stages.get(mask.stage, 2.0) + mask.hard * (1 - mask.score)
+    stages[mask.stage] = cost
+  return sum(jnp.mean(cost) for cost in stages.values())
+
+
+def halting_loss(options, masks, cross_entropy, progress):
+  """Returns weight and ponder cost; see `Method.loss`."""
+  del cross_entropy, progress
+  return options.ponder_weight, ponder_cost(masks)
+
+
+METHOD = Method(
+  'sact',
+  Options,
+  lambda options, sites, rngs: halting_gates('sact', True, sites, rngs),
+  halting_loss,
+  knob='ponder_weight',
+  label='SACT',
+  color='purple',
+  marker='D',
+)

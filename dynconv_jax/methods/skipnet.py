@@ -1,15 +1,28 @@
-"""SkipNet's gates: feed-forward and recurrent, one decision an image."""
+"""SkipNet: one decision an image and block, learned in two stages."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.methods.gate import Decision, Gate, conv1x1
+from dynconv_jax.layers import BatchNorm, conv
+from dynconv_jax.masks import ExecutionMask, check_scores
+from dynconv_jax.methods.budget import Opening, Warmup
+from dynconv_jax.methods.gate import (
+  Decision,
+  Gate,
+  GateSite,
+  MakeGate,
+  conv1x1,
+)
 from dynconv_jax.methods.gumbel import straight_through
+from dynconv_jax.methods.method import Method
+from dynconv_jax.options import NOT_NEGATIVE, POSITIVE, option
 
 SKIP_GATES = ('ff1', 'ff2', 'recurrent')
 SKIP_TRAININGS = ('supervised', 'reinforce')
@@ -92,14 +105,11 @@ class FeedForwardGate(SkipGate):
     in_features: channels of the block's input.
     pooled: FF-I; otherwise FF-II.
     training: see SkipGate.
-    conv: makes a convolution without bias, given channels in and out, kernel
-      size, `strides`, `dtype` and `rngs`.
-    norm: makes the batch norm, given the channels and `rngs`.
     rngs: stream `params`.
   """
 
   def __init__(
-    self, in_features: int, *, pooled: bool, training: str, conv, norm, rngs
+    self, in_features: int, *, pooled: bool, training: str, rngs: nnx.Rngs
   ):
     super().__init__(training)
     self.pooled = pooled
@@ -115,9 +125,9 @@ class FeedForwardGate(SkipGate):
       )
 
     self.conv1 = conv3x3(1 if pooled else 2)
-    self.bn1 = norm(in_features, rngs=rngs)
+    self.bn1 = BatchNorm(in_features, rngs=rngs)
     self.conv2 = nnx.data(conv3x3(2) if pooled else None)
-    self.bn2 = nnx.data(norm(in_features, rngs=rngs) if pooled else None)
+    self.bn2 = nnx.data(BatchNorm(in_features, rngs=rngs) if pooled else None)
     self.linear = conv1x1(in_features, 2, rngs=rngs)
 
   @property
@@ -207,39 +217,6 @@ class RecurrentGate(SkipGate):
     return logits, (control, state)
 
 
-def create_skip_gate(
-  kind: str,
-  in_features: int,
-  *,
-  first: bool,
-  training: str,
-  conv,
-  norm,
-  rngs: nnx.Rngs,
-) -> SkipGate:
-  """Returns the gate of a block; arguments as of the gates' classes.
-
-  Args:
-    kind: one of SKIP_GATES.
-    in_features: channels of the block's input.
-    first: whether this is the network's first gate.
-    training: one of SKIP_TRAININGS.
-    conv: makes a convolution.
-    norm: makes a batch norm.
-    rngs: stream `params`.
-  """
-  if kind == 'recurrent':
-    return RecurrentGate(in_features, first=first, training=training, rngs=rngs)
-  return FeedForwardGate(
-    in_features,
-    pooled=kind == 'ff1',
-    training=training,
-    conv=conv,
-    norm=norm,
-    rngs=rngs,
-  )
-
-
 def _halve(x: jax.Array) -> jax.Array:
   """Returns the 2x2 maximum at stride 2; an extent of 1 stays.
 
@@ -251,3 +228,172 @@ def _halve(x: jax.Array) -> jax.Array:
   return jnp.max(
     x.reshape(n, h // rows, rows, w // columns, columns, c), axis=(2, 4)
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(Warmup, Opening):
+  """SkipNet's options."""
+
+  skip_gate: str = option(
+    'recurrent',
+    f"SkipNet's gates, one of {', '.join(SKIP_GATES)}.",
+    allowed=SKIP_GATES,
+  )
+  skip_training: str = option(
+    'supervised',
+    "SkipNet's stage: supervised, or reinforce, which starts from it.",
+    allowed=SKIP_TRAININGS,
+  )
+  skip_temperature: float = option(
+    1.0,
+    "Divides the logits of SkipNet's gates at the start: below 1, as in the "
+    "authors' second stage (0.05), samples are nearly decisions.",
+    allowed=POSITIVE,
+  )
+  skip_weight: float = option(
+    0.1,
+    "SkipNet's alpha: what executing every gated block costs, or what skipping "
+    'every one earns.',
+    allowed=NOT_NEGATIVE,
+  )
+  reinforce_weight: float = option(
+    0.01,
+    "Weight of SkipNet's REINFORCE loss in the second stage.",
+    allowed=NOT_NEGATIVE,
+  )
+
+  def alpha(self, progress: float | jax.Array) -> float | jax.Array:
+    """Returns the price of computing at a share of the training."""
+    return self.skip_weight * self.warm(progress)
+
+
+def make_gates(
+  options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
+) -> MakeGate:
+  """Returns what makes the gate of a block; the network's first has none."""
+  if len(sites) < 2:
+    raise ValueError(
+      'skipnet needs two gated blocks or more, because the first is always '
+      f'executed; the network has {len(sites)}'
+    )
+  order = {site.name: i for i, site in enumerate(sites)}
+
+  def make(site: GateSite) -> SkipGate | None:
+    number = order[site.name]
+    if number == 0:
+      return None
+    training = options.skip_training
+    if options.skip_gate == 'recurrent':
+      return RecurrentGate(
+        site.in_features, first=number == 1, training=training, rngs=rngs
+      )
+    pooled = options.skip_gate == 'ff1'
+    return FeedForwardGate(
+      site.in_features, pooled=pooled, training=training, rngs=rngs
+    )
+
+  return make
+
+
+def skip_penalty(masks: Sequence[ExecutionMask]) -> jax.Array:
+  """Returns SkipNet's price of computing in supervised training, unweighted.
+
+  Mean over the gated blocks of the batch mean of the gate. The authors' first
+  stage has no such term; their reward for skipping, which it takes the place
+  of, is that of the second (Wang et al., ECCV 2018, section 3.3).
+
+  Args:
+    masks: one a gated block, with straight-through gradients.
+
+  Returns:
+    float32 scalar in [0, 1].
+
+  Raises:
+    ValueError: there are no masks.
+  """
+  if not masks:
+    raise ValueError('the skip penalty needs at least one mask; got none')
+  return jnp.mean(jnp.stack([jnp.mean(mask.density()) for mask in masks]))
+
+
+def skip_rewards(
+  actions: jax.Array,
+  cross_entropy: jax.Array,
+  skip_weight: float | jax.Array,
+) -> jax.Array:
+  """Returns what each of SkipNet's gates has to gain, float32[blocks, N].
+
+  R_i = -cross_entropy + the sum over j >= i of (1 - a_j) skip_weight / blocks:
+  of what is skipped, a gate is credited with its own block and those after it
+  (Wang et al., ECCV 2018, section 3.3 and the authors' code).
+
+  Args:
+    actions: float32[blocks, N] of {0, 1}, 1 where a block was executed.
+    cross_entropy: float32[N], of each image.
+    skip_weight: the paper's alpha, the reward for skipping every gated block.
+  """
+  rewards = (1 - actions) * (skip_weight / len(actions))
+  return jax.lax.cumsum(rewards, axis=0, reverse=True) - cross_entropy
+
+
+def reinforce_loss(
+  masks: Sequence[ExecutionMask],
+  cross_entropy: jax.Array,
+  skip_weight: float | jax.Array,
+) -> jax.Array:
+  """Returns a loss whose gradient is REINFORCE's, unweighted.
+
+  The sum over gates of the batch mean of -log p(a_i) R_i, with the rewards of
+  `skip_rewards` taken as constants: in expectation over the sampled actions its
+  gradient is that of the negative expected reward (Williams, 1992; Wang et al.,
+  ECCV 2018, section 3.3; the authors weigh it by 0.01). Its value means little.
+
+  Args:
+    masks: one a gated block, sampled per image from their `score`.
+    cross_entropy: float32[N], of each image under these masks.
+    skip_weight: the paper's alpha.
+
+  Returns:
+    float32 scalar.
+
+  Raises:
+    ValueError: there are no masks, or some have no score.
+  """
+  check_scores(
+    masks,
+    'REINFORCE needs masks with the probabilities they were sampled from',
+  )
+  # Constant over positions.
+  actions = jnp.stack([mask.hard[:, 0, 0] for mask in masks])
+  scores = jnp.stack([mask.score[:, 0, 0] for mask in masks])
+  rewards = skip_rewards(actions, cross_entropy, skip_weight)
+  # What was sampled has a probability above 0.
+  log_p = jnp.log(jnp.where(actions == 1, scores, 1 - scores))
+  losses = -log_p * jax.lax.stop_gradient(rewards)
+  return jnp.sum(jnp.mean(losses, axis=1))
+
+
+def _loss(options, masks, cross_entropy, progress):
+  alpha = options.alpha(progress)
+  if options.skip_training == 'supervised':
+    return alpha, skip_penalty(masks)
+  return options.reinforce_weight, reinforce_loss(masks, cross_entropy, alpha)
+
+
+def _open(options: Options, gate: SkipGate) -> None:
+  if options.mask_bias is not None:
+    gate.open(options.mask_bias)
+
+
+METHOD = Method(
+  'skipnet',
+  Options,
+  make_gates,
+  _loss,
+  open_gate=_open,
+  start_gate=lambda options, gate: gate.sharpen(options.skip_temperature),
+  knob='skip_weight',
+  label='SkipNet',
+  color='green',
+  marker='v',
+)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.checks import check_choice as check_choice
 from dynconv_jax.layers import BatchNorm, MaxPool, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
@@ -36,6 +35,39 @@ class Architecture:
   def total_stride(self) -> int:
     """Input pixels a position of the last map, along one side."""
     return 2 ** (len(self.depths) - 1) * (4 if self.stem == 'imagenet' else 1)
+
+  @property
+  def min_image_size(self) -> int:
+    """Side of the smallest input, whose last map is 2x2."""
+    return 2 * self.total_stride
+
+  def __call__(
+    self,
+    *,
+    num_classes: int,
+    gate: MakeGate,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    width_multiplier: float = 1.0,
+  ) -> ResNet:
+    """Returns a freshly initialized network; arguments as of `ResNet`.
+
+    Raises:
+      ValueError: no channel is left.
+    """
+    if int(self.width * width_multiplier) < 1:
+      raise ValueError(
+        'width_multiplier must leave the stem a channel, at least '
+        f'{1 / self.width}; got {width_multiplier}'
+      )
+    return ResNet(
+      self,
+      num_classes=num_classes,
+      width_multiplier=width_multiplier,
+      gate=gate,
+      dtype=dtype,
+      rngs=rngs,
+    )
 
 
 def _cifar(depth: int) -> Architecture:
@@ -198,13 +230,3 @@ class ResNet(nnx.Module):
     Args:
       deterministic: passed on to the gates by ``nnx.view`` itself.
     """
-
-
-def check_image_size(name: str, image_size: int) -> None:
-  """Raises ValueError where the last stage would have no 2x2 map."""
-  least = 2 * ARCHITECTURES[name].total_stride
-  if image_size < least:
-    raise ValueError(
-      f'image_size must be at least {least} for {name}, whose total stride is '
-      f'{least // 2}; got {image_size}'
-    )

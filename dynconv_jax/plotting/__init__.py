@@ -1,5 +1,11 @@
 """Figures: learning curves, block density, ponder maps, accuracy, speed."""
 
+# ruff: noqa: E402  What is missing is said before anything needs it.
+
+from dynconv_jax import extras
+
+extras.require('train', 'matplotlib', 'PIL')
+
 from dynconv_jax.plotting.curves import plot_block_density, plot_learning_curves
 from dynconv_jax.plotting.ponder import (
   overlay_ponder_map,

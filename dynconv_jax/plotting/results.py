@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from dynconv_jax.methods.method import Method, load_method
+
 _REQUIRED = ('model', 'method', 'accuracy')
 # Columns that name a run: no axis, even where their cells are numbers.
 _NAMES = ('model', 'method', 'seed')
-# Weights of the loss on computing, of methods that have no budget.
-_WEIGHTS = ('skip_weight', 'ponder_weight')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +107,14 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
   return [dict(zip(header, row, strict=True)) for row in rows]
 
 
+def find_method(name: str) -> Method:
+  """Returns a method of a table; one that cannot be found has its name."""
+  try:
+    return load_method(name)
+  except ValueError:
+    return Method(name)
+
+
 def accuracy_curves(
   rows: Sequence[Mapping[str, object]],
   x: str = 'gmacs_mean',
@@ -119,8 +127,8 @@ def accuracy_curves(
 
   Args:
     rows: cells as text or numbers: 'model', 'method', 'accuracy' in [0, 1] and
-      the column of x; optionally 'budget', 'skip_weight', 'ponder_weight',
-      'width_multiplier', 'image_size', 'seed', 'accuracy_low' and
+      the column of x; optionally 'budget' or the option that the method has in
+      place of one (`Method.knob`), 'width_multiplier', 'image_size', 'seed', 'accuracy_low' and
       'accuracy_high'. A row with no value of x is left out.
     x: the numeric column that the points are ordered by.
     series: a further column that tells curves apart, such as 'recipe'.
@@ -205,7 +213,9 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
       f'row {number}: accuracy {accuracy:g} is outside its interval, {low:g} '
       f'to {high:g}'
     )
-  weights = [_number(row, name, number, optional=True) for name in _WEIGHTS]
+  knob, weight = find_method(str(row['method'])).knob, None
+  if knob and knob != 'budget':
+    weight = _number(row, knob, number, optional=True)
   width = _number(row, 'width_multiplier', number, optional=True)
   return Point(
     x=at,
@@ -215,7 +225,7 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
     seeds=1,
     model=str(row['model']),
     budget=_number(row, 'budget', number, optional=True),
-    weight=next((w for w in weights if w is not None), None),
+    weight=weight,
     width_multiplier=1.0 if width is None else width,
     image_size=_number(row, 'image_size', number, optional=True),
   )

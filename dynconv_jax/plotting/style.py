@@ -10,6 +10,8 @@ import matplotlib
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
+from dynconv_jax.files import replacing
+
 # Okabe and Ito, Color Universal Design (2008): told apart by readers with any
 # of the common colour-vision deficiencies.
 BLACK = '#000000'
@@ -19,6 +21,17 @@ GREEN = '#009e73'
 BLUE = '#0072b2'
 VERMILION = '#d55e00'
 PURPLE = '#cc79a7'
+
+# By name, as methods choose theirs.
+PALETTE = {
+  'black': BLACK,
+  'orange': ORANGE,
+  'sky_blue': SKY_BLUE,
+  'green': GREEN,
+  'blue': BLUE,
+  'vermilion': VERMILION,
+  'purple': PURPLE,
+}
 
 INK = '#333333'
 GREY = '#767676'
@@ -104,20 +117,15 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
     ValueError: if the suffix of `path` is that of another format.
   """
   png, svg = figure_paths(path)
-  png.parent.mkdir(parents=True, exist_ok=True)
   with matplotlib.rc_context({'svg.hashsalt': 'dynconv_jax'}):
     for file, metadata in (
       (png, {'Software': None}),
       (svg, {'Date': None, 'Creator': None}),
     ):
-      partial = file.with_name(f'.{file.name}.partial')
-      try:
+      with replacing(file) as partial:
         figure.savefig(
           partial, format=file.suffix[1:], dpi=200, metadata=metadata
         )
-        os.replace(partial, file)
-      finally:
-        partial.unlink(missing_ok=True)
   return png, svg
 
 

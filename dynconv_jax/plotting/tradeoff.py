@@ -14,17 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from dynconv_jax.plotting import style
-from dynconv_jax.plotting.results import Curve, Point, accuracy_curves
+from dynconv_jax.plotting.results import (
+  Curve,
+  Point,
+  accuracy_curves,
+  find_method,
+)
 
-# Name, colour and marker of a method: the same in every figure.
-_METHODS = {
-  'dense': ('dense', style.BLACK, 's'),
-  'dynconv': ('DynConv', style.VERMILION, 'o'),
-  'convnet_aig': ('ConvNet-AIG', style.BLUE, '^'),
-  'skipnet': ('SkipNet', style.GREEN, 'v'),
-  'sact': ('SACT', style.PURPLE, 'D'),
-  'act': ('ACT', style.ORANGE, 'P'),
-}
 _LINE_STYLES = ('-', '--', ':', '-.')
 _X_LABELS = {
   'gmacs_mean': 'GMACs per image (mean)',
@@ -133,9 +129,8 @@ def plot_results(
 
 def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
   """Draws a curve; rank counts the curves of its method."""
-  name, color, marker = _METHODS.get(
-    curve.method, (curve.method, style.SKY_BLUE, 'X')
-  )
+  method = find_method(curve.method)
+  color = style.PALETTE.get(method.color, method.color)
   points = curve.points
   bars = np.array([[p.below for p in points], [p.above for p in points]])
   ax.errorbar(
@@ -143,12 +138,12 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
     [point.accuracy for point in points],
     yerr=bars if bars.any() else None,
     color=color,
-    marker=marker,
+    marker=method.marker,
     linestyle=_LINE_STYLES[rank % len(_LINE_STYLES)],
     markerfacecolor=color if rank == 0 else 'white',
     elinewidth=1,
     capsize=2.5,
-    label=_name(name, curve),
+    label=_name(method.label or method.name, curve),
   )
   for point in points:
     ax.annotate(

@@ -30,11 +30,13 @@ class Backend:
       sets False.
     falls_back: whether a batch can be executed densely after all, by a
       conditional, without waiting for the host.
+    evaluates_given: whether a gate is computed even where a mask is given.
   """
 
   name: str
   calibrated = True
   falls_back = True
+  evaluates_given = False
 
   def supports(self, branch: Branch, dtype: jnp.dtype, platform: str) -> bool:
     """Returns whether the backend can execute a branch.

@@ -31,15 +31,22 @@ class Graph:
       *inputs: names of values, or constants.
       **attributes: of the operator.
     """
-    output = f'{self.scope}/{op}_{len(self._nodes)}'
+    return self.many(op, *inputs, outputs=1, **attributes)[0]
+
+  def many(
+    self, op: str, *inputs: str | np.ndarray, outputs: int, **attributes
+  ) -> list[str]:
+    """Returns the names of a new node's outputs; see `__call__`."""
+    node = f'{self.scope}/{op}_{len(self._nodes)}'
     names = [
       value if isinstance(value, str) else self._constant(value)
       for value in inputs
     ]
+    produced = [f'{node}:{i}' if i else node for i in range(outputs)]
     self._nodes.append(
-      helper.make_node(op, names, [output], output, **attributes)
+      helper.make_node(op, names, produced, node, **attributes)
     )
-    return output
+    return produced
 
   def input(self, name: str, shape: Sequence[int | str]) -> str:
     """Returns the name of a new float32 input of the graph."""

@@ -146,17 +146,15 @@ def sparsify(
   users = [chosen[block.name].backend for block in described]
   main = max(users, key=users.count, default=get_backend('dense'))
 
-  def replace(module: nnx.Module) -> nnx.Module | None:
-    if isinstance(module, GatedBlock):
-      if not module.describable:
-        return None
+  def replace_block(module: nnx.Module) -> nnx.Module | None:
+    if isinstance(module, GatedBlock) and module.describable:
       return SparseBlock(module, chosen[module.name])
-    return main.replacement(module)
+    return None
 
-  _fold_pairs(model, main)
+  fold_pairs(model, main)
+  replace_modules(model, main.replacement)
   # Blocks last: their gates have been replaced by then.
-  _replace(model, lambda m: None if isinstance(m, GatedBlock) else replace(m))
-  _replace(model, lambda m: replace(m) if isinstance(m, GatedBlock) else None)
+  replace_modules(model, replace_block)
   return model
 
 
@@ -203,7 +201,7 @@ def trace_blocks(
     last[0] = out
 
   model = nnx.clone(model)
-  _replace(
+  replace_modules(
     model, lambda m: _Recorder(m, note) if isinstance(m, GatedBlock) else None
   )
   images = jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
@@ -354,8 +352,13 @@ def _difference(block: GatedBlock) -> float:
   return float(np.nan_to_num(difference, nan=np.inf))
 
 
-def _fold_pairs(model: nnx.Module, backend: Backend) -> None:
-  """Folds the batch norms that modules name in `foldable`."""
+def fold_pairs(model: nnx.Module, backend: Backend) -> None:
+  """Folds the batch norms that modules name in `foldable`, in place.
+
+  Args:
+    model: in evaluation.
+    backend: its `convolution` makes the modules that take their places.
+  """
   for _, module in list(nnx.iter_modules(model)):
     if isinstance(module, GatedBlock):
       continue
@@ -371,10 +374,15 @@ def _fold_pairs(model: nnx.Module, backend: Backend) -> None:
       setattr(module, norm_name, _Identity())
 
 
-def _replace(
+def replace_modules(
   model: nnx.Module, replace: Callable[[nnx.Module], nnx.Module | None]
 ) -> None:
-  """Puts new modules in the places of old ones, wherever they are."""
+  """Puts new modules in the places of old ones, wherever they are.
+
+  Args:
+    model: is changed.
+    replace: gives the new module of an old one, or None.
+  """
   for _, parent in list(nnx.iter_modules(model)):
     if isinstance(parent, SparseBlock | _Arrays):
       continue

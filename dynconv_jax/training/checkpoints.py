@@ -155,7 +155,8 @@ def restore(
     best: whether the best by validation accuracy comes first.
 
   Raises:
-    CheckpointError: there is none, or none can be read.
+    CheckpointError: there is none, none can be read, or it lacks weights; names
+      them.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   if best and (step := best_step(manager)) is not None:
@@ -172,7 +173,22 @@ def restore(
       info=ocp.args.JsonRestore(),
     ),
   )
+  _check_complete(restored['state'], f'{manager.directory}, step {step}')
   return restored['state'], restored['info'], step
+
+
+def _check_complete(state: Any, place: str) -> None:
+  """Raises CheckpointError naming each weight that a checkpoint lacks."""
+  missing = [
+    '.'.join(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
+    for path, leaf in jax.tree.leaves_with_path(state)
+    if isinstance(leaf, jax.ShapeDtypeStruct)
+  ]
+  if missing:
+    raise CheckpointError(
+      f'the checkpoint in {place} is of another network: it lacks '
+      f'{", ".join(missing)}'
+    )
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class Evaluation:
     dense_macs: of the masked layers for one image, masks all ones.
     densities: float64[n, blocks], share of active positions.
     block_names: one a gated block.
+    stages: the number of each gated block's stage.
     macs: float64[n], of the whole network; empty without a MAC report.
     object_recall: float64[n, blocks], share of object pixels at active
       positions, NaN where the image shows no object; empty where the data has
@@ -41,6 +42,7 @@ class Evaluation:
   dense_macs: int
   densities: np.ndarray
   block_names: tuple[str, ...]
+  stages: tuple[int, ...]
   macs: np.ndarray
   object_recall: np.ndarray
   background_density: np.ndarray
@@ -49,7 +51,7 @@ class Evaluation:
     """Returns means over the examples, fit for JSON.
 
     'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
-    network 'executed_fraction' and 'block_density'; with a MAC report
+    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC report
     'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
     and 'background_density', means over the blocks.
     """
@@ -67,6 +69,9 @@ class Evaluation:
       result['executed_fraction'] = float(fraction)
       result['block_density'] = dict(
         zip(self.block_names, self.densities.mean(0).tolist(), strict=True)
+      )
+      result['block_stage'] = dict(
+        zip(self.block_names, self.stages, strict=True)
       )
     if self.macs.size:
       gmacs = self.macs / 1e9
@@ -127,11 +132,12 @@ def evaluate(
       'cross_entropy': np.asarray(loss, np.float64),
     }
     names = tuple(mask.name for mask in masks)
+    stages = tuple(mask.stage for mask in masks)
     dense_macs = sum(mask.dense_macs() for mask in masks)
     if masks:
       executed = [np.asarray(m.executed_macs(), np.float64) for m in masks]
       row['executed_macs'] = np.sum(executed, axis=0)
-      row['densities'] = np.stack([m.hard.mean((1, 2)) for m in masks], -1)
+      row['densities'] = np.stack([m.density() for m in masks], -1)
       if 'object_mask' in batch:
         found = [
           _found(m.hard, np.asarray(batch['object_mask'])) for m in masks
@@ -154,11 +160,12 @@ def evaluate(
 
   return Evaluation(
     block_names=names,
+    stages=stages,
     dense_macs=dense_macs,
     **{
       field.name: joined(field.name)
       for field in dataclasses.fields(Evaluation)
-      if field.name not in ('block_names', 'dense_macs')
+      if field.name not in ('block_names', 'stages', 'dense_macs')
     },
   )
 

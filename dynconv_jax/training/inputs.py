@@ -10,21 +10,27 @@ from dynconv_jax.data import sources
 from dynconv_jax.data.batches import EvalBatches, TrainBatches
 from dynconv_jax.data.decode import RESIZE_RATIO
 from dynconv_jax.data.source import Common, DataSource
-from dynconv_jax.training.config import Config
+from dynconv_jax.training.config import Config, DataConfig
 
 
-def open_splits(config: Config) -> sources.Splits:
+def open_splits(
+  data: DataConfig, source: DataSource | None = None
+) -> sources.Splits:
   """Returns the sources of the run, preparing the dataset where need be.
+
+  Args:
+    data: of the run.
+    source: of the data, where it is not found by name.
 
   Raises:
     ValueError, FileNotFoundError, ConnectionError, OSError: as
       `sources.open_splits`.
   """
   given = {
-    role: getattr(config, f'{role}_split') for role in sources.Splits._fields
+    role: getattr(data, f'{role}_split') for role in sources.Splits._fields
   }
   return sources.open_splits(
-    *_source(config),
+    *_source(data, source),
     **{
       role: None if split == 'default' else split
       for role, split in given.items()
@@ -32,45 +38,51 @@ def open_splits(config: Config) -> sources.Splits:
   )
 
 
-def open_split(config: Config, split: str) -> sources.ImageSource:
+def open_split(
+  data: DataConfig, split: str, source: DataSource | None = None
+) -> sources.ImageSource:
   """Returns the source of one split.
 
   Args:
-    config: of the run.
+    data: of the run.
     split: 'train', 'validation' or 'test', by its role in the run; or in
       TFDS's notation.
+    source: of the data, where it is not found by name.
 
   Raises:
     ValueError: the run has no such split; and as `open_splits`.
   """
   if split not in sources.Splits._fields:
-    source, options, common = _source(config)
-    source = sources.open_source(source, split, options, common)
-    if source is None:
+    source, options, common = _source(data, source)
+    opened = sources.open_source(source, split, options, common)
+    if opened is None:
       raise ValueError(
         f'split must be {", ".join(sources.Splits._fields)} or in the notation '
         f'of TFDS; got {split!r}'
       )
-    return source
-  opened = open_splits(config)
-  source = getattr(opened, split)
-  if source is None:
-    there = [name for name, s in opened._asdict().items() if s is not None]
+    return opened
+  splits = open_splits(data, source)
+  opened = getattr(splits, split)
+  if opened is None:
+    there = [name for name, s in splits._asdict().items() if s is not None]
     raise ValueError(
       f'this run has no {split} split; it has {" and ".join(there)}'
     )
-  return source
+  return opened
 
 
-def _source(config: Config) -> tuple[DataSource, Any, Common]:
+def _source(
+  data: DataConfig, source: DataSource | None
+) -> tuple[DataSource, Any, Common]:
   """Returns the data source, its options and those of all sources."""
-  source = sources.load_source(config.dataset)
+  source = source or data.source
+  options = data.options if isinstance(data.options, source.options) else None
   common = Common(
-    data_dir=config.data_dir,
-    classes=config.classes,
-    skip_corrupt=config.skip_corrupt,
+    data_dir=data.data_dir,
+    classes=data.classes,
+    skip_corrupt=data.skip_corrupt,
   )
-  return source, source.read_options(config), common
+  return source, options, common
 
 
 def train_batches(
@@ -79,43 +91,58 @@ def train_batches(
   sharding: jax.sharding.Sharding | None = None,
 ) -> TrainBatches:
   """Returns the endless augmented batches of the run."""
+  data = config.data
   return TrainBatches(
     source,
-    image_size=config.image_size,
-    batch_size=config.batch_size,
-    augmentation=config.augmentation(),
-    seed=config.seed,
-    cache=config.cache,
-    cache_size=config.cache_size or None,
-    num_workers=config.num_workers,
-    skip_corrupt=config.skip_corrupt,
+    image_size=config.model.image_size,
+    batch_size=config.optimization.batch_size,
+    augmentation=data.augmentation(),
+    seed=config.run.seed,
+    cache=data.cache,
+    cache_size=data.cache_size or None,
+    num_workers=data.num_workers,
+    skip_corrupt=data.skip_corrupt,
     sharding=sharding,
   )
 
 
 def eval_batches(
-  config: Config,
+  data: DataConfig,
   source: sources.ImageSource,
   sharding: jax.sharding.Sharding | None = None,
+  *,
+  image_size: int,
+  batch_size: int = 250,
 ) -> EvalBatches:
-  """Returns every example once, in batches whose last one is padded."""
+  """Returns every example once, in batches whose last one is padded.
+
+  Args:
+    data: of the run.
+    source: of the examples.
+    sharding: of a batch.
+    image_size: side of the network's input, pixels.
+    batch_size: at most so many images a batch.
+  """
   devices = len(sharding.device_set) if sharding else 1
-  batch_size = min(config.eval_batch_size, len(source))
+  batch_size = min(batch_size, len(source))
   return EvalBatches(
     source,
-    image_size=config.image_size,
-    resize_ratio=resize_ratio(config),
+    image_size=image_size,
+    resize_ratio=resize_ratio(data.crop),
     batch_size=-(-batch_size // devices) * devices,
-    cache=config.cache,
-    num_workers=config.num_workers,
-    skip_corrupt=config.skip_corrupt,
+    cache=data.cache,
+    num_workers=data.num_workers,
+    skip_corrupt=data.skip_corrupt,
     sharding=sharding,
   )
 
 
-def resize_ratio(config: Config) -> float:
+def resize_ratio(crop: str) -> float:
   """Returns the short side of an evaluated image over the network's input.
 
   Where training sees whole images, evaluation does too.
+
+  Args:
+    crop: how training images are cropped.
   """
-  return RESIZE_RATIO if config.crop == 'resized' else 1.0
+  return RESIZE_RATIO if crop == 'resized' else 1.0

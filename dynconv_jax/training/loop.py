@@ -1,9 +1,11 @@
-"""Trains one network: data, model, optimiser, state, restore, loop."""
+"""Trains one network: data, model, optimizer, state, restore, loop."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import os
 import pathlib
 import signal
 import time
@@ -15,6 +17,9 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dynconv_jax import interop
+from dynconv_jax.data import sources
+from dynconv_jax.data.source import DataSource
+from dynconv_jax.models import registry
 from dynconv_jax.training import checkpoints, inputs, schedules
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
@@ -35,20 +40,29 @@ class Interrupted(Exception):
     self.signal = int(received)
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
+def train(
+  config: Config,
+  workdir: str | os.PathLike,
+  *,
+  model: registry.Factory | None = None,
+  data: DataSource | sources.Splits | None = None,
+) -> dict[str, Any]:
   """Trains to the end, from the last checkpoint where there is one.
 
   Args:
     config: everything about the run.
     workdir: its folder; made if need be. Holds flags.txt, metrics.jsonl,
       checkpoints/ and TensorBoard's events.
+    model: factory of the network, see `models.registry`, in place of
+      `config.model.model`.
+    data: a data source, or opened splits, in place of `config.data.dataset`.
 
   Returns:
     The summary: 'step', 'train' and, with a validation split, 'validation'
     metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
 
   Raises:
-    ValueError: a flag is out of range, or the workdir is of another
+    ValueError: an option is out of range, or the workdir is of another
       configuration.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
@@ -56,8 +70,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     OSError: the disk is full; earlier checkpoints stay.
   """
   start = time.monotonic()
+  workdir = pathlib.Path(workdir).expanduser()
+  if model is not None:
+    config = _with_model(config, model)
+  method = config.method
   devices = jax.local_devices()
-  config.check(len(devices))
+  config.check(len(devices), factory=model)
   workdir_lib.check_flags(workdir, config)
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
@@ -66,46 +84,57 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
   split = NamedSharding(mesh, PartitionSpec('data'))
 
   # Data.
-  splits = inputs.open_splits(config)
+  splits = data
+  if not isinstance(data, sources.Splits):
+    splits = inputs.open_splits(config.data, data)
   if splits.train is None:
     raise ValueError('train_split must name examples; got none')
   batches = inputs.train_batches(config, splits.train, split)
   validation = None
   if splits.validation is not None:
-    validation = inputs.eval_batches(config, splits.validation, split)
+    validation = inputs.eval_batches(
+      config.data,
+      splits.validation,
+      split,
+      image_size=config.model.image_size,
+      batch_size=config.run.eval_batch_size,
+    )
     shown = next(iter(validation))['image'][:8]
   class_names = splits.train.class_names
   steps_per_epoch = batches.steps_per_epoch
-  total_steps = config.epochs * steps_per_epoch
+  total_steps = config.optimization.epochs * steps_per_epoch
 
-  # Model and optimiser.
+  # Model and optimizer.
   resumed = checkpoints.exists(workdir)
-  model = workdir_lib.build_model(config, len(class_names))
-  if config.mask_bias is not None:
-    workdir_lib.open_masks(model, config.mask_bias)
-  if config.init_from and not resumed:
-    source = workdir_lib.load_run(config.init_from)
-    workdir_lib.initialize_from(model, source.model)
-  if config.pretrained and not resumed:
-    path = interop.find_pretrained(config.pretrained, config.data_dir)
-    interop.load_pretrained(model, interop.read_state_dict(path))
-  workdir_lib.sharpen_gates(model, config.skip_temperature)
+  network = workdir_lib.build_model(
+    config, len(class_names), seed=config.run.seed, factory=model
+  )
+  start_from = config.optimization
+  workdir_lib.open_gates(network, method)
+  if start_from.init_from and not resumed:
+    source = workdir_lib.load_run(start_from.init_from, factory=model)
+    workdir_lib.initialize_from(network, source.model)
+  if start_from.pretrained and not resumed:
+    interop.check_source(network, start_from.pretrained)
+    path = interop.find_pretrained(start_from.pretrained, config.data.data_dir)
+    interop.load_pretrained(network, interop.read_state_dict(path))
+  workdir_lib.start_gates(network, method)
   teacher = None
-  if config.distill_from:
+  if start_from.distill_from:
     teacher = workdir_lib.load_teacher(config, class_names, replicated)
-  schedule = schedules.learning_rate(config, steps_per_epoch)
-  tx = schedules.optimizer(config, schedule)
-  view = nnx.view(model, deterministic=True, use_running_average=True)
+  schedule = schedules.learning_rate(config.optimization, steps_per_epoch)
+  tx = schedules.optimizer(config.optimization, schedule)
+  view = nnx.view(network, deterministic=True, use_running_average=True)
   predict = evaluation_lib.make_predict(state_lib.split(view)[0])
-  state = state_lib.create_state(model, tx, config)
+  state = state_lib.create_state(network, tx, config)
   state = jax.device_put(state, replicated)
   train_step = state_lib.make_train_step(
-    state_lib.split(model)[0], tx, config, steps_per_epoch, teacher
+    state_lib.split(network)[0], tx, config, steps_per_epoch, teacher
   )
 
   # State: the workdir's last checkpoint, else the weights above.
   workdir_lib.write_flags(workdir, config)
-  keep = config.keep_checkpoints
+  keep = config.run.keep_checkpoints
   with checkpoints.open_manager(workdir, keep=keep) as manager:
     step, seconds_before = 0, 0.0
     if resumed:
@@ -131,7 +160,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         stop = bool(received)
         epoch, in_epoch = divmod(step, steps_per_epoch)
         ended = in_epoch == 0
-        if step % config.log_every_steps == 0 or ended or stop:
+        if step % config.run.log_every_steps == 0 or ended or stop:
           metrics = _epoch_metrics(state, in_epoch or steps_per_epoch)
           progress.update(step, metrics)
         accuracy = None
@@ -139,8 +168,9 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
           row = {'step': step, 'epoch': epoch}
           row['seconds'] = time.monotonic() - began  # Of all sessions.
           extra = {'learning_rate': float(schedule(step - 1))}
-          if config.target is not None:
-            extra['budget'] = config.target
+          target = method.target(step / total_steps)
+          if target is not None:
+            extra['budget'] = float(target)
           records.write({**row, 'split': 'train', **metrics, **extra})
           if validation is not None:
             weights = state.evaluated()
@@ -151,7 +181,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
             records.show_masks(step, shown, predict(*weights, shown)[1])
-        due = ended and epoch % config.checkpoint_every_epochs == 0
+        due = ended and epoch % config.run.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}
           info['seconds'] = time.monotonic() - began
@@ -177,6 +207,17 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     + (validation.num_skipped if validation else 0),
     **last,
   }
+
+
+def _with_model(config: Config, factory: registry.Factory) -> Config:
+  """Returns the configuration of a run whose network was given as a factory."""
+  kind, options = registry.options_type(factory), config.model.options
+  if not isinstance(options, kind):
+    options = kind()
+  network = dataclasses.replace(
+    config.model, model=registry.reference(factory), options=options
+  )
+  return dataclasses.replace(config, model=network)
 
 
 def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:

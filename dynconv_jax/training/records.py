@@ -1,10 +1,9 @@
-"""What a run leaves to look at: metrics, TensorBoard events, progress."""
+"""Metrics, TensorBoard events and the progress display of a run."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import socket
 import sys
@@ -21,6 +20,7 @@ from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import RecordWriter
 
 from dynconv_jax.data.augment import denormalize
+from dynconv_jax.files import write_atomic
 from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import Config
@@ -45,11 +45,10 @@ class Records:
     """
     self._path = workdir / workdir_lib.METRICS_FILE
     rows = workdir_lib.read_metrics(workdir)
-    partial = self._path.with_suffix('.partial')
-    partial.write_text(
-      ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step)
+    write_atomic(
+      self._path,
+      ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step),
     )
-    os.replace(partial, self._path)
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
     self._events = RecordWriter(
@@ -142,7 +141,7 @@ class Progress:
     """
     self._config = config
     self._steps_per_epoch = steps_per_epoch
-    self._total = config.epochs * steps_per_epoch
+    self._total = config.optimization.epochs * steps_per_epoch
     self._first = self._last = step
     self._start = self._shown = time.monotonic()
     self._bar = None
@@ -161,14 +160,16 @@ class Progress:
     elapsed = time.monotonic() - self._start
     rate = (step - self._first) / max(elapsed, 1e-9)
     parts = [
-      f'{rate * self._config.batch_size:.0f} images/s',
+      f'{rate * self._config.optimization.batch_size:.0f} images/s',
       f'loss {metrics["loss"]:.3f}',
       f'accuracy {metrics["accuracy"]:.3f}',
     ]
     if 'executed_fraction' in metrics:
       text = f'executed {metrics["executed_fraction"]:.3f}'
-      if self._config.target is not None:
-        text += f' of budget {self._config.target:g}'
+      # During a warm-up, the target of now.
+      target = self._config.method.target(step / self._total)
+      if target is not None:
+        text += f' of budget {float(target):.3g}'
       parts.append(text)
     if self._bar is not None:
       self._bar.set_postfix_str(', '.join(parts), refresh=False)

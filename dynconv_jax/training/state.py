@@ -13,7 +13,6 @@ import optax
 from flax import nnx
 
 from dynconv_jax import losses
-from dynconv_jax.training import objectives, schedules
 from dynconv_jax.training.config import Config
 
 Batch = Mapping[str, jax.Array]
@@ -67,10 +66,10 @@ def create_state(
   # Copies, because the step donates its input state.
   params, model_state = jax.tree.map(jnp.copy, (params, model_state))
   ema = None
-  if config.ema_decay:
+  if config.optimization.ema_decay:
     ema = jax.tree.map(jnp.copy, (params, model_state))
   names = ['loss', 'correct', *QUANTITIES]
-  if config.method != 'dense':
+  if config.method.record.gated:
     names.append('executed_fraction')
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -78,7 +77,7 @@ def create_state(
     model_state=model_state,
     opt_state=tx.init(params),
     ema=ema,
-    key=jax.random.key(config.seed),
+    key=jax.random.key(config.run.seed),
     sums={name: jnp.zeros((), jnp.float32) for name in names},
     first_bad=jnp.full((2,), -1, jnp.int32),
   )
@@ -100,7 +99,9 @@ def make_train_step(
     steps_per_epoch: after which the summed metrics start anew.
     teacher: the evaluation view of the network to distil from, or None.
   """
-  total_steps = config.epochs * steps_per_epoch
+  total_steps = config.optimization.epochs * steps_per_epoch
+  method, options = config.method.record, config.method.options
+  decay = config.optimization.ema_decay
   # An argument of the step: constants of that size would slow compilation.
   teacher_graphdef, teacher_state = None, {}
   if teacher is not None:
@@ -111,11 +112,12 @@ def make_train_step(
     key = jax.random.fold_in(state.key, state.step)
     progress = state.step / total_steps
     model = nnx.merge(graphdef, params, state.model_state)
+    temperature, noise = method.anneal(options, progress)
     logits, masks = model(
       batch['image'],
-      rngs=nnx.Rngs(gumbel=key),
-      temperature=schedules.gumbel_temperature(config, progress),
-      gumbel_noise=schedules.gumbel_noise(config, progress),
+      rngs=nnx.Rngs(gumbel=key, dropout=jax.random.fold_in(key, 1)),
+      temperature=temperature,
+      gumbel_noise=noise,
     )
     zero = jnp.zeros((), jnp.float32)
     terms = dict.fromkeys(QUANTITIES, zero)
@@ -126,15 +128,16 @@ def make_train_step(
       terms['distillation'] = losses.distillation_loss(
         logits,
         nnx.merge(teacher_graphdef, teacher_state)(batch['image'])[0],
-        config.distill_temperature,
+        config.optimization.distill_temperature,
       )
-      share = config.distill_weight
+      share = config.optimization.distill_weight
       loss = (1 - share) * loss + share * terms['distillation']
-    if masks:
-      weight, terms['gating'] = objectives.gating_loss(
-        config, masks, cross_entropy, progress
+    if masks and method.loss is not None:
+      weight, terms['gating'] = method.loss(
+        options, masks, cross_entropy, progress
       )
       loss += weight * terms['gating']
+    if masks:
       terms['executed_fraction'], _ = losses.executed_fractions(masks)
     hits = jnp.argmax(logits, -1) == jnp.argmax(batch['label'], -1)
     metrics = {**terms, 'loss': loss, 'correct': jnp.mean(hits)}
@@ -154,7 +157,7 @@ def make_train_step(
       params=params,
       model_state=model_state,
       opt_state=opt_state,
-      ema=_averaged(state, (params, model_state), config.ema_decay),
+      ema=_averaged(state, (params, model_state), decay),
       key=state.key,
       sums={
         name: jnp.where(first_of_epoch, 0.0, total) + metrics[name]

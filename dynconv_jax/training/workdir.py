@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.methods.dynconv import MaskUnit
-from dynconv_jax.methods.skipnet import SkipGate
-from dynconv_jax.models.create import create_model
-from dynconv_jax.models.resnet import ResNet
-from dynconv_jax.training import checkpoints
+from dynconv_jax.files import write_atomic
+from dynconv_jax.interop.names import HEADS
+from dynconv_jax.methods.gate import Gate
+from dynconv_jax.models import registry
+from dynconv_jax.models.create import assemble
+from dynconv_jax.training import checkpoints, inputs
+from dynconv_jax.training import config as config_lib
 from dynconv_jax.training import state as state_lib
-from dynconv_jax.training.config import Config
+from dynconv_jax.training.config import Config, MethodConfig, ModelConfig
 
 FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
@@ -33,39 +35,42 @@ COMPILED_QUICKLY = {
 
 
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
-  """Checks the run's flags against those of an earlier start, if any.
+  """Checks the configuration against that of an earlier start, if any.
+
+  More epochs than before are no difference: the run goes on.
 
   Raises:
-    ValueError: the workdir is of another configuration; names the flags that
+    ValueError: the workdir is of another configuration; names the options that
       differ. Or it holds imported weights, with no training to go on with.
   """
   if (workdir / IMPORT_FILE).exists():
     raise ValueError(
       f'{workdir} holds imported weights, no training to go on with. Choose '
-      f'another --workdir, and start from them by --init_from={workdir}'
+      f'another workdir, and start from them by init_from={workdir}'
     )
   if not (workdir / FLAGS_FILE).exists():
     return
-  differing = config.differing(read_config(workdir))
+  there = read_config(workdir)
+  if config.optimization.epochs > there.optimization.epochs:
+    # Training goes on, on the longer schedule.
+    there = there.replace(epochs=config.optimization.epochs)
+  differing = config.differing(there)
   if differing:
     raise ValueError(
       f'{workdir} is of another configuration; given, not there: '
-      f'{"; ".join(differing)}. Choose another --workdir, or the same flags'
+      f'{"; ".join(differing)}. Choose another workdir, or the same options'
     )
 
 
 def write_flags(workdir: pathlib.Path, config: Config) -> None:
   """Writes the full set of the run's flags, whole or not at all."""
-  workdir.mkdir(parents=True, exist_ok=True)
-  partial = workdir / f'{FLAGS_FILE}.partial'
-  partial.write_text(config.to_flags())
-  os.replace(partial, workdir / FLAGS_FILE)
+  write_atomic(workdir / FLAGS_FILE, config.to_flags())
 
 
 def write_network(
   workdir: pathlib.Path,
   config: Config,
-  model: ResNet,
+  model: nnx.Module,
   class_names: Sequence[str],
   source: str,
 ) -> None:
@@ -84,12 +89,12 @@ def write_network(
     ValueError: the workdir holds a run.
   """
   if (workdir / FLAGS_FILE).exists() or checkpoints.exists(workdir):
-    raise ValueError(f'{workdir} holds a run; choose another --workdir')
+    raise ValueError(f'{workdir} holds a run; choose another workdir')
   write_flags(workdir, config)
   (workdir / IMPORT_FILE).write_text(json.dumps({'source': source}) + '\n')
   _, params, model_state = state_lib.split(model)
   state = {'params': params, 'model_state': model_state}
-  if config.ema_decay:
+  if config.optimization.ema_decay:
     state['ema'] = (params, model_state)
   with checkpoints.open_manager(workdir) as manager:
     info = {'class_names': list(class_names)}
@@ -101,13 +106,50 @@ def read_config(workdir: pathlib.Path) -> Config:
 
   Raises:
     FileNotFoundError: the folder is not a run's.
+    ValueError: the file of flags is damaged; names what is missing.
   """
+  return _named(workdir, Config.from_flags, _read_flags(workdir))
+
+
+def read_texts(workdir: str | os.PathLike) -> dict[str, str]:
+  """Returns the text of each value of a run's configuration, by name.
+
+  Raises:
+    FileNotFoundError: the folder is not a run's.
+    ValueError: the file of flags is damaged.
+  """
+  return _named(workdir, config_lib.read_flags, _read_flags(workdir))
+
+
+def read_part(workdir: str | os.PathLike, kind: type) -> Any:
+  """Returns a part of a run's configuration, whatever the others hold.
+
+  Args:
+    workdir: of the run.
+    kind: of the part, such as DataConfig.
+
+  Raises:
+    FileNotFoundError: the folder is not a run's.
+    ValueError: the file of flags is damaged; names what is missing.
+  """
+  return _named(workdir, config_lib.read_part, kind, read_texts(workdir))
+
+
+def _read_flags(workdir: str | os.PathLike) -> str:
   path = pathlib.Path(workdir).expanduser() / FLAGS_FILE
   if not path.exists():
     raise FileNotFoundError(
       f'{workdir} is not the workdir of a run: there is no {FLAGS_FILE}'
     )
-  return Config.from_flags(path.read_text())
+  return _named(workdir, path.read_text)
+
+
+def _named(workdir: str | os.PathLike, read, *args):
+  """Returns what `read` returns; its errors name the file."""
+  try:
+    return read(*args)
+  except ValueError as error:
+    raise ValueError(f'{FLAGS_FILE} of {workdir}: {error}') from error
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -125,32 +167,36 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def build_model(
-  config: Config, num_classes: int, *, abstract: bool = False
-) -> ResNet:
+  config: Config | Run,
+  num_classes: int,
+  *,
+  seed: int = 0,
+  abstract: bool = False,
+  factory: registry.Factory | None = None,
+) -> nnx.Module:
   """Returns the network of a run.
 
   Args:
-    config: of the run.
+    config: has the parts `model` and `method`.
     num_classes: outputs of the head.
+    seed: of the initialization.
     abstract: whether shapes and dtypes stand in for the weights; otherwise
-      they are freshly initialised, compiled in one go.
+      they are freshly initialized, compiled in one go.
+    factory: of the network, where it is not found by name.
   """
+  network, method = config.model, config.method
+  factory = factory or registry.load_factory(network.model)
 
   def create():
-    return create_model(
-      config.model,
-      method=config.method,
+    return assemble(
+      factory,
+      network.options,
+      method.record,
+      method.options,
       num_classes=num_classes,
-      width_multiplier=config.width_multiplier,
-      mask_kernel_size=config.mask_kernel_size,
-      mask_granularity=config.mask_granularity,
-      target_rates=(
-        config.block_target_rates() if config.method == 'convnet_aig' else None
-      ),
-      skip_gate=config.skip_gate,
-      skip_training=config.skip_training,
-      dtype=jnp.dtype(config.compute_dtype),
-      rngs=nnx.Rngs(config.seed),
+      width_multiplier=network.width_multiplier,
+      dtype=jnp.dtype(network.compute_dtype),
+      rngs=nnx.Rngs(seed),
     )
 
   model = nnx.eval_shape(create)
@@ -164,63 +210,101 @@ def build_model(
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-  """A trained network and where it comes from.
+class Network:
+  """What says which network a run has.
 
   Attributes:
-    config: of the run.
+    model: the network but for its gates.
+    method: its gates.
+  """
+
+  model: ModelConfig
+  method: MethodConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained network and what is needed to use it.
+
+  Attributes:
+    network: which network it is.
     model: the evaluation view, with the best or the latest weights.
     class_names: in label order.
     step: steps that had been done.
+    resize_ratio: short side of an image over the network's input.
   """
 
-  config: Config
-  model: ResNet
+  network: Network
+  model: nnx.Module
   class_names: tuple[str, ...]
   step: int
+  resize_ratio: float
+
+  @property
+  def image_size(self) -> int:
+    """Side of the network's input, pixels."""
+    return self.network.model.image_size
 
 
-def load_run(workdir: str | os.PathLike, *, best: bool = True) -> Run:
+def load_run(
+  workdir: str | os.PathLike,
+  *,
+  best: bool = True,
+  factory: registry.Factory | None = None,
+) -> Run:
   """Returns the trained network of a workdir.
 
   Args:
     workdir: of the run.
     best: whether the checkpoint of the best validation accuracy is preferred
       to the latest; a run without validation has only the latest.
+    factory: of the network, where it is not found by name.
 
   Raises:
     FileNotFoundError: the folder is not a run's.
-    CheckpointError: no checkpoint can be read.
+    ValueError: the workdir does not say which network it is of.
+    CheckpointError: no checkpoint can be read, or it lacks weights.
   """
   workdir = pathlib.Path(workdir).expanduser()
-  config = read_config(workdir)
+  network = Network(
+    read_part(workdir, ModelConfig), read_part(workdir, MethodConfig)
+  )
+  texts = read_texts(workdir)
+  averaged = float(texts.get('ema_decay') or 0) > 0
   if not (workdir / 'checkpoints').is_dir():
     raise checkpoints.CheckpointError(f'no checkpoint in {workdir}')
   with checkpoints.open_manager(workdir, read_only=True) as manager:
     class_names = tuple(checkpoints.read_info(manager)['class_names'])
-    model = build_model(config, len(class_names), abstract=True)
+    model = build_model(
+      network, len(class_names), abstract=True, factory=factory
+    )
     graphdef, params, model_state = state_lib.split(model)
-    if config.ema_decay:
+    if averaged:
       target = {'ema': (params, model_state)}
     else:
       target = {'params': params, 'model_state': model_state}
     restored, _, step = checkpoints.restore(
       manager, checkpoints.like(target), best=best
     )
-  if config.ema_decay:
+  if averaged:
     params, model_state = restored['ema']
   else:
     params, model_state = restored['params'], restored['model_state']
   model = nnx.merge(graphdef, params, model_state)
-  view = nnx.view(model, deterministic=True, use_running_average=True)
-  return Run(config, view, class_names, step)
+  return Run(
+    network,
+    nnx.view(model, deterministic=True, use_running_average=True),
+    class_names,
+    step,
+    inputs.resize_ratio(texts.get('crop', '')),
+  )
 
 
 def load_teacher(
   config: Config,
   class_names: tuple[str, ...],
   sharding: jax.sharding.Sharding,
-) -> ResNet:
+) -> nnx.Module:
   """Returns the evaluation view of the network that `distill_from` names.
 
   Args:
@@ -231,26 +315,27 @@ def load_teacher(
   Raises:
     ValueError: it was trained on other classes.
   """
-  run = load_run(config.distill_from)
+  workdir = config.optimization.distill_from
+  run = load_run(workdir)
   if run.class_names != class_names:
     raise ValueError(
-      f'distill_from {config.distill_from} was trained on the classes '
+      f'distill_from {workdir} was trained on the classes '
       f'{run.class_names}; this run has {class_names}'
     )
   graphdef, weights = nnx.split(run.model)
   return nnx.merge(graphdef, jax.device_put(weights, sharding))
 
 
-def initialize_from(model: ResNet, source: ResNet) -> list[str]:
+def initialize_from(model: nnx.Module, source: nnx.Module) -> list[str]:
   """Copies every weight and statistic that both networks have.
 
   Args:
     model: is changed; what the source lacks (mask units, a classifier of
-      another size) stays as initialised.
+      another size) stays as initialized.
     source: such as a dense network of the same architecture.
 
   Returns:
-    The paths that stay as initialised.
+    The paths that stay as initialized.
 
   Raises:
     ValueError: the networks are not of one architecture; names every weight
@@ -267,7 +352,9 @@ def initialize_from(model: ResNet, source: ResNet) -> list[str]:
     )
     if mine == other:
       kept[path] = jnp.copy(theirs[path][...])
-    elif path[0] != 'fc' and not ('masker' in path and None in (mine, other)):
+    elif path[0] not in HEADS and not (
+      'masker' in path and None in (mine, other)
+    ):
       differing.append(f'{name}: {mine or "none"} from {other or "none"}')
     elif mine:
       fresh.append(name)
@@ -278,36 +365,32 @@ def initialize_from(model: ResNet, source: ResNet) -> list[str]:
     )
   nnx.update(model, nnx.from_flat_state(kept))
   if fresh:
-    logging.info('initialised afresh: %s', ', '.join(fresh))
+    logging.info('initialized afresh: %s', ', '.join(fresh))
   return fresh
 
 
-def open_masks(model: ResNet, bias: float) -> None:
-  """Sets the opening logit of every mask unit, or gate of SkipNet.
-
-  Args:
-    model: is changed: squeeze weights, or those of a gate's last layer, become
-      0, the logits' bias `bias`.
-    bias: above 0 opens the masks.
-  """
-  for block in model.blocks:
-    if isinstance(block.masker, SkipGate):
-      block.masker.open(bias)
-    if not isinstance(block.masker, MaskUnit):
-      continue
-    unit = block.masker.maskconv
-    unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
-    unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
-    unit.conv.bias[...] = jnp.full_like(unit.conv.bias[...], bias)
-
-
-def sharpen_gates(model: ResNet, temperature: float) -> None:
-  """Divides the logits of SkipNet's gates by a temperature, for good.
+def open_gates(model: nnx.Module, config: MethodConfig) -> None:
+  """Changes fresh gates as the method's options say.
 
   Args:
     model: is changed.
-    temperature: below 1 brings samples near to decisions.
+    config: of the run's method.
   """
-  for block in model.blocks:
-    if isinstance(block.masker, SkipGate):
-      block.masker.sharpen(temperature)
+  _change_gates(model, config.record.open_gate, config.options)
+
+
+def start_gates(model: nnx.Module, config: MethodConfig) -> None:
+  """Changes gates before training, after weights are loaded.
+
+  Args:
+    model: is changed.
+    config: of the run's method.
+  """
+  _change_gates(model, config.record.start_gate, config.options)
+
+
+def _change_gates(model: nnx.Module, change, options: Any) -> None:
+  if change is not None:
+    for _, gate in nnx.iter_modules(model):
+      if isinstance(gate, Gate):
+        change(options, gate)

@@ -75,7 +75,7 @@ def _no_program_flags():
   taken = [
     (module, flag)
     for module, defined in flags.FLAGS.flags_by_module_dict().items()
-    if module.startswith('experiments.')
+    if module.startswith(('experiments.', 'benchmarks.'))
     for flag in defined
   ]
   for _, flag in taken:

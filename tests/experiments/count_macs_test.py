@@ -32,6 +32,16 @@ def modules(tmp_path, monkeypatch):
         from torch import nn
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
 
+      def embedding():
+        from torch import nn
+        class Model(nn.Module):
+          def __init__(self):
+            super().__init__()
+            self.embed, self.fc = nn.Embedding(9, 4), nn.Linear(4, 5)
+          def forward(self, tokens, weights):
+            return self.fc(self.embed(tokens) * weights[..., None])
+        return Model()
+
       def number():
         return 3
       """
@@ -49,6 +59,7 @@ def test_counts_a_network_of_ours(program, tmp_path):
   files = {kind: tmp_path / f'macs.{kind}' for kind in ('csv', 'json', 'png')}
   stdout = program(
     'count_macs',
+    '--convention=conv',
     '--model=cifar_resnet32',
     '--num_classes=10',
     '--image_size=32',
@@ -75,14 +86,28 @@ def test_counts_a_network_of_ours(program, tmp_path):
 
 def test_merges_layers_and_takes_sizes(program):
   arguments = ('count_macs', '--model=resnet18', '--method=dynconv')
+  arguments += ('--convention=conv',)
   stdout = program(
     *arguments, '--image_size=64,96', '--batch_size=2', '--depth=1'
   )
-  names = [line.split()[0] for line in stdout.splitlines()[2:-3]]
+  names = [line.split()[0] for line in stdout.splitlines()[2:7]]
   assert names == ['conv1', 'layer1', 'layer2', 'layer3', 'layer4']
   result = last_line(stdout)
   assert 'layer4.1.masker.maskconv.conv' in result['by_layer']
   assert result['by_layer']['conv1'] == 2 * 32 * 48 * 49 * 3 * 64
+
+
+def test_shows_modules_as_a_tree(program):
+  stdout = program(
+    *('count_macs', '--model=resnet18', '--image_size=32'),
+    *('--tree', '--depth=2', '--num_classes=5'),
+  )
+  lines = stdout.splitlines()
+  assert lines[0].split()[0] == 'module'
+  names = [line[:6].rstrip() for line in lines[2:6]]
+  assert names == ['conv1', 'layer1', '  0', '  1']
+  assert last_line(stdout)['convention'] == 'conv+linear'
+  assert last_line(stdout)['parameters'] == 11_689_512 - 512 * 995 - 995
 
 
 def test_counts_functions_and_files(program, modules):
@@ -95,6 +120,13 @@ def test_counts_functions_and_files(program, modules):
     '--input_shape=3,5:bfloat16',
   )
   assert last_line(stdout)['by_layer'] == {'head': 30}
+  stdout = program(
+    *jax_arguments,
+    '--jax=mine_for_macs:f',
+    '--input_shape=w=3,5',
+    '--input_shape=2,3',
+  )
+  assert last_line(stdout)['total'] == 30
   branching = (*jax_arguments, '--jax=mine_for_macs:branching')
   stdout = program(*branching, '--input_shape=4,4', '--branch=0')
   assert last_line(stdout)['total'] == 0
@@ -110,7 +142,12 @@ def test_counts_torch_modules(program, modules):
   stdout = program(
     'count_macs', '--torch=mine_for_macs:linear', '--input_shape=1,3,5,5'
   )
-  assert last_line(stdout)['total'] == 9 * 4 * (27 + 1)
+  assert last_line(stdout)['total'] == 9 * 4 * 27
+  named = ('--input_shape=weights=2,7', '--input_shape=tokens=2,7:int64')
+  stdout = program('count_macs', '--torch=mine_for_macs:embedding', *named)
+  assert last_line(stdout)['total'] == 2 * 7 * 4 * 5
+  with pytest.raises(ValueError, match="not one that PyTorch has; got 'nn'"):
+    program('count_macs', '--torch=mine_for_macs:linear', '--input_shape=1:nn')
   with pytest.raises(ValueError, match='--torch=mine_for_macs:number: '):
     program('count_macs', '--torch=mine_for_macs:number')
 
@@ -163,6 +200,10 @@ def test_counts_onnx_files(program, tmp_path):
       "dtype of input_shape .* got 'floaty'",
     ),
     (['--jax=mine_for_macs:f', '--input_shape=2'], 'f cannot be traced'),
+    (
+      ['--jax=mine_for_macs:f', '--input_shape=x=2', '--input_shape=x=3'],
+      "input_shape names the argument 'x' twice",
+    ),
     (
       ['--model=resnet18', '--image_size=64', '--convention=ptflops'],
       'charges norm, activation and pooling modules',

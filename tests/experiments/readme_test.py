@@ -32,7 +32,7 @@ _SMALLER = {
     '--rounds=1',
     '--steps=1',
   ],
-  'benchmark_training': [
+  'benchmarks.training': [
     '--model=cifar_resnet8',
     '--image_size=32',
     '--batch_size=2',

@@ -26,10 +26,10 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from dynconv_jax.branch import Branch
+from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.methods.dynconv import Squeeze
+from dynconv_jax.methods.dynconv import Squeeze, average_pool
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.fold import FoldedConv
 
@@ -40,6 +40,8 @@ _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 _GROUP_POSITIONS = 3136
 
 
+# Bytes of an expanded map from which an inverted residual runs in bands.
+_LARGE_MAP = 1 << 20
 # Weights of a linear layer from which the kernels are worth a call.
 _LARGE = 1 << 16
 
@@ -59,16 +61,21 @@ class CpuBackend(Backend):
   def supports(self, branch, dtype, platform):
     return (
       self.supports_platform(dtype, platform)
-      and _chains(branch)
-      and branch.activation == 'relu'
-      and (branch.stays or branch.shortcut == 'projection')
+      and all(map(_computes, branch.convs))
+      and branch.convs[-1].activation is None
+      and branch.activation in _ACTIVATIONS
+      and (
+        branch.shortcut != 'identity'
+        # A single convolution would read the input while it writes over it.
+        or (branch.stays and len(branch.convs) > 1)
+      )
     )
 
   def pack(self, block):
     return PackedBlock(
-      panels=tuple(_pack_panels(conv) for conv in block.convs),
-      projection=block.projection and _pack_panels(block.projection),
-      squares=tuple(_pack_squares(conv) for conv in block.convs),
+      panels=tuple(map(_pack, block.convs)),
+      projection=block.projection and _pack(block.projection),
+      squares=tuple(map(_pack_squares, block.convs)),
       branch=block.branch,
     )
 
@@ -77,7 +84,7 @@ class CpuBackend(Backend):
 
   def convolution(self, conv):
     c = conv.conv
-    if c.groups == 1 and c.padding == 'symmetric' and c.activation in _RELU:
+    if c.groups == 1 and c.activation in _ACTIVATIONS:
       return CpuConv(conv)
     return None
 
@@ -91,18 +98,38 @@ class CpuBackend(Backend):
     return None
 
 
-_RELU = (None, 'relu')
+# Their numbers in kernels/blocks.cc.
+_ACTIVATIONS = {None: 0, 'relu': 1, 'relu6': 2}
+_SHORTCUTS = {'identity': 0, 'projection': 1, 'none': 2}
 
 
-def _chains(branch: Branch) -> bool:
-  """Whether the kernel's chain of products is the branch."""
-  convs = branch.convs
+def _is_depthwise(conv: Conv) -> bool:
+  return 1 < conv.groups == conv.in_features == conv.features
+
+
+def runs_in_bands(branch: Branch, size: tuple[int, int]) -> bool:
+  """Returns whether a block's inner map is too large for a cache.
+
+  Args:
+    branch: of the block.
+    size: (height, width) of its input.
+  """
+  *expand, depthwise, project = branch.convs
+  height, width = size
   return (
-    # A single one would read the input while it writes over it.
-    len(convs) > 1
-    and all(c.groups == 1 and c.padding == 'symmetric' for c in convs)
-    and all(c.activation == 'relu' for c in convs[:-1])
-    and convs[-1].activation is None
+    _is_depthwise(depthwise)
+    and len(expand) <= 1
+    and all(conv.is_pointwise for conv in (*expand, project))
+    and branch.activation is None
+    and branch.shortcut != 'projection'
+    and 4 * height * width * depthwise.in_features >= _LARGE_MAP
+  )
+
+
+def _computes(conv: Conv) -> bool:
+  """Whether the kernels compute a convolution of a chain."""
+  return conv.activation in _ACTIVATIONS and (
+    conv.groups == 1 or _is_depthwise(conv)
   )
 
 
@@ -137,41 +164,55 @@ def run_block(
   Returns:
     float32[N, h, w, features].
   """
-  branch, n = block.branch, len(x)
-  sizes = branch.level_sizes(x.shape[1:3])
+  branch, n, size = block.branch, len(x), x.shape[1:3]
+  convs, sizes = branch.convs, branch.level_sizes(size)
   if mask is None:
     maps = [jnp.ones((n, *size), jnp.float32) for size in sizes]
   else:
     maps = list(mask.maps)
   areas = [h * w for h, w in sizes]
-  group = min(n, max(1, _GROUP_POSITIONS // areas[0]))
+  bands = len(convs) > 1 and runs_in_bands(branch, size)
+  in_place = branch.shortcut == 'identity' and not bands
+  group = n if bands else min(n, max(1, _GROUP_POSITIONS // areas[0]))
   shapes = [(n, *sizes[0], branch.features)]
   shapes += [
-    (group * areas[level], conv.features)
-    for conv, level in zip(branch.convs[:-1], branch.levels, strict=False)
+    (0 if bands else group * areas[level], conv.features)
+    for conv, level in zip(convs[:-1], branch.levels, strict=False)
   ]
   none = jnp.zeros((0, 1, _register().width), jnp.float32)
+  inputs = list(zip(convs, (size, *branch.sizes(size)), strict=False))
+  activations = (*(c.activation for c in convs), branch.activation)
+
+  def integers(values):
+    return np.array(list(values), np.int64)
+
   out, *_ = jax.ffi.ffi_call(
     _register().targets['block'],
     [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     # What is inactive stays where the shortcut is the identity.
-    input_output_aliases={0: 0} if branch.stays else {},
+    input_output_aliases={0: 0} if in_place else {},
   )(
     x,
     *maps,
     *block.panels,
     none if block.projection is None else block.projection,
     *block.squares,
-    sizes=np.array([c.kernel_size for c in branch.convs], np.int64),
-    strides=np.array([c.strides for c in branch.convs], np.int64),
-    levels=np.array(branch.levels, np.int64),
+    sizes=integers(c.kernel_size for c in convs),
+    strides=integers(c.strides for c in convs),
+    tops=integers(c.pads(height)[0] for c, (height, _) in inputs),
+    lefts=integers(c.pads(width)[0] for c, (_, width) in inputs),
+    levels=integers(branch.levels),
+    depthwise=integers(map(_is_depthwise, convs)),
+    activations=integers(_ACTIVATIONS[a] for a in activations),
+    shortcut=np.int64(_SHORTCUTS[branch.shortcut]),
+    bands=np.bool_(bands),
     group=np.int64(group),
   )
   return out
 
 
 class CpuConv(nnx.Module):
-  """A convolution outside of gated blocks, and its ReLU.
+  """A convolution outside of gated blocks, and its activation.
 
   Args:
     conv: gives the weights.
@@ -179,19 +220,11 @@ class CpuConv(nnx.Module):
 
   def __init__(self, conv: FoldedConv):
     self.conv = conv.conv
-    self.panels = nnx.Param(_pack_panels(conv))
+    self.panels = nnx.Param(_pack(conv))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w, features] of float[N, H, W, in_features]."""
-    conv = self.conv
-    return convolve(
-      x.astype(jnp.float32),
-      self.panels[...],
-      size=conv.kernel_size,
-      strides=conv.strides,
-      features=conv.features,
-      relu=conv.activation == 'relu',
-    )
+    return convolve(x.astype(jnp.float32), self.panels[...], self.conv)
 
 
 class CpuLinear(nnx.Module):
@@ -206,21 +239,14 @@ class CpuLinear(nnx.Module):
     bias = np.zeros(kernel.shape[1], np.float32)
     if linear.bias is not None:
       bias = np.asarray(linear.bias[...], np.float32)
-    self.features = kernel.shape[1]
+    self.conv = Conv('linear', '', *kernel.shape)
     self.panels = nnx.Param(_panels(kernel, bias))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[..., features] of float[..., in_features]."""
     rows = x.astype(jnp.float32).reshape(-1, 1, 1, x.shape[-1])
-    y = convolve(
-      rows,
-      self.panels[...],
-      size=1,
-      strides=1,
-      features=self.features,
-      relu=False,
-    )
-    return y.reshape(*x.shape[:-1], self.features)
+    y = convolve(rows, self.panels[...], self.conv)
+    return y.reshape(*x.shape[:-1], self.conv.features)
 
 
 class CpuMaxPool(nnx.Module):
@@ -231,35 +257,24 @@ class CpuMaxPool(nnx.Module):
     return max_pool(x)
 
 
-def convolve(
-  x: jax.Array,
-  panels: jax.Array,
-  *,
-  size: int,
-  strides: int,
-  features: int,
-  relu: bool,
-) -> jax.Array:
-  """Returns float32[N, h, w, features]: a convolution.
+def convolve(x: jax.Array, panels: jax.Array, conv: Conv) -> jax.Array:
+  """Returns float32[N, h, w, features]: a convolution and its activation.
 
   Args:
     x: float32[N, H, W, in_features].
     panels: packed weights.
-    size: of the kernel.
-    strides: of the convolution.
-    features: channels of the output.
-    relu: whether a ReLU follows.
+    conv: describes it.
   """
-  pad = size // 2
-  shape = (len(x), *(-(-n // strides) for n in x.shape[1:3]), features)
+  size = x.shape[1:3]
+  shape = (len(x), *map(conv.output_size, size), conv.features)
   return jax.ffi.ffi_call(
     _register().targets['convolution'], jax.ShapeDtypeStruct(shape, jnp.float32)
   )(
-    jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0))),
+    jnp.pad(x, ((0, 0), *map(conv.pads, size), (0, 0))),
     panels,
-    size=np.int64(size),
-    strides=np.int64(strides),
-    relu=relu,
+    size=np.int64(conv.kernel_size),
+    strides=np.int64(conv.strides),
+    activation=np.int64(_ACTIVATIONS[conv.activation]),
   )
 
 
@@ -284,12 +299,14 @@ class CpuSqueeze(nnx.Module):
   """
 
   def __init__(self, squeeze: Squeeze):
+    self.pool = squeeze.pool
     self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
     self.weights = nnx.Param(jnp.asarray(np.ascontiguousarray(matrix.T)))
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, h, w]: logits of a float32[N, H, W, C] input."""
+    x = average_pool(x, self.pool)
     n, height, width, _ = x.shape
     shapes = (
       (n, -(-height // self.strides), -(-width // self.strides)),
@@ -331,13 +348,17 @@ def squeeze_columns(
   )
 
 
-def _pack_panels(conv: FoldedConv) -> jax.Array:
+def _pack(conv: FoldedConv) -> jax.Array:
+  """Weights of a convolution: panels; of a depthwise one rows of channels."""
+  if _is_depthwise(conv.conv):
+    return jnp.concatenate([conv.bias[None], conv.matrix])
   return _panels(conv.matrix, conv.bias)
 
 
 def _pack_squares(conv: FoldedConv) -> jax.Array:
   """Weights of a 3x3 for outputs of 2x2 at a time, or nothing."""
-  if (conv.conv.kernel_size, conv.conv.strides) == (3, 1):
+  c = conv.conv
+  if (c.kernel_size, c.strides, c.groups) == (3, 1, 1):
     return _squares(conv.kernel, conv.bias)
   return jnp.zeros((0, 1, 1, _register().width), jnp.float32)
 

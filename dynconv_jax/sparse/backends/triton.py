@@ -49,6 +49,7 @@ class TritonBackend(Backend):
   name = 'triton'
   # A conditional waits for the host at each block.
   falls_back = False
+  evaluates_given = True
 
   def supports_platform(self, dtype, platform):
     return platform == 'gpu' and dtype in _DTYPES

@@ -17,11 +17,11 @@ onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 from onnx import TensorProto, helper  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import compare_counters  # noqa: E402
 from dynconv_jax import create_model  # noqa: E402
 from dynconv_jax.macs import count_macs  # noqa: E402
 from dynconv_jax.macs.onnx import count_macs as count_onnx_macs  # noqa: E402
 from dynconv_jax.macs.torch import count_macs as count_torch_macs  # noqa: E402
-from experiments import compare_counters  # noqa: E402
 
 
 class Graph:
@@ -176,8 +176,9 @@ class ResNetTest(parameterized.TestCase):
     self.assertLen(expected, len(by_onnx.by_layer))
     self.assertEqual(layer_macs(by_onnx, by_onnx.by_layer), expected)
     self.assertEqual(layer_macs(by_jax, by_jax.by_layer), expected)
-    self.assertEqual(by_onnx.parameters, by_torch.parameters)
     self.assertEqual(by_jax.parameters, by_torch.parameters)
+    for name, layer in by_torch.by_layer.items():
+      self.assertEqual(by_onnx.by_layer[name].parameters, layer.parameters)
 
   def test_ptflops(self):
     # The JAX front end does not know the convention.

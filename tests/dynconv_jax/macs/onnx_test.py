@@ -252,8 +252,8 @@ class ExportedTest(absltest.TestCase):
 
   def check_exported_counts_as_in_pytorch(self, dynamo):
     torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+    from benchmarks import compare_counters
     from dynconv_jax.macs.torch import count_macs as count_torch_macs
-    from experiments import compare_counters
 
     module = torch.nn.Sequential(
       compare_counters.Transformer(8, 2, 1), compare_counters.Recurrent(8, 6)

@@ -1,6 +1,7 @@
 """Reports built by hand: sums, masks, tables and their errors."""
 
 import csv
+import html.parser
 import io
 import json
 import re
@@ -8,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from dynconv_jax.macs import conventions, formulas, report
+from dynconv_jax.macs import conventions, formulas, report, tables
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 # A batch of two, maps of 2x3; (name, MACs a position, biases a position).
@@ -32,14 +33,18 @@ def example(convention='conv', padding=True) -> report.Report:
   return builder.build()
 
 
+def masked(name, level=0, kind='positions') -> MaskedLayer:
+  # The report prices it, whatever the mask says that it costs.
+  return MaskedLayer(name, 0, level, kind)
+
+
+def mask_of(maps, layers) -> ExecutionMask:
+  return ExecutionMask(maps, 'block', layers)
+
+
 def mask(hard, dilated, layers=None) -> ExecutionMask:
-  layers = layers or (
-    MaskedLayer('layer1.0.conv1', 7, True),
-    MaskedLayer('layer1.0.conv2', 12, False),
-  )
-  return ExecutionMask(
-    (np.float32(hard), np.float32(dilated)), 'layer1.0', layers
-  )
+  layers = layers or (masked('layer1.0.conv1', 1), masked('layer1.0.conv2', 0))
+  return mask_of((np.float32(hard), np.float32(dilated)), layers)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,7 @@ def test_masked_layers_cost_their_active_positions():
   [
     ([], 'at least one mask'),
     (
-      [mask(np.ones((1, 2, 3)), np.ones((1, 2, 3)), (MaskedLayer('x', 1, 0),))],
+      [mask(np.ones((1, 2, 3)), np.ones((1, 2, 3)), (masked('x'),))],
       r"layers that the report does not have: \['x'\]; it has \['conv1'",
     ),
     (
@@ -123,8 +128,80 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
     example().executed(masks)
 
 
+# A token grid of two images, four tokens: a projection, the two products of
+# attention over three heads, an output projection, and a head on one token.
+def transformer(convention='conv+linear') -> report.Report:
+  builder = report.ReportBuilder(convention)
+  builder.add('embed', formulas.matmul(8, 5, 6, positions=8))
+  builder.add('attn.qkv', formulas.matmul(8, 6, 18, positions=8))
+  for inner, columns in ((2, 4), (4, 2)):
+    product = formulas.matmul(4, inner, columns, batch=6, positions=24)
+    builder.add('attn', product)
+  builder.add('attn.out', formulas.matmul(8, 6, 6, positions=8))
+  builder.add('head', formulas.matmul(2, 6, 3, positions=2))
+  return builder.build()
+
+
+_TOKENS = np.array([[1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0.0]])
+
+
+def test_tokens_price_linear_layers_by_tokens_and_attention_by_pairs():
+  layers = masked('attn.qkv'), masked('attn', kind='pairs'), masked('attn.out')
+  counted = transformer()
+  executed = counted.executed([mask_of((_TOKENS,), layers)])
+  by_hand = [
+    4 * 5 * 6 + n * 6 * 18 + 3 * (n * n * 2) * 2 + n * 6 * 6 + 6 * 3
+    for n in (4, 2, 0)
+  ]
+  np.testing.assert_array_equal(executed, by_hand)
+  assert executed[0] == counted.total / 2
+  # A level of its own: queries of two images, here of half the tokens.
+  two = mask_of(
+    (_TOKENS[:2], _TOKENS[:2][::-1]), (masked('attn.out', level=1),)
+  )
+  always = counted.total / 2 - 4 * 36
+  np.testing.assert_array_equal(
+    counted.executed([two]), [always + 2 * 36, always + 4 * 36]
+  )
+
+
+def test_products_of_attention_alone_need_the_batch():
+  only = [mask_of((_TOKENS,), (masked('attn', kind='pairs'),))]
+  counted = transformer()
+  with pytest.raises(ValueError, match='do not tell how many images .* batch='):
+    counted.executed(only)
+  always = counted.total / 2 - 3 * 16 * 4
+  np.testing.assert_array_equal(
+    counted.executed(only, batch=2), [always + 12 * n * n for n in (4, 2, 0)]
+  )
+  with pytest.raises(
+    ValueError, match='384 MACs for 5 images, not a multiple of .* squared'
+  ):
+    counted.executed(only, batch=5)
+  with pytest.raises(ValueError, match='batch must be at least 1; got 0'):
+    counted.executed(only, batch=0)
+
+
+def test_a_layer_that_is_used_twice_needs_the_batch():
+  builder = report.ReportBuilder('conv+linear')
+  for _ in range(2):
+    builder.add('shared', formulas.matmul(8, 5, 6, positions=8))
+  counted = builder.build()
+  executed = counted.executed(
+    [mask_of((_TOKENS,), (masked('shared'),))], batch=2
+  )
+  np.testing.assert_array_equal(executed, [2 * 30 * n for n in (4, 2, 0)])
+
+
+def test_masks_of_what_the_convention_leaves_out_say_so():
+  with pytest.raises(
+    ValueError, match=r"does not have: \['attn'\].*'conv\+lin"
+  ):
+    transformer('conv').executed([mask_of((_TOKENS,), (masked('attn'),))])
+
+
 def test_masks_need_the_positions_of_a_convolution():
-  fc = mask(np.ones((1, 1, 1)), np.ones((1, 1, 1)), (MaskedLayer('fc', 1, 0),))
+  fc = mask(np.ones((1, 1, 1)), np.ones((1, 1, 1)), (masked('fc'),))
   with pytest.raises(ValueError, match='fc has 0 output positions'):
     example('flops').executed([fc])
 
@@ -159,7 +236,7 @@ def test_tables_say_what_the_report_says():
     *('name', 'kind', 'output', 'shape', 'parameters', 'MACs', 'share')
   ]
   assert lines[2].split() == ['conv1', 'conv', '2x2x3x1', '5', '60', '13.2%']
-  assert lines[-1].split() == ['total', '36', '456', '100.0%']
+  assert lines[7].split() == ['total', '36', '456', '100.0%']
   assert 'FLOPs' in example('flops').to_table()
 
   rows = list(csv.DictReader(io.StringIO(counted.to_csv())))
@@ -170,6 +247,134 @@ def test_tables_say_what_the_report_says():
   assert document['total'] == counted.total
   assert document['by_layer']['conv1']['macs'] == 60
   assert list(document['by_layer']) == list(counted.by_layer)
+
+
+@pytest.mark.parametrize(
+  'number,text',
+  [
+    (0, '0'),
+    (999, '999'),
+    (1000, '1.000 k'),
+    (12_345, '12.35 k'),
+    (999_940, '999.9 k'),
+    (999_960, '1.000 M'),
+    (4_087_136_256, '4.087 G'),
+    (10**21, '1000 E'),
+  ],
+)
+def test_quantities_have_four_digits(number, text):
+  assert tables.quantity(number) == text
+  assert tables.quantity(number, 'B') == text + ('B' if ' ' in text else ' B')
+
+
+def tree_of_modules() -> report.Report:
+  builder = report.ReportBuilder('conv+linear')
+  matmul = formulas.matmul(2, 4, 3)
+  builder.add('a.b.c', matmul, output_shape=(2, 3), parameters=9, itemsize=2)
+  builder.add('a.d', matmul, output_shape=(2, 3), parameters=9, itemsize=2)
+  builder.add('a', matmul, output_shape=(2, 3), itemsize=2)
+  builder.add('e', matmul, output_shape=(2, 3), itemsize=2)
+  # d shares what c holds. The norm and the table do no priced work.
+  builder.set_parameters(
+    {'a.b.c': 12, 'a.norm': 5, 'e.table.rows': 7_000}, 28_068
+  )
+  return builder.build()
+
+
+def test_parameters_are_those_that_the_model_says():
+  counted = tree_of_modules()
+  assert counted.parameters == 12 + 5 + 7_000
+  assert counted.by_layer['a.b.c'].parameters == 12
+  assert counted.activations == 4 * 6 and counted.activation_bytes == 48
+  line = counted.to_table().splitlines()[-5]
+  assert line.split() == ['all', 'else', '7.005', 'k', '0', '0.0%']
+
+
+def test_printing_a_report_shows_its_modules():
+  counted = tree_of_modules()
+  lines = str(counted).splitlines()
+  assert [line.split()[0] for line in lines[2:9]] == [
+    *('a', 'b', 'c', 'd', 'norm', 'e', 'table')
+  ]
+  assert [len(line) - len(line.lstrip()) for line in lines[2:9]] == [
+    *(0, 2, 4, 2, 2, 0, 2)
+  ]
+  # A module has what is inside of it and its own.
+  assert lines[2].split() == ['a', 'matmul', '2x3', '17', '72', '75.0%']
+  assert lines[3].split() == ['b', '12', '24', '25.0%']
+  assert 'memory: parameters 7.017 k (28.07 kB), activations 24 (48 B)' in lines
+  assert str(counted) == counted.to_tree() != counted.to_tree(1)
+  assert [line.split()[0] for line in counted.to_tree(1).splitlines()[2:4]] == [
+    *('a', 'e')
+  ]
+  assert repr(counted) == "Report('conv+linear': 96 MACs in 4 layers)"
+  with pytest.raises(ValueError, match='depth must be at least 1; got 0'):
+    counted.to_tree(0)
+
+
+def test_large_trees_are_printed_to_the_depth_that_fits():
+  builder = report.ReportBuilder('conv+linear')
+  for i in range(40):
+    builder.add(f'blocks.{i}.fc', formulas.matmul(2, 4, 3))
+  text = str(builder.build())
+  assert text.endswith('modules to depth 2 of 3; to_tree() has all')
+  assert ' 39 ' in text and 'fc' not in text
+
+
+class _Cells(html.parser.HTMLParser):
+  """Gathers the text of a table's cells; every tag is closed."""
+
+  def __init__(self):
+    super().__init__()
+    self.open, self.cells = [], []
+
+  def handle_starttag(self, tag, attributes):
+    if tag != 'br':
+      self.open.append(tag)
+    if tag == 'td':
+      self.cells.append('')
+
+  def handle_endtag(self, tag):
+    assert self.open.pop() == tag
+
+  def handle_data(self, data):
+    if self.open[-1] == 'td':
+      self.cells[-1] += data
+
+
+def test_notebooks_show_the_same_numbers():
+  counted = tree_of_modules()
+  parser = _Cells()
+  parser.feed(counted._repr_html_())
+  assert not parser.open
+  assert parser.cells[:6] == ['a', 'matmul', '2x3', '17', '72', '75.0%']
+  assert parser.cells[-6:] == ['total', '', '', '7.017 k', '96', '100.0%']
+  builder = report.ReportBuilder('flops')
+  builder.add('<b>', formulas.elementwise(3))
+  assert '<b>' not in builder.build()._repr_html_()
+
+
+def test_zero_says_which_convention_counts_what_it_leaves_out():
+  counted = transformer('conv')
+  assert counted.total == 0
+  assert counted.unpriced == transformer().total
+  note = (
+    f"the convention 'conv' leaves out {tables.quantity(counted.unpriced)}"
+    " MACs of matrix products; 'conv+linear' counts them"
+  )
+  assert note in str(counted) and note in counted.to_table()
+  assert repr(counted) == (
+    "Report('conv': 0 MACs in 0 layers; 'conv+linear' counts 1.812 k)"
+  )
+  assert 'leaves out' not in str(transformer())
+
+
+def test_notes_are_shown_once():
+  builder = report.ReportBuilder('conv')
+  for _ in range(2):
+    builder.note('It ran on real data.')
+  assert builder.build().notes == ('It ran on real data.',)
+  assert str(builder.build()).count('It ran on real data.') == 1
 
 
 def test_what_is_left_out_is_named_once():

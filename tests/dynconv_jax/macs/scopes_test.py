@@ -15,6 +15,7 @@ from flax import nnx
 from dynconv_jax import macs
 
 _X = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+_SQUARE = jax.ShapeDtypeStruct((3, 3), jnp.bfloat16)
 
 count = functools.partial(macs.count_macs, convention='conv+linear')
 
@@ -253,6 +254,59 @@ def test_equinox_modules_are_named_by_their_path():
   assert list(gradient.by_layer) == list(names)
 
 
+def test_parameters_are_all_that_a_model_has():
+  """Norms, embeddings and what is not used; each weight once; no statistics."""
+
+  class Tied(nnx.Module):
+    def __init__(self, rngs):
+      self.embed = nnx.Embed(11, 4, rngs=rngs)
+      self.norm = nnx.BatchNorm(4, rngs=rngs)
+      self.first = nnx.Linear(4, 4, rngs=rngs)
+      self.again = self.first
+      self.unused = nnx.Linear(4, 7, dtype=jnp.bfloat16, rngs=rngs)
+
+    def __call__(self, x):
+      x = self.again(self.first(self.norm(self.embed(x))))
+      return self.embed.attend(x)
+
+  tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+  model = Tied(nnx.Rngs(0))
+  params = jax.tree.leaves(nnx.state(model, nnx.Param))
+  for f, args in ((model, (tokens,)), (lambda m, x: m(x), (model, tokens))):
+    counted = count(f, *args)
+    assert counted.parameters == sum(leaf.size for leaf in params)
+    assert counted.parameters == 44 + 8 + 20 + 35
+    assert counted.parameter_bytes == sum(leaf.nbytes for leaf in params)
+    assert counted.parameters_by_module['norm'] == 8
+    # Of the names of a layer that has two, NNX's first.
+    assert counted.by_layer['again'].parameters == 20
+  two = count(lambda a, b, x: a(x) + b(x), model, Tied(nnx.Rngs(1)), tokens)
+  assert two.parameters == 2 * counted.parameters
+  assert two.by_layer['b.again'].parameters == 20
+
+  class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      return nn.BatchNorm(use_running_average=True)(nn.Dense(5)(x))
+
+  net, x = Normed(), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  variables = jax.eval_shape(net.init, jax.random.key(0), x)
+  counted = count(lambda v, x: net.apply(v, x), variables, x)
+  assert counted.parameters == 15 + 5 + 10
+  assert counted.parameters_by_module['Normed.BatchNorm_0'] == 10
+
+  layers = [eqx.nn.Linear(4, 3, key=jax.random.key(0)), eqx.nn.LayerNorm(3)]
+  model = eqx.nn.Sequential(layers)
+  counted = count(model, jax.ShapeDtypeStruct((4,), jnp.float32))
+  assert counted.parameters == 15 + 6
+
+
+def test_activations_are_what_products_output():
+  counted = count(lambda x, w: (x.astype(jnp.bfloat16) @ w) @ w, _X, _SQUARE)
+  assert counted.activations == 2 * 2 * 64 * 3
+  assert counted.activation_bytes == 2 * counted.activations
+
+
 def test_linen_modules_are_named_by_their_own_scopes():
   class Net(nn.Module):
     @nn.compact
@@ -277,6 +331,7 @@ def test_linen_modules_are_named_by_their_own_scopes():
   }
   parameters = sum(leaf.size for leaf in jax.tree.leaves(variables))
   assert counted.parameters == parameters
+  assert counted.by_layer['Net.conv1'].parameters == 9 * 12 + 4
 
 
 def test_haiku_modules_are_named_by_their_own_scopes():

@@ -101,6 +101,13 @@ TRANSPOSED = (
     dict(kernel_size=3, stride=2, dilation=2),
     (2, 4, 5),
   ),
+  ('stride_1', nn.ConvTranspose2d, dict(kernel_size=4), (1, 4, 1, 1)),
+  (
+    'stride_1_and_2',
+    nn.ConvTranspose2d,
+    dict(kernel_size=3, stride=(1, 2), dilation=(2, 1)),
+    (2, 4, 5, 6),
+  ),
   (
     'transposed_three_dimensions',
     nn.ConvTranspose3d,
@@ -134,6 +141,56 @@ class ConvolutionTest(parameterized.TestCase):
     inputs = torch.zeros(*shape).numel()
     self.assertEqual(count_macs(module, shape).total, inputs * taps)
 
+  @parameterized.parameters(True, False)
+  def test_the_first_layer_of_a_generator(self, padding):
+    module = nn.ConvTranspose2d(100, 512, 4, 1, 0, bias=False)
+    report = count_macs(module, (1, 100, 1, 1), padding=padding)
+    self.assertEqual(report.total, 16 * 100 * 512)
+
+  def test_time_first(self):
+    class Convolution(nn.Module):
+      def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3, 3, 8))
+        self.bias = nn.Parameter(torch.zeros(8))
+
+      def forward(self, x):
+        return torch.conv_tbc(x, self.weight, self.bias, 1)
+
+    report = count_macs(Convolution(), (4, 2, 3))
+    self.assertEqual(report.total, 576)
+    report = count_macs(Convolution(), (4, 2, 3), padding=False)
+    with torch.no_grad():
+      module = nn.Conv1d(3, 8, 3, padding=1, bias=False)
+      self.assertEqual(report.total, sum_of_ones(module, (2, 3, 4)))
+
+  def test_deformable(self):
+    # torchvision's operation, by its schema.
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    self.addCleanup(library._destroy)
+    library.define(
+      'deform_conv2d(Tensor input, Tensor weight, Tensor offset, Tensor mask,'
+      ' Tensor bias, int stride_h, int stride_w, int pad_h, int pad_w,'
+      ' int dilation_h, int dilation_w, int groups, int offset_groups,'
+      ' bool use_mask) -> Tensor'
+    )
+    library.impl(
+      'deform_conv2d',
+      lambda x, w, *_: x.new_empty(x.shape[0], w.shape[0], *x.shape[2:]),
+      'CompositeExplicitAutograd',
+    )
+    deform = torch.ops.torchvision.deform_conv2d
+    report = count_macs(
+      Functional(lambda *x: deform(*x, 1, 1, 1, 1, 1, 1, 2, 1, True)),
+      (2, 4, 5, 6),
+      (8, 2, 3, 3),
+      (2, 18, 5, 6),
+      (2, 9, 5, 6),
+      (8,),
+      convention='conv',
+    )
+    self.assertEqual(report.total, 2 * 8 * 30 * (9 * 2 + 1))
+
   @pytest.mark.filterwarnings('ignore:Using padding=.same. with even')
   def test_same_padding_of_an_even_kernel(self):
     module = nn.Conv2d(4, 6, 4, padding='same', bias=False)
@@ -144,7 +201,8 @@ class ConvolutionTest(parameterized.TestCase):
   def test_bias_is_one_an_output(self):
     module = nn.Conv2d(4, 6, 3)
     self.assertEqual(
-      count_macs(module, (2, 4, 5, 5)).total, 2 * 6 * 9 * (4 * 9 + 1)
+      count_macs(module, (2, 4, 5, 5), convention='conv').total,
+      2 * 6 * 9 * (4 * 9 + 1),
     )
     self.assertEqual(
       count_macs(module, (2, 4, 5, 5), convention='conv+linear').total,
@@ -185,6 +243,88 @@ class MatmulTest(parameterized.TestCase):
     report = count_macs(Functional(function), *shapes, convention='conv+linear')
     self.assertEqual(report.total, macs)
 
+  @parameterized.named_parameters(
+    ('matmul', torch.matmul, [(4, 8), (8, 4)], 4 * 128),
+    ('bmm', torch.bmm, [(2, 4, 8), (2, 8, 4)], 4 * 2 * 128),
+    ('conv', F.conv1d, [(1, 2, 5), (3, 2, 3)], 4 * 3 * 2 * 9),
+    (
+      'transposed',
+      lambda a, b: F.conv_transpose1d(a, b, stride=2),
+      [(1, 2, 5), (2, 3, 3)],
+      4 * 5 * 2 * 9,
+    ),
+    (
+      'einsum',
+      lambda a, b: torch.einsum('ij,kj->ik', a, b),
+      [(4, 8), (4, 8)],
+      4 * 128,
+    ),
+  )
+  def test_complex_products_are_real_operations(self, function, shapes, macs):
+    inputs = [torch.zeros(shape, dtype=torch.complex64) for shape in shapes]
+    module = Functional(function)
+    self.assertEqual(count_macs(module, *inputs).total, macs)
+    self.assertEqual(
+      count_macs(module, *inputs, convention='flops').total, 2 * macs
+    )
+
+  @parameterized.parameters(
+    (lambda x: x * x, 6),
+    (lambda x: x + x, 2),
+    (lambda x: x.abs(), 4),
+    (lambda x: torch.view_as_real(x), 0),
+  )
+  def test_complex_elements(self, function, steps):
+    report = count_macs(
+      Functional(function),
+      torch.zeros(3, 5, dtype=torch.complex64),
+      convention='flops',
+    )
+    self.assertEqual(report.total, 15 * steps)
+
+  def test_a_fourier_transform_is_its_butterflies(self):
+    # log2(n) stages of n / 2, each a complex product and two sums.
+    module = Functional(torch.fft.fft)
+    x = torch.zeros(8, dtype=torch.complex64)
+    self.assertEqual(
+      count_macs(module, x, convention='flops').total, 3 * 4 * (6 + 2 * 2)
+    )
+
+  @parameterized.parameters(2.0, 1.0)
+  def test_distances(self, p):
+    module = Functional(lambda a, b: torch.cdist(a, b, p=p))
+    pairs, size = 2 * 4 * 5, 3
+    report = count_macs(module, (2, 4, size), (2, 5, size))
+    self.assertEqual(report.total, pairs * size if p == 2 else 0)
+    self.assertEmpty(report.uncounted)
+
+  @pytest.mark.filterwarnings('ignore:Sparse CSR tensor support')
+  def test_sparse_products(self):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.rand(6, 7, generator=generator)
+    a, b = a * (a > 0.6), torch.rand(7, 5, generator=generator)
+    c = b * (b > 0.5)
+    mask = (torch.rand(6, 5, generator=generator) > 0.5).float()
+    of_pairs = int(((a != 0).double() @ (c != 0).double()).sum())
+    stored = int((a != 0).sum())
+    self.assertGreater(of_pairs, 0)
+    for layout in ('to_sparse_coo', 'to_sparse_csr'):
+      sparse = getattr(a, layout)()
+      for function, inputs, macs in (
+        (torch.sparse.mm, (sparse, b), stored * 5),
+        (torch.matmul, (sparse, b), stored * 5),
+        (torch.mv, (sparse, b[:, 0]), stored),
+        (torch.matmul, (b.T, sparse.mT), stored * 5),
+        (torch.sparse.mm, (sparse, getattr(c, layout)()), of_pairs),
+      ):
+        report = count_macs(Functional(function), *inputs)
+        self.assertEqual(report.total, macs)
+        self.assertEmpty(report.uncounted)
+    report = count_macs(
+      Functional(torch.sparse.sampled_addmm), mask.to_sparse_csr(), a, b
+    )
+    self.assertEqual(report.total, int(mask.sum()) * 7)
+
   def test_linear_bias_whatever_the_layout(self):
     module = nn.Linear(4, 3)
     transposed = torch.zeros(4, 5, 2).permute(
@@ -223,6 +363,21 @@ class MatmulTest(parameterized.TestCase):
     shapes = [(2, 6, 5, 8), (2, 3, 7, 8), (2, 3, 7, 4)]
     report = count_macs(module, *shapes, convention='conv+linear')
     self.assertEqual(report.total, 2 * 6 * 5 * 7 * (8 + 4))
+
+  @parameterized.parameters(
+    ((1, 1, 7, 16), (4, 3, 9, 16), (4, 3, 9, 16), 4 * 3 * 7 * 9 * 32),
+    ((4, 3, 7, 16), (1, 1, 9, 16), (1, 3, 9, 8), 4 * 3 * 7 * 9 * 24),
+    ((7, 16), (3, 9, 16), (9, 16), 3 * 7 * 9 * 32),
+  )
+  def test_attention_of_a_broadcast_batch(self, q, k, v, macs):
+    module = Functional(F.scaled_dot_product_attention)
+    report = count_macs(module, q, k, v)
+    self.assertEqual(report.total, macs)
+    with torch.no_grad():
+      attended = module(*map(torch.zeros, (q, k, v)))
+    # The two products, by their parts.
+    scores = attended[..., 0].numel() * k[-2]
+    self.assertEqual(report.total, scores * (q[-1] + v[-1]))
 
   def test_encoder_layer_is_not_hidden_by_its_fused_kernel(self):
     module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)

@@ -1,8 +1,11 @@
 """Tests of the PyTorch front end of the MAC counter."""
 
 import importlib
+import pathlib
+import subprocess
 import sys
 import warnings
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -13,9 +16,11 @@ torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
+from benchmarks import compare_counters  # noqa: E402
+from dynconv_jax import macs  # noqa: E402
+from dynconv_jax.macs import formulas, torch_ops  # noqa: E402
 from dynconv_jax.macs import report as report_lib  # noqa: E402
-from dynconv_jax.macs.torch import count_macs  # noqa: E402
-from experiments import compare_counters  # noqa: E402
+from dynconv_jax.macs.torch import AsIs, count_macs  # noqa: E402
 
 
 class Functional(nn.Module):
@@ -147,9 +152,9 @@ class StructureTest(parameterized.TestCase):
     module = Functional(
       lambda x, w: F.linear(x, w) if x.shape[0] > 2 else x, 4, 4
     )
-    for n, macs in ((2, 0), (3, 3 * 16)):
+    for n, total in ((2, 0), (3, 3 * 16)):
       report = count_macs(module, (n, 4), convention='conv+linear')
-      self.assertEqual(report.total, macs)
+      self.assertEqual(report.total, total)
 
   @parameterized.parameters(
     ('max', ['large.0', 'large.1']),
@@ -254,38 +259,164 @@ class StructureTest(parameterized.TestCase):
     )
     self.assertEqual(report.total, 2 * 5 * 4 * 3)
 
+  def test_a_tuple_of_ints_may_stay_one(self):
+    class Pair(NamedTuple):
+      rows: int
+      columns: int
 
-class UncountedTest(absltest.TestCase):
-  def test_an_unknown_operation_warns_once_and_is_noted(self):
-    class Inverting(nn.Module):
+    module = Functional(
+      lambda x, size, pair: F.adaptive_avg_pool2d(x, size) @ x[0, :, : pair[0]]
+    )
+    pooled = count_macs(module, (1, 4, 8, 8), AsIs((4, 4)), Pair(4, 8))
+    self.assertEqual(pooled.total, 4 * 4 * 4 * 8)
+    with self.assertRaises(ValueError):
+      count_macs(module, (1, 4, 8, 8), (4, 4), Pair(4, 8))
+
+  def test_what_a_module_adds_to_is_left_as_it_was(self):
+    class Adding(nn.Module):
       def __init__(self):
         super().__init__()
-        self.inner = Functional(lambda x: torch.linalg.inv(x).inverse())
         self.linear = nn.Linear(4, 4)
+        self.seen, self.ready = [], False
 
-      def forward(self, x):
-        return self.linear(self.inner(x)) + torch.linalg.inv(x)
+      def forward(self, x, cache):
+        if not self.ready:
+          self.linear.register_forward_hook(lambda _, __, y: y + 1)
+          self.ready = True
+        self.seen.append(x)
+        cache['x'] = x
+        return self.linear(x)
 
+    class Cache(dict):
+      """No pytree."""
+
+    module, cache = Adding(), Cache()
+    count_macs(module, (2, 4), cache)
+    self.assertEmpty(module.seen)
+    self.assertEmpty(module.linear._forward_hooks)
+    self.assertFalse(module.ready)
+    self.assertEmpty(cache)
+
+
+class Unknown(nn.Module):
+  """Calls an operation of another library, in itself and in a module."""
+
+  def __init__(self, operation):
+    super().__init__()
+    self.inner = Functional(lambda x: operation(operation(x)))
+    self.linear = nn.Linear(4, 4)
+    self.operation = operation
+
+  def forward(self, x):
+    return self.linear(self.inner(x)) + self.operation(x)
+
+
+class UncountedTest(parameterized.TestCase):
+  def test_an_unknown_operation_warns_once_and_is_noted(self):
     with pytest.warns(report_lib.UncountedWarning) as caught:
-      report = count_macs(Inverting(), (4, 4), convention='conv+linear')
+      report = count_macs(Unknown(torch.linalg.matrix_exp), (4, 4))
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'aten.linalg_inv_ex.default in inner is not counted: its cost is not'
-        ' known'
+        'aten.linalg_matrix_exp.default in inner is not counted: its work is'
+        ' not known; see dynconv_jax.macs.register'
       ],
     )
     self.assertEqual(
       [tuple(entry) for entry in report.uncounted],
       [
-        ('aten.linalg_inv_ex.default', 'inner'),
-        ('aten.linalg_inv_ex.default', 'Inverting'),
+        ('aten.linalg_matrix_exp.default', 'inner'),
+        ('aten.linalg_matrix_exp.default', 'Unknown'),
       ],
     )
     self.assertEqual(report.total, 4 * 16)
 
+  @parameterized.parameters(
+    # A matrix product or a convolution may be priced, element-wise work is
+    # in `flops` alone.
+    (torch.linalg.matrix_exp, ('conv+linear', 'ptflops', 'flops')),
+    (lambda x: torch.renorm(x, 2, 0, 1.0), ('flops',)),
+    (lambda x: torch.special.airy_ai(x), ()),
+    (torch.histc, ()),
+  )
+  def test_warns_only_of_what_the_convention_prices(self, operation, warning):
+    for convention in ('conv', 'conv+linear', 'ptflops', 'flops'):
+      with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        report = count_macs(
+          Functional(operation), (4, 4), convention=convention
+        )
+      self.assertEqual(bool(report.uncounted), convention in warning)
+      self.assertEqual(bool(caught), convention in warning)
 
-class ErrorTest(absltest.TestCase):
+  def test_profiler_records_are_no_operations(self):
+    def recorded(x):
+      with torch.profiler.record_function('mine'):
+        return x + x
+
+    report = count_macs(Functional(recorded), (2, 4), convention='flops')
+    self.assertEqual(report.total, 8)
+    self.assertEmpty(report.uncounted)
+
+
+class RegisterTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.dict(torch_ops._REGISTERED, clear=True))
+    library = torch.library.Library('counted', 'FRAGMENT')
+    self.addCleanup(library._destroy)
+    library.define('gram(Tensor x, *, int times=1) -> Tensor')
+    kernel = lambda x, times=1: (x @ x.mT) * times  # noqa: E731
+    library.impl('gram', kernel, 'CompositeExplicitAutograd')
+    self.module = Functional(lambda x: torch.ops.counted.gram(x, times=3))
+
+  def test_a_formula_of_a_user(self):
+    with pytest.warns(report_lib.UncountedWarning, match='counted.gram'):
+      count_macs(self.module, (5, 4))
+
+    @macs.register('counted::gram', 'torch')
+    def gram(operation):
+      self.assertEqual(operation.outputs[0].shape, (5, 5))
+      rows, inner = operation.inputs[0].shape
+      return formulas.matmul(rows, inner, rows) * operation.params['times']
+
+    report = count_macs(self.module, (5, 4))
+    self.assertEqual(report.total, 3 * 5 * 5 * 4)
+    self.assertEmpty(report.uncounted)
+
+  def test_takes_precedence_over_ours_and_over_the_parts(self):
+    for name in ('aten::mm', 'aten::matmul'):
+      macs.register(name, 'torch')(lambda _: formulas.matmul(1, 1, 7))
+      report = count_macs(Functional(torch.matmul), (2, 3), (3, 4))
+      self.assertEqual(report.total, 7)
+
+  def test_bad_names_and_formulas(self):
+    with self.assertRaisesRegex(ValueError, "'namespace::operation'; got 'mm'"):
+      macs.register('mm', 'torch')
+    macs.register('aten::mm', 'torch')(lambda _: 7)
+    with self.assertRaisesRegex(TypeError, 'must return a macs.Work; got int'):
+      count_macs(Functional(torch.mm), (2, 3), (3, 4))
+
+
+class ImportTest(absltest.TestCase):
+  def test_counting_imports_no_jax(self):
+    program = (
+      'import sys, torch;'
+      'from dynconv_jax.macs.torch import count_macs;'
+      'assert count_macs(torch.nn.Linear(3, 4), (2, 3)).total == 24;'
+      'print([name for name in ("jax", "flax") if name in sys.modules])'
+    )
+    done = subprocess.run(
+      [sys.executable, '-c', program],
+      capture_output=True,
+      text=True,
+      check=True,
+      cwd=pathlib.Path(__file__).parents[3],
+    )
+    self.assertEqual(done.stdout.strip(), '[]')
+
+
+class ErrorTest(parameterized.TestCase):
   def test_not_a_module(self):
     with self.assertRaisesRegex(TypeError, 'must be a torch.nn.Module; got'):
       count_macs(lambda x: x, (2, 4))
@@ -315,9 +446,26 @@ class ErrorTest(absltest.TestCase):
   def test_control_flow_on_values(self):
     module = Functional(lambda x: x if x.sum() > 0 else -x)
     with self.assertRaisesRegex(
-      ValueError, 'Functional looks at the values of its tensors in its forward'
+      ValueError,
+      'Functional looks at the values of its tensors in its forward .*, and'
+      ' shapes have none: pass weights and inputs with data, and run=True',
     ):
-      count_macs(module, (2, 4))
+      count_macs(module, (2, 4), run=False)
+
+  def test_running_without_data(self):
+    with torch.device('meta'):
+      module = nn.Linear(4, 4)
+    with self.assertRaisesRegex(ValueError, "are on the device 'meta'"):
+      count_macs(module, (2, 4), run=True)
+
+  @parameterized.parameters((-1,), (True,), (1.5,), ({'a': 2.0},))
+  def test_trip_counts_that_are_no_counts(self, trips):
+    with self.assertRaisesRegex(ValueError, 'must be integers >= 0; got'):
+      count_macs(nn.ReLU(), (2, 4), trip_counts=trips)
+
+  def test_gradients_in_the_convention_of_ptflops(self):
+    with self.assertRaisesRegex(ValueError, 'prices no backward pass'):
+      count_macs(nn.ReLU(), (2, 4), convention='ptflops', backward=True)
 
   def test_parameters_without_a_shape(self):
     module = nn.LazyLinear(4)

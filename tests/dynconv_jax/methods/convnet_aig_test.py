@@ -242,7 +242,8 @@ class NetworkTest(parameterized.TestCase):
     # twice the channels.
     blocks = [9 * (4 * 4 + 4 * 4) * 48, 9 * (4 * 8 + 8 * 8) * 12]
     blocks.append(9 * (8 * 16 + 16 * 16) * 4)
-    report = count_macs(model, jax.ShapeDtypeStruct((1, 8, 6, 3), jnp.float32))
+    image = jax.ShapeDtypeStruct((1, 8, 6, 3), jnp.float32)
+    report = count_macs(model, image, convention='conv')
     np.testing.assert_allclose(
       report.executed(masks), report.total - sum(blocks) + opened @ blocks
     )

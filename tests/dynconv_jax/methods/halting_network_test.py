@@ -151,7 +151,9 @@ class NetworkTest(parameterized.TestCase):
     images = _images(4, 12, 10, 3)
     _, masks = _call(model, images)
     report = count_macs(
-      model, jax.ShapeDtypeStruct((1, 12, 10, 3), jnp.float32)
+      model,
+      jax.ShapeDtypeStruct((1, 12, 10, 3), jnp.float32),
+      convention='conv',
     )
     self.assertBetween(float(masks[0].hard.mean()), 0.1, 0.9)
     for earlier, later in zip(masks, masks[1:], strict=False):

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynconv_jax.layers import BatchNorm, conv_general_dilated
+from dynconv_jax import create_model
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
-from dynconv_jax.methods.dynconv import MaskUnit
-from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models import efficientnet_lite, mobilenet
 from dynconv_jax.models.blocks import InvertedResidual
 from dynconv_jax.models.gated import Gating, gated_blocks
@@ -40,30 +39,10 @@ def abstract(name, **kwargs):
   return nnx.view(model, deterministic=True, use_running_average=True)
 
 
-def make_gate(method):
-  rngs = nnx.Rngs(3)
-
-  def gate(site):
-    if method == 'dynconv':
-      return MaskUnit(site.in_features, strides=site.strides, rngs=rngs)
-    if method == 'sact' and site.stage_index > 0:
-      return HaltingUnit(
-        site.in_features,
-        spatial=True,
-        norm=BatchNorm,
-        conv_general_dilated=conv_general_dilated,
-        rngs=rngs,
-      )
-    return None
-
-  return gate
-
-
 def make_small(method='dense', **kwargs):
   """A small network in training whose parameters and statistics are random."""
-  kwargs = {'dtype': jnp.float32, **kwargs}
-  model = SMALL(
-    num_classes=5, gate=make_gate(method), rngs=nnx.Rngs(0), **kwargs
+  model = create_model(
+    SMALL, method=method, num_classes=5, rngs=nnx.Rngs(0), **kwargs
   )
   rng = np.random.default_rng(0)
   for _, node in nnx.iter_modules(model):
@@ -228,6 +207,8 @@ def test_a_block_is_its_convolutions(padding, strides, ratio):
     ('dynconv', 'identity', 'same'),
     ('dynconv', 'all', 'symmetric'),
     ('sact', 'identity', 'same'),
+    ('convnet_aig', 'all', 'same'),
+    ('skipnet', 'identity', 'symmetric'),
   ],
 )
 def test_sparse_networks_equal_masked_dense_ones(method, which, padding):

@@ -18,7 +18,7 @@ def count(method, batch_size=2, name='resnet50'):
   )
   model = nnx.view(model, deterministic=True, use_running_average=True)
   images = jax.ShapeDtypeStruct((batch_size, 96, 96, 3), jnp.float32)
-  return model, count_macs(model, images)
+  return model, count_macs(model, images, convention='conv')
 
 
 @pytest.mark.parametrize('model', ('resnet50', 'resnet101'))

@@ -10,7 +10,10 @@
 #include <numeric>
 #include <vector>
 
+#include "bands.h"
+#include "depthwise.h"
 #include "dots.h"
+#include "layer.h"
 #include "positions.h"
 #include "product.h"
 #include "squares.h"
@@ -21,40 +24,56 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// A size x size convolution at the active positions of a mask. `squares` are
-// its weights for MultiplySquares, if any: faster where positions are
-// neighbours.
+// A convolution at the active positions of a mask.
 template <typename Row, typename Writes>
-void Convolve(Team& team, Product product, const Floats& squares, int64_t size,
-              int64_t strides, Map in, const Positions& positions,
-              const float* zeros, const Row& row, const Writes& writes) {
-  if (squares.element_count() > 0) {
+void Convolve(Team& team, const Layer& layer, Product product, Map in,
+              const Positions& positions, const float* zeros, const Row& row,
+              const Writes& writes) {
+  const auto reads = Windows(layer.window, in, positions, zeros, row);
+  if (layer.depthwise) {
+    const int64_t parts =
+        std::min(Divide(positions.active, 2 * kPositions), 8 * team.size());
+    team.Run(parts, [&](int64_t begin, int64_t end) {
+      Depthwise(product, positions.active * begin / parts,
+                positions.active * end / parts, reads, writes);
+    });
+    return;
+  }
+  if (layer.squares != nullptr) {
     const auto found = FindSquares(positions);
     if (kSquareStart + kSquareCost * Divide(found.size(), kTile) <
         9 * Divide(positions.active, kTile)) {
-      product.panels = squares.typed_data();
+      product.panels = layer.squares;
       MultiplySquares(team, product, found, in, zeros, row, writes);
       return;
     }
   }
-  Multiply(team, product, positions.active,
-           Windows(size, strides, in, positions, zeros, row), writes);
+  Multiply(team, product, positions.active, reads, writes);
 }
 
-// relu(shortcut(x) + mask * branch(x)), where the branch is a chain of
-// convolutions with a ReLU between. Convolution i, of kernel sizes[i] and
-// strides[i], runs on mask levels[i]; the last one on level 0. Without a
-// projection x and out are one buffer, and what is not active stays.
+// What is added to a branch: the input, whose buffer the output is; the input's
+// projection; or nothing.
+enum Shortcut { kIdentity, kProjection, kNothing };
+
+// activation(shortcut(x) + mask * branch(x)), where the branch is a chain of
+// convolutions. Layer i runs on mask levels[i]; the last one on level 0. With
+// the identity what is not active stays; `bands` has x and out in two buffers,
+// see RunBands.
 //
 // Arguments after x: the masks of the levels; the weights of the convolutions,
 // and of the projection; those for MultiplySquares, without elements where there
 // are none. Results after out: scratch for the rows of `group` images, of each
-// convolution but the last.
+// convolution but the last. Of the attributes that are lists, `activations` has
+// one more than convolutions: what follows the addition.
 ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
                  FloatsOut out, ffi::RemainingRets results,
                  ffi::Span<const int64_t> sizes,
                  ffi::Span<const int64_t> strides,
-                 ffi::Span<const int64_t> levels, int64_t group) {
+                 ffi::Span<const int64_t> tops, ffi::Span<const int64_t> lefts,
+                 ffi::Span<const int64_t> levels,
+                 ffi::Span<const int64_t> depthwise,
+                 ffi::Span<const int64_t> activations, int64_t shortcut,
+                 bool bands, int64_t group) {
   const int64_t convs = sizes.size();
   const int64_t num_levels =
       1 + *std::max_element(levels.begin(), levels.end());
@@ -64,20 +83,35 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
   const auto argument = [&](int64_t i) { return args.get<Floats>(i).value(); };
   const int64_t images = x.dimensions()[0], channels = x.dimensions()[3];
   const int64_t features = out->dimensions()[3];
-  const Floats projection = argument(num_levels + convs);
   const Map in = MapOf(x);
   const float* xs = x.typed_data();
   float* outs = out->typed_data();
   std::vector<float*> scratch;
-  std::vector<int64_t> depths;  // Channels of each convolution's output.
-  for (int64_t i = 0; i + 1 < convs; ++i) {
-    auto rows = results.get<ffi::Buffer<ffi::F32>>(i).value();
-    scratch.push_back(rows->typed_data());
-    depths.push_back(rows->dimensions()[1]);
+  std::vector<Layer> layers;
+  int64_t depth = channels, widest = channels;
+  for (int64_t i = 0; i < convs; ++i) {
+    int64_t width = features;
+    if (i + 1 < convs) {
+      auto rows = results.get<ffi::Buffer<ffi::F32>>(i).value();
+      scratch.push_back(rows->typed_data());
+      width = rows->dimensions()[1];
+    }
+    const Floats squares = argument(num_levels + convs + 1 + i);
+    layers.push_back({{sizes[i], strides[i], tops[i], lefts[i]},
+                      levels[i],
+                      depth,
+                      width,
+                      depthwise[i] != 0,
+                      static_cast<Activation>(activations[i]),
+                      argument(num_levels + i).typed_data(),
+                      squares.element_count() > 0 ? squares.typed_data()
+                                                  : nullptr});
+    depth = width;
+    widest = std::max(widest, width);
   }
-  depths.push_back(features);
-  const std::vector<float> zeros(
-      std::max(channels, *std::max_element(depths.begin(), depths.end())));
+  // What follows the addition follows the last convolution.
+  layers.back().activation = static_cast<Activation>(activations[convs]);
+  const std::vector<float> zeros(widest);
   const auto x_row = [=](int64_t j) { return xs + j * channels; };
 
   Team team(pool);
@@ -85,69 +119,76 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
   for (int64_t image = 0; image < images; image += group) {
     // A group of images after the other: their maps stay in the cache.
     const int64_t stop = std::min(image + group, images);
-    const bool projects = projection.element_count() > 0;
     std::vector<Positions> lists;
     lists.reserve(num_levels);
     for (int64_t level = 0; level < num_levels; ++level)
-      lists.emplace_back(argument(level), image, stop, projects && level == 0);
+      lists.emplace_back(argument(level), image, stop,
+                         level == 0 && shortcut != kIdentity && !bands);
     const Positions& all = lists[0];
+    if (bands) {
+      RunBands(team, convs == 3 ? &layers[0] : nullptr, layers[convs - 2],
+               layers[convs - 1], shortcut == kIdentity, in, all,
+               lists[num_levels - 1], xs, outs, zeros.data());
+      continue;
+    }
     const auto out_row = [&](int64_t i) {
       return outs + all.numbers[i] * features;
     };
 
-    if (projects) {
-      // Where nothing is added the sum is rectified at once.
+    if (shortcut == kProjection) {
       int64_t total = 1;
       for (const int64_t stride : strides) total *= stride;
-      Multiply(team,
-               {projection.typed_data(), 1, channels, features, false,
-                all.active},
-               all.size(), Windows(1, total, in, all, zeros.data(), x_row),
+      Layer projection = layers.back();
+      projection.window = {1, total, 0, 0};
+      projection.depth = channels;
+      projection.panels = argument(num_levels + convs).typed_data();
+      // Where nothing is added the sum is activated at once.
+      Multiply(team, projection.product(false, all.active), all.size(),
+               Windows(projection.window, in, all, zeros.data(), x_row),
                out_row);
     }
+    if (shortcut == kNothing)
+      for (int64_t i = all.active; i < all.size(); ++i)
+        std::fill_n(out_row(i), features, 0.0f);
 
     for (int64_t i = 0; i < convs; ++i) {
+      const Layer& layer = layers[i];
       const bool last = i + 1 == convs;
-      const Positions& positions = lists[levels[i]];
-      const Floats squares = argument(num_levels + convs + 1 + i);
-      const int64_t depth = i == 0 ? channels : depths[i - 1];
-      const Product product{argument(num_levels + i).typed_data(),
-                            sizes[i] * sizes[i],
-                            depth,
-                            depths[i],
-                            last,
-                            kAllRows};
-      float* const rows = last ? nullptr : scratch[i];
-      const int64_t width = depths[i];
+      const Positions& positions = lists[layer.level];
+      const Product product = layer.product(last && shortcut != kNothing);
       const auto run = [&](const auto& writes) {
         if (i == 0) {
-          Convolve(team, product, squares, sizes[i], strides[i], in, positions,
-                   zeros.data(), x_row, writes);
+          Convolve(team, layer, product, in, positions, zeros.data(), x_row,
+                   writes);
           return;
         }
         const float* const before = scratch[i - 1];
-        if (levels[i] == levels[i - 1]) {  // Pointwise: row by row.
+        const int64_t width = layer.depth;
+        if (layer.level == layers[i - 1].level) {  // Pointwise: row by row.
           Multiply(
               team, product, positions.active,
               [=](int64_t j, const float** read, int64_t) {
-                *read = before + j * depth;
+                *read = before + j * width;
               },
               writes);
           return;
         }
-        const Positions& needed = lists[levels[i - 1]];
+        const Positions& needed = lists[layers[i - 1].level];
         const int64_t offset = image * needed.map.area();
         table.assign((stop - image) * needed.map.area(), zeros.data());
         for (int64_t j = 0; j < needed.active; ++j)
-          table[needed.numbers[j] - offset] = before + j * depth;
-        Convolve(team, product, squares, sizes[i], strides[i], needed.map,
-                 positions, zeros.data(),
-                 [&](int64_t j) { return table[j - offset]; }, writes);
+          table[needed.numbers[j] - offset] = before + j * width;
+        Convolve(
+            team, layer, product, needed.map, positions, zeros.data(),
+            [&](int64_t j) { return table[j - offset]; }, writes);
       };
-      if (last)
+      if (last) {
         run(out_row);
-      else
+      } else {
+        float* const rows = scratch[i];
+        const int64_t width = layer.features;
         run([=](int64_t j) { return rows + j * width; });
+      }
     }
   }
   return ffi::Error::Success();
@@ -156,7 +197,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
 // A size x size convolution of a padded map, at all positions.
 ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
                        FloatsOut out, int64_t size, int64_t strides,
-                       bool relu) {
+                       int64_t activation) {
   Team team(pool);
   const Map in = MapOf(x), end = MapOf(*out);
   const int64_t channels = x.dimensions()[3], features = out->dimensions()[3];
@@ -166,7 +207,8 @@ ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
   Multiply(
       team,
       {panels.typed_data(), size, size * channels, features, false,
-       relu ? kAllRows : kNoRow},
+       activation == kNone ? kNoRow : kAllRows,
+       activation == kRelu6 ? 6.0f : kNoCap},
       out->dimensions()[0] * end.area(),
       [=](int64_t i, const float** rows, int64_t step) {
         const int64_t image = i / end.area();
@@ -254,6 +296,8 @@ ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
 
 }  // namespace
 
+using Integers = ffi::Span<const int64_t>;
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -261,9 +305,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_block, Block,
                                   .RemainingArgs()  // see Block
                                   .Ret<Floats>()    // out
                                   .RemainingRets()  // scratch
-                                  .Attr<ffi::Span<const int64_t>>("sizes")
-                                  .Attr<ffi::Span<const int64_t>>("strides")
-                                  .Attr<ffi::Span<const int64_t>>("levels")
+                                  .Attr<Integers>("sizes")
+                                  .Attr<Integers>("strides")
+                                  .Attr<Integers>("tops")
+                                  .Attr<Integers>("lefts")
+                                  .Attr<Integers>("levels")
+                                  .Attr<Integers>("depthwise")
+                                  .Attr<Integers>("activations")
+                                  .Attr<int64_t>("shortcut")
+                                  .Attr<bool>("bands")
                                   .Attr<int64_t>("group"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,
@@ -274,7 +324,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_convolution, Convolution,
                                   .Ret<Floats>()  // out
                                   .Attr<int64_t>("size")
                                   .Attr<int64_t>("strides")
-                                  .Attr<bool>("relu"));
+                                  .Attr<int64_t>("activation"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_max_pool, MaxPool,
                               ffi::Ffi::Bind()

@@ -50,17 +50,23 @@ struct Positions {
   }
 };
 
-// The reads of a size x size convolution, padded by size / 2, at positions of
-// its output; row(j) points at position j of the map `in`.
+// The windows of a size x size convolution; `top` and `left` are its padding.
+struct Window {
+  int64_t size, strides, top, left;
+};
+
+// The reads of a convolution at positions of its output; row(j) points at
+// position j of the map `in`.
 template <typename Row>
-auto Windows(int64_t size, int64_t strides, Map in, const Positions& positions,
+auto Windows(const Window& window, Map in, const Positions& positions,
              const float* zeros, const Row& row) {
   const Map out = positions.map;
   return [=, &positions](int64_t i, const float** rows, int64_t step) {
-    const int64_t position = positions.numbers[i];
+    const int64_t position = positions.numbers[i], size = window.size;
     const int64_t image = position / out.area();
-    const int64_t top = position / out.width % out.height * strides - size / 2;
-    const int64_t left = position % out.width * strides - size / 2;
+    const int64_t top =
+        position / out.width % out.height * window.strides - window.top;
+    const int64_t left = position % out.width * window.strides - window.left;
     for (int64_t y = top; y < top + size; ++y)
       for (int64_t x = left; x < left + size; ++x, rows += step) {
         const bool inside = 0 <= y && y < in.height && 0 <= x && x < in.width;

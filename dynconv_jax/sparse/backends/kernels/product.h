@@ -92,21 +92,29 @@ constexpr int64_t kParts = 16;
 // Rows that a ReLU is applied to: from this one on.
 constexpr int64_t kAllRows = 0, kNoRow = std::numeric_limits<int64_t>::max();
 
-// rows x weights + bias, then `add` what the output holds, then a ReLU. Weights
-// are packed: float[panels][1 + taps * depth][kWidth], the bias first, zeros
-// where there are no more columns.
+// What a ReLU does not cap.
+constexpr float kNoCap = std::numeric_limits<float>::infinity();
+
+// rows x weights + bias, then `add` what the output holds, then a ReLU that is
+// capped at `cap`. Weights are packed: float[panels][1 + taps * depth][kWidth],
+// the bias first, zeros where there are no more columns.
 struct Product {
   const float* panels;
   int64_t taps, depth, columns;
   bool add;
   int64_t relu_from;
+  float cap = kNoCap;
 
   int64_t num_panels() const { return Divide(columns, kWidth); }
 
   template <typename T>
   void Finish(T sum, float* out, bool relu) const {
     if (add) sum += Load<T>(out);
-    if (relu) sum = sum < 0 ? T{} : sum;  // Keeps NaN.
+    if (relu) {  // Keeps NaN.
+      const T most = T{} + cap;
+      sum = sum < 0 ? T{} : sum;
+      sum = sum > most ? most : sum;
+    }
     Store(out, sum);
   }
 };

@@ -211,11 +211,13 @@ def test_the_input_is_kept():
   assert (np.asarray(both[0]) != before).any()
 
 
-@pytest.mark.parametrize('activation', (None, 'relu'))
-@pytest.mark.parametrize('size,strides', ((3, 1), (7, 2)))
-def test_a_convolution_outside_of_blocks(size, strides, activation):
+@pytest.mark.parametrize('activation', (None, 'relu', 'relu6'))
+@pytest.mark.parametrize('padding', ('symmetric', 'same'))
+@pytest.mark.parametrize('size,strides', ((3, 1), (3, 2), (7, 2)))
+def test_a_convolution_outside_of_blocks(size, strides, padding, activation):
   rng = np.random.default_rng(0)
-  conv = fill(rng, Conv('c', 'n', 3, 20, size, strides, activation=activation))
+  conv = Conv('c', 'n', 3, 20, size, strides, 1, activation, padding)
+  conv = fill(rng, conv)
   x = jnp.asarray(rng.normal(size=(2, 13, 18, 3)), jnp.float32)
   assert_near(BACKEND.convolution(conv)(x), activate(convolve(x, conv), conv))
 
@@ -225,7 +227,7 @@ def test_convolutions_that_the_kernels_leave_to_xla():
   for conv in (
     Conv('c', 'n', 4, 4, 3, groups=2),
     Conv('c', 'n', 4, 4, 3, activation='silu'),
-    Conv('c', 'n', 4, 4, 3, padding='same'),
+    Conv('c', 'n', 4, 4, 3, groups=4),
   ):
     assert BACKEND.convolution(fill(rng, conv)) is None
 

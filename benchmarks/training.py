@@ -1,6 +1,6 @@
 """Times a training step: dense, DynConv, and an equivalent PyTorch network.
 
-python -m experiments.benchmark_training --model=resnet18 --image_size=64 \
+python -m benchmarks.training --model=resnet18 --image_size=64 \
   --batch_size=64
 
 Each runs in a process of its own, because the thread pools of two frameworks in
@@ -12,17 +12,19 @@ and said to be, where it is not installed.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import platform
-import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
 
-from dynconv_jax.models.resnet import ARCHITECTURES, check_choice
-from experiments import program, turns
+from benchmarks import turns
+from dynconv_jax.checks import check_choice
+from dynconv_jax.models.resnet import ARCHITECTURES
+from experiments import program
 
 _MODEL = flags.DEFINE_string(
   'model', 'resnet18', f'One of {", ".join(ARCHITECTURES)}.'
@@ -51,18 +53,9 @@ def main(argv: Sequence[str]) -> None:
   if importlib.util.find_spec('torch') is None:
     print('PyTorch is not installed: left out (pip install -e .[torch])')
     names = [name for name in names if not name.startswith('torch')]
-  workers = {name: _start(name) for name in names}
-  times: dict[str, list[float]] = {name: [] for name in names}
-  try:
-    for _ in range(_ROUNDS.value):
-      for name, worker in workers.items():
-        times[name].extend(worker.ask())
-  finally:
-    for worker in workers.values():
-      worker.stop()
-  milliseconds = {
-    name: 1e3 * statistics.median(values) for name, values in times.items()
-  }
+  with contextlib.ExitStack() as stack:
+    timed = {name: _start(name, stack) for name in names}
+    milliseconds = turns.medians(timed, _ROUNDS.value)
   base = milliseconds['jax_dense']
   for name, value in milliseconds.items():
     print(f'{name:22} {value:8.1f} ms   {value / base:.3f} of jax_dense')
@@ -83,14 +76,13 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(result))
 
 
-def _start(name: str) -> turns.Worker:
+def _start(name: str, stack: contextlib.ExitStack) -> Callable[[], list[float]]:
   own = ('model', 'image_size', 'batch_size', 'steps')
   arguments = [f'--{flag}={flags.FLAGS[flag].value}' for flag in own]
-  worker = turns.Worker(
-    'experiments.benchmark_training', [f'--worker={name}', *arguments]
-  )
+  worker = turns.Worker('benchmarks.training', [f'--worker={name}', *arguments])
+  stack.callback(worker.stop)
   worker.ask()  # Compiles and warms up.
-  return worker
+  return worker.ask
 
 
 def _inputs() -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +103,7 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   mesh = jax.make_mesh(
     (jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,)
   )
-  config = Config(
+  config = Config.make(
     model=_MODEL.value,
     method=method,
     image_size=_IMAGE_SIZE.value,
@@ -124,7 +116,9 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   }
   batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec('data')))
   model = workdir.build_model(config, _CLASSES)
-  tx = schedules.optimizer(config, schedules.learning_rate(config, 100))
+  tx = schedules.optimizer(
+    config.optimization, schedules.learning_rate(config.optimization, 100)
+  )
   train_step = state.make_train_step(state.split(model)[0], tx, config, 100)
   current = jax.device_put(
     state.create_state(model, tx, config), NamedSharding(mesh, PartitionSpec())
@@ -141,7 +135,7 @@ def _torch_step(channels_last: bool) -> Callable[[], None]:
   import torch
   from torch.nn import functional
 
-  from experiments import torch_resnet
+  from benchmarks import torch_resnet
 
   torch_resnet.use_all_cores()
   model = torch_resnet.ResNet(_MODEL.value, _CLASSES)

@@ -6,7 +6,7 @@ from absl.testing import absltest
 torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 pytest.importorskip('ptflops', reason='ptflops 0.7.5 is not installed')
 
-from experiments import compare_counters  # noqa: E402
+from benchmarks import compare_counters  # noqa: E402
 
 FLOP_COUNTER = 'torch.utils.flop_counter / 2'
 

@@ -1,6 +1,6 @@
 """Counts four PyTorch networks by our conventions and by other counters.
 
-  python -m experiments.compare_counters
+  python -m benchmarks.compare_counters
 
 prints the table of docs/macs.md in Markdown, in millions of MACs (of FLOPs for
 `flops`). Needs `pip install torch ptflops==0.7.5`.
@@ -16,6 +16,7 @@ from absl import app, flags
 from torch import nn
 from torch.utils import flop_counter
 
+from benchmarks.torch_resnet import ResNet
 from dynconv_jax.macs import conventions
 from dynconv_jax.macs.torch import count_macs
 
@@ -24,81 +25,19 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 )
 
 
-class Block(nn.Module):
-  """A residual block: basic, or a bottleneck where `expansion` is 4."""
-
-  def __init__(self, features: int, planes: int, stride: int, expansion: int):
-    super().__init__()
-    out = planes * expansion
-    sizes = (
-      [(features, planes, 3, stride), (planes, planes, 3, 1)]
-      if expansion == 1
-      else [(features, planes, 1, 1), (planes, planes, 3, stride)]
-      + [(planes, out, 1, 1)]
-    )
-    self.depth = len(sizes)
-    for i, (inputs, outputs, kernel, step) in enumerate(sizes, 1):
-      conv = nn.Conv2d(inputs, outputs, kernel, step, kernel // 2, bias=False)
-      self.add_module(f'conv{i}', conv)
-      self.add_module(f'bn{i}', nn.BatchNorm2d(outputs))
-    self.relu = nn.ReLU(inplace=True)
-    self.downsample = None
-    if stride > 1 or features != out:
-      conv = nn.Conv2d(features, out, 1, stride, bias=False)
-      self.downsample = nn.Sequential(conv, nn.BatchNorm2d(out))
-
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    shortcut = x if self.downsample is None else self.downsample(x)
-    for i in range(1, self.depth + 1):
-      x = getattr(self, f'bn{i}')(getattr(self, f'conv{i}')(x))
-      if i < self.depth:
-        x = self.relu(x)
-    x += shortcut
-    return self.relu(x)
-
-
-class ResNet(nn.Module):
-  """torchvision's ResNet, with its names and operations."""
-
-  def __init__(
-    self, blocks: Sequence[int], expansion: int, classes: int = 1000
-  ):
-    super().__init__()
-    self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-    self.bn1 = nn.BatchNorm2d(64)
-    self.relu = nn.ReLU(inplace=True)
-    self.maxpool = nn.MaxPool2d(3, 2, 1)
-    features = 64
-    for stage, count in enumerate(blocks):
-      layers = []
-      for i in range(count):
-        planes, stride = 64 * 2**stage, 2 if stage and not i else 1
-        layers.append(Block(features, planes, stride, expansion))
-        features = planes * expansion
-      self.add_module(f'layer{stage + 1}', nn.Sequential(*layers))
-    self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-    self.fc = nn.Linear(features, classes)
-
-  def forward(self, x: torch.Tensor) -> torch.Tensor:
-    x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-    for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-      x = stage(x)
-    return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
 def resnet18() -> ResNet:
   """Returns ResNet-18."""
-  return ResNet((2, 2, 2, 2), 1)
+  return ResNet('resnet18', 1000)
 
 
 def resnet50() -> ResNet:
   """Returns ResNet-50."""
-  return ResNet((3, 4, 6, 3), 4)
+  return ResNet('resnet50', 1000)
 
 
 def resnet101() -> ResNet:
   """Returns ResNet-101."""
-  return ResNet((3, 4, 23, 3), 4)
+  return ResNet('resnet101', 1000)
 
 
 def depthwise() -> nn.Module:

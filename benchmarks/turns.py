@@ -7,6 +7,7 @@ order of magnitude, so each has a process of its own; all but one wait.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import time
@@ -78,3 +79,19 @@ def seconds(step: Callable[[], None], steps: int) -> list[float]:
     step()
     times.append(time.perf_counter() - start)
   return times
+
+
+def medians(
+  timed: Mapping[str, Callable[[], Sequence[float]]], rounds: int
+) -> dict[str, float]:
+  """Returns the median time of each, milliseconds, taken in turns.
+
+  Args:
+    timed: by names; each returns the seconds of some calls.
+    rounds: turns of each.
+  """
+  times: dict[str, list[float]] = {name: [] for name in timed}
+  for _ in range(rounds):
+    for name, run in timed.items():
+      times[name] += run()
+  return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}

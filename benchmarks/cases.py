@@ -1,0 +1,167 @@
+"""Times the cases of experiments.benchmark, and says on which machine."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import turns
+
+
+class Peer(NamedTuple):
+  """Another framework that is timed.
+
+  Attributes:
+    worker: the process that runs it, a key of `workers.WORKERS`.
+    packages: that it needs.
+    dense: whether it computes everywhere.
+    methods: of gated networks that it knows; empty: all of them.
+  """
+
+  worker: str
+  packages: tuple[str, ...]
+  dense: bool = True
+  methods: tuple[str, ...] = ()
+
+
+PEERS = {
+  'torch': Peer('torch', ('torch',)),
+  'torch_compiled': Peer('torch_compiled', ('torch',)),
+  'torch_index': Peer('torch', ('torch',), dense=False),
+  'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
+  # The sparse network, exported by dynconv_jax.sparse.onnx.
+  'onnx_sparse': Peer(
+    'onnxruntime', ('onnx', 'onnxruntime'), False, ('dynconv', 'convnet_aig')
+  ),
+}
+
+
+def available_peers(
+  wanted: Sequence[str], method: str, trained: bool
+) -> list[str]:
+  """Returns the peers that can run here; says which are left out, and why.
+
+  Args:
+    wanted: keys of PEERS.
+    method: of the gated network.
+    trained: whether it is a trained one, which decides by itself.
+  """
+  available = []
+  for name in wanted:
+    peer = PEERS[name]
+    missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
+    if missing:
+      print(f'{name} is left out: {", ".join(missing)} not installed')
+    elif peer.methods and method not in peer.methods:
+      print(f'{name} is left out: it knows {", ".join(peer.methods)} only')
+    elif not (trained and name == 'torch_index'):
+      available.append(name)
+  return available
+
+
+@contextlib.contextmanager
+def start_workers(
+  peers: Sequence[str], settings: Mapping[str, Any]
+) -> Iterator[dict[str, turns.Worker]]:
+  """Starts the processes that JAX and peers need; ends them.
+
+  Args:
+    peers: keys of PEERS.
+    settings: flags of experiments.benchmark.
+  """
+  names = ['jax', *dict.fromkeys(PEERS[peer].worker for peer in peers)]
+  with contextlib.ExitStack() as stack:
+    workers = {}
+    for name in names:
+      arguments = [name, json.dumps(settings)]
+      workers[name] = turns.Worker('benchmarks.workers', arguments)
+      stack.callback(workers[name].stop)
+    yield workers
+
+
+def time_case(
+  case: Mapping[str, Any],
+  workers: Mapping[str, turns.Worker],
+  peers: Sequence[str],
+  *,
+  rounds: int,
+  per_block: bool = False,
+) -> dict[str, Any]:
+  """Returns the medians of one case, milliseconds, and their ratios.
+
+  Args:
+    case: 'batch_size', 'mask_granularity' and 'density'.
+    workers: of `start_workers`.
+    peers: keys of PEERS.
+    rounds: turns of each.
+    per_block: whether each block is timed as well.
+  """
+  info = workers['jax'].ask(kind='prepare', **case)
+  kinds = dict.fromkeys(info.pop('kinds'), 'jax')
+  kinds |= {peer: PEERS[peer].worker for peer in peers}
+  times = turns.medians(
+    {
+      kind: functools.partial(workers[worker].ask, kind=kind, **case)
+      for kind, worker in kinds.items()
+    },
+    rounds,
+  )
+  dense = [peer for peer in peers if PEERS[peer].dense]
+  fastest = min(['dense', *dense], key=times.get)
+  own = {f'{k}_ms': v for k, v in times.items() if k not in peers}
+  result = {
+    **case,
+    **info,
+    **own,
+    'peers': {peer: times[peer] for peer in peers},
+    'fastest_dense': 'jax' if fastest == 'dense' else fastest,
+  }
+  if 'sparse' not in times:
+    return result
+  sparse = times['sparse']
+  result |= {
+    'sparse_over_dense': sparse / times['dense'],
+    'sparse_over_fastest_dense': sparse / times[fastest],
+  }
+  if 'native_dense' in times:
+    result['sparse_over_native_dense'] = sparse / times['native_dense']
+  if 'onnx_sparse' in times:
+    result['onnx_sparse_over_fastest_dense'] = (
+      times['onnx_sparse'] / times[fastest]
+    )
+  if per_block:
+    result['blocks'] = workers['jax'].ask(kind='blocks', **case)
+  return result
+
+
+def describe_machine() -> dict[str, Any]:
+  """Returns the processor, and versions of what is timed."""
+  versions = {'python': platform.python_version()}
+  for name in ('jax', 'flax', 'torch', 'onnxruntime'):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return {'cpu': _cpu(), 'versions': versions}
+
+
+def _cpu() -> str:
+  """Returns the cores, the processor's name and its widest vectors."""
+  described = {'model name': platform.processor() or platform.machine()}
+  with contextlib.suppress(OSError):
+    for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+      key, _, value = line.partition(':')
+      described[key.strip()] = value.strip()
+  cores = len(os.sched_getaffinity(0))
+  text = f'{cores} cores of {described["model name"]}'
+  features = described.get('flags', '').split()
+  for feature, name in (('avx512f', 'AVX-512'), ('avx2', 'AVX2')):
+    if feature in features:
+      return f'{text}, {name}'
+  return text

@@ -1,0 +1,122 @@
+"""What experiments.benchmark times: networks, images and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax import numpy as jnp
+
+from dynconv_jax import create_model
+from dynconv_jax.models.gated import gated_blocks
+from dynconv_jax.sparse.calibrate import clustered_masks
+from dynconv_jax.sparse.sparsify import trace_blocks
+from dynconv_jax.training import inputs, workdir
+
+_MASK_SEED = 1  # The same masks in every process.
+
+
+class Networks:
+  """Networks of random weights, or a trained one; equal in every process.
+
+  Attributes:
+    settings: flags of experiments.benchmark, with those of the trained run.
+    trained: the run, or None.
+    method: of the gated network; 'dense' where the trained one has no gates.
+  """
+
+  def __init__(self, settings: Mapping[str, Any]):
+    self.settings = {**settings, 'width_multiplier': 1.0}
+    self.trained = None
+    if settings['workdir']:
+      self.trained = workdir.load_run(
+        settings['workdir'], best=settings['checkpoint'] == 'best'
+      )
+      self.settings['num_classes'] = len(self.trained.class_names)
+      config = self.trained.config
+      self.settings['method'] = config.method.method
+      for name in ('model', 'image_size', 'compute_dtype', 'width_multiplier'):
+        self.settings[name] = getattr(config.model, name)
+    self.method = self.settings['method']
+    self._models: dict[tuple[str, str], nnx.Module] = {}
+
+  def model(self, method: str, mask_granularity: str = '1') -> nnx.Module:
+    """Returns the evaluation view of the network of a method.
+
+    Args:
+      method: a trained run's own gives the trained network.
+      mask_granularity: of DynConv, as the flag.
+    """
+    if self.trained and method == self.method:
+      return self.trained.model
+    key = (method, mask_granularity)
+    if key not in self._models:
+      model = create_model(
+        self.settings['model'],
+        method=method,
+        num_classes=self.settings['num_classes'],
+        mask_granularity=parse_sides(mask_granularity),
+        width_multiplier=self.settings['width_multiplier'],
+        dtype=jnp.dtype(self.settings['compute_dtype']),
+        rngs=nnx.Rngs(0),
+      )
+      self._models[key] = nnx.view(
+        model, deterministic=True, use_running_average=True
+      )
+    return self._models[key]
+
+  def batches(self, batch_size: int) -> list[np.ndarray]:
+    """Returns float32[N, H, W, 3] batches: random, or of the run's split."""
+    if not self.trained:
+      size = self.settings['image_size']
+      images = np.random.default_rng(0).standard_normal(
+        (batch_size, size, size, 3)
+      )
+      return [images.astype(np.float32)]
+    changes = {'eval_batch_size': batch_size}
+    if self.settings['food101_dir']:
+      changes['food101_dir'] = self.settings['food101_dir']
+    config = self.trained.config.replace(**changes)
+    source = inputs.open_split(config, self.settings['split'])
+    batches = iter(inputs.eval_batches(config, source))
+    count = min(self.settings['num_batches'], len(source) // batch_size)
+    return [np.asarray(next(batches)['image']) for _ in range(max(1, count))]
+
+
+def parse_sides(mask_granularity: str) -> tuple[int, ...]:
+  """Returns the sides of patches, one or one a stage; '' is a trained run's.
+
+  Args:
+    mask_granularity: as the flag of one case.
+  """
+  return tuple(map(int, (mask_granularity or '1').split(',')))
+
+
+def masks_of(
+  model: nnx.Module, image_shape: Sequence[int], density: float
+) -> dict[str, np.ndarray]:
+  """Returns a clustered mask float32[N, h, w] for each block of a network.
+
+  Args:
+    model: gated; a block without a gate is executed everywhere.
+    image_shape: (N, H, W, C).
+    density: share of active positions.
+  """
+  blocks = {block.name: block for block in gated_blocks(model)}
+  rng, masks = np.random.default_rng(_MASK_SEED), {}
+  for trace in trace_blocks(model, image_shape):
+    block = blocks[trace.name]
+    shape = (trace.shape[0], *block.branch.sizes(trace.shape[1:3])[-1])
+    if block.masker is None:
+      masks[trace.name] = np.ones(shape, np.float32)
+      continue
+    masks[trace.name] = clustered_masks(
+      rng,
+      shape,
+      density,
+      block.masker.per_image,
+      side=getattr(block.masker, 'granularity', 1),
+    )
+  return masks

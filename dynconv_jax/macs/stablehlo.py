@@ -1,0 +1,361 @@
+"""The work of an exported JAX function, from the StableHLO that it holds.
+
+`jax.export` keeps no jaxpr. What its StableHLO does is handed to the same
+formulas.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
+
+from dynconv_jax.macs import formulas, loops
+
+
+def _names(text: str) -> frozenset[str]:
+  return frozenset(text.split())
+
+
+_FREE = _names(
+  """
+  after_all all_gather all_reduce all_to_all bitcast_convert broadcast_in_dim
+  collective_permute complex composite concatenate constant convert
+  count_leading_zeros create_token dynamic_slice dynamic_update_slice gather
+  get_tuple_element imag iota optimization_barrier pad partition_id popcnt real
+  reduce_scatter replica_id reshape return reverse rng_bit_generator select
+  shift_left shift_right_arithmetic shift_right_logical slice transpose tuple
+  """
+)
+
+_ELEMENTWISE = _names(
+  """
+  abs add and atan2 cbrt ceil clamp compare cosine divide exponential
+  exponential_minus_one floor is_finite log log_plus_one logistic maximum
+  minimum multiply negate not or power reduce_precision remainder
+  round_nearest_afz round_nearest_even rsqrt sign sine sqrt subtract tan tanh
+  xor
+  """
+)
+
+# Real operations of one complex operation; two for any other.
+_COMPLEX_STEPS = {'multiply': 6, 'divide': 11, 'abs': 4}
+
+_ARITHMETIC = {'add': 'add', 'subtract': 'sub', 'multiply': 'mul'}
+
+# What JAX, not a user, calls scopes.
+_CONTROL = re.compile(r'while|body|cond|closed_call|branch_\d+_fun|.*\(.*')
+
+
+class Operation(NamedTuple):
+  """An operation of an exported function.
+
+  Attributes:
+    name: 'dot_general'.
+    scope: the named scopes around it, joined by dots.
+    work: what it does; None if that is not known.
+    shape: of its result.
+    reason: why its work is not known.
+  """
+
+  name: str
+  scope: str
+  work: formulas.Work | None
+  shape: tuple[int, ...] = ()
+  reason: str = ''
+
+
+def operations(
+  exported: Any,
+  price: Callable[[list[Operation]], int],
+  trips: Callable[[str, int | None], int | None],
+  branch: str | int = 'max',
+) -> list[Operation]:
+  """Returns what an exported function does, loops and branches resolved.
+
+  Args:
+    exported: a `jax.export.Exported`.
+    price: of operations, by which branches are compared.
+    trips: from a loop's scope and the trips that the program fixes, if it does,
+      to its trips; None for a loop that is left out.
+    branch: 'max', 'min' or an index. StableHLO keeps no names of branches:
+      another string is 'max'.
+  """
+  with mlir.make_ir_context():
+    module = ir.Module.parse(exported.mlir_module())
+    functions = {
+      function.attributes['sym_name'].value: function
+      for function in module.body.operations
+      if 'sym_name' in function.attributes
+    }
+    walk = _Walk(functions, price, trips, branch)
+    entry = functions['main'].regions[0].blocks[0]
+    walk.block(entry, [None] * len(entry.arguments))
+    return walk.found
+
+
+class _Walk:
+  """Gathers the operations of a block, and of those within it."""
+
+  def __init__(self, functions, price, trips, branch):
+    self.found: list[Operation] = []
+    self._functions = functions
+    self._price = price
+    self._trips = trips
+    self._branch = branch
+    # What is known of values: whole numbers.
+    self._known: dict[Any, Any] = {}
+
+  def block(self, block, arguments) -> list[Any]:
+    """Walks a block; returns what is known of what it returns."""
+    for value, known in zip(block.arguments, arguments, strict=True):
+      self._known[value] = known
+    outputs = []
+    for op in block.operations:
+      inputs = [self._known.get(value) for value in op.operands]
+      name = op.operation.name
+      if name in ('stablehlo.return', 'func.return'):
+        return inputs
+      outputs = self._operation(op, name, inputs)
+      for value, known in zip(op.results, outputs, strict=False):
+        self._known[value] = known
+    return outputs
+
+  def _operation(self, op, name, inputs) -> list[Any]:
+    if name == 'func.call':
+      called = self._functions[op.attributes['callee'].value]
+      return self.block(called.regions[0].blocks[0], inputs)
+    dialect, _, name = name.partition('.')
+    if name == 'while':
+      return self._while(op, inputs)
+    if name in ('case', 'if'):
+      return self._case(op)
+    if name == 'composite':
+      called = self._functions[op.attributes['decomposition'].value]
+      return self.block(called.regions[0].blocks[0], inputs)
+    if name == 'constant':
+      return [_whole_constant(op)]
+    if name in ('convert', 'reshape'):
+      return inputs
+    if name in ('add', 'subtract', 'multiply', 'compare') and _is_whole(op):
+      if name == 'compare':
+        direction = str(op.attributes['comparison_direction'])
+        arithmetic = direction.split()[-1].strip('>').lower()
+      else:
+        arithmetic = _ARITHMETIC[name]
+      return [loops.arithmetic(arithmetic, *inputs)]
+    scope = _scope(op.location)
+    if name == 'custom_call':
+      target = op.attributes['call_target_name'].value
+      if target not in ('Sharding', 'SPMDFullToShardShape'):
+        reason = f'the work of {target} is not known'
+        self.found.append(Operation('custom_call', scope, None, reason=reason))
+      return []
+    work = _work(op, name, dialect)
+    if work is None:
+      reason = 'its work is not known'
+      self.found.append(Operation(name, scope, None, reason=reason))
+    elif work != formulas.elementwise(0):
+      shape = tuple(op.results[0].type.shape)
+      self.found.append(Operation(name, scope, work, shape))
+    return []
+
+  def _while(self, op, start) -> list[Any]:
+    carry = [
+      loops.Count(object()) if _is_scalar_integer(value.type) else None
+      for value in op.operands
+    ]
+    test, body = (region.blocks[0] for region in op.regions)
+    with self._apart() as tested:
+      (condition,) = self.block(test, carry)
+    with self._apart() as done:
+      stop = self.block(body, carry)
+    fixed = loops.fixed_trips(condition, start, carry, stop)
+    scope = _scope(op.location)
+    times = self._trips(scope, fixed)
+    if times is not None:
+      self.found += _repeated(done, times) + _repeated(tested, times + 1)
+    elif self._price(done + tested) or any(o.work is None for o in done):
+      reason = 'its trip count is not in the program; see trip_counts'
+      self.found.append(Operation('while', scope, None, reason=reason))
+    return []
+
+  def _case(self, op) -> list[Any]:
+    branches = []
+    # The first region of `if` is what runs if true; `cond` has false first.
+    regions = list(op.regions)
+    if op.operation.name == 'stablehlo.if':
+      regions.reverse()
+    for region in regions:
+      with self._apart() as found:
+        self.block(region.blocks[0], [])
+      branches.append(found)
+    if isinstance(self._branch, int):
+      self.found += branches[min(self._branch, len(branches) - 1)]
+      return []
+    choose = min if self._branch == 'min' else max
+    self.found += choose(branches, key=self._price)
+    return []
+
+  @contextlib.contextmanager
+  def _apart(self) -> Iterator[list[Operation]]:
+    outer, self.found = self.found, []
+    try:
+      yield self.found
+    finally:
+      self.found = outer
+
+
+def _repeated(operations: list[Operation], times: int) -> list[Operation]:
+  return [
+    op if op.work is None else op._replace(work=op.work * times)
+    for op in operations
+    if times
+  ]
+
+
+def _work(op, name: str, dialect: str) -> formulas.Work | None:
+  """Returns the work of an operation; None if it is not known."""
+  if name in _FREE:
+    return formulas.elementwise(0)
+  types = [value.type for value in (*op.operands, *op.results)]
+  # Tokens are no arrays.
+  arrays = [t for t in types if isinstance(t, ir.RankedTensorType)]
+  work = _real_work(op, name, dialect, arrays)
+  is_done = work is None or name == 'fft'
+  if not is_done and 'complex' in str(op.operands[0].type):
+    return formulas.of_complex(work, _COMPLEX_STEPS.get(name, 2))
+  return work
+
+
+def _real_work(op, name, dialect, arrays) -> formulas.Work | None:
+  if name in _PRODUCTS:
+    return _PRODUCTS[name](op)
+  if not any(map(_is_floating, arrays)):
+    return formulas.elementwise(0)
+  if not arrays:
+    return None
+  operand, result = arrays[0], op.results[0].type
+  if name in _ELEMENTWISE or (dialect == 'chlo' and name != 'top_k'):
+    return formulas.elementwise(_size(result))
+  if name == 'reduce':
+    number = len(op.results)
+    return formulas.reduction(_size(operand), _size(result)) * number
+  if name == 'reduce_window':
+    window = math.prod(op.attributes['window_dimensions'])
+    return formulas.pool(_size(operand), _size(result), window)
+  if name == 'select_and_scatter':
+    window = math.prod(op.attributes['window_dimensions'])
+    source = _size(op.operands[1].type)
+    return formulas.pool(_size(operand), source, window, mean=True)
+  if name == 'scatter':
+    # Without arithmetic in its body it only moves.
+    adds = len(list(op.regions[0].blocks[0].operations)) > 1
+    updates = _size(op.operands[len(op.operands) - len(op.results)].type)
+    return formulas.elementwise(updates if adds else 0)
+  if name in ('sort', 'top_k'):
+    axis = op.attributes['dimension'].value if name == 'sort' else -1
+    return formulas.sort(_size(operand), operand.shape[axis])
+  if name == 'fft':
+    sizes = [_size(t) for t in (operand, result)]
+    is_real = 'complex' not in str(operand) or 'complex' not in str(result)
+    elements = max(sizes) // (2 if is_real else 1)
+    return formulas.fft(elements, list(op.attributes['fft_length']))
+  if name == 'cholesky':
+    *batch, size, _ = operand.shape
+    return formulas.cholesky(size) * math.prod(batch)
+  if name == 'triangular_solve':
+    *batch, rows, columns = op.operands[1].type.shape
+    if not op.attributes['left_side'].value:
+      rows, columns = columns, rows
+    return formulas.triangular_solve(rows, columns) * math.prod(batch)
+  return None
+
+
+def _convolution(op) -> formulas.Work:
+  lhs, rhs = (list(value.type.shape) for value in op.operands)
+  numbers = stablehlo.ConvDimensionNumbers(op.attributes['dimension_numbers'])
+  rank = len(numbers.input_spatial_dimensions)
+
+  def per_dimension(name):
+    if name not in op.attributes:
+      return None
+    return list(op.attributes[name])
+
+  pads = list(op.attributes['padding']) if 'padding' in op.attributes else []
+  pads = [int(pad) for pad in pads]
+  return formulas.convolution(
+    batch=lhs[numbers.input_batch_dimension],
+    in_features=lhs[numbers.input_feature_dimension],
+    out_features=rhs[numbers.kernel_output_feature_dimension],
+    input_size=[lhs[i] for i in numbers.input_spatial_dimensions],
+    kernel_size=[rhs[i] for i in numbers.kernel_spatial_dimensions],
+    strides=per_dimension('window_strides'),
+    padding=[tuple(pads[2 * i : 2 * i + 2]) for i in range(rank)]
+    if pads
+    else None,
+    input_dilation=per_dimension('lhs_dilation'),
+    kernel_dilation=per_dimension('rhs_dilation'),
+    feature_groups=op.attributes['feature_group_count'].value,
+    batch_groups=op.attributes['batch_group_count'].value,
+  )
+
+
+def _dot_general(op) -> formulas.Work:
+  numbers = stablehlo.DotDimensionNumbers(
+    op.attributes['dot_dimension_numbers']
+  )
+  lhs, rhs = (list(value.type.shape) for value in op.operands)
+  contract = list(numbers.lhs_contracting_dimensions)
+  batch = list(numbers.lhs_batching_dimensions)
+  used = {*numbers.rhs_contracting_dimensions, *numbers.rhs_batching_dimensions}
+  return formulas.matmul(
+    math.prod(n for i, n in enumerate(lhs) if i not in (*contract, *batch)),
+    math.prod(lhs[i] for i in contract),
+    math.prod(n for i, n in enumerate(rhs) if i not in used),
+    batch=math.prod(lhs[i] for i in batch),
+  )
+
+
+_PRODUCTS = {'convolution': _convolution, 'dot_general': _dot_general}
+
+
+def _size(array) -> int:
+  return math.prod(array.shape)
+
+
+def _is_floating(array) -> bool:
+  return not isinstance(array.element_type, ir.IntegerType)
+
+
+def _is_scalar_integer(array) -> bool:
+  return (
+    isinstance(array, ir.RankedTensorType)
+    and not array.shape
+    and not _is_floating(array)
+  )
+
+
+def _is_whole(op) -> bool:
+  """Returns whether all operands are integers, one each."""
+  return all(_is_scalar_integer(value.type) for value in op.operands)
+
+
+def _whole_constant(op) -> int | None:
+  if not _is_scalar_integer(op.results[0].type):
+    return None
+  return int(op.attributes['value'].get_splat_value().value)
+
+
+def _scope(location) -> str:
+  """Returns the named scopes that a location tells, without the operation."""
+  if not isinstance(location, ir.NameLoc):
+    return ''
+  scopes = location.name_str.split('/')[:-1]
+  return '.'.join(s for s in scopes if not _CONTROL.fullmatch(s))

@@ -1,0 +1,17 @@
+"""ACT: adaptive computation time in a stage, for whole images."""
+
+from __future__ import annotations
+
+from dynconv_jax.methods.method import Method
+from dynconv_jax.methods.sact import Options, halting_gates, halting_loss
+
+METHOD = Method(
+  'act',
+  Options,
+  lambda options, sites, rngs: halting_gates('act', False, sites, rngs),
+  halting_loss,
+  knob='ponder_weight',
+  label='ACT',
+  color='orange',
+  marker='P',
+)

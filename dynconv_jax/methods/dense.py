@@ -1,0 +1,7 @@
+"""The baseline: every block is executed everywhere."""
+
+from __future__ import annotations
+
+from dynconv_jax.methods.method import Method
+
+METHOD = Method('dense', color='black', marker='s')

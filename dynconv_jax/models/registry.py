@@ -1,0 +1,144 @@
+"""Networks by name.
+
+A network is made by a factory, which may lie outside the package:
+package.module:factory. It is called as
+  factory(*, num_classes, gate, dtype, rngs, width_multiplier=1.0, **options)
+and returns an nnx.Module whose
+  __call__(images, *, rngs, temperature, gumbel_noise, masks)
+returns logits and execution masks. Keyword arguments of its own, with defaults,
+are the options of the network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dynconv_jax import references
+from dynconv_jax.checks import check_choice
+from dynconv_jax.methods.gate import GateSite
+from dynconv_jax.options import make, option, values_of
+
+# Modules of this package; each has ARCHITECTURES, factories by name.
+_FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
+_GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
+
+Factory = Callable[..., nnx.Module]
+
+
+def architectures() -> Mapping[str, Factory]:
+  """Returns the factories of this package by name."""
+  found = {}
+  for family in _FAMILIES:
+    module = importlib.import_module(f'{__package__}.{family}')
+    found |= module.ARCHITECTURES
+  return found
+
+
+def load_factory(model: str | Factory) -> Factory:
+  """Returns the factory of a network.
+
+  Args:
+    model: a name, such as 'resnet50'; or package.module:factory; or the
+      factory itself.
+
+  Raises:
+    ValueError: there is no such factory.
+  """
+  if not isinstance(model, str):
+    return model
+  if ':' in model:
+    return references.load(model, Callable, 'model')
+  known = architectures()
+  check_choice('model', model, known)
+  return known[model]
+
+
+def reference(factory: Factory) -> str:
+  """Returns the name package.module:factory of a factory."""
+  return f'{factory.__module__}:{getattr(factory, "__qualname__", factory)}'
+
+
+@functools.lru_cache(maxsize=256)
+def options_type(factory: Factory) -> type:
+  """Returns a frozen dataclass of the options of a network."""
+  signature = inspect.signature(factory)
+  fields = []
+  for name, parameter in signature.parameters.items():
+    default = parameter.default
+    if name in _GIVEN or default is parameter.empty:
+      continue
+    kind = type(default)
+    if isinstance(default, tuple):
+      kind = tuple[type(default[0]) if default else str, ...]
+    fields.append((name, kind, option(default, f'{name} of the network.')))
+  return dataclasses.make_dataclass('Options', fields, frozen=True)
+
+
+def create(
+  factory: Factory,
+  options: Any,
+  *,
+  num_classes: int,
+  gate: Callable[[GateSite], Any],
+  width_multiplier: float = 1.0,
+  dtype: jnp.dtype = jnp.float32,
+  rngs: nnx.Rngs,
+) -> nnx.Module:
+  """Returns a freshly initialized network.
+
+  Args:
+    factory: of the network.
+    options: an instance of its `options_type`.
+    num_classes: outputs of the head, at least 1.
+    gate: makes the gate of a site, or None.
+    width_multiplier: scales the channels, > 0.
+    dtype: compute dtype.
+    rngs: stream `params`.
+  """
+  if num_classes < 1:
+    raise ValueError(f'num_classes must be at least 1; got {num_classes}')
+  if not (width_multiplier > 0 and math.isfinite(width_multiplier)):
+    raise ValueError(f'width_multiplier must be > 0; got {width_multiplier}')
+  return factory(
+    num_classes=num_classes,
+    gate=gate,
+    dtype=dtype,
+    rngs=rngs,
+    width_multiplier=width_multiplier,
+    **values_of(options),
+  )
+
+
+@functools.lru_cache(maxsize=256)
+def gate_sites(
+  factory: Factory, options: Any, width_multiplier: float = 1.0
+) -> tuple[GateSite, ...]:
+  """Returns the places for gates in a network, in order, without computing.
+
+  Args:
+    factory: of the network.
+    options: an instance of its `options_type`; None: the defaults.
+    width_multiplier: scales the channels, > 0.
+  """
+  sites = []
+  options = make(options_type(factory), {}) if options is None else options
+  nnx.eval_shape(
+    lambda: create(
+      factory,
+      options,
+      num_classes=1,
+      gate=sites.append,
+      width_multiplier=width_multiplier,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  return tuple(sites)

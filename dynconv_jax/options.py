@@ -1,0 +1,204 @@
+"""Options: fields of frozen dataclasses that can be written as flags.
+
+Each option has a help text and says which values are allowed, so that one
+function checks them, one writes them and one reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from dynconv_jax.checks import check_choice
+
+_KINDS = {
+  int: 'an integer',
+  float: 'a number',
+  float | None: 'a number or empty',
+  bool: 'true or false',
+  tuple[float, ...]: 'numbers with commas between',
+  tuple[int, ...]: 'integers with commas between',
+}
+
+
+class Range(typing.NamedTuple):
+  """Which values are allowed, and how an error says so."""
+
+  holds: Callable[[Any], bool]
+  text: str
+
+
+POSITIVE = Range(lambda v: v > 0, '> 0')
+NOT_NEGATIVE = Range(lambda v: v >= 0, '>= 0')
+SHARE = Range(lambda v: 0 <= v <= 1, 'in [0, 1]')
+BELOW_ONE = Range(lambda v: 0 <= v < 1, 'in [0, 1)')
+RISING = Range(
+  lambda v: list(v) == sorted(set(v)) and all(0 < m < 1 for m in v),
+  'rising shares in (0, 1)',
+)
+
+
+def option(
+  default: Any,
+  help: str,
+  *,
+  operational: bool = False,
+  allowed: Range | Sequence[str] | None = None,
+) -> Any:
+  """Returns a field of a dataclass of options.
+
+  Args:
+    default: the value where none is given.
+    help: one sentence for users.
+    operational: the option says where things lie or what is shown, not what is
+      computed: it may change when a run is resumed.
+    allowed: which values are allowed: a range, or the names to choose from.
+  """
+  return dataclasses.field(
+    default=default,
+    metadata={'help': help, 'operational': operational, 'allowed': allowed},
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+  """The options of what has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+  """One option of a dataclass.
+
+  Attributes:
+    name: of the field, and of its flag.
+    kind: the type of its values.
+    default: the value where none is given.
+    help: one sentence for users.
+    operational: see `option`.
+    allowed: see `option`.
+  """
+
+  name: str
+  kind: Any
+  default: Any
+  help: str = ''
+  operational: bool = False
+  allowed: Range | Sequence[str] | None = None
+
+  def parse(self, text: str) -> Any:
+    """Returns the value that a text stands for.
+
+    Raises:
+      ValueError: it is not of the option's type.
+    """
+    try:
+      return _parse(self.kind, text.strip())
+    except (KeyError, ValueError):
+      kind = _KINDS.get(self.kind, f'of type {self.kind}')
+      raise ValueError(f'{self.name} must be {kind}; got {text!r}') from None
+
+  def check(self, value: Any) -> None:
+    """Raises ValueError unless a value is finite and allowed."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
+      raise ValueError(f'{self.name} must be finite; got {value}')
+    if self.allowed is None or value is None:
+      return
+    if not isinstance(self.allowed, Range):
+      check_choice(self.name, value, self.allowed)
+    elif not self.allowed.holds(value):
+      raise ValueError(f'{self.name} must be {self.allowed.text}; got {value}')
+
+
+@functools.cache
+def options_of(kind: type) -> Mapping[str, Option]:
+  """Returns the options of a dataclass by name; other fields are left out."""
+  types = typing.get_type_hints(kind)
+  return {
+    field.name: Option(
+      field.name, types[field.name], field.default, **field.metadata
+    )
+    for field in dataclasses.fields(kind)
+    if 'help' in field.metadata
+  }
+
+
+def values_of(options: Any) -> dict[str, Any]:
+  """Returns the values of a dataclass's options by name."""
+  return {name: getattr(options, name) for name in options_of(type(options))}
+
+
+def make(kind: type, values: Mapping[str, Any]) -> Any:
+  """Returns a dataclass of those values that are its options."""
+  known = options_of(kind)
+  return kind(
+    **{
+      name: tuple(value) if isinstance(value, list) else value
+      for name, value in values.items()
+      if name in known
+    }
+  )
+
+
+def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
+  """Returns the values of a dataclass's options by name, read from text.
+
+  Raises:
+    ValueError: options are missing or are not of their type; names each. One
+      that is None by default may be missing.
+  """
+  values, errors = {}, []
+  for name, known in options_of(kind).items():
+    if name in texts:
+      try:
+        values[name] = known.parse(texts[name])
+      except ValueError as error:
+        errors.append(str(error))
+    elif known.default is not None:
+      errors.append(f'{name} is missing')
+  if errors:
+    raise ValueError('; '.join(errors))
+  return values
+
+
+def errors_of(options: Any) -> list[str]:
+  """Returns what is wrong with each option of a dataclass."""
+  return errors(
+    functools.partial(known.check, getattr(options, name))
+    for name, known in options_of(type(options)).items()
+  )
+
+
+def errors(checks: Iterable[Callable[[], Any]]) -> list[str]:
+  """Returns the messages of those checks that raise ValueError."""
+  messages = []
+  for check in checks:
+    try:
+      check()
+    except ValueError as error:
+      messages.append(str(error))
+  return messages
+
+
+def to_text(value: Any) -> str:
+  """Returns a value as in a flag; `Option.parse` reads it."""
+  if isinstance(value, tuple):
+    return ','.join(map(to_text, value))
+  if isinstance(value, bool):
+    return str(value).lower()
+  return '' if value is None else str(value)
+
+
+def _parse(kind: Any, text: str) -> Any:
+  if kind is bool:
+    return {'true': True, 'false': False}[text]
+  if typing.get_origin(kind) is tuple:
+    part, _ = typing.get_args(kind)
+    return tuple(part(t) for t in text.split(',') if t)
+  if kind == float | None:
+    return float(text) if text else None
+  return kind(text)

@@ -1,0 +1,49 @@
+"""Tests of processes that take turns being timed."""
+
+import sys
+
+import pytest
+
+from benchmarks import turns
+
+
+def _worker(tmp_path, monkeypatch, answer):
+  (tmp_path / 'timed.py').write_text(
+    f'from benchmarks import turns\nturns.serve({answer})\n'
+  )
+  monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{":".join(sys.path)}')
+  return turns.Worker('timed', [])
+
+
+def test_a_worker_answers_and_stops(tmp_path, monkeypatch):
+  worker = _worker(tmp_path, monkeypatch, 'lambda r: [r["n"] + 1, "x"]')
+  assert worker.ask(n=1) == [2, 'x']
+  assert worker.ask(n=5) == [6, 'x']
+  worker.stop()
+  assert worker._process.poll() is not None
+
+
+def test_a_worker_that_fails(tmp_path, monkeypatch):
+  worker = _worker(tmp_path, monkeypatch, 'lambda r: 1 / 0')
+  with pytest.raises(OSError, match='a timed process ended early'):
+    worker.ask()
+  worker.stop()
+
+
+def test_seconds():
+  calls = []
+  times = turns.seconds(lambda: calls.append(1), 3)
+  assert len(calls) == len(times) == 3 and all(t >= 0 for t in times)
+
+
+def test_medians_are_of_turns():
+  order = []
+
+  def run(name, times):
+    order.append(name)
+    return times
+
+  found = turns.medians(
+    {'a': lambda: run('a', [0.001, 0.009]), 'b': lambda: run('b', [0.002])}, 2
+  )
+  assert found == pytest.approx({'a': 5, 'b': 2}) and order == [*'abab']

@@ -1,0 +1,122 @@
+"""Exported functions, against the functions that were exported."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export, lax
+
+from dynconv_jax import macs
+
+_IMAGES = jax.ShapeDtypeStruct((2, 8, 9, 4), jnp.float32)
+_KERNEL = jax.ShapeDtypeStruct((3, 2, 2, 6), jnp.float32)
+_SQUARE = jax.ShapeDtypeStruct((5, 5), jnp.float32)
+_COMPLEX = jax.ShapeDtypeStruct((5, 8), jnp.complex64)
+
+
+def exported(f, *args):
+  """Returns a function that calls what `f` was exported to."""
+  return export.export(jax.jit(f))(*args).call
+
+
+def network(x, kernel):
+  with jax.named_scope('stem'):
+    x = lax.conv_general_dilated(
+      x,
+      kernel,
+      (2, 1),
+      [(1, 1), (0, 2)],
+      rhs_dilation=(1, 2),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+      feature_group_count=2,
+    )
+  x = jnp.tanh(x).mean((1, 2))
+  with jax.named_scope('head'):
+    return jax.nn.softmax(x @ jnp.ones((6, 5)))
+
+
+def looping(x):
+  with jax.named_scope('loop'):
+    body = functools.partial(lax.fori_loop, 0, 3, lambda _, x: jnp.sin(x @ x))
+    return lax.fori_loop(1, 6, lambda _, x: body(x) @ x, x)
+
+
+def branching(x):
+  return lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+
+def of_many_kinds(x):
+  x = jnp.sort(x @ x, axis=0) + jnp.max(x, axis=1, keepdims=True)
+  x = x.at[jnp.array([0, 2])].add(1.0) + jnp.fft.rfft(x).real[:, :1]
+  x = lax.reduce_window(x, 0.0, lax.add, (2, 2), (1, 1), 'SAME')
+  return jnp.where(x > 0, x.T, jnp.exp(x)).astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize('convention', ['conv', 'conv+linear', 'flops'])
+@pytest.mark.parametrize(
+  'f,args',
+  [
+    (network, (_IMAGES, _KERNEL)),
+    (looping, (_SQUARE,)),
+    (branching, (_SQUARE,)),
+    (of_many_kinds, (_SQUARE,)),
+    (lambda x: jnp.abs(jnp.fft.fft(x * x) @ x.T), (_COMPLEX,)),
+    (lambda x: jnp.sum(jnp.arange(8) * x), (_SQUARE.update(shape=(8,)),)),
+  ],
+)
+def test_costs_what_the_function_costs(f, args, convention):
+  count = functools.partial(macs.count_macs, convention=convention)
+  expected = count(f, *args)
+  counted = count(exported(f, *args), *args)
+  assert counted.total == expected.total
+  assert counted.uncounted == ()
+
+
+@pytest.mark.parametrize('convention', ['conv', 'conv+linear'])
+def test_gradients_cost_what_the_gradient_costs(convention):
+  """In multiply-accumulates: exporting simplifies what is element-wise."""
+  gradient = jax.grad(lambda *args: network(*args)[0, 0], (0, 1))
+  count = functools.partial(macs.count_macs, convention=convention)
+  expected = count(gradient, _IMAGES, _KERNEL)
+  counted = count(exported(gradient, _IMAGES, _KERNEL), _IMAGES, _KERNEL)
+  assert counted.total == expected.total
+
+
+def test_layers_are_named_by_their_scopes():
+  call = exported(network, _IMAGES, _KERNEL)
+
+  def wrapped(x, kernel):
+    with jax.named_scope('backbone'):
+      return call(x, kernel)
+
+  counted = macs.count_macs(wrapped, _IMAGES, _KERNEL)
+  direct = macs.count_macs(network, _IMAGES, _KERNEL)
+  assert {n: layer.macs for n, layer in counted.by_layer.items()} == {
+    f'backbone.{n}': layer.macs for n, layer in direct.by_layer.items()
+  }
+  assert counted.by_layer['backbone.stem'].output_shape == (2, 4, 9, 6)
+
+
+@pytest.mark.parametrize('branch,products', [('max', 2), ('min', 1), (0, 1)])
+def test_branches_are_chosen(branch, products):
+  call = exported(branching, _SQUARE)
+  counted = macs.count_macs(call, _SQUARE, branch=branch)
+  assert counted.total == products * 125
+
+
+def test_loops_and_calls_that_are_not_known_are_named():
+  def f(x):
+    with jax.named_scope('loop'):
+      x = lax.while_loop(lambda x: x[0, 0] < 3, lambda x: x @ x, x)
+    return jnp.linalg.cholesky(x) @ x
+
+  call = exported(f, _SQUARE)
+  with pytest.warns(macs.UncountedWarning) as warned:
+    counted = macs.count_macs(call, _SQUARE)
+  assert counted.uncounted == (('while', 'loop'), ('custom_call', ''))
+  assert 'the work of lapack_' in str(warned[1].message)
+  assert counted.total == 125
+  with pytest.warns(macs.UncountedWarning, match='custom_call'):
+    counted = macs.count_macs(call, _SQUARE, trip_counts={'loop': 4})
+  assert counted.total == 5 * 125
