@@ -32,3 +32,18 @@ class Dropout(nnx.Dropout):
         )
       rngs = rngs['dropout']
     return super().__call__(x, rngs=rngs)
+
+  def set_view(
+    self,
+    deterministic: bool | None = None,
+    use_running_average: bool | None = None,
+  ):
+    """Class method used by ``nnx.view``.
+
+    Args:
+      deterministic: if True, nothing is dropped.
+      use_running_average: if True, nothing is dropped: it is evaluation, even
+        where gates sample.
+    """
+    if deterministic is not None or use_running_average is not None:
+      self.deterministic = bool(deterministic or use_running_average)
