@@ -158,7 +158,7 @@ def check_source(model: MobileNet, source: str) -> None:
   if isinstance(model, MobileNet) and padding not in (None, model.padding):
     raise ValueError(
       f'the weights of {source} were trained with {padding} padding; the '
-      f'network has {model.padding}: give --padding={padding}'
+      f'network has {model.padding}: set padding={padding}'
     )
 
 
@@ -184,8 +184,8 @@ def check_variant(model: MobileNet, state_dict: Mapping[str, Any]) -> None:
     )
     if _fits(other, state_dict, naming):
       raise ValueError(
-        f'the weights are those of {name}, another network: give --model={name}'
-        ' (and no --width_multiplier)'
+        f'the weights are those of {name}, another network: set model={name} '
+        'and width_multiplier=1'
       )
 
 

@@ -147,7 +147,8 @@ def test_weights_of_another_variant(wrapped):
       'state_dict': {f'module.{k}': v for k, v in state_dict.items()}
     }
   with pytest.raises(
-    ValueError, match='those of efficientnet_lite2.*--model=efficientnet_lite2'
+    ValueError,
+    match='those of efficientnet_lite2.*set model=efficientnet_lite2',
   ):
     load_torch_state_dict(make('efficientnet_lite0'), state_dict)
 
@@ -198,7 +199,7 @@ def test_padding_of_sources(source, padding):
     if padding in (given, None):
       mobilenet.check_source(model, source)
     else:
-      with pytest.raises(ValueError, match=f'give --padding={padding}'):
+      with pytest.raises(ValueError, match=f'set padding={padding}'):
         mobilenet.check_source(model, source)
 
 

@@ -233,22 +233,24 @@ def test_sparse_networks_equal_masked_dense_ones(method, which, padding):
   opened = [np.ones_like(m.hard) for m in masks]
   named = dict(zip([m.name for m in masks], opened, strict=True))
   if method == 'dynconv':
-    assert np.abs(model(images, masks=named)[0] - expected).max() > scale / 100
+    other, _ = jax.jit(lambda x, m: model(x, masks=m))(images, named)
+    assert np.abs(other - expected).max() > scale / 100
 
 
 def test_all_and_no_masks():
   model = evaluation(make_small())
   images = make_images()
-  dense, none = model(images)
+  run = jax.jit(lambda x, masks=None: model(x, masks=masks))
+  dense, none = run(images)
   assert none == []
   sizes = [(17, 19)] * 2 + [(9, 10)] * 5
   ones = [np.ones((3, *size)) for size in sizes]
-  opened, masks = model(images, masks=ones)
+  opened, masks = run(images, ones)
   np.testing.assert_allclose(opened, dense, atol=1e-5)
   assert [m.stage for m in masks] == [0] * 2 + [1] * 3 + [2] * 2
   # 5x5 at stride 2: the expansion runs where it is read.
   assert masks[2].dilated.shape == (3, 17, 19)
-  zeros, _ = model(images, masks=[0 * m for m in ones])
+  zeros, _ = run(images, [0 * m for m in ones])
   assert bool(jnp.isfinite(zeros).all())
   assert float(jnp.abs(zeros - zeros[:1]).max()) < 1e-6  # Nothing is left.
 
@@ -322,9 +324,32 @@ def test_stochastic_depth():
 
 def test_bfloat16():
   model = make_small('dynconv', dtype=jnp.bfloat16)
-  logits, masks = evaluation(model)(make_images())
+  view = evaluation(model)
+  logits, masks = jax.jit(lambda x: view(x))(make_images())
   assert logits.dtype == masks[0].hard.dtype == jnp.float32
   assert model.conv_stem.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+  ('padding', 'epsilon', 'momentum'),
+  [('symmetric', 1e-5, 0.9), ('same', 1e-3, 0.99)],
+)
+def test_constants_of_batch_norm(padding, epsilon, momentum):
+  model = make_small(padding=padding)
+  norms = [
+    node for _, node in nnx.iter_modules(model) if isinstance(node, BatchNorm)
+  ]
+  assert len(norms) == 2 + 2 * 2 + 5 * 3
+  assert {(n.epsilon, n.momentum) for n in norms} == {(epsilon, momentum)}
+  rng = np.random.default_rng(0)
+  norm, x = norms[0], 0.03 * rng.normal(size=(2, 3, 4, 32))
+  before = norm.mean[...]
+  y = norm(jnp.asarray(x, jnp.float32))
+  std = np.sqrt(x.var((0, 1, 2)) + epsilon)
+  expected = (x - x.mean((0, 1, 2))) / std * norm.scale[...] + norm.bias[...]
+  np.testing.assert_allclose(y, np.clip(expected, 0, 6), rtol=1e-3, atol=1e-4)
+  moved = momentum * before + (1 - momentum) * x.mean((0, 1, 2))
+  np.testing.assert_allclose(norm.mean[...], moved, rtol=1e-5, atol=1e-6)
 
 
 def test_choices():
