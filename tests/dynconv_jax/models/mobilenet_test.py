@@ -352,6 +352,18 @@ def test_constants_of_batch_norm(padding, epsilon, momentum):
   np.testing.assert_allclose(norm.mean[...], moved, rtol=1e-5, atol=1e-6)
 
 
+def test_initialization():
+  block = InvertedResidual(64, 64, kernel_size=5, name='b', rngs=nnx.Rngs(0))
+  # He's, by what reads an input's gradient: k * k * outputs of its group.
+  for conv, fan_out in (
+    (block.conv_pw, 384),
+    (block.conv_dw, 25),
+    (block.conv_pwl, 64),
+  ):
+    std = float(jnp.std(conv.kernel[...]))
+    np.testing.assert_allclose(std, np.sqrt(2 / fan_out), rtol=0.05)
+
+
 def test_choices():
   make = functools.partial(
     SMALL,
