@@ -123,7 +123,7 @@ def test_logits_and_densities_are_those_of_the_model(
 def _sharpen(unit):
   for layer in (unit.local_conv, unit.global_fc):
     if layer is not None:
-      layer.kernel[...] = 20 * layer.kernel[...]
+      layer.kernel[...] = 12 * layer.kernel[...]
 
 
 def forced(masks, kind):
