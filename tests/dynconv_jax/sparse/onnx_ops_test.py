@@ -167,17 +167,21 @@ SUMS = {
   'mean of all': lambda x: x - x.mean(),
   'variance': lambda x: x.var((1, 2), keepdims=True) + x.std(-1, keepdims=True),
   'of no axis': lambda x: x.sum(()) + 1,
-  'extremes': lambda x: x.max(3) - x.min(3) + x.max((1, 2, 3), keepdims=True)[..., 0],
+  'extremes': lambda x: (
+    x.max(3) - x.min(3) + x.max((1, 2, 3), keepdims=True)[..., 0]
+  ),
   'product': lambda x: x.prod(-1),
   'any and all': lambda x: (x > 0).any(-1) + 2 * (x > -1).all(-1),
   'count': lambda x: (x > 0).sum((1, 2)),
-  'of a broadcast value': lambda x: (jnp.ones((x.shape[0], 2, 2)) * x[:, :1, :1, 0]).sum((1, 2)),
+  'of a broadcast value': lambda x: (
+    jnp.ones((x.shape[0], 2, 2)) * x[:, :1, :1, 0]
+  ).sum((1, 2)),
   'argmax': lambda x: x.argmax(-1) + x.argmin(2).max(-1, keepdims=True),
   'argmax of bool': lambda x: (x > 0).argmax(2),
   'top_k': lambda x: lax.top_k(x, 2)[0] + lax.top_k(x, 2)[1],
   'top_k of an axis': lambda x: lax.top_k(x, 2, axis=1)[0],
   'cumsum': lambda x: jnp.cumsum(x, 1) + lax.cumsum(x, 2, reverse=True),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('first', ['images', 'map'])
@@ -201,20 +205,26 @@ def pool(x, op, initial, window=(1, 3, 2, 1), padding='SAME', **kwargs):
 
 PRODUCTS = {
   'matrix': lambda x: x @ MATRIX,
-  'matrix from the left': lambda x: jnp.einsum('fc,nhwf->nchw', MATRIX.T[:3], x),
+  'matrix from the left': lambda x: jnp.einsum(
+    'fc,nhwf->nchw', MATRIX.T[:3], x
+  ),
   'gram': lambda x: jnp.einsum('nhwc,nhwd->ncd', x, x),
   'attention': attention,
   'convolution': conv,
-  'strides and padding': lambda x: conv(x, strides=(2, 1), padding=((0, 2), (1, 1))),
+  'strides and padding': lambda x: conv(
+    x, strides=(2, 1), padding=((0, 2), (1, 1))
+  ),
   'dilated': lambda x: conv(x, rhs_dilation=(2, 1)),
   'depthwise': lambda x: conv(x, DEPTHWISE, feature_group_count=3),
-  'channels first': lambda x: lax.conv(x.transpose(0, 3, 1, 2), KERNEL.transpose(3, 2, 0, 1), (1, 2), 'SAME'),
+  'channels first': lambda x: lax.conv(
+    x.transpose(0, 3, 1, 2), KERNEL.transpose(3, 2, 0, 1), (1, 2), 'SAME'
+  ),
   'of one axis': lambda x: ALONG(x[:, 0]),
   'batch norm after it': lambda x: (conv(x) - KERNEL[0, 0, 0]) * 2 + conv(x),
   'maximum': lambda x: pool(x, lax.max, -np.inf),
   'sum': lambda x: pool(x, lax.add, 0.0),
   'average': lambda x: nnx.avg_pool(x, (3, 3), padding='SAME'),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize('name', PRODUCTS)
@@ -292,8 +302,11 @@ REFUSED = {
   ),
   'rounding': (lambda x: lax.round(x), 'rounding away from zero'),
   'complex': (lambda x: jnp.fft.fft(x).real, 'complex64|the operation fft'),
-  'part of the batch': (lambda x: x[1:], 'depend on the number of images|batch'),
-}  # fmt: skip
+  'part of the batch': (
+    lambda x: x[1:],
+    'depend on the number of images|batch',
+  ),
+}
 
 
 @pytest.mark.parametrize('name', REFUSED)
