@@ -126,6 +126,14 @@ BRANCHES = {
     ),
     shortcut='none',
   ),
+  'strided 1x1 in the midst': Branch(
+    (
+      Conv('conv1', 'bn1', 3, 6, 3, 1, 1, 'relu'),
+      Conv('conv2', 'bn2', 6, 5, 1, 2, 1, 'relu'),
+      Conv('conv3', 'bn3', 5, 4, 3, 1, 1),
+    ),
+    shortcut='projection',
+  ),
   'strided 1x1': Branch(
     (
       Conv('conv1', 'bn1', 3, 6, 1, 2, 1, 'relu'),
