@@ -34,7 +34,7 @@ _STEM_ROWS, _POOL_ROWS = 128, 16
 # The most channels of an image for which a row of the stem's taps is a tile.
 _STEM_DEPTH = 4
 # Bottlenecks up to this inner width keep the rows between their last two
-# convolutions in registers.
+# convolutions in registers, if it is the same on both sides of the 3x3.
 FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
 # Outputs for which tiles of 128 x 128 keep an H100's 132 multiprocessors busy,
 # twice over.
@@ -231,7 +231,8 @@ def run_block(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
   base = x if block.projection is None else _project(x, end, active, block)
   if not last:
     return _convolve_add(y, middle, needed, active, second, base)
-  if second.bias.size <= FUSED_WIDTH[x.dtype]:
+  inner = second.conv
+  if inner.in_features == inner.features <= FUSED_WIDTH[x.dtype]:
     return _convolve_matmul_add(
       y, middle, needed, active, second, last[0], base
     )
