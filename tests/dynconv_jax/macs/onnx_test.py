@@ -120,11 +120,14 @@ class ControlFlowTest(parameterized.TestCase):
     self.assertEqual(report.total, len(layers) * 2 * 16)
 
   def loop_model(self, steps, stops=False):
-    end = ('Cast', ['i'], ['on']) if stops else ('Identity', ['was_on'], ['on'])
-    nodes = [
-      helper.make_node('MatMul', ['h', 'w'], ['out'], 'product'),
-      helper.make_node(*end, **({'to': TensorProto.BOOL} if stops else {})),
-    ]
+    nodes = [helper.make_node('MatMul', ['h', 'w'], ['out'], 'product')]
+    if stops:
+      nodes += [
+        helper.make_node('ReduceMax', ['out'], ['most_of_it'], keepdims=0),
+        helper.make_node('Cast', ['most_of_it'], ['on'], to=TensorProto.BOOL),
+      ]
+    else:
+      nodes.append(helper.make_node('Identity', ['was_on'], ['on']))
     step = body(
       nodes,
       [
