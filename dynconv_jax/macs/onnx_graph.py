@@ -357,37 +357,46 @@ class Counter:
       a.shape == b.shape for a, b in zip(state, outputs[1:], strict=False)
     )
     steps = limit if goes_on else None
-    if limit == 0 or not going.data.item():
+    if (limit is not None and limit < 1) or not going.data.item():
       records, steps, self.uncounted = [], 0, before
-    elif not (steps and stable and all_known) and (most is None or limit):
-      uncounted, self.uncounted = self.uncounted, before
-      run = self._run_loop(name, body, scope, limit, state)
+    elif not (steps and stable and all_known):
+      trips = self._trip_counts
+      trips = trips.get(name) if isinstance(trips, Mapping) else trips
+      uncounted, run = self.uncounted, None
+      if most is None or limit is not None:
+        self.uncounted = dict(before)
+        run = self._run_loop(name, body, scope, limit, state)
+      steps = steps or trips
+      if run is None and steps is not None and not stable:
+        self.uncounted = dict(before)
+        run = self._run_loop(name, body, scope, steps, state, ends=False)
       if run is not None:
         self._records += run[0]
         return run[1]
       self.uncounted = uncounted
-    if steps is None:
-      steps = self._trip_counts
-      if isinstance(steps, Mapping):
-        steps = steps.get(name)
-    if steps is None and self._cost(records):
-      self._leave_out(
-        node, name, 'its trip count is not in the model; see trip_counts'
-      )
+      reason = 'its trip count is not in the model; see trip_counts'
+      if steps is not None and not stable:
+        steps, reason = None, 'the shapes of its values change at each step'
+      if steps is None and self._cost(records):
+        self._leave_out(node, name, reason)
     self._records += [record.times(steps or 0) for record in records]
     cause = f'depend on the steps of Loop in {name}'
-    results = []
-    for before, after in zip(state, outputs[1:], strict=False):
-      same = before.shape == after.shape
-      results.append(after.variable() if same else _unknown(after, cause))
-    for value in outputs[1 + len(state) :]:
-      results.append(_stacked(value, steps, 0, cause=cause))
-    return results
+    results = [
+      after.variable() if first.shape == after.shape else _unknown(after, cause)
+      for first, after in zip(state, outputs[1:], strict=False)
+    ]
+    stacked = outputs[1 + len(state) :]
+    return results + [_stacked(x, steps, 0, cause=cause) for x in stacked]
 
-  def _run_loop(self, name, body, scope, limit, state):
+  def _run_loop(self, name, body, scope, limit, state, ends=True):
     """Goes through a loop step by step; returns its records and outputs.
 
-    None if its end depends on values, or if it has too many steps.
+    Args:
+      limit: the most steps; None if it has no limit.
+      ends: whether its condition may end it before.
+
+    Returns:
+      None if its end depends on values, or if it has too many steps.
     """
     done: list[_Record] = []
     stacks: list[list[Value]] = []
@@ -399,13 +408,13 @@ class Counter:
         body, scope, name, [*map(onnx_values.array, inputs), *state]
       )
       going = outputs[0].data
-      if going is None or self._visited > last:
+      if self._visited > last or (going is None and ends):
         return None
       done += records
       state = outputs[1 : 1 + count]
       stacks.append(outputs[1 + count :])
       step += 1
-      if not going.item():
+      if ends and not going.item():
         break
     results = list(state)
     for values in zip(*stacks, strict=True):

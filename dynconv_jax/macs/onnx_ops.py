@@ -258,13 +258,13 @@ _DATA_DEPENDENT = _words("""
 
 # Operators that only make, move or choose.
 FREE = _words("""
-  And Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast
-  CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
+  And Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
+  Cast CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
   ConstantOfShape DepthToSpace Dropout Expand EyeLike Flatten Gather
   GatherElements GatherND Identity ImageDecoder IsInf IsNaN MaxUnpool
-  Multinomial NonZero Not OneHot Optional OptionalGetElement
-  OptionalHasElement Or Pad RandomNormal RandomNormalLike RandomUniform
-  RandomUniformLike Range RegexFullMatch Reshape ReverseSequence Scatter ScatterElements ScatterND
+  Multinomial NonZero Not OneHot Optional OptionalGetElement OptionalHasElement
+  Or Pad RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range
+  RegexFullMatch Reshape ReverseSequence Scatter ScatterElements ScatterND
   SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert
   SequenceLength Shape Sign Size Slice SpaceToDepth Split SplitToSequence
   Squeeze StringConcat StringNormalizer StringSplit TensorScatter

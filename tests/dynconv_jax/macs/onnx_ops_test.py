@@ -6,50 +6,17 @@ from absl.testing import absltest, parameterized
 
 onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 
-from onnx import TensorProto, helper  # noqa: E402
+from onnx import helper  # noqa: E402
 from onnx.reference import ReferenceEvaluator  # noqa: E402
+from onnx_models import (  # noqa: E402
+  conv,
+  model_of,
+  ones,
+  scalar,
+  sum_of_ones,
+)
 
 from dynconv_jax.macs.onnx import count_macs  # noqa: E402
-
-
-def value(name, shape=None, kind=TensorProto.FLOAT):
-  return helper.make_tensor_value_info(name, kind, shape)
-
-
-def ones(name, *shape):
-  return onnx.numpy_helper.from_array(np.ones(shape, np.float32), name)
-
-
-def scalar(name, number, kind=np.int64):
-  return onnx.numpy_helper.from_array(np.asarray(number, kind), name)
-
-
-def model_of(nodes, inputs, weights=(), outputs=('y',), **options):
-  """Returns a model of nodes; inputs are {name: shape}."""
-  graph = helper.make_graph(
-    nodes,
-    'graph',
-    [value(name, shape) for name, shape in inputs.items()],
-    [value(name) for name in outputs],
-    weights,
-  )
-  opset = options.pop('opset', 22)
-  return helper.make_model(
-    graph, opset_imports=[helper.make_opsetid('', opset)], ir_version=10
-  )
-
-
-def sum_of_ones(model, **shapes):
-  """Returns the output's sum for ones: one for each product of two of them."""
-  inputs = {k: np.ones(shape, np.float32) for k, shape in shapes.items()}
-  (output,) = ReferenceEvaluator(model).run(None, inputs)
-  return round(float(output.sum(dtype=np.float64)))
-
-
-def conv(operator, shape, weight, **attributes):
-  node = helper.make_node(operator, ['x', 'w'], ['y'], 'layer', **attributes)
-  return model_of([node], {'x': shape}, [ones('w', *weight)])
-
 
 CONVOLUTIONS = (
   ('plain', (2, 4, 7, 9), (6, 4, 3, 3), {}),

@@ -6,57 +6,28 @@ import sys
 import warnings
 from unittest import mock
 
-import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
 onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 
 from onnx import TensorProto, helper  # noqa: E402
+from onnx_models import (  # noqa: E402
+  conv,
+  graph_of,
+  model_of,
+  ones,
+  scalar,
+  value,
+)
 
 from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.onnx import count_macs  # noqa: E402
 
 
-def value(name, shape=None, kind=TensorProto.FLOAT):
-  return helper.make_tensor_value_info(name, kind, shape)
-
-
-def ones(name, *shape):
-  return onnx.numpy_helper.from_array(np.ones(shape, np.float32), name)
-
-
-def scalar(name, number, kind=np.int64):
-  return onnx.numpy_helper.from_array(np.asarray(number, kind), name)
-
-
-def model_of(nodes, inputs, weights=(), outputs=('y',), **options):
-  """Returns a model of nodes; inputs are {name: shape}."""
-  graph = helper.make_graph(
-    nodes,
-    'graph',
-    [value(name, shape) for name, shape in inputs.items()],
-    [value(name) for name in outputs],
-    weights,
-  )
-  opset = options.pop('opset', 22)
-  return helper.make_model(
-    graph, opset_imports=[helper.make_opsetid('', opset)], ir_version=10
-  )
-
-
-def conv(operator, shape, weight, **attributes):
-  node = helper.make_node(operator, ['x', 'w'], ['y'], 'layer', **attributes)
-  return model_of([node], {'x': shape}, [ones('w', *weight)])
-
-
-def body(nodes, inputs, outputs, weights=()):
-  return helper.make_graph(nodes, 'body', inputs, outputs, weights)
-
-
 class ControlFlowTest(parameterized.TestCase):
   def scan_model(self):
-    step = body(
+    step = graph_of(
       [
         helper.make_node('MatMul', ['h', 'w'], ['hw']),
         helper.make_node('Add', ['hw', 'x'], ['out'], 'sum'),
@@ -85,7 +56,7 @@ class ControlFlowTest(parameterized.TestCase):
         helper.make_node('MatMul', [a, 'w'], [b], b)
         for a, b in zip(names, names[1:], strict=False)
       ]
-      return body(nodes, [], [value(names[-1], (2, 4))])
+      return graph_of(nodes, [], [value(names[-1], (2, 4))])
 
     node = helper.make_node(
       'If',
@@ -128,7 +99,7 @@ class ControlFlowTest(parameterized.TestCase):
       ]
     else:
       nodes.append(helper.make_node('Identity', ['was_on'], ['on']))
-    step = body(
+    step = graph_of(
       nodes,
       [
         value('i', (), TensorProto.INT64),
