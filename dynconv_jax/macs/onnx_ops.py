@@ -223,7 +223,8 @@ _ACTIVATIONS = {
 }
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+  """Returns the names in a text."""
   return frozenset(text.split())
 
 
@@ -240,7 +241,7 @@ _ELEMENTWISE = {
   'ai.onnx.ml::Normalizer': 3,
   'ai.onnx.ml::Scaler': 2,
 } | dict.fromkeys(
-  _words("""
+  words("""
   Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh Div Equal Erf Exp Floor
   Greater GreaterOrEqual Less LessOrEqual Log Mod Mul Neg Pow Reciprocal Round
   Sin Sinh Sqrt Sub Tan
@@ -249,7 +250,7 @@ _ELEMENTWISE = {
 )
 
 # Operators whose work depends on values: no product is among it.
-_DATA_DEPENDENT = _words("""
+_DATA_DEPENDENT = words("""
   MaxRoiPool NonMaxSuppression ai.onnx.ml::TreeEnsemble
   ai.onnx.ml::TreeEnsembleClassifier ai.onnx.ml::TreeEnsembleRegressor
   ai.onnx.preview.training::Adagrad ai.onnx.preview.training::Adam
@@ -257,7 +258,7 @@ _DATA_DEPENDENT = _words("""
 """)
 
 # Operators that only make, move or choose.
-FREE = _words("""
+FREE = words("""
   And Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
   Cast CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
   ConstantOfShape DepthToSpace Dropout Expand EyeLike Flatten Gather
@@ -276,7 +277,7 @@ FREE = _words("""
 """)
 
 # Operators whose results are others each time.
-RANDOM = _words("""
+RANDOM = words("""
   Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform
   RandomUniformLike
 """)

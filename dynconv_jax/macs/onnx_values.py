@@ -213,6 +213,13 @@ class Inference:
     schema = self.schema(node)
     if schema is None:
       return {}
+    if schema.has_type_and_shape_inference_function:
+      return self._inferred(schema, node, inputs)
+    return _types_without_inference(
+      node, [inputs[x].type if x else None for x in node.input]
+    )
+
+  def _inferred(self, schema, node, inputs) -> dict[str, TypeProto]:
     try:
       return shape_inference.infer_node_outputs(
         schema,
@@ -225,7 +232,7 @@ class Inference:
         },
         opset_imports=self._imports,
       )
-    except (shape_inference.InferenceError, ValueError, RuntimeError) as error:
+    except _REFUSALS as error:
       if any(value.shape is None for value in inputs.values()):
         return {}  # It may be that the rest is needed to say more.
       raise ValueError(
@@ -294,6 +301,54 @@ def merged(kind: TypeProto, noted: TypeProto | None) -> TypeProto:
 
 def _size(dim: Any) -> int | None:
   return dim.dim_value if dim.HasField('dim_value') else None
+
+
+def _types_without_inference(node, types) -> dict[str, TypeProto]:
+  """Returns the types of outputs for which ONNX has no function.
+
+  Those of the first versions, which broadcast to the first input alone, and of
+  the norms that ONNX defines by others.
+  """
+  name, first = node.op_type, types[0]
+  if name in _LIKE_THEIR_FIRST:
+    return {node.output[0]: first}
+  if node.domain == 'ai.onnx.ml' and (shape := shape_of(first)) is not None:
+    given = attributes(node, None)
+    targets = given.get('targets', given.get('n_targets', 1))
+    kind = onnx.TensorProto.FLOAT
+    return {node.output[0]: tensor_type(kind, (*shape[:-1], targets))}
+  # The newest version, if it is written alike.
+  schema = _schema(name, onnx.defs.onnx_opset_version(), node.domain)
+  if schema is None or not schema.has_type_and_shape_inference_function:
+    return {}
+  newer = onnx.NodeProto()
+  newer.CopyFrom(node)
+  del newer.attribute[:]
+  newer.attribute.extend(
+    x for x in node.attribute if x.name in schema.attributes
+  )
+  known = dict(zip(node.input, types, strict=True))
+  try:
+    return shape_inference.infer_node_outputs(
+      schema, newer, {x: kind for x, kind in known.items() if x}
+    )
+  except _REFUSALS:
+    return {}
+
+
+_LIKE_THEIR_FIRST = onnx_ops.words("""
+  Abs Add BatchNormalization Ceil Clip Div Dropout Elu Exp Floor
+  GroupNormalization HardSigmoid Imputer InstanceNormalization LeakyRelu Log Max
+  Mean MeanVarianceNormalization Min Mul Neg Normalizer PRelu Reciprocal Relu
+  Scaler Selu Sigmoid Sqrt Sub Sum Tanh
+""")
+
+_REFUSALS = (
+  shape_inference.InferenceError,
+  onnx.checker.ValidationError,
+  RuntimeError,
+  ValueError,
+)
 
 
 def attributes(

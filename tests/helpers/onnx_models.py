@@ -55,9 +55,20 @@ def _has_kind(shape):
   return bool(shape) and isinstance(shape[0], (tuple, list))
 
 
-def one(operator, inputs, weights=(), opset=22, outputs=('y',), **attributes):
-  """Returns a model of one node, which reads its inputs and then weights."""
-  names = [*inputs, *(weight.name for weight in weights)]
+def one(
+  operator,
+  inputs,
+  weights=(),
+  opset=22,
+  outputs=('y',),
+  names=(),
+  **attributes,
+):
+  """Returns a model of one node.
+
+  It reads `names`, by default its inputs and then weights.
+  """
+  names = names or [*inputs, *(weight.name for weight in weights)]
   domain = attributes.pop('domain', '')
   node = helper.make_node(
     operator, names, list(outputs), 'layer', domain=domain, **attributes
