@@ -88,10 +88,13 @@ class _Body:
     """Returns the data of an input, where it is known."""
     return self._known[self.inputs[index]].data if self.has(index) else None
 
-  def add(self, operator: str, *inputs: str, out: str = '', **params) -> str:
-    """Adds a node; returns the name of its output."""
+  def add(
+    self, operator: str, *inputs: str, out: str = '', outputs: int = 1, **params
+  ) -> str:
+    """Adds a node; returns the name of its first output."""
     out = out or f'{self._prefix}{len(self.nodes)}'
-    self.nodes.append(onnx.helper.make_node(operator, inputs, [out], **params))
+    names = [out, *(f'{out}/{i}' for i in range(1, outputs))]
+    self.nodes.append(onnx.helper.make_node(operator, inputs, names, **params))
     return out
 
   def value(
@@ -130,6 +133,16 @@ class _Body:
     )
     return name
 
+  def dequantize(self, *indices: int) -> int:
+    """Makes inputs real numbers; returns the type that the first had."""
+    kinds = [
+      self._known[self.inputs[i]].type.tensor_type.elem_type for i in indices
+    ]
+    for i in indices:
+      self.inputs[i] = self.value(self.shape(i), i, _FLOAT)
+      self._known[self.inputs[i]] = self.values[self.inputs[i]]
+    return kinds[0]
+
   def end(self, name: str, index: int = 0) -> bool:
     """Makes a value an output of the node; returns True."""
     if len(self.outputs) > index and self.outputs[index]:
@@ -166,6 +179,27 @@ def _standard(
   return expansion
 
 
+def _quantized(
+  operator: str, *kept: int, but: Sequence[str] = ()
+) -> Callable[[_Body], bool]:
+  """Returns the expansion to an operator on the numbers that integers mean."""
+
+  def expansion(body: _Body) -> bool:
+    kind = body.dequantize(*kept)
+    inputs = [body.inputs[i] for i in kept]
+    params = {k: v for k, v in body.params.items() if k not in but}
+    channels_last = params.pop('channels_last', 0)
+    rank = len(body.shape(0))
+    if channels_last:
+      inputs[0] = body.add('Transpose', inputs[0], perm=_first(rank))
+    done = body.add(operator, *inputs, **params)
+    if channels_last:
+      done = body.add('Transpose', done, perm=_last(rank))
+    return body.end(body.add('Cast', done, to=kind))
+
+  return expansion
+
+
 _CONVOLUTION = ('auto_pad', 'dilations', 'group', 'kernel_shape', 'pads')
 
 
@@ -193,24 +227,30 @@ def _channels_last(
       inputs[0] = body.add('Transpose', inputs[0], perm=_first(rank))
     if operator == 'Conv':
       inputs = inputs[:3]
-    elif operator.endswith('AveragePool'):
-      inputs = inputs[:1]
     done = body.add(operator, *inputs, **params)
     if operator == 'Conv':
       done = _activated(body, _summed(body, done, 3))
     if last:
-      done = body.add('Transpose', done, perm=[0, *range(2, rank), 1])
+      done = body.add('Transpose', done, perm=_last(rank))
     return body.end(done)
 
   return expansion
 
 
 def _first(rank: int) -> list[int]:
+  """Returns the order that puts the channels first."""
   return [0, rank - 1, *range(1, rank - 1)]
 
 
+def _last(rank: int) -> list[int]:
+  return [0, *range(2, rank), 1]
+
+
 def _gemm(left: int, right: int, bias: int) -> Callable[[_Body], bool]:
+  """Returns the expansion to Gemm, given the numbers of its inputs."""
+
   def expansion(body: _Body) -> bool:
+    body.dequantize(*(i for i in (left, right, bias) if body.has(i)))
     params = {
       k: body.params[k]
       for k in ('alpha', 'beta', 'transA', 'transB')
@@ -252,8 +292,7 @@ def _integer_to_float(bias: int, quantized: bool) -> Callable[[_Body], bool]:
   def expansion(body: _Body) -> bool:
     left = body.inputs[0]
     if not quantized:
-      body.add('DynamicQuantizeLinear', left)
-      left = body.value(body.shape(0), elem_type=onnx.TensorProto.UINT8)
+      left = body.add('DynamicQuantizeLinear', left, outputs=3)
     done = body.add('MatMulInteger', left, body.inputs[1])
     done = body.add('Cast', done, to=_FLOAT)
     scaled = body.add('Mul', done, body.inputs[3 if quantized else 2])
@@ -424,7 +463,7 @@ def _group_norm(skip: bool) -> Callable[[_Body], bool]:
     if body.params.get('activation', 0):
       done = body.add('Swish', done)
     if last:
-      done = body.add('Transpose', done, perm=[0, *range(2, rank), 1])
+      done = body.add('Transpose', done, perm=_last(rank))
     return body.end(done)
 
   return expansion
@@ -486,13 +525,15 @@ def _concatenated(body: _Body) -> bool:
 
 
 def _reduced_mean(body: _Body) -> bool:
+  kind = body.dequantize(0)
   name, axes = body.inputs[0], body.params.get('axes')
   if axes:
     axes_name = f'{name}/axes/{body.outputs[0]}'
     body.values[axes_name] = onnx_values.array(np.asarray(axes, np.int64))
   keep = body.params.get('keepdims', 1)
   extra = [axes_name] if axes else []
-  return body.end(body.add('ReduceMean', name, *extra, keepdims=keep))
+  done = body.add('ReduceMean', name, *extra, keepdims=keep)
+  return body.end(body.add('Cast', done, to=kind))
 
 
 _EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
@@ -501,8 +542,8 @@ _EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
   'NhwcConv': _channels_last('Conv'),
   'NhwcMaxPool': _channels_last('MaxPool'),
   'QLinearConv': _channels_last('QLinearConv', always=False),
-  'QLinearAveragePool': _channels_last('AveragePool', always=False),
-  'QLinearGlobalAveragePool': _channels_last('GlobalAveragePool', False),
+  'QLinearAveragePool': _quantized('AveragePool', 0),
+  'QLinearGlobalAveragePool': _quantized('GlobalAveragePool', 0),
   'FusedGemm': _gemm(0, 1, 2),
   'QGemm': _gemm(0, 3, 6),
   'FusedMatMul': _fused_matmul,
@@ -532,11 +573,11 @@ _EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
   'BiasSplitGelu': _bias_split_gelu,
   'BiasAdd': _bias_add,
   'BiasSoftmax': _biased('Softmax'),
-  'QLinearAdd': _standard('Add', 0, 3),
-  'QLinearMul': _standard('Mul', 0, 3),
-  'QLinearSigmoid': _standard('Sigmoid', 0),
-  'QLinearLeakyRelu': _standard('LeakyRelu', 0),
-  'QLinearSoftmax': _standard('Softmax', 0, but=('axis', 'opset')),
+  'QLinearAdd': _quantized('Add', 0, 3),
+  'QLinearMul': _quantized('Mul', 0, 3),
+  'QLinearSigmoid': _quantized('Sigmoid', 0),
+  'QLinearLeakyRelu': _quantized('LeakyRelu', 0),
+  'QLinearSoftmax': _quantized('Softmax', 0, but=('axis', 'opset')),
   'QLinearConcat': _concatenated,
   'QLinearReduceMean': _reduced_mean,
   'QuantizeLinear': _standard('QuantizeLinear', 0, 1, 2),

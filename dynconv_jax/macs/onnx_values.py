@@ -220,11 +220,16 @@ class Inference:
     )
 
   def _inferred(self, schema, node, inputs) -> dict[str, TypeProto]:
+    # What follows an operator that is not known may still say its shape.
+    guess = tensor_type(onnx.TensorProto.FLOAT, None)
     try:
       return shape_inference.infer_node_outputs(
         schema,
         node,
-        {name: value.type for name, value in inputs.items()},
+        {
+          name: value.type if value.type.WhichOneof('value') else guess
+          for name, value in inputs.items()
+        },
         {
           name: numpy_helper.from_array(value.data, name)
           for name, value in inputs.items()
