@@ -22,7 +22,7 @@ from dynconv_jax.macs import (
 from dynconv_jax.macs.onnx_values import Value
 
 # A loop is gone through step by step for as many nodes as this.
-_MOST_NODES_OF_A_LOOP = 20000
+_MOST_NODES_OF_A_LOOP = 10000
 
 
 @dataclasses.dataclass
@@ -363,7 +363,7 @@ class Counter:
       trips = self._trip_counts
       trips = trips.get(name) if isinstance(trips, Mapping) else trips
       uncounted, run = self.uncounted, None
-      if most is None or limit is not None:
+      if limit is not None or (most is None and not goes_on):
         self.uncounted = dict(before)
         run = self._run_loop(name, body, scope, limit, state)
       steps = steps or trips
