@@ -5,7 +5,6 @@ What ONNX Runtime's optimizer and quantizer write, of the domain com.microsoft.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,18 +12,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from dynconv_jax.macs import onnx_values
+from dynconv_jax.macs import formulas, onnx_values
+from dynconv_jax.macs.onnx_expansion import Expansion
 from dynconv_jax.macs.onnx_values import Value
 
-_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-
-
-@dataclasses.dataclass(frozen=True)
-class Expansion:
-  """What a node stands for: ONNX's newest operators, and values they read."""
-
-  nodes: list[onnx.NodeProto]
-  values: dict[str, Value]
+_Writer = Callable[[Expansion], None]
+_FLOAT = onnx.TensorProto.FLOAT
 
 
 def expand(
@@ -43,148 +36,65 @@ def expand(
     None if it is an operator of ONNX, or is not known, or if the shapes of its
     inputs are not.
   """
+  write = _expansion(node)
+  unknown = any(value is not None and value.shape is None for value in inputs)
+  if write is None or unknown:
+    return None
+  body = Expansion(node, inputs, attributes)
+  write(body)
+  return body
+
+
+def possible_work(node: onnx.NodeProto) -> formulas.Work | None:
+  """Returns an example of what a node may do; None if it is not known here."""
+  if _expansion(node) is None:
+    return None
+  kind = 'elementwise'
+  if node.op_type in _CONVOLUTIONS:
+    kind = 'conv'
+  elif node.op_type in _PRODUCTS:
+    kind = 'matmul'
+  macs = kind != 'elementwise'
+  return formulas.Work(kind, macs, macs, operations=1)
+
+
+def _expansion(node: onnx.NodeProto) -> _Writer | None:
+  if node.domain == 'com.microsoft':
+    tables = (_CONVOLUTIONS, _PRODUCTS, _OTHERS)
+  elif onnx_values.is_onnx(node.domain):
+    tables = (_WITHOUT_DOMAIN,)
+  else:
+    return None
   name = node.op_type
-  if onnx_values.is_onnx(node.domain):
-    # Some of ONNX Runtime's own are written without their domain.
-    if name not in ('SimplifiedLayerNormalization',):
-      return None
-  elif node.domain != 'com.microsoft' or name not in _EXPANSIONS:
-    return None
-  if any(value is not None and value.shape is None for value in inputs):
-    return None
-  body = _Body(node, inputs, attributes)
-  if not _EXPANSIONS[name](body):
-    return None
-  return Expansion(body.nodes, body.values)
+  return next((table[name] for table in tables if name in table), None)
 
 
-class _Body:
-  """Writes what a node stands for.
-
-  Attributes:
-    inputs: names of the node's inputs; '' for those that are left out.
-    outputs: names of its outputs, alike.
-    params: its attributes by name.
-  """
-
-  def __init__(self, node, inputs, params):
-    self.inputs = list(node.input)
-    self.outputs = list(node.output)
-    self.params = params
-    self.nodes: list[onnx.NodeProto] = []
-    self.values: dict[str, Value] = {}
-    self._known = dict(zip(node.input, inputs, strict=True))
-    self._prefix = f'{next(x for x in node.output if x)}/'
-
-  def has(self, index: int) -> bool:
-    """Returns whether the node has an input."""
-    return len(self.inputs) > index and bool(self.inputs[index])
-
-  def shape(self, index: int) -> tuple[int, ...]:
-    """Returns the shape of an input."""
-    return self._known[self.inputs[index]].shape
-
-  def data(self, index: int) -> np.ndarray | None:
-    """Returns the data of an input, where it is known."""
-    return self._known[self.inputs[index]].data if self.has(index) else None
-
-  def add(
-    self, operator: str, *inputs: str, out: str = '', outputs: int = 1, **params
-  ) -> str:
-    """Adds a node; returns the name of its first output."""
-    out = out or f'{self._prefix}{len(self.nodes)}'
-    names = [out, *(f'{out}/{i}' for i in range(1, outputs))]
-    self.nodes.append(onnx.helper.make_node(operator, inputs, names, **params))
-    return out
-
-  def value(
-    self,
-    shape: Sequence[int],
-    like: int = 0,
-    elem_type: int | None = None,
-    out: str = '',
-  ) -> str:
-    """Returns the name of a value of that shape, computed from an input."""
-    source = self._known[self.inputs[like]]
-    kind = elem_type or source.type.tensor_type.elem_type or _FLOAT
-    out = out or f'{self._prefix}value{len(self.values)}'
-    self.values[out] = dataclasses.replace(
-      source, type=onnx_values.tensor_type(kind, shape), data=None, cause=''
-    )
-    return out
-
-  def weight(
-    self,
-    shape: Sequence[int],
-    packed: int,
-    whole: Sequence[int] | None = None,
-  ) -> str:
-    """Returns the name of a weight that an input has in another form.
-
-    Args:
-      shape: of the weight.
-      packed: the input.
-      whole: shape of all of the weights, of which this is one.
-    """
-    name = self.value(shape, packed, _FLOAT)
-    all_of_it = self.value(whole, packed, _FLOAT) if whole else name
-    self.values[name] = dataclasses.replace(
-      self.values[name], weights=frozenset((all_of_it,))
-    )
-    return name
-
-  def dequantize(self, *indices: int) -> int:
-    """Makes inputs real numbers; returns the type that the first had."""
-    kinds = [
-      self._known[self.inputs[i]].type.tensor_type.elem_type for i in indices
-    ]
-    for i in indices:
-      self.inputs[i] = self.value(self.shape(i), i, _FLOAT)
-      self._known[self.inputs[i]] = self.values[self.inputs[i]]
-    return kinds[0]
-
-  def end(self, name: str, index: int = 0) -> bool:
-    """Makes a value an output of the node; returns True."""
-    if len(self.outputs) > index and self.outputs[index]:
-      self.add('Identity', name, out=self.outputs[index])
-    return True
-
-  def declare(self, index: int, shape: Sequence[int]) -> None:
-    """Says what shape a further output has."""
-    if len(self.outputs) > index and self.outputs[index]:
-      self.value(shape, out=self.outputs[index])
-
-
-def _activated(body: _Body, name: str) -> str:
+def _activated(body: Expansion, name: str) -> str:
   kind = body.params.get('activation', b'').decode()
   if kind == 'Silu':
     kind = 'Swish'
   return body.add(kind, name) if kind and kind != 'none' else name
 
 
-def _summed(body: _Body, name: str, index: int) -> str:
+def _summed(body: Expansion, name: str, index: int) -> str:
   return body.add('Add', name, body.inputs[index]) if body.has(index) else name
 
 
-def _standard(
-  operator: str, *kept: int, but: Sequence[str] = ()
-) -> Callable[[_Body], bool]:
+def _standard(operator: str, *kept: int, but: Sequence[str] = ()) -> _Writer:
   """Returns the expansion to one operator that takes some of the inputs."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     inputs = [body.inputs[i] if body.has(i) else '' for i in kept]
     params = {k: v for k, v in body.params.items() if k not in but}
-    return body.end(body.add(operator, *inputs, **params))
+    body.end(body.add(operator, *inputs, **params))
 
   return expansion
 
 
-def _quantized(
-  operator: str, *kept: int, but: Sequence[str] = ()
-) -> Callable[[_Body], bool]:
+def _quantized(operator: str, *kept: int, but: Sequence[str] = ()) -> _Writer:
   """Returns the expansion to an operator on the numbers that integers mean."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     kind = body.dequantize(*kept)
     inputs = [body.inputs[i] for i in kept]
     params = {k: v for k, v in body.params.items() if k not in but}
@@ -195,29 +105,27 @@ def _quantized(
     done = body.add(operator, *inputs, **params)
     if channels_last:
       done = body.add('Transpose', done, perm=_last(rank))
-    return body.end(body.add('Cast', done, to=kind))
+    body.end(body.add('Cast', done, to=kind))
 
   return expansion
 
 
-_CONVOLUTION = ('auto_pad', 'dilations', 'group', 'kernel_shape', 'pads')
+_WINDOW = ('auto_pad', 'dilations', 'group', 'kernel_shape', 'pads')
 
 
-def _fused_convolution(body: _Body) -> bool:
+def _fused_convolution(body: Expansion) -> None:
   params = {
-    k: body.params[k] for k in (*_CONVOLUTION, 'strides') if k in body.params
+    k: body.params[k] for k in (*_WINDOW, 'strides') if k in body.params
   }
   inputs = [x for x in body.inputs[:3] if x]
   done = body.add('Conv', *inputs, **params)
-  return body.end(_activated(body, _summed(body, done, 3)))
+  body.end(_activated(body, _summed(body, done, 3)))
 
 
-def _channels_last(
-  operator: str, always: bool = True
-) -> Callable[[_Body], bool]:
+def _channels_last(operator: str, always: bool = True) -> _Writer:
   """Returns the expansion of an operator on channels that come last."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     params = {k: v for k, v in body.params.items() if k != 'channels_last'}
     params.pop('activation', None)
     inputs = [x for x in body.inputs if x]
@@ -232,7 +140,7 @@ def _channels_last(
       done = _activated(body, _summed(body, done, 3))
     if last:
       done = body.add('Transpose', done, perm=_last(rank))
-    return body.end(done)
+    body.end(done)
 
   return expansion
 
@@ -246,10 +154,10 @@ def _last(rank: int) -> list[int]:
   return [0, *range(2, rank), 1]
 
 
-def _gemm(left: int, right: int, bias: int) -> Callable[[_Body], bool]:
+def _gemm(left: int, right: int, bias: int) -> _Writer:
   """Returns the expansion to Gemm, given the numbers of its inputs."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     body.dequantize(*(i for i in (left, right, bias) if body.has(i)))
     params = {
       k: body.params[k]
@@ -259,12 +167,12 @@ def _gemm(left: int, right: int, bias: int) -> Callable[[_Body], bool]:
     inputs = [body.inputs[left], body.inputs[right]]
     if body.has(bias):
       inputs.append(body.inputs[bias])
-    return body.end(_activated(body, body.add('Gemm', *inputs, **params)))
+    body.end(_activated(body, body.add('Gemm', *inputs, **params)))
 
   return expansion
 
 
-def _fused_matmul(body: _Body) -> bool:
+def _fused_matmul(body: Expansion) -> None:
   operands = []
   for index, side in enumerate('AB'):
     rank, name = len(body.shape(index)), body.inputs[index]
@@ -276,27 +184,27 @@ def _fused_matmul(body: _Body) -> bool:
     if order != list(range(rank)):
       name = body.add('Transpose', name, perm=order)
     operands.append(name)
-  return body.end(_activated(body, body.add('MatMul', *operands)))
+  body.end(_activated(body, body.add('MatMul', *operands)))
 
 
-def _quantized_weight(body: _Body) -> bool:
+def _quantized_weight(body: Expansion) -> None:
   """Products with weights that are packed: N outputs of K inputs."""
   weight = body.weight((body.params['K'], body.params['N']), packed=1)
   done = body.add('MatMul', body.inputs[0], weight)
-  return body.end(_summed(body, done, 5))
+  body.end(_summed(body, done, 5))
 
 
-def _integer_to_float(bias: int, quantized: bool) -> Callable[[_Body], bool]:
+def _integer_to_float(bias: int, quantized: bool) -> _Writer:
   """Returns the expansion of a product of integers that is scaled after."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     left = body.inputs[0]
     if not quantized:
       left = body.add('DynamicQuantizeLinear', left, outputs=3)
     done = body.add('MatMulInteger', left, body.inputs[1])
     done = body.add('Cast', done, to=_FLOAT)
     scaled = body.add('Mul', done, body.inputs[3 if quantized else 2])
-    return body.end(_summed(body, scaled, bias))
+    body.end(_summed(body, scaled, bias))
 
   return expansion
 
@@ -315,11 +223,11 @@ def _attend(body, query, key, value, heads, shared=None, mask='', past=()):
   )
 
 
-def _attention(quantized: bool) -> Callable[[_Body], bool]:
+def _attention(quantized: bool) -> _Writer:
   """Returns the expansion of self-attention that projects its input."""
   mask, past = (99, 8) if quantized else (5, 4)
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     batch, length, _ = body.shape(0)
     heads = body.params['num_heads']
     sizes = body.params.get('qkv_hidden_sizes')
@@ -338,12 +246,12 @@ def _attention(quantized: bool) -> Callable[[_Body], bool]:
       earlier = [body.value(cached, past) for _ in range(2)]
     masked = body.inputs[mask] if body.has(mask) else ''
     body.declare(1, (2, batch, heads, total, sizes[1] // heads))
-    return body.end(_attend(body, *parts, heads, mask=masked, past=earlier))
+    body.end(_attend(body, *parts, heads, mask=masked, past=earlier))
 
   return expansion
 
 
-def _multi_head_attention(body: _Body) -> bool:
+def _multi_head_attention(body: Expansion) -> None:
   """Attention of projected queries, keys and values, packed or not."""
   heads = body.params['num_heads']
   shape = body.shape(0)
@@ -374,10 +282,10 @@ def _multi_head_attention(body: _Body) -> bool:
   mask = body.inputs[5] if body.has(5) else ''
   body.declare(1, (batch, heads, total, query_size // heads))
   body.declare(2, (batch, heads, total, value_size // heads))
-  return body.end(_attend(body, query, key, value, heads, None, mask, past))
+  body.end(_attend(body, query, key, value, heads, None, mask, past))
 
 
-def _group_query_attention(body: _Body) -> bool:
+def _group_query_attention(body: Expansion) -> None:
   """Attention whose keys and values several heads share, with a cache."""
   heads, shared = body.params['num_heads'], body.params['kv_num_heads']
   batch, length, features = body.shape(0)
@@ -397,44 +305,46 @@ def _group_query_attention(body: _Body) -> bool:
   keys = [body.value((batch, total, shared * size)) for _ in range(2)]
   for index in (1, 2):
     body.declare(index, (batch, shared, cached, size))
-  return body.end(_attend(body, query, *keys, heads, shared))
+  body.end(_attend(body, query, *keys, heads, shared))
 
 
-def _rotate(body: _Body, name: str) -> str:
+def _rotate(body: Expansion, name: str) -> str:
   """Two products and a sum an element, as ONNX's rotary embedding."""
   products = [body.add('Mul', name, name) for _ in range(2)]
   return body.add('Add', *products)
 
 
-def _rotary(body: _Body) -> bool:
-  return body.end(_rotate(body, body.inputs[0]))
+def _rotary(body: Expansion) -> None:
+  body.end(_rotate(body, body.inputs[0]))
 
 
-def _skip_norm(simplified: bool, bias: int) -> Callable[[_Body], bool]:
+def _skip_norm(simplified: bool, bias: int) -> _Writer:
   """Returns the expansion of a norm of a sum, which is an output too."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     total = _summed(body, body.add('Add', *body.inputs[:2]), bias)
     body.end(total, 3)
-    return body.end(_layer_norm(body, total, 2, simplified))
+    body.end(_layer_norm(body, total, 2, simplified))
 
   return expansion
 
 
-def _layer_norm(body: _Body, name: str, scale: int, simplified: bool) -> str:
+def _layer_norm(
+  body: Expansion, name: str, scale: int, simplified: bool
+) -> str:
   if simplified:
     return body.add('RMSNormalization', name, body.inputs[scale])
   shift = [body.inputs[scale + 1]] if body.has(scale + 1) else []
   return body.add('LayerNormalization', name, body.inputs[scale], *shift)
 
 
-def _rms_norm(body: _Body) -> bool:
+def _rms_norm(body: Expansion) -> None:
   axis = body.params.get('axis', -1)
   inputs = [x for x in body.inputs[:2] if x]
-  return body.end(body.add('RMSNormalization', *inputs, axis=axis))
+  body.end(body.add('RMSNormalization', *inputs, axis=axis))
 
 
-def _embedding_norm(body: _Body) -> bool:
+def _embedding_norm(body: Expansion) -> None:
   """The norm of a sum of two or three embeddings."""
   batch, length = body.shape(0)
   total = body.value((batch, length, body.shape(2)[1]), elem_type=_FLOAT)
@@ -442,13 +352,13 @@ def _embedding_norm(body: _Body) -> bool:
     total = body.add('Add', total, total)
   body.declare(1, (batch,))
   body.end(total, 2)
-  return body.end(_layer_norm(body, total, 5, simplified=False))
+  body.end(_layer_norm(body, total, 5, simplified=False))
 
 
-def _group_norm(skip: bool) -> Callable[[_Body], bool]:
+def _group_norm(skip: bool) -> _Writer:
   """Returns the expansion of a group norm on channels that come last."""
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     name, rank = body.inputs[0], len(body.shape(0))
     if skip:
       name = _summed(body, body.add('Add', name, body.inputs[3]), 4)
@@ -464,32 +374,32 @@ def _group_norm(skip: bool) -> Callable[[_Body], bool]:
       done = body.add('Swish', done)
     if last:
       done = body.add('Transpose', done, perm=_last(rank))
-    return body.end(done)
+    body.end(done)
 
   return expansion
 
 
-def _biased(activation: str, bias: int = 1) -> Callable[[_Body], bool]:
+def _biased(activation: str, bias: int = 1) -> _Writer:
   """Returns the expansion of an activation of a sum with a bias."""
 
-  def expansion(body: _Body) -> bool:
-    return body.end(body.add(activation, _summed(body, body.inputs[0], bias)))
+  def expansion(body: Expansion) -> None:
+    body.end(body.add(activation, _summed(body, body.inputs[0], bias)))
 
   return expansion
 
 
-def _bias_split_gelu(body: _Body) -> bool:
+def _bias_split_gelu(body: Expansion) -> None:
   body.add('Add', *body.inputs[:2])
   *shape, features = body.shape(0)
   half = body.value((*shape, features // 2))
-  return body.end(body.add('Mul', half, body.add('Gelu', half)))
+  body.end(body.add('Mul', half, body.add('Gelu', half)))
 
 
-def _bias_add(body: _Body) -> bool:
-  return body.end(_summed(body, body.add('Add', *body.inputs[:2]), 2))
+def _bias_add(body: Expansion) -> None:
+  body.end(_summed(body, body.add('Add', *body.inputs[:2]), 2))
 
 
-def _experts(weights: Sequence[int], packs: bool) -> Callable[[_Body], bool]:
+def _experts(weights: Sequence[int], packs: bool) -> _Writer:
   """Returns the expansion of perceptrons of which k are chosen for each row.
 
   Args:
@@ -498,7 +408,7 @@ def _experts(weights: Sequence[int], packs: bool) -> Callable[[_Body], bool]:
     packs: whether a byte has more than one element of a weight.
   """
 
-  def expansion(body: _Body) -> bool:
+  def expansion(body: Expansion) -> None:
     *rows, hidden = body.shape(0)
     chosen = math.prod(rows) * body.params.get('k', 1)
     packing = 8 // body.params.get('expert_weight_bits', 4) if packs else 1
@@ -514,17 +424,17 @@ def _experts(weights: Sequence[int], packs: bool) -> Callable[[_Body], bool]:
       # A row meets the weight of one of the experts.
       weight = body.weight(shape, index, whole=(experts, *shape))
       body.add('MatMul', name, weight)
-    return body.end(body.value((*rows, hidden)))
+    body.end(body.value((*rows, hidden)))
 
   return expansion
 
 
-def _concatenated(body: _Body) -> bool:
+def _concatenated(body: Expansion) -> None:
   parts = body.inputs[2::3]
-  return body.end(body.add('Concat', *parts, axis=body.params['axis']))
+  body.end(body.add('Concat', *parts, axis=body.params['axis']))
 
 
-def _reduced_mean(body: _Body) -> bool:
+def _reduced_mean(body: Expansion) -> None:
   kind = body.dequantize(0)
   name, axes = body.inputs[0], body.params.get('axes')
   if axes:
@@ -533,17 +443,17 @@ def _reduced_mean(body: _Body) -> bool:
   keep = body.params.get('keepdims', 1)
   extra = [axes_name] if axes else []
   done = body.add('ReduceMean', name, *extra, keepdims=keep)
-  return body.end(body.add('Cast', done, to=kind))
+  body.end(body.add('Cast', done, to=kind))
 
 
-_EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
+_CONVOLUTIONS = {
   'FusedConv': _fused_convolution,
   'NhwcFusedConv': _channels_last('Conv'),
   'NhwcConv': _channels_last('Conv'),
-  'NhwcMaxPool': _channels_last('MaxPool'),
   'QLinearConv': _channels_last('QLinearConv', always=False),
-  'QLinearAveragePool': _quantized('AveragePool', 0),
-  'QLinearGlobalAveragePool': _quantized('GlobalAveragePool', 0),
+}
+
+_PRODUCTS = {
   'FusedGemm': _gemm(0, 1, 2),
   'QGemm': _gemm(0, 3, 6),
   'FusedMatMul': _fused_matmul,
@@ -559,6 +469,12 @@ _EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
   'GroupQueryAttention': _group_query_attention,
   'MoE': _experts((2, 4, 6), packs=False),
   'QMoE': _experts((2, 5, 8), packs=True),
+}
+
+_OTHERS = {
+  'NhwcMaxPool': _channels_last('MaxPool'),
+  'QLinearAveragePool': _quantized('AveragePool', 0),
+  'QLinearGlobalAveragePool': _quantized('GlobalAveragePool', 0),
   'RotaryEmbedding': _rotary,
   'SimplifiedLayerNormalization': _rms_norm,
   'SkipLayerNormalization': _skip_norm(simplified=False, bias=4),
@@ -586,3 +502,6 @@ _EXPANSIONS: dict[str, Callable[[_Body], bool]] = {
   'Trilu': _standard('Trilu', 0, 1),
   'Unique': _standard('Unique', 0),
 }
+
+# Written without their domain.
+_WITHOUT_DOMAIN = {'SimplifiedLayerNormalization': _rms_norm}

@@ -106,10 +106,14 @@ def constant(
   )
 
 
-def array(data: np.ndarray, weights: frozenset[str] = frozenset()) -> Value:
+def array(
+  data: np.ndarray,
+  weights: frozenset[str] = frozenset(),
+  constant: bool = True,
+) -> Value:
   """Returns the value of an array that is known."""
   kind = onnx.helper.np_dtype_to_tensor_dtype(data.dtype)
-  return Value(tensor_type(kind, data.shape), data, True, weights)
+  return Value(tensor_type(kind, data.shape), data, constant, weights)
 
 
 def _data(tensor, dtype, folder) -> np.ndarray | None:
@@ -132,10 +136,12 @@ def _data(tensor, dtype, folder) -> np.ndarray | None:
 
 
 def _is_small(shape: Sequence[int], dtype: np.dtype) -> bool:
-  if dtype.kind not in 'iubf':
-    return False
-  limit = _LARGEST_FLOATS if dtype.kind == 'f' else _LARGEST_INTEGERS
-  return math.prod(shape) <= limit
+  if dtype.kind == 'f':
+    return math.prod(shape) <= _LARGEST_FLOATS
+  # Smaller integers are quantized weights.
+  is_integer = dtype.kind in 'iu' and dtype.itemsize >= 4
+  is_integer |= dtype.kind == 'b'
+  return is_integer and math.prod(shape) <= _LARGEST_INTEGERS
 
 
 class Inference:
@@ -183,14 +189,14 @@ class Inference:
     data = [None] * len(node.output)
     if is_shape and given[0].shape is not None:
       data = [_shape_data(node, given[0].shape)]
-    elif is_constant and is_onnx(node.domain):
+    elif is_onnx(node.domain) and node.op_type not in onnx_ops.RANDOM:
       data = self._fold(node, inputs, types) or data
     result = {}
     for name, known in zip(node.output, data, strict=False):
       if not name:
         continue
       if known is not None:
-        result[name] = array(known, weights)
+        result[name] = array(known, weights, is_constant)
         continue
       kind = merged(types.get(name, TypeProto()), noted.get(name))
       unknown = shape_of(kind) is None and kind.HasField('tensor_type')

@@ -344,6 +344,26 @@ class ExpansionTest(parameterized.TestCase):
 
 
 class UnknownTest(parameterized.TestCase):
+  def test_what_is_known_but_for_its_shape(self):
+    nodes = [
+      helper.make_node('NonZero', ['x'], ['n'], 'positions'),
+      helper.make_node('Cast', ['n'], ['m'], to=TensorProto.FLOAT),
+      helper.make_node('QuickGelu', ['m'], ['g'], domain='com.microsoft'),
+      helper.make_node('FusedMatMul', ['w', 'g'], ['y'], 'product'),
+    ]
+    nodes[-1].domain = 'com.microsoft'
+    model = model_of(
+      nodes, {'x': (2, 4)}, [ones('w', 3, 2)], domains=['com.microsoft']
+    )
+    self.assertEmpty(count_macs(model, convention='conv').uncounted)
+    with pytest.warns(
+      report_lib.UncountedWarning,
+      match=r"FusedMatMul in product .* \['g', 'y'\] depend on values, by"
+      ' NonZero in positions',
+    ) as caught:
+      count_macs(model)
+    self.assertLen(caught, 1)
+
   def model(self, *more):
     nodes = [
       helper.make_node('Own', ['x'], ['a'], 'own', domain='com.microsoft'),

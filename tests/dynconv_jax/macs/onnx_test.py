@@ -231,6 +231,24 @@ class ControlFlowTest(parameterized.TestCase):
     model = self.loop(nodes, {'x': (5, 4)}, {'h': 'x'}, weights, most='most')
     self.assertEqual(count_macs(model).total, (5 + 4 + 3) * 16)
 
+  def test_loop_on_constants_counts_however_it_is_counted(self):
+    nodes = [
+      helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
+      helper.make_node('Add', ['n', 'one'], ['n2']),
+      helper.make_node('Less', ['n2', 'five'], ['on']),
+    ]
+    weights = [
+      ones('w', 4, 4),
+      ones('first', 2, 4),
+      scalar('one', 1),
+      scalar('five', 5),
+      scalar('zero', 0),
+    ]
+    model = self.loop(
+      nodes, {'x': (2, 4)}, {'h': 'first', 'n': 'zero'}, weights
+    )
+    self.assertEqual(count_macs(model).total, 5 * 2 * 16)
+
   def test_loop_that_never_runs(self):
     nodes = [
       helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
