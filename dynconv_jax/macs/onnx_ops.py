@@ -146,13 +146,13 @@ def work(operation: Operation) -> formulas.Work | None:
   for table in (onnx_formulas.NORMS, onnx_formulas.POOLS, onnx_formulas.OTHERS):
     if name in table:
       return table[name](operation)
-  elements = operation.outputs[0].size
   if name in _ACTIVATIONS:
     steps, charge = _ACTIVATIONS[name]
+    elements = operation.outputs[0].size
     done = formulas.activation(elements, steps)
     return dataclasses.replace(done, ptflops=charge * elements)
   if name in _ELEMENTWISE:
-    return formulas.elementwise(elements * _ELEMENTWISE[name])
+    return formulas.elementwise(operation.outputs[0].size * _ELEMENTWISE[name])
   return None
 
 

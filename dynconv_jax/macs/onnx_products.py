@@ -189,6 +189,12 @@ def _attention(operation) -> formulas.Work:
   return done
 
 
+def _flexible_attention(operation) -> formulas.Work | None:
+  if {'score_mod', 'prob_mod'} & operation.params.keys():
+    return None
+  return _attention(operation)
+
+
 def _linear_attention(operation) -> formulas.Work:
   """Each token updates a state of every head, and each query reads one."""
   batch, tokens, features = operation.inputs[0].shape
@@ -241,6 +247,7 @@ PRODUCTS = {
   'Einsum': _einsum,
   'AffineGrid': _affine_grid,
   'Attention': _attention,
+  'ai.onnx.preview::FlexAttention': _flexible_attention,
   'LinearAttention': _linear_attention,
   'RNN': _recurrent(recurrent.RNN),
   'GRU': _recurrent(recurrent.GRU),

@@ -244,8 +244,11 @@ class Inference:
         opset_imports=self._imports,
       )
     except _REFUSALS as error:
-      if any(value.shape is None for value in inputs.values()):
-        return {}  # It may be that the rest is needed to say more.
+      # It may be that the rest is needed to say more; and what costs nothing
+      # need not be right.
+      all_known = all(value.shape is not None for value in inputs.values())
+      if not all_known or onnx_ops.is_free(node.op_type):
+        return {}
       raise ValueError(
         f'the model is damaged, or does not fit its inputs: {node.op_type}'
         f' {node.name!r}: {error}'

@@ -1,6 +1,7 @@
 """Tests of what the ONNX counter knows of a graph's values and their shapes."""
 
 import pathlib
+import warnings
 
 import numpy as np
 import pytest
@@ -442,6 +443,47 @@ class ExportedTest(parameterized.TestCase):
     # 12 x 8 pixels: a stem of 6 x 4, 3 x 2 tokens, two heads of four.
     macs = 2 * (24 * 8 * 27 + 6 * 24 * 8 + 2 * 2 * 36 * 4 + 40)
     self.check(ConvThenAttention(), (2, 3, 12, 8), macs)
+
+
+class BackendTest(absltest.TestCase):
+  """ONNX's own tests of its operators: models, inputs and outputs."""
+
+  @pytest.mark.slow
+  def test_shapes_are_those_of_the_outputs(self):
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      from onnx.backend.test.case.node import collect_testcases
+
+      cases = collect_testcases(None)
+    wrong, compared = [], 0
+    for case in cases:
+      graph, (inputs, outputs) = case.model.graph, case.data_sets[0]
+      for info, array in zip(graph.input, inputs, strict=False):
+        if info.type.HasField('tensor_type') and isinstance(array, np.ndarray):
+          kind = info.type.tensor_type
+          kind.shape.CopyFrom(value('', array.shape).type.tensor_type.shape)
+      # What these say is not what is tested.
+      del graph.value_info[:]
+      for info in graph.output:
+        info.type.tensor_type.ClearField('shape')
+      probes = []
+      for info, array in zip(graph.output, outputs, strict=True):
+        if isinstance(array, np.ndarray) and array.dtype == np.float32:
+          probes.append((f'probe {info.name}', array.shape))
+          graph.node.append(
+            helper.make_node('Neg', [info.name], [probes[-1][0]], probes[-1][0])
+          )
+      with warnings.catch_warnings():
+        warnings.simplefilter('ignore', report_lib.UncountedWarning)
+        report = count_macs(case.model, convention='flops')
+      layers = report.by_layer
+      for name, shape in probes:
+        if name in layers:
+          compared += 1
+          if layers[name].output_shape != shape:
+            wrong.append((case.name, layers[name].output_shape, shape))
+    self.assertEmpty(wrong)
+    self.assertGreater(compared, 500)
 
 
 class FalseAlarmTest(parameterized.TestCase):
