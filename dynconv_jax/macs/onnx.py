@@ -35,10 +35,11 @@ def count_macs(
 
   A `Scan` and a `Loop` count times their number of steps. Layers have the
   names of the modules that an exporter noted, else of the nodes. What is
-  computed from constants alone is not counted.
+  computed from constants alone is not in the total; a note lists it.
 
   Args:
-    model: a file, whose external weights are not read, or a loaded model.
+    model: a file, or a loaded model. Weights in files of their own need not be
+      there; small integers, which shapes may depend on, are read.
     dimensions: sizes of the symbolic dimensions of the inputs by name, such as
       {'batch': 1}; a dimension without a name is 'INPUT[AXIS]'.
     convention: a name in `conventions.CONVENTIONS`.
@@ -46,13 +47,14 @@ def count_macs(
     trip_counts: steps of each `Loop` that the model does not fix: one number,
       or {layer name of the loop: number}. A loop without one that does work is
       left out with a warning.
-    branch: which branch of an `If` counts: 'max' or 'min' for the dearer or
-      cheaper, 'then' or 'else'.
+    branch: which branch of an `If` counts, where its condition is not known:
+      'max' or 'min' for the dearer or cheaper, 'then' or 'else'.
 
   Raises:
     FileNotFoundError: if there is no such file.
     ValueError: if the convention or branch is unknown, the file or model is
-      damaged, a dimension is unknown, or a trip count is no count.
+      damaged, a dimension is unknown, or a trip count is no count or names no
+      loop.
   """
   if branch not in ('max', 'min', 'then', 'else'):
     raise ValueError(
