@@ -95,7 +95,7 @@ def program():
 
 
 def _train(folder: pathlib.Path, method: str) -> pathlib.Path:
-  config = Config(
+  config = Config.make(
     dataset='spots',
     spots_size=24,
     spots_train=64,

@@ -14,9 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dynconv_jax.sparse import triton_kernels
+from dynconv_jax.sparse.backends import triton_kernels, triton_mask_kernels
 
 _PTXAS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
+_KERNELS = vars(triton_kernels) | vars(triton_mask_kernels)
 _TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
 
 
@@ -37,7 +38,7 @@ class Used(NamedTuple):
 
 
 def record(launches: list):
-  """Returns a stand-in for `gpu.launch` that notes what would be launched.
+  """Returns a stand-in for `triton_launch.launch` that notes what would be launched.
 
   Args:
     launches: a (kernel, dtypes of its pointers, constants) is added for each.
@@ -77,7 +78,7 @@ def compile_launch(
     options: its constants, and the compiler's options.
     capability: 80 for an A100, 90 for an H100.
   """
-  function, constants = getattr(triton_kernels, kernel), dict(options)
+  function, constants = _KERNELS[kernel], dict(options)
   chosen = {k: v for k, v in constants.items() if k.startswith('num_')}
   constants = {k: v for k, v in constants.items() if k not in chosen}
   signature = dict.fromkeys(constants, 'constexpr')

@@ -16,13 +16,14 @@ import pathlib
 import jax
 import numpy as np
 
-from dynconv_jax import sparse
+from dynconv_jax.sparse import backends
 
-_KERNELS = pathlib.Path(sparse.__file__).with_name('triton_kernels.py')
+_FOLDER = pathlib.Path(backends.__file__).parent
+_KERNELS = ('triton_kernels', 'triton_mask_kernels')
 
 
 class Interpreter:
-  """Stands in for `gpu.launch`, as a context manager."""
+  """Stands in for `triton_launch.launch`, as a context manager."""
 
   def __enter__(self):
     context = multiprocessing.get_context('spawn')
@@ -68,7 +69,7 @@ def _interpret(kernel, inputs, outputs, options):
   constants = {k: v for k, v in options.items() if k.isupper()}
   tensors = [tensor(np.array(a)) for a in inputs]
   tensors += [tensor(a) for a in outputs]  # They share memory.
-  function = getattr(_interpreted_kernels(), kernel)
+  function = _interpreted_kernels()[kernel]
   function[(options['grid'],)](*tensors, **constants)
   return outputs
 
@@ -100,7 +101,10 @@ def _interpreted_kernels():
     return dot(self, a, b, *args)
 
   builder.cast_impl, builder.create_dot = cast_impl, create_dot
-  spec = importlib.util.spec_from_file_location('triton_kernels', _KERNELS)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  kernels = {}
+  for name in _KERNELS:
+    spec = importlib.util.spec_from_file_location(name, _FOLDER / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kernels |= vars(module)
+  return kernels

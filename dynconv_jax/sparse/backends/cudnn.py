@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dynconv_jax.branch import Conv
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 # cuDNN's kernels for tensor cores read channels by eights.
@@ -57,8 +58,7 @@ def lay_out_conv(layer: FoldedConv) -> CudnnConv:
     layer: folded.
   """
   conv, kernel, block = layer.conv, layer.kernel, 1
-  symmetric = conv.padding == 'symmetric' and conv.groups == 1
-  if (conv.kernel_size, conv.strides) == (7, 2) and symmetric:
+  if reads_squares(conv):
     _, _, depth, features = kernel.shape
     kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0)))
     kernel = kernel.reshape(4, 2, 4, 2, depth, features)
@@ -71,6 +71,18 @@ def lay_out_conv(layer: FoldedConv) -> CudnnConv:
     bias=layer.bias.astype(kernel.dtype),
     conv=conv,
     block=block,
+  )
+
+
+def reads_squares(conv: Conv) -> bool:
+  """Returns whether a convolution is laid out to read squares of positions.
+
+  Args:
+    conv: its description.
+  """
+  return (conv.kernel_size, conv.strides, conv.groups, conv.padding) == (
+    *(7, 2),
+    *(1, 'symmetric'),
   )
 
 

@@ -1,0 +1,36 @@
+"""Stand-ins for a GPU: Triton's interpreter, and the name of the platform."""
+
+from unittest import mock
+
+import jax
+import pytest
+import triton_cases
+
+from dynconv_jax.sparse.backends import triton, triton_launch
+
+
+@pytest.fixture(scope='session')
+def interpreter():
+  triton_cases.need('triton', 'torch')
+  import triton_interpreter
+
+  with triton_interpreter.Interpreter() as launch:
+    yield launch
+
+
+@pytest.fixture
+def interpreted(interpreter):
+  # Blocks that are too wide for a fused kernel take their time.
+  widths = dict.fromkeys(triton.FUSED_WIDTH, 40)
+  with (
+    mock.patch.object(triton_launch, 'launch', interpreter),
+    mock.patch.dict(triton.FUSED_WIDTH, widths),
+  ):
+    yield
+
+
+@pytest.fixture
+def as_on_gpu():
+  """What is decided by the kind of backend is decided as on a GPU."""
+  with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
+    yield

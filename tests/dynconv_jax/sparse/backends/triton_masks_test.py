@@ -1,0 +1,189 @@
+"""Tests of lists of positions and of mask units, in Triton's interpreter."""
+
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from triton_cases import (
+  DTYPES,
+  assert_near,
+  check_list,
+  make_mask_unit,
+  make_masks,
+)
+
+from dynconv_jax.masks import dilate
+from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
+from dynconv_jax.models.blocks import BasicBlock
+from dynconv_jax.sparse.backends import triton_masks
+
+
+def test_positions_of_many_tiles(interpreted):
+  mask = np.random.default_rng(0).random((3, 29, 31)) < 0.3
+  assert mask.size > 2 * triton_masks._LIST_BLOCK
+  check_list(triton_masks.list_positions(jnp.asarray(mask, jnp.float32)), mask)
+
+
+@pytest.mark.parametrize('shape', ((1, 1, 1), (3, 1, 6), (2, 17, 23)))
+@pytest.mark.parametrize('strides', (1, 2))
+def test_dilated_positions(interpreted, shape, strides):
+  n, h, w = shape
+  for mask in make_masks((n, -(-h // strides), -(-w // strides))).values():
+    mask = jnp.asarray(mask)
+    zero = jnp.zeros(1, jnp.int32)
+    active = triton_masks.list_positions(mask)
+    found = triton_masks.list_dilated(active, zero, shape, strides)
+    check_list(found, dilate(mask, strides)[:, :h, :w])
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('granularity', (1, 3))
+@pytest.mark.parametrize('kernel_size', (1, 3))
+@pytest.mark.parametrize('strides', (1, 2))
+@pytest.mark.parametrize('size', ((1, 1), (5, 8), (15, 19)))
+def test_mask_units(
+  interpreted, kernel_size, strides, granularity, size, dtype
+):
+  """Logits, and where they are not negative; or a mask instead of that.
+
+  Three units read a map, of which some positions are changed in between.
+  """
+  units = [
+    make_mask_unit(20, kernel_size, s, g, seed)
+    for seed, (s, g) in enumerate(((1, 1), (1, 16), (strides, granularity)))
+  ]
+  rng = np.random.default_rng(0)
+  shape, squeezed = (3, *size), None
+  x = jnp.asarray(rng.normal(size=(*shape, 20)), dtype)
+  for index, unit in enumerate(units):
+    expected = mask_logits(unit, x)
+    columns = triton_masks.ColumnSqueeze(units, index)
+    squeezed, zero = columns.squeeze(x, squeezed)
+    read = (squeezed.terms, x.shape, expected.shape)
+    logits, found, zero = columns.list_positions(*read, None, zero)
+    assert_near(logits, expected)
+    check_list(found, logits >= 0)
+    assert zero.tolist() == [0]
+    given = jnp.asarray(rng.random(logits.shape) < 0.4, jnp.float32)
+    again, found, _ = columns.list_positions(*read, given, zero)
+    np.testing.assert_array_equal(again, logits)
+    check_list(found, given)
+    changed = jnp.asarray(rng.random(shape) < 0.4)
+    new = jnp.asarray(rng.normal(size=x.shape), dtype)
+    x = jnp.where(changed[..., None], new, x)
+    found = triton_masks.list_positions(changed.astype(jnp.float32))
+    squeezed = squeezed._replace(changed=found)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_a_unit_that_is_told_nothing_multiplies_the_whole_map(
+  interpreted, dtype
+):
+  units = [make_mask_unit(20, 3, 1, 1, seed) for seed in range(3)]
+  x = np.random.default_rng(0).normal(size=(2, 5, 8, 20))
+  x = jnp.asarray(x, dtype)
+  columns = triton_masks.ColumnSqueeze(units, 1)
+  squeezed, zero = columns.squeeze(x, None)
+  logits, _, _ = columns.list_positions(
+    squeezed.terms, x.shape, x.shape[:3], None, zero
+  )
+  assert_near(logits, mask_logits(units[1], x))
+
+
+def mask_logits(unit, x):
+  """A mask unit's logits at each position, patches averaged one by one."""
+  n, height, width, _ = x.shape
+  if unit.granularity == 1:
+    return unit.maskconv(x)
+  side = unit.granularity * unit.strides
+  means = [
+    [
+      np.mean(
+        np.asarray(x, np.float32)[:, top : top + side, left : left + side],
+        (1, 2),
+      )
+      for left in range(0, width, side)
+    ]
+    for top in range(0, height, side)
+  ]
+  with mock.patch.object(unit.maskconv, 'pool', 1):
+    logits = unit.maskconv(jnp.asarray(means).transpose(2, 0, 1, 3))
+  for axis, length in ((1, height), (2, width)):
+    logits = jnp.repeat(logits, unit.granularity, axis)
+    logits = logits.take(jnp.arange(-(-length // unit.strides)), axis)
+  return logits
+
+
+class OwnUnit(MaskUnit):
+  """Decides otherwise."""
+
+  def __call__(self, x, carry=None, **kwargs):
+    decision, carry = super().__call__(x, carry, **kwargs)
+    return decision._replace(hard=1 - decision.hard), carry
+
+
+def make_chain(*gates, strides=()):
+  """Basic blocks that are named by their places."""
+  return [
+    BasicBlock(
+      4,
+      4,
+      strides=2 if index in strides else 1,
+      name=str(index),
+      gate=gate,
+      input_activated=True,
+      rngs=nnx.Rngs(0),
+    )
+    for index, gate in enumerate(gates)
+  ]
+
+
+def shared(*chains):
+  """Returns the block before, and the first column, of each mask unit."""
+  triton_masks.share_squeezes(chains)
+  gates = [block.masker for chain in chains for block in chain]
+  return [
+    (gate.maskconv.before, gate.maskconv.first)
+    if triton_masks.decides(gate)
+    else None
+    for gate in gates
+  ]
+
+
+def unit():
+  return make_mask_unit(4, 3, 1, 1)
+
+
+def test_units_of_one_map_share_products():
+  chain = make_chain(*(unit() for _ in range(8)))
+  found = [(None, 0), *((str(i), 10 * (i + 1)) for i in range(5))]
+  assert shared(chain) == [*found, (None, 0), ('6', 10)]
+  # Each computes its columns and those after it.
+  columns = [block.masker.maskconv.columns for block in chain]
+  assert columns == [60, 50, 40, 30, 20, 10, 20, 10]
+
+
+def test_units_of_other_maps_do_not():
+  chain = make_chain(*(unit() for _ in range(4)), strides=(1,))
+  # The second block's input is the first one's; its output is another map.
+  assert shared(chain) == [(None, 0), ('0', 10), (None, 0), ('2', 10)]
+  one, two = make_chain(unit()), make_chain(unit())
+  assert shared(one, two) == [(None, 0)] * 2
+
+
+def test_gates_of_others_are_left_alone():
+  own, exchanged = OwnUnit(4, strides=1, rngs=nnx.Rngs(0)), unit()
+  exchanged.maskconv = nnx.Sequential(exchanged.maskconv)
+  chain = make_chain(unit(), own, exchanged, None, unit(), unit())
+  assert shared(chain) == [(None, 0), *[None] * 3, (None, 0), ('4', 10)]
+
+
+def test_a_gate_that_decides_several_times_is_left_alone():
+  both = unit()
+  chain = make_chain(unit(), both, unit(), both)
+  assert shared(chain) == [(None, 0), None, (None, 0), None]
+  assert type(both.maskconv) is Squeeze
+  (block,) = make_chain(unit())
+  assert shared([block, block]) == [None, None]

@@ -1,0 +1,171 @@
+"""Blocks, masks and mask units that the tests of GPU kernels share."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dynconv_jax.branch import Branch, Conv
+from dynconv_jax.masks import ExecutionMask, execution_mask
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.sparse.backends.dense import run_dense
+from dynconv_jax.sparse.backends.triton import TritonBackend
+from dynconv_jax.sparse.calibrate import clustered_masks
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
+
+BACKEND = TritonBackend()
+DTYPES = (jnp.float32, jnp.bfloat16)
+# Kind, and channels of the input, inside and of the output.
+BLOCKS = {
+  'basic': ('basic', 20, 20, 20),
+  'basic_projected': ('basic', 17, 33, 33),
+  'bottleneck': ('bottleneck', 20, 9, 20),
+  'bottleneck_projected': ('bottleneck', 17, 40, 70),
+  # Too wide for one kernel after its first convolution.
+  'bottleneck_wide': ('bottleneck', 20, 42, 20),
+}
+on_gpu = pytest.mark.skipif(
+  jax.default_backend() != 'gpu', reason='needs a GPU'
+)
+
+
+def need(*packages):
+  """Skips a test where a package is missing."""
+  for package in packages:
+    pytest.importorskip(
+      package, reason=f'needs {package}', exc_type=ImportError
+    )
+
+
+def make_conv(rng, conv: Conv, dtype) -> FoldedConv:
+  """Returns a folded convolution of random weights."""
+  kernel = rng.normal(size=conv.kernel_shape)
+  return FoldedConv(
+    jnp.asarray(kernel / np.sqrt(np.prod(kernel.shape[:3])), dtype),
+    jnp.asarray(rng.normal(size=conv.features), jnp.float32),
+    conv,
+  )
+
+
+def fold(branch: Branch, dtype) -> FoldedBlock:
+  """Returns a folded block of random weights."""
+  rng = np.random.default_rng(branch.features)
+  projection = branch.projection
+  return FoldedBlock(
+    tuple(make_conv(rng, conv, dtype) for conv in branch.convs),
+    projection and make_conv(rng, projection, dtype),
+    branch,
+  )
+
+
+def make_branch(kind, in_features, planes, features, strides) -> Branch:
+  """Returns a branch whose shortcut is projected where the shape changes."""
+  if kind == 'basic':
+    convs = (
+      Conv('a', 'an', in_features, features, 3, strides, 1, 'relu'),
+      Conv('b', 'bn', features, features, 3),
+    )
+  else:
+    convs = (
+      Conv('a', 'an', in_features, planes, activation='relu'),
+      Conv('b', 'bn', planes, planes, 3, strides, 1, 'relu'),
+      Conv('c', 'cn', planes, features),
+    )
+  same = strides == 1 and in_features == features
+  return Branch(
+    convs,
+    shortcut='identity' if same else 'projection',
+    input_activated=True,
+  )
+
+
+def make_block(*sizes_and_strides, dtype) -> FoldedBlock:
+  """Returns `make_branch` with random weights."""
+  return fold(make_branch(*sizes_and_strides), dtype)
+
+
+def make_input(shape, dtype) -> jax.Array:
+  """Returns a map after a ReLU."""
+  x = np.random.default_rng(1).normal(size=shape)
+  return jnp.asarray(np.maximum(x, 0), dtype)
+
+
+def make_masks(shape) -> dict[str, np.ndarray]:
+  """Returns masks of every kind by name, float32[N, h, w]."""
+  rng = np.random.default_rng(2)
+  one, odd = np.zeros((2, np.prod(shape)), np.float32)
+  one[-1] = 1
+  odd[rng.choice(odd.size, odd.size // 3 | 1, replace=False)] = 1
+  return {
+    'none': np.zeros(shape, np.float32),
+    'one': one.reshape(shape),
+    'odd': odd.reshape(shape),
+    'clustered': clustered_masks(rng, shape, 0.4),
+    'all': np.ones(shape, np.float32),
+  }
+
+
+def mask_of(block: FoldedBlock, x, hard) -> ExecutionMask:
+  """Returns where a block is executed."""
+  hard = jnp.asarray(hard, jnp.float32)
+  return execution_mask(block.branch, hard, x.shape[1:3], name='block')
+
+
+def make_mask_unit(in_features, kernel_size, strides, granularity, seed=1):
+  """Returns DynConv's gate."""
+  return MaskUnit(
+    in_features,
+    strides=strides,
+    kernel_size=kernel_size,
+    granularity=granularity,
+    rngs=nnx.Rngs(seed),
+  )
+
+
+@jax.jit
+def masked_dense(block, x, hard):
+  """In sums of float32, also where cuDNN's form rounds the branch by itself."""
+  with mock.patch.object(jax, 'default_backend', lambda: 'cpu'):
+    return run_dense(block, x, hard)
+
+
+def assert_near(got, expected, name=''):
+  """Up to the order of sums, and in bfloat16 to what that may round otherwise.
+
+  Sums on both sides of a tie are rounded to neighbours, which are 2**-7 apart
+  or less; so may values between the layers be, whose sums are off by less.
+  """
+  assert got.dtype == expected.dtype
+  rtol, tolerance = 0, 2e-6
+  if got.dtype == jnp.bfloat16:
+    rtol, tolerance = 2**-7, 2**-9
+  got, expected = (np.asarray(v, np.float32) for v in (got, expected))
+  atol = tolerance * np.abs(expected).max()
+  np.testing.assert_allclose(got, expected, rtol=rtol, atol=atol, err_msg=name)
+
+
+def check_list(found, mask):
+  """A list holds each active position once, and their places in it."""
+  expected, count = np.flatnonzero(mask), int(found.count[0])
+  assert count == len(expected)
+  listed = np.asarray(found.indices)[:count]
+  np.testing.assert_array_equal(np.sort(listed), expected)
+  rows = np.asarray(found.rows)
+  np.testing.assert_array_equal(rows[listed], np.arange(count))
+  assert (np.delete(rows, expected) == -1).all()
+
+
+def compare(block: FoldedBlock, shape):
+  """Compares a block on masks of every kind with itself, dense and masked."""
+  x = make_input(shape, block.convs[0].kernel.dtype)
+  # A fresh function: not what was traced with other stand-ins.
+  run = jax.jit(lambda *args: BACKEND.run(*args))
+  size = block.branch.sizes(shape[1:3])[-1]
+  for name, hard in make_masks((shape[0], *size)).items():
+    mask = mask_of(block, x, hard)
+    assert_near(run(block, x, mask), masked_dense(block, x, mask.hard), name)
