@@ -38,7 +38,7 @@ class Used(NamedTuple):
 
 
 def record(launches: list):
-  """Returns a stand-in for `triton_launch.launch` that notes its calls.
+  """Returns a stand-in for `triton_launch.launch` that notes what it is asked.
 
   Args:
     launches: a (kernel, dtypes of its pointers, constants) is added for each.

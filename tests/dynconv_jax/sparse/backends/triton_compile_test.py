@@ -1,0 +1,133 @@
+"""Tests that GPU kernels fit into a multiprocessor, by Triton and ptxas."""
+
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from triton_cases import BACKEND, DTYPES, make_conv, make_mask_unit, need
+
+from dynconv_jax import create_model
+from dynconv_jax.branch import Conv
+from dynconv_jax.layers import MaxPool
+from dynconv_jax.masks import execution_mask
+from dynconv_jax.sparse.backends import triton_launch, triton_masks
+from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
+
+
+def resnet_blocks(name, dtype):
+  """Each kind of block of a ResNet at 224 pixels, batch 128, and its input."""
+  model = nnx.eval_shape(
+    lambda: create_model(name, method='dense', dtype=dtype, rngs=nnx.Rngs(0))
+  )
+  kinds, shape = {}, (128, 56, 56, 64)
+  for block in model.blocks:
+    branch = block.branch
+    kinds[branch, shape] = None
+    shape = (128, *branch.sizes(shape[1:3])[-1], branch.features)
+  for branch, shape in kinds:
+    block = FoldedBlock(
+      tuple(fold(conv, dtype) for conv in branch.convs),
+      branch.projection and fold(branch.projection, dtype),
+      branch,
+    )
+    yield block, jax.ShapeDtypeStruct(shape, dtype)
+
+
+def fold(conv, dtype):
+  return FoldedConv(
+    jax.ShapeDtypeStruct(conv.kernel_shape, dtype),
+    jax.ShapeDtypeStruct((conv.features,), jnp.float32),
+    conv,
+  )
+
+
+def list_both(branch, columns, index, x, hard):
+  """What a mask unit launches, the first that reads a map or a later one."""
+  squeezed = None
+  if index:
+    total = columns.first + columns.columns
+    squeezed = triton_masks.Squeezed(
+      jnp.zeros((total, x.size // x.shape[-1])),
+      triton_masks.list_positions(jnp.ones(x.shape[:3])),
+    )
+  squeezed, zero = columns.squeeze(x, squeezed)
+  _, active, zero = columns.list_positions(
+    squeezed.terms, x.shape, hard.shape, None, zero
+  )
+  middle = (len(x), *branch.level_sizes(x.shape[1:3])[1])
+  return triton_masks.list_dilated(
+    active, zero, middle, branch.reads[0].strides
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('generation', (8, 9))
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_kernels_fit_into_a_multiprocessor(
+  dtype, generation, tmp_path, monkeypatch
+):
+  """Compiled for an A100 and an H100, with what ptxas says of them."""
+  need('triton')
+  import triton_compiler
+
+  monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+  monkeypatch.setattr(triton_launch, 'generation', lambda: generation)
+  launches = []
+  with mock.patch.object(
+    triton_launch, 'launch', triton_compiler.record(launches)
+  ):
+    for name in ('resnet18', 'resnet50'):
+      blocks = list(resnet_blocks(name, dtype))
+      assert len(blocks) == {'resnet18': 7, 'resnet50': 8}[name]
+      for block, x in blocks:
+        record_block(block, x, dtype)
+    for features in (64, 40):
+      stem = Conv('conv1', 'bn1', 3, features, 7, 2, activation='relu')
+      layer = make_conv(np.random.default_rng(0), stem, dtype)
+      module, pool = BACKEND.convolution(layer), BACKEND.replacement(MaxPool())
+      images = jax.ShapeDtypeStruct((128, 224, 224, 3), dtype)
+      jax.eval_shape(lambda x, f=module, g=pool: g(f(x)), images)
+  variants = triton_compiler.variants(launches)
+  assert {kernel for kernel, *_ in variants} == {
+    *('list_positions', 'squeeze', 'decide', 'list_dilated', 'project'),
+    *('convolve', 'convolve_add', 'convolve_matmul_add', 'max_pool'),
+    *(('convolve_rows',) if dtype == jnp.bfloat16 else ()),
+  }
+  # Some of a thread's 255 registers may lie in memory, if not at each product:
+  # 8 in the fused kernel of 128 channels with stride 2, on an H100 13 of tiles
+  # of 128 x 128. Both were the fastest on an H200.
+  spilled = {8: 8 * 4, 9: 16 * 4}[generation]
+  for variant in variants:
+    used = triton_compiler.compile_launch(*variant, generation * 10)
+    # Two programs share an H100's multiprocessor, one fits on an A100's.
+    assert used.shared <= 227 * 1024 // 2, (variant, used)
+    assert used.spilled <= spilled, (variant, used)
+    if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
+      assert used.tensor_cores, (variant, used)
+
+
+def record_block(block, x, dtype):
+  """Records what a block launches, with given masks and with mask units."""
+  branch = block.branch
+  size = branch.sizes(x.shape[1:3])[-1]
+  hard = jax.ShapeDtypeStruct((x.shape[0], *size), jnp.float32)
+
+  def run(block, x, hard):
+    mask = execution_mask(branch, hard, x.shape[1:3], name='block')
+    return BACKEND.run(block, x, mask)
+
+  out = jax.eval_shape(run, block, x, hard)
+  assert out.shape == (*hard.shape, branch.features) and out.dtype == dtype
+  for side in {56: (1, 4), 28: (1, 2), 14: (1, 14), 7: (1,)}[x.shape[1]]:
+    unit = make_mask_unit(x.shape[-1], 3, branch.strides, side)
+    # So many columns are rounded up to 64, 32 and 16.
+    for index in (0, 1, triton_masks.UNITS - 2, triton_masks.UNITS - 1):
+      columns = triton_masks.ColumnSqueeze([unit] * triton_masks.UNITS, index)
+      jax.eval_shape(
+        lambda x, hard, c=columns, i=index: list_both(branch, c, i, x, hard),
+        x,
+        hard,
+      )

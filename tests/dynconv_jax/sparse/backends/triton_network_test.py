@@ -1,0 +1,302 @@
+"""Tests of whole networks by GPU kernels, and of where the kernels serve."""
+
+import collections
+import re
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jaxlib import gpu_triton
+from triton_cases import DTYPES, need, on_gpu
+
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.models.blocks import BasicBlock
+from dynconv_jax.models.gated import Gating
+from dynconv_jax.sparse import SparseExecutor, executor, sparsify
+from dynconv_jax.sparse.backends import triton, triton_launch
+from dynconv_jax.sparse.calibrate import clustered_masks
+
+F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def precision():
+  """On a GPU XLA rounds float32 to TF32 unless it is told not to."""
+  with jax.default_matmul_precision('highest'):
+    yield
+
+
+@pytest.fixture
+def loaded():
+  """jax-triton need not be there."""
+  with mock.patch.object(triton_launch, 'load'):
+    yield
+
+
+def run_dense(model, images, masks=None):
+  graphdef, state = nnx.split(model)
+  return jax.jit(lambda s, x, m: nnx.merge(graphdef, s)(x, masks=m))(
+    nnx.as_pure(state), images, masks
+  )
+
+
+def make_images(shape):
+  rng = np.random.default_rng(0)
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def assert_same(got, expected, tolerance=1e-5):
+  scale = float(jnp.abs(expected).max())
+  np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+  'family,method,options',
+  (
+    ('bottleneck', 'dynconv', {}),
+    ('bottleneck', 'dynconv', {'mask_granularity': (2,)}),
+    ('basic', 'convnet_aig', {}),
+  ),
+)
+def test_the_executor_equals_the_model(
+  interpreted, as_on_gpu, loaded, make_network, family, method, options
+):
+  model, images = make_network(family, method, **options), make_images(SHAPE)
+  run = SparseExecutor(model, SHAPE, mode='sparse', backend='triton')
+  assert {plan.backend.name for plan in run.plans.values()} == {'triton'}
+  logits, stats = run(images)
+  expected, masks = run_dense(model, images)
+  assert_same(logits, expected)
+  assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
+  assert stats.dilated_positions.tolist() == [
+    int(m.dilated.sum()) for m in masks
+  ]
+  if method == 'dynconv':
+    rng = np.random.default_rng(0)
+    given = [clustered_masks(rng, m.hard.shape, 0.3) for m in masks]
+    logits, stats = run(images, masks=given)
+    assert stats.positions.tolist() == [int(m.sum()) for m in given]
+    assert_same(logits, run_dense(model, images, given)[0])
+
+
+SHAPE = (2, 21, 27, 3)
+
+
+@pytest.mark.parametrize('image_shape', (None, SHAPE))
+def test_a_sparse_network_equals_the_model(
+  interpreted, as_on_gpu, loaded, make_network, image_shape
+):
+  model = make_network('bottleneck', 'dynconv')
+  sparse = sparsify(model, 'triton', image_shape=image_shape)
+  # The third unit reads the map that the second block has changed.
+  shared = [block.masker.maskconv.before for block in sparse.blocks]
+  known = [None, None, 'layer1.1', None]
+  assert shared == (known if image_shape else [None] * 4)
+  # Any other input can be passed all the same.
+  images = make_images((1, 18, 23, 3))
+  logits, got = jax.jit(lambda x: sparse(x))(images)
+  expected, masks = run_dense(model, images)
+  assert_same(logits, expected)
+  for mine, theirs in zip(got, masks, strict=True):
+    assert (mine.name, mine.layers) == (theirs.name, theirs.layers)
+    for one, other in zip(mine.maps, theirs.maps, strict=True):
+      np.testing.assert_array_equal(one, other)
+
+
+def test_a_network_in_bfloat16_equals_the_model(
+  interpreted, as_on_gpu, loaded, make_network
+):
+  model, images = (
+    make_network('bottleneck', 'dynconv', BF16),
+    make_images(SHAPE),
+  )
+  rng = np.random.default_rng(0)
+  _, masks = jax.eval_shape(lambda x: model(x), images)
+  masks = [clustered_masks(rng, m.hard.shape, 0.4) for m in masks]
+  sparse = sparsify(model, 'triton', image_shape=SHAPE)
+  assert type(sparse.conv1) is triton.TritonStem
+  assert type(sparse.maxpool) is triton.TritonMaxPool
+  logits, _ = jax.jit(lambda x: sparse(x, masks=masks))(images)
+  expected, _ = run_dense(model, images, masks)
+  assert_same(logits, expected, 2**-6)
+
+
+class Irregular(nnx.Module):
+  """Calls one block twice, and another without its gate."""
+
+  def __init__(self, *, rngs):
+    def block(name):
+      gate = MaskUnit(3, strides=1, rngs=rngs)
+      return BasicBlock(
+        3, 3, name=name, gate=gate, input_activated=True, rngs=rngs
+      )
+
+    self.first, self.twice = block('first'), block('twice')
+    self.everywhere, self.last = block('everywhere'), block('last')
+
+  def __call__(self, x, *, masks=None):
+    gating = Gating(masks=masks)
+    x = self.first(nnx.relu(x), gating)
+    x = self.twice(self.twice(x, gating), gating)
+    x = self.last(self.everywhere(x), gating)
+    return x, gating.finish()
+
+
+def test_a_unit_takes_over_what_it_may(interpreted, as_on_gpu, loaded):
+  model = nnx.view(
+    Irregular(rngs=nnx.Rngs(14)), deterministic=True, use_running_average=True
+  )
+  images = make_images((2, 5, 6, 3))
+  expected, masks = run_dense(model, images)
+  assert all(0 < float(mask.hard.mean()) < 1 for mask in masks)
+  sparse = sparsify(model, 'triton', image_shape=images.shape)
+  # The block in between decides nothing: what was multiplied is of no use.
+  assert sparse.last.masker.maskconv.before == 'everywhere'
+  logits, got = jax.jit(lambda x: sparse(x))(images)
+  assert_same(logits, expected)
+  for mine, theirs in zip(got, masks, strict=True):
+    np.testing.assert_array_equal(mine.hard, theirs.hard)
+
+
+def test_on_a_gpu_kernels_serve_where_they_are_asked_for(
+  as_on_gpu, make_network
+):
+  model = make_network('bottleneck', 'dynconv')
+  run = SparseExecutor(model, (1, 9, 9, 3), mode='sparse')
+  assert {plan.backend.name for plan in run.plans.values()} == {'xla'}
+  with pytest.raises(ValueError, match='cpu cannot execute .* on gpu'):
+    SparseExecutor(model, (1, 9, 9, 3), mode='sparse', backend='cpu')
+  with pytest.raises(ValueError, match="mode 'dense' has no backend"):
+    SparseExecutor(model, (1, 9, 9, 3), mode='dense', backend='triton')
+
+
+@pytest.mark.parametrize('installed', (False, True))
+def test_on_a_gpu_kernels_serve_in_bfloat16(as_on_gpu, make_network, installed):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  missing = None if installed else ImportError
+  with mock.patch.object(triton_launch, 'load', side_effect=missing):
+    run = SparseExecutor(model, (1, 9, 9, 3), mode='sparse')
+  expected = 'triton' if installed else 'xla'
+  assert {plan.backend.name for plan in run.plans.values()} == {expected}
+
+
+def test_auto_times_the_kernels_against_dense_execution(
+  as_on_gpu, loaded, make_network
+):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  asked = []
+
+  def calibrate(block, plan, shape, **_):
+    asked.append((block.name, plan.backend.name, plan.limit))
+    return plan
+
+  with mock.patch.object(executor, 'calibrate', calibrate):
+    SparseExecutor(model, (1, 9, 9, 3))
+  # Of other shapes all four.
+  assert asked == [(b.name, 'triton', 1.0) for b in model.blocks]
+
+
+def test_a_cpu_has_no_kernels_for_a_gpu(make_network):
+  model = make_network('bottleneck', 'dynconv')
+  with (
+    mock.patch.object(jax, 'default_backend', lambda: 'cpu'),
+    pytest.raises(ValueError, match='triton cannot execute .* on cpu'),
+  ):
+    SparseExecutor(model, (1, 9, 9, 3), backend='triton')
+
+
+def test_a_missing_package_is_told(as_on_gpu, make_network):
+  model = make_network('bottleneck', 'dynconv')
+  triton_launch.load.cache_clear()
+  with (
+    mock.patch.dict(sys.modules, {'jax_triton': None}),
+    pytest.raises(ImportError, match=re.escape("'dynconv-jax[gpu]' installs")),
+  ):
+    SparseExecutor(model, (1, 9, 9, 3), mode='sparse', backend='triton')
+
+
+@pytest.mark.skipif(
+  jax.default_backend() == 'gpu', reason='what stands in would be kept'
+)
+def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
+  """All that jax-triton does short of a launch; jaxlib's part is recorded."""
+  need('triton')
+  monkeypatch.setenv('TRITON_CACHE_DIR', '')  # jax-triton sets it.
+  calls = []
+
+  def make_call(kernel, x, y, z, parameters):
+    calls.append((kernel, x, parameters))
+    return mock.Mock(to_proto=lambda *_: b'')
+
+  stand_ins = {
+    'get_compute_capability': lambda device: 90,
+    'get_serialized_metadata': None,
+    'TritonKernel': collections.namedtuple(
+      'TritonKernel', 'name warps clusters shared ptx ttir capability'
+    ),
+    'TritonKernelCall': make_call,
+    'create_array_parameter': lambda zeroed, divisible: (zeroed, divisible),
+  }
+  model = make_network('bottleneck', 'dynconv', BF16)
+  shape = (1, 33, 33, 3)
+  with mock.patch.multiple(gpu_triton, create=True, **stand_ins):
+    need('jax_triton')
+    run = SparseExecutor(model, shape, mode='sparse', backend='triton')
+    lowered = run._run.trace(run._arrays, jnp.zeros(shape), None).lower(
+      lowering_platforms=('cuda',)
+    )
+  text = lowered.as_text()
+  # Each of the four blocks: its mask unit and its lists take three, the branch
+  # two, two projections one; stem and pooling. In place: both counts and the
+  # output of each block, and the products of the two that share a map.
+  assert text.count('@triton_kernel_call') == 24
+  assert text.count('#stablehlo.output_operand_alias') == 13
+  assert {kernel.name for kernel, _, _ in calls} == {
+    *('squeeze', 'decide', 'list_dilated', 'project', 'convolve'),
+    *('convolve_matmul_add', 'convolve_rows', 'max_pool'),
+  }
+  for kernel, programs, parameters in calls:
+    entry = kernel.ptx[kernel.ptx.index('.entry') :]
+    # Triton adds two, for scratch memory; jaxlib's launcher gives them.
+    assert entry[: entry.index(')')].count('.param') == len(parameters) + 2
+    assert programs >= 1
+    assert not any(size for size, _ in parameters)  # Nothing is zeroed.
+
+
+@pytest.mark.parametrize(
+  ('capability', 'generation'),
+  (('8.0', 8), ('9.0', 9), ('10.0', 10), ('gfx90a', 9), (None, 9)),
+)
+def test_generation(capability, generation, monkeypatch):
+  device = mock.Mock(spec=[] if capability is None else ['compute_capability'])
+  if capability is not None:
+    device.compute_capability = capability
+  monkeypatch.setattr(jax, 'local_devices', lambda: [device])
+  assert triton_launch.generation() == generation
+
+
+@on_gpu
+@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize(
+  'backend,side', (('triton', 1), ('triton', 3), ('auto', 1))
+)
+@pytest.mark.parametrize('family', ('basic', 'bottleneck'))
+def test_the_executor_equals_the_model_on_a_gpu(
+  make_network, family, backend, side, dtype
+):
+  need('triton', 'jax_triton')
+  model = make_network(family, 'dynconv', dtype, mask_granularity=(side,))
+  images = make_images((5, 65, 97, 3))
+  run = SparseExecutor(model, images.shape, backend=backend)
+  _, masks = jax.eval_shape(lambda x: model(x), images)
+  rng = np.random.default_rng(0)
+  masks = [clustered_masks(rng, m.hard.shape, 0.4) for m in masks]
+  logits, _ = run(images, masks=masks)
+  dense = SparseExecutor(model, images.shape, mode='dense')
+  expected, _ = dense(images, masks=masks)
+  tolerance = 1e-5 if dtype == jnp.float32 else 2**-6
+  assert_same(logits, expected, tolerance)
