@@ -1,20 +1,24 @@
 """Tests of dense layers as cuDNN reads them against the layers as they were."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynconv_jax.sparse import cudnn
-from dynconv_jax.sparse.dense import convolve, run_dense
-from dynconv_jax.sparse.fold import fold_network
+from dynconv_jax.branch import Conv
+from dynconv_jax.sparse.backends import cudnn
+from dynconv_jax.sparse.backends.dense import convolve, run_dense
+from dynconv_jax.sparse.fold import FoldedConv, fold_block
 
 
 def make_inputs(shape):
   x = np.random.default_rng(0).normal(size=shape)
   return jnp.asarray(x, jnp.float32)
+
+
+def fill(conv):
+  kernel, bias = make_inputs(conv.kernel_shape), make_inputs((conv.features,))
+  return FoldedConv(kernel, bias, conv)
 
 
 def assert_near(got, expected):
@@ -23,33 +27,40 @@ def assert_near(got, expected):
 
 
 @pytest.mark.parametrize('size', ((32, 40), (33, 37), (7, 1)))
-def test_the_stem_reads_squares(make_network, size):
-  network = fold_network(make_network('bottleneck', 'dynconv'))
-  stem = cudnn.lay_out(network).stem
+def test_the_stem_reads_squares(size):
+  stem = fill(Conv('c', 'n', 3, 8, 7, 2))
+  laid_out = cudnn.lay_out_conv(stem)
   x = make_inputs((2, *size, 3))
-  assert (stem.block, stem.strides, stem.shape[:3]) == (2, 1, (4, 4, 16))
-  assert stem.output_shape(x.shape) == network.stem.output_shape(x.shape)
-  assert_near(cudnn.convolve(x, stem), convolve(x, network.stem))
+  assert laid_out.block == 2
+  assert laid_out.kernel.shape == (8, 4, 4, 16)
+  assert_near(convolve(x, laid_out), convolve(x, stem))
 
 
+@pytest.mark.parametrize(
+  'conv',
+  [
+    Conv('c', 'n', 4, 6, 3, 2),
+    Conv('c', 'n', 4, 4, 5, 2, 4, padding='same'),
+    Conv('c', 'n', 3, 6, 7, 2, padding='same'),
+    Conv('c', 'n', 4, 6),
+  ],
+)
+def test_other_convolutions_have_their_features_first(conv):
+  layer = fill(conv)
+  laid_out = cudnn.lay_out_conv(layer)
+  assert laid_out.block == 1
+  assert laid_out.kernel.shape[0] == conv.features
+  x = make_inputs((2, 13, 10, conv.in_features))
+  assert_near(convolve(x, laid_out), convolve(x, layer))
+
+
+@pytest.mark.parametrize('index', (0, 2))
 @pytest.mark.parametrize('family', ('basic', 'bottleneck'))
-def test_blocks_are_laid_out_where_they_are_dense(
-  monkeypatch, make_network, family
-):
-  network = fold_network(make_network(family, 'dynconv'))
-  chosen = [True] * len(network.blocks)
-  chosen[1] = False
-  laid_out = cudnn.lay_out(network, chosen)
-  x = make_inputs((2, 9, 7, network.blocks[0].first.shape[2]))
-  for block, other, dense in zip(
-    network.blocks, laid_out.blocks, chosen, strict=True
-  ):
-    assert other.first.features_first == dense
-    assert other.first.shape == block.first.shape
-    hard = jnp.ones(block.output_shape(x.shape)).at[0, 0].set(0)
-    expected = run_dense(block, x, hard)
-    with monkeypatch.context() as patch:
-      patch.setattr(jax, 'default_backend', lambda: 'gpu')
-      got = jax.jit(functools.partial(run_dense, hard=hard))(other, x)
-    assert_near(got, expected)
-    x = expected
+def test_blocks_are_the_same_in_both_layouts(make_network, family, index):
+  block = fold_block(make_network(family, 'dynconv').blocks[index])
+  x = jax.nn.relu(make_inputs((2, 9, 7, block.branch.in_features)))
+  size = block.branch.sizes((9, 7))[-1]
+  hard = (np.random.default_rng(1).random((2, *size)) < 0.5).astype('f4')
+  laid_out = cudnn.lay_out(block)
+  assert all(isinstance(c, cudnn.CudnnConv) for c in laid_out.convs)
+  assert_near(run_dense(laid_out, x, hard), run_dense(block, x, hard))
