@@ -1,12 +1,13 @@
 # make train: sets up, trains on the embedded default, shows its figures.
-# make test:  sets up, runs all tests.
+# make test:  sets up, runs the tests; each invariant is shown once.
+# make test-all: with those that take longer than ten seconds each.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 WORKDIR := workdir/spots_dynconv
 
-.PHONY: train test setup
+.PHONY: train test test-all torch setup
 .DEFAULT_GOAL := train
 
 train: setup
@@ -17,10 +18,17 @@ train: setup
 # Two processes share a machine of two cores; a file stays in one of them, so
 # that its tests share what they compile. Files are taken in tests/conftest.py's
 # order.
-test: setup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: setup torch
+	$(PYTEST) -m 'not slow'
+
+test-all: setup torch
+	$(PYTEST)
+
+torch:
 	@$(BIN)/python -c 'import torch' 2> /dev/null || \
 	  echo 'PyTorch is not installed: its tests are skipped ($(BIN)/pip install -e .[torch])'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 setup: $(READY)
 

@@ -282,14 +282,14 @@ class OnnxRuntime(_Peer):
       model = self.networks.model(self.networks.method, mask_granularity)
     feeds = [{'images': batch} for batch in batches]
     if density is not None:
-      masks = masks_of(model, batches[0].shape, density).values()
-      feeds[0] |= {f'mask_{i}': mask[:, None] for i, mask in enumerate(masks)}
+      masks = masks_of(model, batches[0].shape, density)
+      model = force_gates(model, masks)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     # Its threads would go on spinning in the turns of the others.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     exported = export_onnx(
-      model, batches[0].shape[1:3], given_masks=density is not None
+      model, batches[0].shape[1:3], batch_size=len(batches[0])
     )
     session = onnxruntime.InferenceSession(
       exported.SerializeToString(), options

@@ -21,7 +21,7 @@ from absl import app, flags
 from flax import nnx
 
 from dynconv_jax.data.augment import denormalize, normalize
-from dynconv_jax.data.spots import SpotsConfig, draw
+from dynconv_jax.data.spots import Options, draw
 from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.losses import executed_fractions, sparsity_loss
 from dynconv_jax.macs import count_macs
@@ -94,7 +94,7 @@ def _upsample(x):
 
 def load(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns float32[N, 32, 32, 3] images and bool[N, 32, 32] objects."""
-  drawn = [draw(SpotsConfig(), split, i) for i in range(count)]
+  drawn = [draw(Options(), split, i) for i in range(count)]
   images = np.stack([image for image, _, _ in drawn])
   return np.asarray(normalize(images)), np.stack([m for _, m, _ in drawn])
 

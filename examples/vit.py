@@ -19,7 +19,7 @@ from absl import app, flags
 from flax import nnx
 
 from dynconv_jax.data.augment import normalize
-from dynconv_jax.data.spots import CLASS_NAMES, SpotsConfig, draw
+from dynconv_jax.data.spots import CLASS_NAMES, Options, draw
 from dynconv_jax.losses import executed_fractions, sparsity_loss
 from dynconv_jax.macs import count_macs
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
@@ -166,7 +166,7 @@ class ViT(nnx.Module):
 
 def load(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns float32[N, 32, 32, 3] images and int[N] labels."""
-  drawn = [draw(SpotsConfig(), split, i) for i in range(count)]
+  drawn = [draw(Options(), split, i) for i in range(count)]
   images = np.stack([image for image, _, _ in drawn])
   return np.asarray(normalize(images)), np.array([x for _, _, x in drawn])
 

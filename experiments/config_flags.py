@@ -1,36 +1,106 @@
-"""Command-line flags of a training run, one a field of `Config`."""
+"""Command-line flags of a training run, one an option of its configuration."""
 
 from __future__ import annotations
 
-import dataclasses
-import typing
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
+from dynconv_jax.training import config as config_lib
 from dynconv_jax.training.config import Config
 
+# Flags that may name something outside the package, whose options are flags.
+_CHOICES = {'dataset': 'datasets', 'model': 'models', 'method': 'methods'}
 
-def define(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines a flag for every field of `Config`.
+
+def define(
+  flag_values: flags.FlagValues = flags.FLAGS,
+  argv: Sequence[str] | None = None,
+) -> None:
+  """Defines a flag for every option of a run.
+
+  The options of what --dataset, --model and --method name outside the package
+  are flags, too: they are looked up before flags are parsed.
 
   Args:
     flag_values: where to; by default the program's.
+    argv: of the program; by default `sys.argv`.
   """
-  types = typing.get_type_hints(Config)
-  for field in dataclasses.fields(Config):
-    kind, help_text = types[field.name], field.metadata['help']
-    default = field.default
-    if kind is bool:
+  argv = sys.argv if argv is None else argv
+  try:
+    options = config_lib.all_options(**_outside(argv[1:]))
+  except ValueError as error:
+    # Flags are defined before a program's own handling of errors.
+    sys.exit(f'error: {error}')
+  for name, option in options.items():
+    default = option.default
+    if option.kind is bool:
       define_one = flags.DEFINE_bool
-    elif kind is int:
+    elif option.kind is int:
       define_one = flags.DEFINE_integer
-    elif kind in (float, float | None):
+    elif option.kind in (float, float | None):
       define_one = flags.DEFINE_float
-    elif kind is str:
+    elif option.kind is str:
       define_one = flags.DEFINE_string
     else:
-      define_one, default = flags.DEFINE_list, [str(v) for v in default]
-    define_one(field.name, default, help_text, flag_values=flag_values)
+      define_one = flags.DEFINE_list
+      default = None if default is None else [str(v) for v in default]
+    define_one(name, default, option.help, flag_values=flag_values)
+
+
+def define_places(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Defines the flags that say where data lies; by default as in training.
+
+  Args:
+    flag_values: where to; by default the program's.
+
+  Returns:
+    Their names.
+  """
+  config_types = (
+    config_lib.DataConfig,
+    *(config_lib.DataConfig.options_type(n) for n in config_lib.DATASETS),
+  )
+  names = [
+    name
+    for kind in config_types
+    for name, option in config_lib.options_lib.options_of(kind).items()
+    if option.operational and option.kind is str
+  ]
+  for name in names:
+    flags.DEFINE_string(
+      name,
+      None,
+      f'{name} instead of the one in training.',
+      flag_values=flag_values,
+    )
+  return names
+
+
+def values(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+  """Returns the values of all options that the flags give, by name.
+
+  Args:
+    flag_values: parsed; by default the program's.
+
+  Raises:
+    ValueError: an entry of a list of numbers is not one.
+  """
+  found = {}
+  references = {
+    plural: [flag_values[name].value]
+    for name, plural in _CHOICES.items()
+    if ':' in flag_values[name].value
+  }
+  for name, option in config_lib.all_options(**references).items():
+    value = flag_values[name].value
+    if isinstance(value, list):
+      value = option.parse(','.join(value))
+    if value is not None:
+      found[name] = value
+  return found
 
 
 def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
@@ -40,22 +110,33 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     flag_values: parsed; by default the program's.
 
   Raises:
-    ValueError: an entry of a list of numbers is not one.
+    ValueError: as `values`.
   """
-  types = typing.get_type_hints(Config)
-  values = {}
-  for field in dataclasses.fields(Config):
-    value = flag_values[field.name].value
-    if types[field.name] == tuple[str, ...]:
-      value = tuple(value)
-    elif types[field.name] in (tuple[float, ...], tuple[int, ...]):
-      kind, _ = typing.get_args(types[field.name])
-      try:
-        value = tuple(kind(v) for v in value)
-      except ValueError:
-        numbers = 'integers' if kind is int else 'numbers'
-        raise ValueError(
-          f'{field.name} must be {numbers}, with commas between; got {value}'
-        ) from None
-    values[field.name] = value
-  return Config(**values)
+  return Config.make(**values(flag_values))
+
+
+def _outside(arguments: Sequence[str]) -> dict[str, list[str]]:
+  """Returns what arguments name by package.module:NAME, by kind."""
+  try:
+    arguments = flags.FLAGS.read_flags_from_files(
+      list(arguments), force_gnu=False
+    )
+  except flags.Error:  # Parsing reports it.
+    return {}
+  found = {}
+  for argument, after in zip(arguments, [*arguments[1:], ''], strict=False):
+    name, equals, value = argument.lstrip('-').partition('=')
+    if argument.startswith('-') and name in _CHOICES:
+      value = value if equals else after
+      # A grid of a sweep may name several.
+      found[name] = value
+    elif name == 'grid' and equals:
+      name, _, values_ = value.partition('=')
+      if name in _CHOICES:
+        found[f'{name}s'] = values_
+  references = {}
+  for name, text in found.items():
+    plural = _CHOICES.get(name, name)
+    references.setdefault(plural, [])
+    references[plural] += [v for v in text.split(',') if ':' in v]
+  return references

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,15 +29,17 @@ from absl import flags
 from flax import nnx
 
 from dynconv_jax.data.augment import denormalize
+from dynconv_jax.files import write_atomic
 from dynconv_jax.macs import count_macs
+from dynconv_jax.methods.method import METHODS, load_method
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
 from dynconv_jax.sparse import SparseExecutor
-from dynconv_jax.training import inputs
+from dynconv_jax.training import inputs, workdir
+from dynconv_jax.training.config import DataConfig, MethodConfig, read_part
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
-from dynconv_jax.training.workdir import Run, load_run, read_config
-from experiments import program
+from experiments import config_flags, program
 from experiments.results_table import check_table, write_result
 
 _WORKDIR = flags.DEFINE_string(
@@ -78,13 +79,8 @@ _RESULTS = flags.DEFINE_string(
 _RECIPE = flags.DEFINE_string(
   'recipe', '', "What the row's column `recipe` says, to tell curves apart."
 )
-# Methods whose gates can sample in evaluation.
-_SAMPLING = ('dynconv', 'convnet_aig')
 # Where the data lies now, if not where it lay in training.
-_PLACES = [
-  flags.DEFINE_string(name, None, f'{name} instead of the one in training.')
-  for name in ('data_dir', 'food101_dir', 'cifar10_dir', 'image_folder_dir')
-]
+_PLACES = config_flags.define_places()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -92,34 +88,44 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
-  places = {flag.name: flag.value for flag in _PLACES if flag.value is not None}
-  config = dataclasses.replace(read_config(folder), **places)
-  if _STOCHASTIC.value and config.method not in _SAMPLING:
+  texts = workdir.read_texts(folder)
+  given = {name: flags.FLAGS[name].value for name in _PLACES}
+  texts |= {name: value for name, value in given.items() if value is not None}
+  data = read_part(DataConfig, texts)
+  config = workdir.read_part(folder, MethodConfig)
+  method = config.record
+  if _STOCHASTIC.value and not method.samples:
+    sampling = [name for name in METHODS if load_method(name).samples]
     raise ValueError(
       '--stochastic_gates needs gates that sample, those of '
-      f'{" or ".join(_SAMPLING)}; the run is of {config.method}'
+      f'{" or ".join(sampling)}; the run is of {method.name}'
     )
   if _EXECUTION.value != 'dense' and _STOCHASTIC.value:
     raise ValueError(
       f'--execution={_EXECUTION.value} takes the decisions of evaluation, not '
       'those of --stochastic_gates'
     )
-  if _EXECUTION.value != 'dense' and config.method == 'dense':
+  if _EXECUTION.value != 'dense' and not method.gated:
     raise ValueError(
       f'--execution={_EXECUTION.value} needs a gated network; the run is dense'
     )
-  source = inputs.open_split(config, _SPLIT.value)
+  source = inputs.open_split(data, _SPLIT.value)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
     check_table(results)
-  run = load_run(folder, best=_CHECKPOINT.value == 'best')
+  run = workdir.load_run(folder, best=_CHECKPOINT.value == 'best')
   if source.class_names != run.class_names:
     raise ValueError(
       f'the data has the classes {", ".join(source.class_names)}; the run was '
       f'trained on {", ".join(run.class_names)}'
     )
-  batches = inputs.eval_batches(config, source)
-  size = config.image_size
+  size = run.image_size
+  batches = inputs.eval_batches(
+    data,
+    source,
+    image_size=size,
+    batch_size=int(texts.get('eval_batch_size', 250)),
+  )
   report = count_macs(
     run.model,
     jax.ShapeDtypeStruct((1, size, size, 3), np.float32),
@@ -128,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
   view = nnx.view(run.model, deterministic=not _STOCHASTIC.value)
   graphdef, params, model_state = split_model(view)
   predict = make_predict(graphdef)
-  root, number = jax.random.key(config.seed), itertools.count()
+  root, number = jax.random.key(int(texts.get('seed', 0))), itertools.count()
 
   def network(images):
     key = None
@@ -155,9 +161,10 @@ def main(argv: Sequence[str]) -> None:
     'gmacs_dense': report.total / 1e9,
     'convention': _CONVENTION.value,
   }
-  if config.target is not None:
-    summary['budget'] = config.target
-  if config.method in _SAMPLING:
+  target = config.target()
+  if target is not None:
+    summary['budget'] = target
+  if method.samples:
     summary['stochastic_gates'] = _STOCHASTIC.value
   if not dense:
     summary['execution'] = _EXECUTION.value
@@ -169,20 +176,22 @@ def main(argv: Sequence[str]) -> None:
   if _STOCHASTIC.value:
     name += '_stochastic'
   written = folder / f'evaluation_{name}.json'
-  partial = written.with_suffix('.partial')
-  partial.write_text(json.dumps(summary, indent=2) + '\n')
-  os.replace(partial, written)
+  write_atomic(written, json.dumps(summary, indent=2) + '\n')
   figures = []
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')
     plot_block_density(
-      result.block_names, result.densities.T, figures[-1], config.target
+      result.block_names,
+      result.densities.T,
+      figures[-1],
+      target,
+      stages=result.stages,
     )
     if examples := _spread(source, batches.skipped):
       figures.append(folder / f'ponder_maps_{name}.png')
-      _draw_maps(run, network, examples, report, figures[-1])
+      _draw_maps(run, data, network, examples, report, figures[-1])
   if _RESULTS.value:
-    write_result(results, _result_row(folder, config, summary))
+    write_result(results, _result_row(folder, texts, summary))
   for key, value in summary.items():
     if not isinstance(value, Mapping):
       print(
@@ -203,11 +212,16 @@ def _spread(source, skipped: Sequence[str]) -> list[dict[str, Any]]:
   return [e for e in examples if e['name'] not in skipped]
 
 
-def _draw_maps(run: Run, network, examples, report, path: pathlib.Path) -> None:
-  config = dataclasses.replace(
-    run.config, cache='none', num_workers=0, eval_batch_size=len(examples)
+def _draw_maps(
+  run: workdir.Run, data, network, examples, report, path: pathlib.Path
+) -> None:
+  batches = inputs.eval_batches(
+    dataclasses.replace(data, cache='none', num_workers=0),
+    examples,
+    image_size=run.image_size,
+    batch_size=len(examples),
   )
-  batch = next(iter(inputs.eval_batches(config, examples)))
+  batch = next(iter(batches))
   logits, masks = network(batch['image'])
   predicted = np.argmax(logits, -1)
   titles = [
@@ -228,13 +242,13 @@ def _title(label: str, guess: str) -> str:
   return label if label == guess else f'{label}\n(not {guess})'
 
 
-def _result_row(folder, config, summary) -> dict[str, Any]:
-  row = {'run': folder.name, 'model': config.model, 'method': config.method}
+def _result_row(folder, texts, summary) -> dict[str, Any]:
+  row = {'run': folder.name, 'model': texts['model'], 'method': texts['method']}
   row['budget'] = summary.get('budget', '')
   if _RECIPE.value:
     row['recipe'] = _RECIPE.value
   for name in ('width_multiplier', 'image_size', 'epochs', 'seed'):
-    row[name] = getattr(config, name)
+    row[name] = texts.get(name, '')
   kept = (
     'split',
     'num_examples',

@@ -3,10 +3,10 @@
 python -m experiments.export_onnx --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.onnx [--form=dense]
 
-Dense, DynConv and ConvNet-AIG networks. The model's input 'images' is
-float32[N, H, W, 3], of any N, normalised by the mean and deviation in its
-metadata, which names the classes too. Its outputs are 'logits' and, of a gated
-network, 'density', the share of active positions of each image and block.
+Networks of every method. The model's input 'images' is float32[N, H, W, 3], of
+any N, normalized by the mean and deviation in its metadata, which names the
+classes too. Its outputs are 'logits' and, for a gated network, 'density', the
+share of active positions of each image and block.
 """
 
 from __future__ import annotations
@@ -14,15 +14,21 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
-import onnx
 from absl import flags
 
 from dynconv_jax.data.augment import MEAN, STD
-from dynconv_jax.sparse.onnx import FORMS, export_onnx
 from dynconv_jax.training.workdir import load_run
 from experiments import program
+
+try:
+  import onnx
+
+  from dynconv_jax.sparse.onnx import FORMS, export_onnx
+except ImportError as error:
+  sys.exit(f"error: {error}: pip install 'dynconv-jax[onnx]' installs it")
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -49,14 +55,14 @@ def main(argv: Sequence[str]) -> None:
   if output.suffix != '.onnx':
     raise ValueError(f'output must end in .onnx; got {output}')
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
-  config = run.config
+  network = run.network
   model = export_onnx(
-    run.model, (config.image_size, config.image_size), form=_FORM.value
+    run.model, (run.image_size, run.image_size), form=_FORM.value
   )
   metadata = {
-    'model': config.model,
-    'method': config.method,
-    'width_multiplier': str(config.width_multiplier),
+    'model': network.model.model,
+    'method': network.method.method,
+    'width_multiplier': str(network.model.width_multiplier),
     'step': str(run.step),
     'class_names': json.dumps(run.class_names),
     'mean': json.dumps(MEAN),

@@ -3,8 +3,8 @@
 python -m experiments.export_weights --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.safetensors
 
-The names are those of torchvision's ResNets, of DynConv's or of ConvNet-AIG's
-public checkpoints; the file's header says what network it is.
+The names are torchvision's, or those of the public checkpoints of the method;
+the file's header says what network it is.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> None:
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   output = pathlib.Path(_OUTPUT.value).expanduser()
   metadata = {
-    'model': run.config.model,
-    'method': run.config.method,
-    'width_multiplier': str(run.config.width_multiplier),
+    'model': run.network.model.model,
+    'method': run.network.method.method,
+    'width_multiplier': str(run.network.model.width_multiplier),
     'step': str(run.step),
     'class_names': json.dumps(run.class_names),
   }

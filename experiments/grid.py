@@ -6,43 +6,16 @@ import dataclasses
 import itertools
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from dynconv_jax.training.config import Config, parse_value
+from dynconv_jax.methods.method import METHODS, load_method
+from dynconv_jax.options import options_of, to_text
+from dynconv_jax.training.config import Config, all_options
 
-# Fields that matter to these methods only; all others matter to every one.
-METHODS_OF = {
-  'budget': ('dynconv', 'convnet_aig'),
-  'budget_warmup': ('dynconv', 'skipnet'),
-  'gumbel_milestones': ('dynconv', 'convnet_aig'),
-  'gumbel_noise_until': ('dynconv', 'convnet_aig'),
-  'gumbel_temperatures': ('dynconv', 'convnet_aig'),
-  'mask_bias': ('dynconv', 'skipnet'),
-  'mask_granularity': ('dynconv',),
-  'mask_kernel_size': ('dynconv',),
-  'ponder_weight': ('sact', 'act'),
-  'reinforce_weight': ('skipnet',),
-  'skip_gate': ('skipnet',),
-  'skip_temperature': ('skipnet',),
-  'skip_training': ('skipnet',),
-  'skip_weight': ('skipnet',),
-  'sparsity_weight': ('dynconv',),
-  'target_rate_weight': ('convnet_aig',),
-  'target_rates': ('convnet_aig',),
-}
-# What a figure shows by itself; other flags that vary are told apart by the
-# recipe of a run.
-_KNOBS = ('budget', 'skip_weight', 'ponder_weight')
-_SHOWN = (*_KNOBS, 'method', 'model', 'width_multiplier', 'seed')
-_KINDS = {
-  int: 'an integer',
-  float: 'a number',
-  float | None: 'a number or empty',
-  bool: 'true or false',
-  tuple[float, ...]: 'numbers with commas between',
-  tuple[int, ...]: 'integers with commas between',
-}
+# What a figure shows by itself, beside what a method's curve moves along; other
+# flags that vary are told apart by the recipe of a run.
+_SHOWN = ('method', 'model', 'width_multiplier', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +23,7 @@ class Axis:
   """The values of one flag.
 
   Attributes:
-    name: of a field of Config.
+    name: of an option of a run.
     values: of its type.
     method: the only method that they are for, or '' for all.
   """
@@ -84,22 +57,25 @@ class Run:
 
 
 def matters(name: str, method: str) -> bool:
-  """Returns whether a field of Config changes a run of a method.
+  """Returns whether an option of a run changes a run of a method.
 
   Args:
-    name: of the field.
-    method: a key of METHODS.
+    name: of the option.
+    method: its name.
   """
-  return method in METHODS_OF.get(name, (method,))
+  others = (options_of(load_method(m).options) for m in METHODS)
+  if not any(name in options for options in others):
+    return True
+  return name in options_of(load_method(method).options)
 
 
-def make_runs(base: Config, grids: Sequence[str]) -> list[Run]:
+def make_runs(base: Mapping[str, Any], grids: Sequence[str]) -> list[Run]:
   """Returns the runs of a product of grids, seed by seed.
 
   A flag that does not matter to a method does not multiply its runs.
 
   Args:
-    base: gives the flags that are in no grid.
+    base: the values of the flags that are in no grid, by name.
     grids: each 'NAME=VALUE,VALUE' or, for one method alone and in place of the
       grid for all, 'METHOD:NAME=VALUE,VALUE'. Values of a flag that is a list
       are separated by semicolons.
@@ -109,22 +85,28 @@ def make_runs(base: Config, grids: Sequence[str]) -> list[Run]:
       every error.
   """
   axes, errors = [], []
+  options = _options(base, grids)
   for text in grids:
     try:
-      axis = _parse(text)
+      axis = _parse(text, options)
       if any((a.name, a.method) == (axis.name, axis.method) for a in axes):
         raise ValueError(f'--grid={text}: there is another grid of this flag')
       axes.append(axis)
     except ValueError as error:
       errors.append(str(error))
-  methods = next((a.values for a in axes if a.name == 'method'), (base.method,))
+  methods = next((a.values for a in axes if a.name == 'method'), None)
+  methods = methods or (Config.make(**base).method.method,)
   for axis in axes:
     if axis.method and axis.method not in methods:
       errors.append(
         f'{axis.method}:{axis.name}: the sweep has no runs of {axis.method!r}, '
         f'only of {", ".join(methods)}'
       )
-    elif axis.method and not matters(axis.name, axis.method):
+    elif (
+      axis.method
+      and _known(axis.method)
+      and not matters(axis.name, axis.method)
+    ):
       errors.append(f'{axis.name} does not matter to {axis.method}')
   runs = {}
   for method in methods:
@@ -134,11 +116,30 @@ def make_runs(base: Config, grids: Sequence[str]) -> list[Run]:
   errors += _invalid(runs)
   if errors:
     raise ValueError('; '.join(errors))
-  seeds = list(dict.fromkeys(run.config.seed for run in runs))
-  return sorted(runs, key=lambda run: seeds.index(run.config.seed))
+  seeds = list(dict.fromkeys(run.config.run.seed for run in runs))
+  return sorted(runs, key=lambda run: seeds.index(run.config.run.seed))
 
 
-def _parse(text: str) -> Axis:
+def _options(base: Mapping[str, Any], grids: Sequence[str]):
+  """Returns the options of all runs by name."""
+  named = {'dataset': [], 'model': [], 'method': []}
+  for name, found in named.items():
+    for text in [f'{name}={base.get(name, "")}', *grids]:
+      left, _, values = text.partition('=')
+      if left.strip().rpartition(':')[2] == name:
+        found += [v.strip() for v in values.split(',') if ':' in v]
+  return all_options(**{f'{name}s': found for name, found in named.items()})
+
+
+def _known(method: str) -> bool:
+  try:
+    load_method(method)
+  except ValueError:
+    return False
+  return True
+
+
+def _parse(text: str, options: Mapping[str, Any]) -> Axis:
   """Returns the axis of a grid; raises ValueError naming what is wrong."""
   left, equals, right = text.partition('=')
   method, colon, name = left.strip().rpartition(':')
@@ -146,55 +147,63 @@ def _parse(text: str) -> Axis:
     raise ValueError(
       f'--grid={text}: must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE'
     )
-  types = typing.get_type_hints(Config)
-  if name not in types:
+  if name not in options:
     raise ValueError(f'--grid={text}: {name!r} is no flag of a training run')
-  fields = {field.name: field for field in dataclasses.fields(Config)}
-  if fields[name].metadata['operational']:
+  option = options[name]
+  if option.operational:
     raise ValueError(f'--grid={text}: {name} changes nothing about a run')
   if name == 'method' and method:
     raise ValueError(f'--grid={text}: method cannot be for one method alone')
-  kind = types[name]
+  is_list = typing.get_origin(option.kind) is tuple
   values = []
-  for cell in right.split(';' if typing.get_origin(kind) is tuple else ','):
+  for cell in right.split(';' if is_list else ','):
     try:
-      values.append(parse_value(kind, cell.strip()))
-    except (KeyError, ValueError):
-      raise ValueError(
-        f'--grid={text}: {cell.strip()!r} is not {_KINDS[kind]}'
-      ) from None
+      values.append(option.parse(cell))
+    except ValueError as error:
+      raise ValueError(f'--grid={text}: {error}') from None
   return Axis(name, tuple(dict.fromkeys(values)), method)
 
 
-def _product(base: Config, axes: Sequence[Axis], method: str) -> Iterator[Run]:
+def _product(
+  base: Mapping[str, Any], axes: Sequence[Axis], method: str
+) -> Iterator[Run]:
   """Yields the runs of one method."""
   own = {axis.name for axis in axes if axis.method == method}
   used = [
     axis
     for axis in axes
     if axis.method == method
-    or (not axis.method and axis.name not in own and matters(axis.name, method))
+    or (
+      not axis.method
+      and axis.name not in own
+      and (not _known(method) or matters(axis.name, method))
+    )
   ]
   varied = [axis.name for axis in used if len(axis.values) > 1]
-  shown = set(_SHOWN)
-  if not set(varied) & set(_KNOBS):
+  knobs = {load_method(m).knob for m in {*METHODS, method} if _known(m)}
+  shown = {*_SHOWN, *knobs}
+  if not set(varied) & knobs:
     shown.add('image_size')  # What a curve moves along, if nothing else does.
   options = [
     (method,) if axis.name == 'method' else axis.values for axis in used
   ]
   for values in itertools.product(*options):
     chosen = dict(zip((axis.name for axis in used), values, strict=True))
-    config = dataclasses.replace(base, **chosen)
+    config = Config.make(**{**base, 'method': method, **chosen})
+    flat = config.flat()
+    # An option of another network or data set changes nothing here.
     labels = [
-      _label(axis.name, chosen[axis.name]) for axis in used if axis.named
+      _label(axis.name, chosen[axis.name])
+      for axis in used
+      if axis.named and axis.name in flat
     ]
     recipe = [
       f'{name} {_short(chosen[name]) or "none"}'
       for name in varied
-      if name not in shown
+      if name not in shown and name in flat
     ]
     settings = {
-      name: _text(getattr(config, name)) if matters(name, method) else ''
+      name: _text(flat.get(name))
       for name in dict.fromkeys(axis.name for axis in axes)
     }
     name = '_'.join(labels) or method
@@ -203,11 +212,8 @@ def _product(base: Config, axes: Sequence[Axis], method: str) -> Iterator[Run]:
 
 def _text(value: Any) -> str:
   """Returns a value as in a flag, whole numbers without a point."""
-  if isinstance(value, tuple):
-    return ','.join(map(_text, value))
-  if isinstance(value, bool):
-    return str(value).lower()
-  return '' if value is None else str(value).removesuffix('.0')
+  parts = value if isinstance(value, tuple) else (value,)
+  return ','.join(to_text(part).removesuffix('.0') for part in parts)
 
 
 def _short(value: Any) -> str:

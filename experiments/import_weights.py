@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   config = config_flags.read()
   config.check()
-  if config.init_from or config.pretrained:
+  if config.optimization.init_from or config.optimization.pretrained:
     raise ValueError(
       'the weights come from --from_torch alone; leave out --init_from and '
       '--pretrained'
@@ -67,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
   interop.load_torch_state_dict(model, state_dict)
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   write_network(folder, config, model, class_names, _FROM_TORCH.value)
-  print(f'{config.model} {config.method}, {num_classes} classes: {folder}')
+  model, method = config.model.model, config.method.method
+  print(f'{model} {method}, {num_classes} classes: {folder}')
 
 
 def _class_names(config: Config, num_classes: int) -> tuple[str, ...]:
@@ -76,8 +77,8 @@ def _class_names(config: Config, num_classes: int) -> tuple[str, ...]:
     text = pathlib.Path(source).expanduser().read_text()
     names = tuple(filter(None, map(str.strip, text.splitlines())))
   elif flags.FLAGS['dataset'].present:
-    source = config.dataset
-    names = inputs.open_split(config, 'train').class_names
+    source = config.data.dataset
+    names = inputs.open_split(config.data, 'train').class_names
   else:
     return tuple(map(str, range(num_classes)))
   if len(names) != num_classes:

@@ -28,7 +28,6 @@ from dynconv_jax.data.decode import (
 )
 from dynconv_jax.macs import count_macs
 from dynconv_jax.plotting.ponder import ponder_cost_map, save_overlay
-from dynconv_jax.training import inputs
 from dynconv_jax.training.evaluation import make_predict
 from dynconv_jax.training.state import split as split_model
 from dynconv_jax.training.workdir import load_run
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
   output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser()
   output_dir.mkdir(parents=True, exist_ok=True)
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
-  size, ratio = run.config.image_size, inputs.resize_ratio(run.config)
+  size, ratio = run.image_size, run.resize_ratio
   report = count_macs(
     run.model,
     jax.ShapeDtypeStruct((1, size, size, 3), np.float32),

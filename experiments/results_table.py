@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from dynconv_jax.files import write_atomic
 from dynconv_jax.plotting.results import read_results
 
 
@@ -46,16 +48,11 @@ def write_result(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
   new |= {name: str(value) for name, value in row.items()}
   rows = [old for old in rows if _key(old) != key] + [new]
   rows.sort(key=_key)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.partial')
-  try:
-    with partial.open('w', newline='', encoding='utf-8') as file:
-      writer = csv.DictWriter(file, columns, restval='', lineterminator='\n')
-      writer.writeheader()
-      writer.writerows(rows)
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
+  text = io.StringIO(newline='')
+  writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+  writer.writeheader()
+  writer.writerows(rows)
+  write_atomic(path, text.getvalue())
 
 
 def _read(path: pathlib.Path) -> list[dict[str, str]]:

@@ -68,7 +68,6 @@ python -m experiments.sweep --cifar10_dir=DIR \
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -80,11 +79,12 @@ from typing import Any
 
 from absl import flags, logging
 
+from dynconv_jax.files import write_atomic
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
 from dynconv_jax.training import inputs
 from dynconv_jax.training import workdir as workdir_lib
-from dynconv_jax.training.config import Config
+from dynconv_jax.training.config import operational_options, to_flags
 from experiments import config_flags, processes, program
 from experiments.grid import Run, make_runs
 from experiments.results_table import check_table, write_result
@@ -125,11 +125,6 @@ _TABLE = 'results.csv'
 _TRAINED = 'trained.json'
 _SPLIT = 'test'
 _DENSE_TIMES = ('dense_ms', 'native_dense_ms')
-_PLACES = {
-  field.name
-  for field in dataclasses.fields(Config)
-  if field.metadata['operational']
-}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -178,7 +173,7 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
       f'results must be a folder, in which {_TABLE} is written; got {results}'
     )
   try:
-    runs = make_runs(config_flags.read(), _GRID.value)
+    runs = make_runs(config_flags.values(), _GRID.value)
   except ValueError as error:
     errors.append(str(error))
   for run in runs:
@@ -204,7 +199,8 @@ def _train(
   places = {_place(root / run.name): run.name for run in runs}
   jobs = {}
   for run in left:
-    sources = (run.config.init_from, run.config.distill_from)
+    start = run.config.optimization
+    sources = (start.init_from, start.distill_from)
     needs = {places.get(_place(source)) for source in sources if source}
     jobs[run.name] = processes.Job(
       _commands(run, root / run.name, table),
@@ -217,8 +213,9 @@ def _train(
   )
   if _PARALLEL.value > 1:
     # Processes that prepare the same dataset at once get in each other's way.
-    for config in {run.config.dataset: run.config for run in left}.values():
-      inputs.open_splits(config)
+    parts = [run.config.data for run in left]
+    for data in {part.dataset: part for part in parts}.values():
+      inputs.open_splits(data)
   configs = {root / run.name: run.config for run in left}
   with Progress('trained', configs, len(runs) - len(left)) as progress:
     ended = processes.run_jobs(
@@ -241,7 +238,7 @@ def _commands(
     flagfile = folder / 'sweep.flags'
     flagfile.write_text(run.config.to_flags())
     yield _command('train', flagfile=flagfile, workdir=folder)
-    _write(marker, json.dumps({'commit': _commit()}) + '\n')
+    write_atomic(marker, json.dumps({'commit': _commit()}) + '\n')
   # A table of its own: only this process writes the common one.
   own = folder / _TABLE
   yield _command(
@@ -257,9 +254,9 @@ def _commands(
   row['training_seconds'] = _training_seconds(folder)
   row |= json.loads(marker.read_text())
   # What makes the run again, without the places of one machine.
-  lines = run.config.to_flags().splitlines(keepends=True)
-  kept = [line for line in lines if line.split('=')[0][2:] not in _PLACES]
-  _write(table.parent / 'flags' / f'{run.name}.flags', ''.join(kept))
+  places = operational_options(run.config)
+  kept = {k: v for k, v in run.config.flat().items() if k not in places}
+  write_atomic(table.parent / 'flags' / f'{run.name}.flags', to_flags(kept))
   write_result(table, row)
 
 
@@ -308,7 +305,7 @@ def _latency_commands(
   sparse = measured.get('sparse_ms')
   # The faster form: gated networks are executed by the same kernels.
   dense = min(measured[k] for k in _DENSE_TIMES if k in measured)
-  own = dense if run.config.method == 'dense' else sparse
+  own = sparse if run.config.method.record.gated else dense
   row = {
     'run': run.name,
     'split': _SPLIT,
@@ -337,14 +334,6 @@ def _training_seconds(folder: pathlib.Path) -> int | str:
   rows = workdir_lib.read_metrics(folder)
   seconds = [row['seconds'] for row in rows if 'seconds' in row]
   return round(seconds[-1]) if seconds else ''
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.partial')
-  partial.write_text(text)
-  os.replace(partial, path)
 
 
 def _commit() -> str:

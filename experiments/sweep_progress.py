@@ -103,8 +103,8 @@ class Progress:
         names.append(name)
         continue
       epochs = self._epochs(name)
-      names.append(f'{name} (epoch {epochs}/{config.epochs})')
-      left[name] = min(left[name], 1 - epochs / config.epochs)
+      names.append(f'{name} (epoch {epochs}/{config.optimization.epochs})')
+      left[name] = min(left[name], 1 - epochs / config.optimization.epochs)
     if names:
       parts.append(f'at work: {", ".join(names)}')
     done = whole - sum(left.values())
@@ -115,7 +115,7 @@ class Progress:
   def _left(self, name: str) -> float:
     """Returns the share of a run that was not done before this start."""
     _, config = self._runs[name]
-    return 1 - self._first[name] / config.epochs if config else 1.0
+    return 1 - self._first[name] / config.optimization.epochs if config else 1.0
 
   def _epochs(self, name: str) -> int:
     """Returns how many epochs of a run are done."""

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   config = config_flags.read()
-  program.share_cpu(_CPU_DEVICES.value, config.batch_size)
+  program.share_cpu(_CPU_DEVICES.value, config.optimization.batch_size)
   program.keep_memory()
   try:
     summary = loop.train(config, folder)
@@ -52,15 +52,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _line(summary, config) -> str:
-  parts = [f'{config.model} {config.method}, step {summary["step"]}']
+  model, method = config.model.model, config.method.method
+  parts = [f'{model} {method}, step {summary["step"]}']
   for split in ('train', 'validation'):
     if split in summary:
       parts.append(f'{split} accuracy {summary[split]["accuracy"]:.4f}')
   last = summary.get('validation', summary['train'])
   if 'executed_fraction' in last:
     text = f'executed fraction {last["executed_fraction"]:.3f}'
-    if config.target is not None:
-      text += f' (budget {config.target:g})'
+    target = config.method.target()
+    if target is not None:
+      text += f' (budget {target:g})'
     parts.append(text)
   if summary['skipped']:
     parts.append(f'{summary["skipped"]} corrupt images skipped')

@@ -1,6 +1,7 @@
 """Weights in and out of PyTorch, by the names of published checkpoints."""
 
 from dynconv_jax.interop.files import read_state_dict, write_safetensors
+from dynconv_jax.interop.mobilenet import check_source
 from dynconv_jax.interop.pretrained import check_pretrained, find_pretrained
 from dynconv_jax.interop.state_dict import (
   load_pretrained,
@@ -11,6 +12,7 @@ from dynconv_jax.interop.state_dict import (
 
 __all__ = [
   'check_pretrained',
+  'check_source',
   'find_pretrained',
   'load_pretrained',
   'load_torch_state_dict',

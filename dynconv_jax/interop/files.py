@@ -18,7 +18,7 @@ extras.require('train', 'safetensors')
 import safetensors  # noqa: E402
 import safetensors.numpy  # noqa: E402
 
-from dynconv_jax.files import replacing
+from dynconv_jax.files import replacing  # noqa: E402
 
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.pth.tar')
 

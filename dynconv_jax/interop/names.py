@@ -16,7 +16,7 @@ from flax import nnx
 
 from dynconv_jax.models.gated import GatedBlock, gated_blocks
 
-HEADS = ('fc', 'linear', 'classifier')
+HEADS = ('fc', 'linear', 'classifier', 'classifier.1', '_fc')
 
 # How a naming calls the modules that it calls otherwise than torchvision;
 # None: leaves out.

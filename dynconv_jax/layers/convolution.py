@@ -42,8 +42,11 @@ def conv(
     feature_group_count=groups,
     use_bias=False,
     dtype=dtype,
-    # He et al., ICCV 2015; torchvision's ResNets use mode fan_out.
-    kernel_init=nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),
+    # He et al., ICCV 2015; torchvision's ResNets use mode fan_out. Of a group's
+    # outputs, as in TensorFlow and timm: depthwise ones would vanish otherwise.
+    kernel_init=nnx.initializers.variance_scaling(
+      2.0 * groups, 'fan_out', 'normal'
+    ),
     conv_general_dilated=conv_general_dilated,
     rngs=rngs,
   )

@@ -19,14 +19,16 @@ ACTIVATIONS = {
 class BatchNorm(nnx.BatchNorm):
   """Batch normalization in PyTorch's convention, and an activation.
 
-  Running statistics move by 0.1 a step and hold the unbiased variance; the
-  statistics and the normalization are float32 whatever the compute dtype,
-  which the result has.
+  Running statistics hold the unbiased variance. The statistics and the
+  normalization are float32 whatever the compute dtype, which the result has.
 
   Args:
     num_features: channels.
     activation: a key of ACTIVATIONS, applied to the result.
     scale_init: initializer of the scale.
+    epsilon: is added to the variance.
+    momentum: share of the running statistics that a step keeps, 1 less
+      PyTorch's.
     rngs: stream `params`.
   """
 
@@ -36,13 +38,15 @@ class BatchNorm(nnx.BatchNorm):
     *,
     activation: str | None = None,
     scale_init=nnx.initializers.ones_init(),  # noqa: B008 (a pure function)
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
     rngs: nnx.Rngs,
   ):
     super().__init__(
       num_features,
       use_running_average=False,
-      momentum=0.9,
-      epsilon=1e-5,
+      momentum=momentum,
+      epsilon=epsilon,
       scale_init=scale_init,
       rngs=rngs,
     )

@@ -1,313 +1,202 @@
-"""The work of ONNX's operators."""
+"""What ONNX's operators are: their work, and which of them cost nothing."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import types
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import onnx
+import numpy as np
 
-from dynconv_jax.macs import formulas, recurrent
+from dynconv_jax.macs import (
+  conventions,
+  formulas,
+  onnx_formulas,
+  onnx_products,
+)
 
 Shape = tuple[int, ...]
 
 
-def work(
-  op_type: str,
-  attributes: dict[str, Any],
-  inputs: Sequence[Shape | None],
-  output: Shape,
-  constants: Sequence[Any],
-) -> formulas.Work | None:
-  """Returns what an operator does; None if that is not known.
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """What is known of an input or output.
+
+  Attributes:
+    shape: None if it is not known.
+    dtype: NumPy's; None if it is not known, or no tensor.
+    value: of a small tensor that does not depend on what the model is given.
+  """
+
+  shape: Shape | None
+  dtype: np.dtype | None = None
+  value: np.ndarray | None = None
+
+  @property
+  def size(self) -> int:
+    """Its number of elements."""
+    return math.prod(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """A node, as formulas see it.
+
+  Attributes:
+    name: the operator; 'domain::OpType' unless it is ONNX's own.
+    version: of the operator set of its domain.
+    inputs: None for those that are left out.
+    outputs: None for those that are left out.
+    params: attributes by name, with the defaults of that version. Text is
+      bytes.
+  """
+
+  name: str
+  version: int
+  inputs: Sequence[Tensor | None]
+  outputs: Sequence[Tensor | None]
+  params: dict[str, Any]
+
+
+Formula = Callable[[Operation], formulas.Work]
+_REGISTERED: dict[str, tuple[Formula, Callable | None]] = {}
+
+
+def register_onnx(
+  name: str, outputs: Callable[[Operation], Sequence[Shape]] | None = None
+) -> Callable[[Formula], Formula]:
+  """Returns a decorator that makes a function the formula of an operator.
+
+  The function takes an `Operation` and returns a `macs.Work`. It goes before
+  ours, and also serves an operator whose outputs have no known shape.
 
   Args:
-    op_type: the operator, of the domain ai.onnx.
-    attributes: by name.
-    inputs: shapes of the inputs, None for those left out.
-    output: shape of the first output.
-    constants: values of the inputs, where known.
+    name: 'domain::OpType', or 'OpType' alone for ONNX's own.
+    outputs: a function from the `Operation`, whose `outputs` are then empty, to
+      the shapes of its outputs, for an operator that ONNX does not know in a
+      model that does not note them. They have the dtype of the first input.
+
+  Raises:
+    ValueError: if that is no name of an operator.
   """
-  elements = math.prod(output)
-  node = types.SimpleNamespace(
-    op_type=op_type,
-    inputs=inputs,
-    output=output,
-    elements=elements,
-    attributes=attributes,
-    constants=constants,
-  )
-  if op_type in _FORMULAS:
-    return _FORMULAS[op_type](node)
-  if op_type in _ACTIVATIONS:
-    steps, charge = _ACTIVATIONS[op_type]
-    return dataclasses.replace(
-      formulas.activation(elements, steps), ptflops=charge * elements
-    )
-  if op_type in _ELEMENTWISE:
-    return formulas.elementwise(elements * _ELEMENTWISE[op_type])
-  if op_type in ('Sum', 'Min', 'Max', 'Mean'):
-    divisions = op_type == 'Mean'
-    return formulas.elementwise(elements * (len(inputs) - 1 + divisions))
-  if op_type.startswith(('Reduce', 'Arg')):
-    return _reduction(node)
+  if not re.fullmatch(r'([\w.]+::)?\w+', name):
+    raise ValueError(f"name must be 'domain::OpType' or 'OpType'; got {name!r}")
+
+  def decorator(formula: Formula) -> Formula:
+    _REGISTERED[name.removeprefix('ai.onnx::')] = formula, outputs
+    return formula
+
+  return decorator
+
+
+def is_registered(name: str) -> bool:
+  """Returns whether a user registered a formula for the operator."""
+  return name in _REGISTERED
+
+
+def registered_shapes(operation: Operation) -> list[Shape]:
+  """Returns the shapes of the outputs by a user's function; [] without one."""
+  _, outputs = _REGISTERED.get(operation.name, (None, None))
+  return [tuple(shape) for shape in outputs(operation)] if outputs else []
+
+
+def is_free(name: str) -> bool:
+  """Returns whether an operator does nothing that any convention counts."""
+  return name in FREE and name not in _REGISTERED
+
+
+def possible_work(name: str) -> formulas.Work:
+  """Returns an example of what an operator may do, whatever its shapes.
+
+  Those that are not known may do anything.
+  """
+  for kind, table in _KINDS.items():
+    if name in table and name not in _REGISTERED:
+      macs = kind in ('conv', 'matmul')
+      charged = not macs and (kind != 'elementwise' or name in _CHARGED)
+      return formulas.Work(kind, macs, macs, operations=1, ptflops=charged)
+  return formulas.Work('conv', 1, 1, bias=1, operations=1, ptflops=1)
+
+
+def may_cost(name: str, convention: conventions.Convention) -> bool:
+  """Returns whether a convention may have a price for an operator."""
+  return not is_free(name) and convention(possible_work(name)) > 0
+
+
+def work(operation: Operation) -> formulas.Work | None:
+  """Returns what an operator does; None if that is not known."""
+  name = operation.name
+  if name in _REGISTERED:
+    done = _REGISTERED[name][0](operation)
+    if not isinstance(done, formulas.Work):
+      raise TypeError(
+        f'the formula registered for {name!r} must return a macs.Work; got'
+        f' {type(done).__name__}'
+      )
+    return done
+  for table in (onnx_products.CONVOLUTIONS, onnx_products.PRODUCTS, _LEARNED):
+    if name in table:
+      return table[name](operation)
+  tensors = [x for x in (*operation.inputs, *operation.outputs) if x]
+  if not any(is_floating(x.dtype) for x in tensors):
+    # Arithmetic on indices and masks alone is none.
+    return formulas.elementwise(0)
+  for table in (onnx_formulas.NORMS, onnx_formulas.POOLS, onnx_formulas.OTHERS):
+    if name in table:
+      return table[name](operation)
+  if name in _ACTIVATIONS:
+    steps, charge = _ACTIVATIONS[name]
+    elements = operation.outputs[0].size
+    done = formulas.activation(elements, steps)
+    return dataclasses.replace(done, ptflops=charge * elements)
+  if name in _ELEMENTWISE:
+    return formulas.elementwise(operation.outputs[0].size * _ELEMENTWISE[name])
   return None
 
 
-def parameters(node: onnx.NodeProto) -> list[str]:
-  """Returns the inputs that are weights if they are constant."""
-  if node.op_type == 'BatchNormalization':
-    return list(node.input[1:3])
-  return [value for value in node.input if value]
+def parameters(op_type: str, inputs: Sequence[str]) -> list[str]:
+  """Returns the inputs of a node that are weights if they are constant."""
+  if op_type == 'BatchNormalization':
+    return list(inputs[1:3])
+  return [value for value in inputs if value]
 
 
-def _bias(node, index: int) -> bool:
-  return len(node.inputs) > index and node.inputs[index] is not None
+def is_floating(dtype: np.dtype | None) -> bool:
+  """Returns whether elements are numbers that have a fraction."""
+  # Kinds of the extension types, such as bfloat16, are 'V'.
+  return dtype is not None and dtype.kind in 'fcV'
 
 
-def _convolution(node, data: int = 0, weight: int = 1, bias: int = 2):
-  batch, in_features, *input_size = node.inputs[data]
-  out_features, _, *kernel_size = node.inputs[weight]
-  attributes = node.attributes
-  ones = [1] * len(input_size)
-  strides = attributes.get('strides', ones)
-  dilations = attributes.get('dilations', ones)
-  return formulas.convolution(
-    batch=batch,
-    in_features=in_features,
-    out_features=out_features,
-    input_size=input_size,
-    kernel_size=kernel_size,
-    strides=strides,
-    padding=_padding(
-      attributes,
-      # What is missing for an output of size ceil(input / stride).
-      [
-        max((-(-size // stride) - 1) * stride + step * (taps - 1) + 1 - size, 0)
-        for size, taps, stride, step in zip(
-          input_size, kernel_size, strides, dilations, strict=True
-        )
-      ],
-    ),
-    kernel_dilation=dilations,
-    feature_groups=attributes.get('group', 1),
-    bias=_bias(node, bias),
-  )
+def _linear_model(operation) -> formulas.Work:
+  """A classifier or regressor: its coefficients meet each row once."""
+  params, shape = operation.params, operation.inputs[0].shape
+  rows = math.prod(shape[:-1])
+  bias = bool(params.get('intercepts'))
+  columns = len(params['coefficients']) // max(shape[-1], 1)
+  return formulas.matmul(rows, shape[-1], columns, bias=bias, positions=rows)
 
 
-def _transposed_convolution(node) -> formulas.Work:
-  batch, in_features, *input_size = node.inputs[0]
-  _, features, *kernel_size = node.inputs[1]
-  attributes = node.attributes
-  ones = [1] * len(input_size)
-  groups = attributes.get('group', 1)
-  strides = attributes.get('strides', ones)
-  dilations = attributes.get('dilations', ones)
-  extra = attributes.get('output_padding', [0] * len(input_size))
-  whole = [
-    stride * (size - 1) + more + step * (taps - 1) + 1
-    for size, taps, stride, step, more in zip(
-      input_size, kernel_size, strides, dilations, extra, strict=True
-    )
-  ]
-  # An output shape that is asked for takes the place of the padding.
-  cropped = [max(a - b, 0) for a, b in zip(whole, node.output[2:], strict=True)]
-  if 'output_shape' in attributes:
-    mode = attributes.get('auto_pad', b'NOTSET')
-    mode = b'SAME_UPPER' if mode == b'SAME_UPPER' else b'SAME_LOWER'
-    attributes = attributes | {'auto_pad': mode}
-  return formulas.transposed_convolution(
-    batch=batch,
-    in_features=in_features,
-    out_features=features * groups,
-    input_size=input_size,
-    kernel_size=kernel_size,
-    strides=strides,
-    padding=_padding(attributes, cropped),
-    output_padding=extra,
-    kernel_dilation=dilations,
-    feature_groups=groups,
-    bias=_bias(node, 2),
-  )
+def _support_vectors(operation) -> formulas.Work:
+  """Each row meets each support vector, and these the coefficients."""
+  params, shape = operation.params, operation.inputs[0].shape
+  rows = math.prod(shape[:-1])
+  vectors = len(params.get('support_vectors', ())) // max(shape[-1], 1)
+  products = formulas.matmul(rows, shape[-1], max(vectors, 1))
+  if not vectors:
+    return products
+  kernel = formulas.elementwise(2 * rows * vectors)
+  macs = rows * len(params['coefficients'])
+  return products + kernel + formulas.matmul(macs, 1, 1)
 
 
-def _padding(attributes, automatic: Sequence[int]) -> list[tuple[int, int]]:
-  """Returns (low, high) of each dimension, `automatic` being their sums."""
-  mode = attributes.get('auto_pad', b'NOTSET')
-  if mode == b'SAME_UPPER':
-    return [(total // 2, total - total // 2) for total in automatic]
-  if mode == b'SAME_LOWER':
-    return [(total - total // 2, total // 2) for total in automatic]
-  dimensions = len(automatic)
-  pads = attributes.get('pads', [0] * 2 * dimensions)
-  if mode == b'VALID':
-    pads = [0] * 2 * dimensions
-  return list(zip(pads[:dimensions], pads[dimensions:], strict=True))
-
-
-def _gemm(node) -> formulas.Work:
-  rows, inner = node.inputs[0]
-  if node.attributes.get('transA', 0):
-    rows, inner = inner, rows
-  return formulas.matmul(rows, inner, node.output[1], bias=_bias(node, 2))
-
-
-def _matmul(node) -> formulas.Work:
-  return formulas.matmul(node.elements, node.inputs[0][-1], 1)
-
-
-def _einsum(node) -> formulas.Work | None:
-  equation = node.attributes['equation'].decode().replace(' ', '')
-  if len(node.inputs) > 2:
-    return None
-  sizes: dict[Any, int] = {}
-  for term, shape in zip(
-    equation.partition('->')[0].split(','), node.inputs, strict=True
-  ):
-    before, ellipsis, after = term.partition('...')
-    middle = len(shape) - len(before) - len(after) if ellipsis else 0
-    # An ellipsis is aligned at its end, as in broadcasting.
-    labels = [*before, *range(-middle, 0), *after]
-    for label, size in zip(labels, shape, strict=True):
-      sizes[label] = max(sizes.get(label, 1), size)
-  terms = math.prod(sizes.values())
-  if len(node.inputs) == 1:
-    return formulas.reduction(terms, node.elements)
-  inner = terms // node.elements if node.elements else 0
-  return formulas.matmul(node.elements, inner, 1)
-
-
-def _attention(node) -> formulas.Work:
-  query, key, value = node.inputs[:3]
-  if len(query) == 3:
-    heads = node.attributes['q_num_heads']
-    shared = node.attributes['kv_num_heads']
-    sizes = query[2] // heads, value[2] // shared
-  else:
-    heads, sizes = query[1], (query[3], value[3])
-  keys = key[-2]
-  if _bias(node, 4):  # Keys of earlier positions.
-    keys += node.inputs[4][2]
-  queries = query[-2]
-  done = formulas.attention(query[0] * heads, queries, keys, *sizes)
-  if _bias(node, 3):
-    done += formulas.elementwise(query[0] * heads * queries * keys)
-  return done
-
-
-def _recurrent(cell: recurrent.Cell):
-  """Returns the formula of a recurrent layer."""
-
-  def formula(node) -> formulas.Work:
-    *steps_and_batch, inputs = node.inputs[0]
-    directions, _, hidden = node.inputs[2]
-    rows = math.prod(steps_and_batch)
-    done = recurrent.layer(
-      cell, rows, inputs=inputs, hidden=hidden, bias=_bias(node, 3)
-    )
-    if _bias(node, 7):  # An LSTM's peepholes: a product and a sum a gate.
-      done += formulas.elementwise(6 * rows * hidden)
-    return done * directions
-
-  return formula
-
-
-def _norm(node) -> formulas.Work:
-  shape, elements = node.inputs[0], node.elements
-  batch, features = (*shape, 1)[:2]
-  given = False
-  if node.op_type == 'BatchNormalization':
-    given = not node.attributes.get('training_mode', 0)
-    groups = features
-  elif node.op_type == 'InstanceNormalization':
-    groups = batch * features
-  elif node.op_type == 'GroupNormalization':
-    groups = batch * node.attributes['num_groups']
-  else:
-    axis = node.attributes.get('axis', -1)
-    groups = math.prod(shape[:axis])
-  done = formulas.norm(
-    elements, groups, statistics_groups=0 if given else groups
-  )
-  if node.op_type == 'LayerNormalization':
-    # ptflops does not see scale and bias of PyTorch's layer norm.
-    done = dataclasses.replace(done, ptflops=elements)
-  return done
-
-
-def _pool(node) -> formulas.Work:
-  inputs = math.prod(node.inputs[0])
-  if node.op_type.startswith('Global'):
-    window = math.prod(node.inputs[0][2:])
-  else:
-    window = math.prod(node.attributes['kernel_shape'])
-  mean = node.op_type.endswith('AveragePool')
-  done = formulas.pool(inputs, node.elements, window, mean=mean)
-  return dataclasses.replace(done, ptflops=2 * inputs)
-
-
-def _softmax(node) -> formulas.Work:
-  axis = node.attributes.get('axis', -1)
-  return formulas.softmax(
-    node.elements, node.elements // max(node.output[axis], 1)
-  )
-
-
-def _resize(node) -> formulas.Work:
-  mode = node.attributes.get('mode', b'nearest')
-  resized = sum(
-    a != b for a, b in zip(node.inputs[0], node.output, strict=True)
-  )
-  taps = {b'linear': 2, b'cubic': 4}.get(mode, 1) ** resized
-  done = formulas.elementwise(node.elements * (2 * taps - 1) * (taps > 1))
-  return dataclasses.replace(done, ptflops=2 * node.elements)
-
-
-def _reduction(node) -> formulas.Work:
-  inputs = math.prod(node.inputs[0])
-  done = formulas.reduction(inputs, node.elements)
-  if node.op_type == 'ReduceMean':
-    done += formulas.elementwise(node.elements)
-  elif node.op_type in ('ReduceL2', 'ReduceSumSquare', 'ReduceL1'):
-    done += formulas.elementwise(inputs)
-  return done
-
-
-def _top_k(node) -> formulas.Work:
-  axis = node.attributes.get('axis', -1)
-  return formulas.sort(math.prod(node.inputs[0]), node.inputs[0][axis])
-
-
-_FORMULAS = {
-  'TopK': _top_k,
-  'Conv': _convolution,
-  'ConvInteger': lambda node: _convolution(node, bias=99),
-  'QLinearConv': lambda node: _convolution(node, weight=3, bias=8),
-  'ConvTranspose': _transposed_convolution,
-  'Gemm': _gemm,
-  'MatMul': _matmul,
-  'MatMulInteger': _matmul,
-  'QLinearMatMul': _matmul,
-  'Einsum': _einsum,
-  'Attention': _attention,
-  'RNN': _recurrent(recurrent.RNN),
-  'GRU': _recurrent(recurrent.GRU),
-  'LSTM': _recurrent(recurrent.LSTM),
-  'BatchNormalization': _norm,
-  'InstanceNormalization': _norm,
-  'GroupNormalization': _norm,
-  'LayerNormalization': _norm,
-  'AveragePool': _pool,
-  'MaxPool': _pool,
-  'GlobalAveragePool': _pool,
-  'GlobalMaxPool': _pool,
-  'Softmax': _softmax,
-  'LogSoftmax': _softmax,
-  'Resize': _resize,
-  'Upsample': _resize,
+# Of the domain ai.onnx.ml.
+_LEARNED = {
+  'ai.onnx.ml::LinearClassifier': _linear_model,
+  'ai.onnx.ml::LinearRegressor': _linear_model,
+  'ai.onnx.ml::SVMClassifier': _support_vectors,
+  'ai.onnx.ml::SVMRegressor': _support_vectors,
 }
 
 # Steps for each element, and what ptflops 0.7.5 charges for PyTorch's module.
@@ -318,6 +207,7 @@ _ACTIVATIONS = {
   'Elu': (3, 2),
   'Gelu': (5, 2),
   'Swish': (2, 1),
+  'SwiGLU': (3, 1),
   'Clip': (2, 0),
   'Sigmoid': (1, 0),
   'Tanh': (1, 0),
@@ -326,13 +216,15 @@ _ACTIVATIONS = {
   'HardSigmoid': (3, 0),
   'HardSwish': (4, 0),
   'Mish': (4, 0),
+  'Shrink': (3, 0),
   'Softplus': (2, 0),
   'Softsign': (3, 0),
   'ThresholdedRelu': (1, 0),
 }
 
 
-def _words(text: str) -> frozenset[str]:
+def words(text: str) -> frozenset[str]:
+  """Returns the names in a text."""
   return frozenset(text.split())
 
 
@@ -341,25 +233,65 @@ _ELEMENTWISE = {
   'QuantizeLinear': 2,
   'DequantizeLinear': 2,
   'DynamicQuantizeLinear': 4,
+  'HannWindow': 4,
+  'HammingWindow': 4,
+  'BlackmanWindow': 7,
+  'MelWeightMatrix': 4,
+  'ai.onnx.ml::Binarizer': 1,
+  'ai.onnx.ml::Normalizer': 3,
+  'ai.onnx.ml::Scaler': 2,
 } | dict.fromkeys(
-  _words("""
-  Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh CumSum Div Equal Erf
-  Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Mod Mul Neg Pow
-  Reciprocal Round Sin Sinh Sqrt Sub Tan
+  words("""
+  Abs Acos Acosh Add Asin Asinh Atan Atanh Ceil Cos Cosh Div Equal Erf Exp Floor
+  Greater GreaterOrEqual Less LessOrEqual Log Mod Mul Neg Pow Reciprocal Round
+  Sin Sinh Sqrt Sub Tan
   """),
   1,
 )
 
-# Operators that only make, move or choose.
-FREE = _words("""
-  And Bernoulli BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast
-  CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
-  ConstantOfShape DepthToSpace Dropout Expand EyeLike Flatten Gather
-  GatherElements GatherND Hardmax Identity IsInf IsNaN Multinomial NonZero Not
-  OneHot Optional OptionalGetElement OptionalHasElement Or Pad RandomNormal
-  RandomNormalLike RandomUniform RandomUniformLike Range Reshape
-  ReverseSequence Scatter ScatterElements ScatterND SequenceAt
-  SequenceConstruct SequenceEmpty SequenceErase SequenceInsert SequenceLength
-  Shape Sign Size Slice SpaceToDepth Split SplitToSequence Squeeze
-  TensorScatter Tile Transpose Trilu Unsqueeze Where Xor
+# Operators whose work depends on values: no product is among it.
+_DATA_DEPENDENT = words("""
+  MaxRoiPool NonMaxSuppression ai.onnx.ml::TreeEnsemble
+  ai.onnx.ml::TreeEnsembleClassifier ai.onnx.ml::TreeEnsembleRegressor
+  ai.onnx.preview.training::Adagrad ai.onnx.preview.training::Adam
+  ai.onnx.preview.training::Momentum
 """)
+
+# Operators that only make, move or choose.
+FREE = words("""
+  And Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
+  Cast CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
+  ConstantOfShape DepthToSpace Dropout Expand EyeLike Flatten Gather
+  GatherElements GatherND Identity ImageDecoder IsInf IsNaN MaxUnpool
+  Multinomial NonZero Not OneHot Optional OptionalGetElement OptionalHasElement
+  Or Pad RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range
+  RegexFullMatch Reshape ReverseSequence Scatter ScatterElements ScatterND
+  SequenceAt SequenceConstruct SequenceEmpty SequenceErase SequenceInsert
+  SequenceLength Shape Sign Size Slice SpaceToDepth Split SplitToSequence
+  Squeeze StringConcat StringNormalizer StringSplit TensorScatter
+  TfIdfVectorizer Tile Transpose Trilu Unsqueeze Where Xor
+  ai.onnx.ml::ArrayFeatureExtractor ai.onnx.ml::CastMap
+  ai.onnx.ml::CategoryMapper ai.onnx.ml::DictVectorizer
+  ai.onnx.ml::FeatureVectorizer ai.onnx.ml::Imputer ai.onnx.ml::LabelEncoder
+  ai.onnx.ml::OneHotEncoder ai.onnx.ml::ZipMap
+""")
+
+# Operators whose results are others each time.
+RANDOM = words("""
+  Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform
+  RandomUniformLike
+""")
+
+# Those without a kind of their own that ptflops charges for.
+_CHARGED = ('Softmax', 'LogSoftmax', 'Resize', 'Upsample')
+
+_KINDS = {
+  'conv': onnx_products.CONVOLUTIONS,
+  'matmul': onnx_products.PRODUCTS | _LEARNED,
+  'norm': onnx_formulas.NORMS,
+  'pool': onnx_formulas.POOLS,
+  'activation': _ACTIVATIONS,
+  'elementwise': onnx_formulas.OTHERS
+  | _ELEMENTWISE
+  | dict.fromkeys(_DATA_DEPENDENT),
+}

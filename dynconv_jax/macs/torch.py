@@ -35,7 +35,7 @@ from torch import nn
 from torch._subclasses import fake_tensor
 from torch.utils import _pytree as pytree
 
-from dynconv_jax.macs import torch_counter, torch_einsum, torch_ops
+from dynconv_jax.macs import torch_counter, torch_ops
 
 # One of these is loaded where something may be compiled.
 _COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
@@ -208,7 +208,7 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
         module.eval()
     else:
       stack.enter_context(torch.enable_grad())
-      stack.enter_context(torch_einsum.OuterProducts())
+      stack.enter_context(torch_counter.Differentiable(counter))
     if real:
       devices = {x.device for x in _tensors_of(module) if x.is_cuda}
       stack.enter_context(torch.random.fork_rng(devices))

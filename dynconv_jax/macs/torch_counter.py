@@ -16,10 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynconv_jax.macs import conventions, formulas, report, torch_ops
+from dynconv_jax.macs import (
+  conventions,
+  formulas,
+  report,
+  torch_einsum,
+  torch_ops,
+)
 
 # Higher-order operators that run something else than PyTorch's operations.
 _OPAQUE = (
@@ -182,7 +189,7 @@ class Counter(TorchDispatchMode):
     del types
     kwargs = kwargs or {}
     if not isinstance(func, torch._ops.OpOverload):
-      return self._higher_order(func, args, kwargs)
+      return self.higher_order(func, args, kwargs, self)
     if func.namespace in _FREE_NAMESPACES:
       return func(*args, **kwargs)
     if not torch_ops.is_known(func, args):
@@ -216,13 +223,20 @@ class Counter(TorchDispatchMode):
     entry = report.Uncounted(str(operation), self.layer or self._root)
     self._uncounted.setdefault(entry, reason)
 
-  def _higher_order(self, func, args, kwargs) -> Any:
-    """Counts an operator on functions by what these do."""
+  def higher_order(self, func, args, kwargs, mode: Any) -> Any:
+    """Counts an operator on functions by what these do.
+
+    Args:
+      func: the operator.
+      args: its arguments.
+      kwargs: its arguments by name.
+      mode: what its functions run under.
+    """
     name = func.name()
     if not self._real and name == 'cond':
-      return self._cond(*args)
+      return self._cond(mode, *args)
     if not self._real and name == 'while_loop':
-      return self._while(*args)
+      return self._while(mode, *args)
     keys = torch._C.DispatchKey
     kernel = _BODIES.get(name)
     kernel = kernel or func.py_kernels.get(keys.CompositeExplicitAutograd)
@@ -230,12 +244,12 @@ class Counter(TorchDispatchMode):
     if kernel is None or name in _OPAQUE:
       self._leave_out(name, 'what it runs is not seen')
       return func(*args, **kwargs)
-    with self:
+    with mode:
       return kernel(*args, **kwargs)
 
-  def _cond(self, predicate, on_true, on_false, operands) -> Any:
+  def _cond(self, mode, predicate, on_true, on_false, operands) -> Any:
     del predicate
-    branches = [self._apart(f, operands) for f in (on_true, on_false)]
+    branches = [self._apart(mode, f, operands) for f in (on_true, on_false)]
     if self._options.branch in ('true', 'false'):
       output, records = branches[self._options.branch == 'false']
     else:
@@ -244,14 +258,14 @@ class Counter(TorchDispatchMode):
     self._records += records
     return output
 
-  def _while(self, condition, body, carried, extra) -> Any:
+  def _while(self, mode, condition, body, carried, extra) -> Any:
     layer = self.layer or self._root
     self._loops[layer] = None
     trips = self._options.trip_counts
     if isinstance(trips, Mapping):
       trips = trips.get(layer)
-    _, test = self._apart(condition, (*carried, *extra))
-    output, step = self._apart(body, (*carried, *extra))
+    _, test = self._apart(mode, condition, (*carried, *extra))
+    output, step = self._apart(mode, body, (*carried, *extra))
     if trips is not None:
       self._records += [_times(record, trips + 1) for record in test]
       self._records += [_times(record, trips) for record in step]
@@ -264,11 +278,11 @@ class Counter(TorchDispatchMode):
     return output
 
   def _apart(
-    self, function: Callable[..., Any], operands: Sequence[Any]
+    self, mode: Any, function: Callable[..., Any], operands: Sequence[Any]
   ) -> tuple[Any, list[Record]]:
     """Returns what a function returns and what it does, without adding it."""
     before, self._records = self._records, []
-    with self:
+    with mode:
       output = function(*operands)
     records, self._records = self._records, before
     return output, records
@@ -315,6 +329,26 @@ class Counter(TorchDispatchMode):
     )
     for entry, reason in self._uncounted.items():
       builder.leave_out(*entry, reason)
+
+
+class Differentiable(TorchFunctionMode):
+  """Takes operators apart whose gradients would not be seen as such.
+
+  PyTorch traces the gradients of operators on functions, their values anew, and
+  makes products of elements of an einsum that contracts nothing.
+  """
+
+  def __init__(self, counter: Counter):
+    super().__init__()
+    self._counter = counter
+
+  def __torch_function__(self, func, types, args=(), kwargs=None):
+    kwargs = kwargs or {}
+    if isinstance(func, torch._ops.HigherOrderOperator):
+      return self._counter.higher_order(func, args, kwargs, self)
+    if func is torch.einsum:
+      return torch_einsum.einsum(*args)
+    return func(*args, **kwargs)
 
 
 class _Exported(torch.fx.Interpreter):

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from dynconv_jax.macs import formulas
 
@@ -74,21 +73,20 @@ def _einsum(a) -> formulas.Work:
   return work
 
 
-class OuterProducts(TorchFunctionMode):
-  """Makes matrix products of einsums of two operands that contract nothing.
+def einsum(equation: Any, *operands: Any) -> torch.Tensor:
+  """Returns `torch.einsum`, an outer product by `matmul`.
 
-  Where gradients are recorded, PyTorch would make products of elements of them,
-  and of their gradients.
+  Where gradients are recorded, PyTorch would make products of elements of it,
+  and of its gradients.
   """
-
-  def __torch_function__(self, func, types, args=(), kwargs=None):
-    if func is torch.einsum and isinstance(args[0], str):
-      operands = args[1] if isinstance(args[1], list | tuple) else args[1:]
-      if len(operands) == 2:
-        product = _outer_product(args[0], *operands)
-        if product is not None:
-          return product
-    return func(*args, **(kwargs or {}))
+  tensors = operands
+  if len(operands) == 1 and isinstance(operands[0], list | tuple):
+    (tensors,) = operands
+  if isinstance(equation, str) and len(tensors) == 2:
+    product = _outer_product(equation, *tensors)
+    if product is not None:
+      return product
+  return torch.einsum(equation, *operands)
 
 
 def _outer_product(equation: str, *tensors: torch.Tensor) -> Any:

@@ -93,7 +93,7 @@ def load_method(method: str | Method) -> Method:
   """
   if isinstance(method, Method):
     return method
-  if ':' not in method:
+  if ':' not in str(method):
     check_choice('method', method, METHODS)
     method = f'{__package__}.{method}:METHOD'
   return references.load(method, Method, 'method')

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models.gated import GatedBlock
 
@@ -87,4 +90,72 @@ class Bottleneck(BasicBlock):
       Conv('conv1', 'bn1', in_features, planes, activation='relu'),
       Conv('conv2', 'bn2', planes, planes, 3, strides, 1, 'relu'),
       Conv('conv3', 'bn3', planes, features),
+    )
+
+
+class InvertedResidual(GatedBlock):
+  """1x1 expanding, depthwise k x k and linear 1x1 convolutions.
+
+  Sandler et al., CVPR 2018, figures 3 and 4: ReLU6 between, none after the
+  addition. There is an identity shortcut where the shape stays, and none
+  otherwise. Modules have timm's names.
+
+  Args:
+    in_features: channels of the input.
+    features: channels of the output.
+    strides: of the depthwise convolution.
+    expand_ratio: channels of the depthwise convolution, over those of the
+      input; 1: nothing expands.
+    kernel_size: of the depthwise convolution, odd.
+    padding: of the depthwise convolution, 'symmetric' or 'same'.
+    name: path in the model, such as 'blocks.2.0'.
+    stage: the number of its stage.
+    gate: decides where the branch is executed; None: everywhere.
+    norm: makes a batch norm.
+    drop_rate: how often the branch of an image is dropped in training; a block
+      without shortcut never drops it.
+    dtype: compute dtype.
+    rngs: stream `params`.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    features: int,
+    strides: int = 1,
+    *,
+    expand_ratio: int = 6,
+    kernel_size: int = 3,
+    padding: str = 'symmetric',
+    name: str,
+    stage: int = 0,
+    gate: Gate | None = None,
+    norm: Callable[..., BatchNorm] = BatchNorm,
+    drop_rate: float = 0.0,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+  ):
+    width = in_features * expand_ratio
+    depthwise = (width, width, kernel_size, strides, width, 'relu6', padding)
+    if expand_ratio == 1:
+      convs = (
+        Conv('conv_dw', 'bn1', *depthwise),
+        Conv('conv_pw', 'bn2', width, features),
+      )
+    else:
+      convs = (
+        Conv('conv_pw', 'bn1', in_features, width, activation='relu6'),
+        Conv('conv_dw', 'bn2', *depthwise),
+        Conv('conv_pwl', 'bn3', width, features),
+      )
+    same = strides == 1 and in_features == features
+    super().__init__(
+      Branch(convs, activation=None, shortcut='identity' if same else 'none'),
+      name=name,
+      stage=stage,
+      gate=gate,
+      norm=norm,
+      drop_rate=drop_rate if same else 0.0,
+      dtype=dtype,
+      rngs=rngs,
     )

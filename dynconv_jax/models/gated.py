@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
-from dynconv_jax.layers import ACTIVATIONS, BatchNorm, conv
+from dynconv_jax.layers import ACTIVATIONS, BatchNorm, Dropout, conv
 from dynconv_jax.masks import ExecutionMask, execution_mask
 from dynconv_jax.methods.gate import Decision, Gate
 
@@ -24,7 +24,8 @@ class Gating:
   `finish()` beside the logits.
 
   Args:
-    rngs: stream `gumbel`, for gates that sample.
+    rngs: stream `gumbel`, for gates that sample; `dropout`, for blocks that
+      drop their branch.
     temperature: of the gates' Gumbel-softmax, > 0.
     gumbel_noise: whether the gates add noise in training.
     masks: [N, h, w] of {0, 1}, float, int or bool, to obey instead of the
@@ -40,6 +41,7 @@ class Gating:
     gumbel_noise: bool | jax.Array = True,
     masks: Masks | None = None,
   ):
+    self.rngs = rngs
     self._kwargs = dict(
       rngs=rngs, temperature=temperature, gumbel_noise=gumbel_noise
     )
@@ -162,6 +164,9 @@ class GatedBlock(nnx.Module):
     name: path in the model, such as 'layer2.0'.
     stage: the number of its stage.
     gate: decides where the branch is executed; None: everywhere.
+    norm: makes a batch norm: `BatchNorm`, or that with other constants.
+    drop_rate: how often the branch of an image is dropped in training
+      (stochastic depth, Huang et al., ECCV 2016; the rest is scaled up).
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -175,6 +180,8 @@ class GatedBlock(nnx.Module):
     name: str,
     stage: int = 0,
     gate: Gate | None = None,
+    norm: Callable[..., BatchNorm] = BatchNorm,
+    drop_rate: float = 0.0,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -187,7 +194,7 @@ class GatedBlock(nnx.Module):
       self.downsample = nnx.List(
         [
           make_conv(projection, dtype=dtype, rngs=rngs),
-          BatchNorm(branch.features, rngs=rngs),
+          norm(branch.features, rngs=rngs),
         ]
       )
     self.masker = nnx.data(gate)
@@ -196,8 +203,11 @@ class GatedBlock(nnx.Module):
       setattr(
         self,
         c.norm,
-        BatchNorm(c.features, activation=c.activation, rngs=rngs),
+        norm(c.features, activation=c.activation, rngs=rngs),
       )
+    self.drop = nnx.data(
+      Dropout(drop_rate, broadcast_dims=(1, 2, 3)) if drop_rate else None
+    )
 
   @property
   def strides(self) -> int:
@@ -237,15 +247,21 @@ class GatedBlock(nnx.Module):
     return decide(self, x, gating)
 
   def execute(
-    self, x: jax.Array, mask: ExecutionMask | None = None
+    self,
+    x: jax.Array,
+    mask: ExecutionMask | None = None,
+    rngs: nnx.Rngs | None = None,
   ) -> jax.Array:
     """Returns the block's output, float[N, h, w, features].
 
     Args:
       x: float[N, H, W, in_features].
       mask: where the branch is executed; None: everywhere.
+      rngs: stream `dropout`, for a block that drops its branch in training.
     """
     shortcut, branch = self.shortcut(x), self.run_branch(x)
+    if self.drop is not None:
+      branch = self.drop(branch, rngs=rngs)
     act = ACTIVATIONS[self.branch.activation]
     if mask is None:
       return act(shortcut + branch)
@@ -266,7 +282,7 @@ class GatedBlock(nnx.Module):
     mask = None if gating is None else self.decide(x, gating)
     if mask is not None:
       gating.add(mask)
-    return self.execute(x, mask)
+    return self.execute(x, mask, None if gating is None else gating.rngs)
 
 
 def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:

@@ -28,7 +28,7 @@ from dynconv_jax.methods.gate import GateSite
 from dynconv_jax.options import make, option, values_of
 
 # Modules of this package; each has ARCHITECTURES, factories by name.
-_FAMILIES = ('resnet',)
+_FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
 _GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
 
 Factory = Callable[..., nnx.Module]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -172,16 +172,19 @@ def plot_block_density(
   densities: np.ndarray | Sequence,
   path: str | os.PathLike,
   budget: float | None = None,
+  *,
+  stages: Sequence[int] | None = None,
 ) -> Figure:
   """Draws the share of active positions of each block as a bar.
 
   Args:
-    names: of the blocks in network order, such as 'layer2.0'; blocks of the
-      same stage ('layer2') stand together.
+    names: of the blocks in network order, such as 'layer2.0'.
     densities: float[B], or float[B, N] for N images: bars are their means and
       whiskers go from the 5th to the 95th percentile over the images.
     path: the figure is written as PNG and SVG; see `style.figure_paths`.
     budget: in [0, 1], drawn as a line where given.
+    stages: the number of each block's stage, see `ExecutionMask.stage`; blocks
+      of a stage stand together. None: all are of one stage.
 
   Returns:
     The figure.
@@ -196,10 +199,11 @@ def plot_block_density(
       'densities must be float[B] or float[B, N] with at least one block; got '
       f'shape {densities.shape}'
     )
-  if len(names) != len(densities):
+  stages = [0] * len(names) if stages is None else list(stages)
+  if not len(names) == len(densities) == len(stages):
     raise ValueError(
-      f'names and densities must match; got {len(names)} names and '
-      f'{len(densities)} densities'
+      f'names, densities and stages must match; got {len(names)} names, '
+      f'{len(densities)} densities and {len(stages)} stages'
     )
   if not np.all((densities >= 0) & (densities <= 1)):
     raise ValueError(f'densities must be in [0, 1]; got {densities.tolist()}')
@@ -207,7 +211,7 @@ def plot_block_density(
     raise ValueError(f'budget must be in [0, 1]; got {budget}')
 
   means = densities.reshape(len(names), -1).mean(axis=1)
-  x, groups = _stage_positions(names)
+  x, groups = _stage_positions(names, stages)
   figure = style.new_figure(max(3.6, min(1.2 + 0.34 * len(names), 9)), 2.9)
   ax = figure.add_subplot()
   ax.bar(x, means, width=0.78, color=style.BLUE)
@@ -242,18 +246,20 @@ def plot_block_density(
 
 
 def _stage_positions(
-  names: Sequence[str],
+  names: Sequence[str], stages: Sequence[int]
 ) -> tuple[list[float], list[tuple[str, list[str]]]]:
   """Returns where the bars stand, and (stage, its blocks' labels) in order."""
   positions, groups = [], []
-  for name in names:
-    match = re.fullmatch(r'(.+)\.(\d+)', name)
-    stage, block = match.groups() if match else ('', name)
-    if not groups or groups[-1][0] != stage:
-      groups.append((stage, []))
-    groups[-1][1].append(block)
-    gap = 0.6 * (len(groups) - 1)
-    positions.append(len(positions) + gap)
+  blocks = zip(names, stages, strict=True)
+  for _, group in itertools.groupby(blocks, lambda block: block[1]):
+    members = [name for name, _ in group]
+    gap = 0.6 * len(groups)
+    start = len(positions)
+    positions += [start + i + gap for i in range(len(members))]
+    # A stage is called what its blocks share of their names.
+    shared = os.path.commonprefix(members).rpartition('.')[0]
+    labels = [name.removeprefix(f'{shared}.') for name in members]
+    groups.append((shared, labels))
   return positions, groups
 
 

@@ -14,6 +14,7 @@ from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from PIL import Image
 
+from dynconv_jax.files import replacing
 from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.plotting import style
 
@@ -196,13 +197,8 @@ def save_overlay(
     cost, (bottom - top, right - left)
   )
   overlay = Image.fromarray(overlay_ponder_map(image, seen, limits))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f'.{path.name}.partial')
-  try:
+  with replacing(path) as partial:
     overlay.save(partial, format='PNG')
-    os.replace(partial, path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 @style.styled()

@@ -128,8 +128,8 @@ def accuracy_curves(
   Args:
     rows: cells as text or numbers: 'model', 'method', 'accuracy' in [0, 1] and
       the column of x; optionally 'budget' or the option that the method has in
-      place of one (`Method.knob`), 'width_multiplier', 'image_size', 'seed', 'accuracy_low' and
-      'accuracy_high'. A row with no value of x is left out.
+      place of one (`Method.knob`), 'width_multiplier', 'image_size', 'seed',
+      'accuracy_low' and 'accuracy_high'. A row with no value of x is left out.
     x: the numeric column that the points are ordered by.
     series: a further column that tells curves apart, such as 'recipe'.
 

@@ -8,6 +8,7 @@ exported, with any gate. Needs the package onnx.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -36,9 +37,20 @@ from dynconv_jax.sparse.sparsify import (
 try:
   import onnx
 
-  from dynconv_jax.sparse import onnx_blocks, onnx_ops
+  from dynconv_jax.sparse import (
+    onnx_blocks,
+    onnx_ops,
+    onnx_shapes,
+    onnx_sums,
+  )
   from dynconv_jax.sparse.onnx_graph import Graph
-  from dynconv_jax.sparse.onnx_values import NCHW, PLAIN, Operand, Value, Writer
+  from dynconv_jax.sparse.onnx_values import (
+    NCHW,
+    PLAIN,
+    Operand,
+    Value,
+    Writer,
+  )
 except ModuleNotFoundError as error:
   raise ImportError(
     'dynconv_jax.sparse.onnx needs ONNX:'
@@ -46,6 +58,12 @@ except ModuleNotFoundError as error:
   ) from error
 
 FORMS = ('sparse', 'dense')
+_OPS = {**onnx_ops.OPS, **onnx_shapes.OPS, **onnx_sums.OPS}
+# Primitives that compute what a jaxpr among their parameters says.
+_CALLS = (
+  *('checkpoint', 'closed_call', 'core_call', 'jit', 'pjit', 'remat2'),
+  *('custom_jvp_call', 'custom_vjp_call'),
+)
 
 
 def export_onnx(
@@ -54,10 +72,11 @@ def export_onnx(
   *,
   form: str = 'sparse',
   batch_size: int | None = None,
+  channels: int = 3,
 ) -> onnx.ModelProto:
   """Returns a network as an ONNX model, batch norm folded, in float32.
 
-  Its input 'images' is float32[N, H, W, 3], normalized. Its outputs are
+  Its input 'images' is float32[N, H, W, channels], normalized. Its outputs are
   'logits', what the network returns first, and for a gated network 'density',
   float32[N, blocks], the share of active positions of each block.
 
@@ -68,37 +87,58 @@ def export_onnx(
     form: of gated blocks: 'sparse', at active positions; 'dense', everywhere,
       and multiplied by the mask.
     batch_size: N; None: any.
+    channels: of the images.
 
   Raises:
-    ValueError: the model is not in evaluation, a block is not what its
-      description says, or an operation of the network cannot be written.
+    ValueError: an argument is out of range, the model is not in evaluation, a
+      block is not what its description says, or something in the network
+      cannot be written.
   """
   check_choice('form', form, FORMS)
+  if np.shape(image_size) != (2,) or min(image_size) < 1:
+    raise ValueError(f'image_size must be (height, width); got {image_size!r}')
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(
+      f'batch_size must be at least 1, or None for any; got {batch_size}'
+    )
   check_evaluation(model)
   check_descriptions(gated_blocks(model))
   model = _with_leaves(model, form)
-  n = batch_size or export.symbolic_shape('N')[0]
-  images = jax.ShapeDtypeStruct((n, *image_size, 3), jnp.float32)
+  batch = None if batch_size else export.symbolic_shape('N')[0]
+  images = jax.ShapeDtypeStruct(
+    (batch_size or batch, *image_size, channels), jnp.float32
+  )
 
   def forward(images):
-    logits, masks = model(images)
+    result = model(images)
+    logits, masks = result if isinstance(result, tuple) else (result, [])
     if not masks:
       return (logits,)
     return logits, jnp.stack([mask.density() for mask in masks], axis=1)
 
-  closed = jax.make_jaxpr(forward)(images)
+  try:
+    closed = jax.make_jaxpr(forward)(images)
+  except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
+    if isinstance(error, TypeError) and '_DimExpr' not in str(error):
+      raise
+    raise ValueError(
+      'the network asks how many images there are: ONNX export needs '
+      f'batch_size ({error})'
+    ) from error
   graph = Graph()
-  writer = Writer(graph)
-  shape = (batch_size or 'N', *image_size, 3)
-  writer.images = graph.input('images', shape)
-  inputs = [Value(images.shape, images.dtype, {PLAIN: writer.images})]
+  name = graph.input('images', _dimensions(images.shape))
+  writer = Writer(graph, name, batch)
+  inputs = [Value(images.shape, images.dtype, {PLAIN: name})]
   results = _write_jaxpr(writer, closed.jaxpr, closed.consts, inputs)
   outputs = {}
   for name, value in zip(('logits', 'density'), results, strict=False):
-    value = writer.as_value(value)
-    dimensions = [d if isinstance(d, int) else 'N' for d in value.shape]
-    outputs[name] = (writer.full(value), dimensions)
+    value = onnx_ops.cast(writer, value, np.float32)
+    outputs[name] = (writer.full(value), _dimensions(value.shape))
   return graph.model(outputs)
+
+
+def _dimensions(shape):
+  return [n if isinstance(n, int) else str(n) for n in shape]
 
 
 # A module whose nodes are written by a function of this package.
@@ -142,6 +182,7 @@ class _BlockLeaf(nnx.Module):
   def __init__(self, block: GatedBlock, form: str):
     self.branch, self.name = block.branch, block.name
     self.stage, self.masker = block.stage, block.masker
+    self.dtype = block.dtype
     folded, self.form = fold_block(block, jnp.float32), form
 
     def write(w, values, out):
@@ -184,8 +225,15 @@ class _Folding:
 
 
 def _with_leaves(model: nnx.Module, form: str) -> nnx.Module:
-  """A copy of a network, some of whose modules are single operations."""
+  """A copy of a network, some of whose modules are single operations.
+
+  It computes in float32.
+  """
   model = nnx.clone(model)
+  for _, module in nnx.iter_modules(model):
+    dtype = getattr(module, 'dtype', None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+      module.dtype = jnp.float32
   fold_pairs(model, _Folding())
 
   def replace(module):
@@ -225,11 +273,23 @@ def _write_max_pool(w, values, out):
 
 
 def _write_jaxpr(
-  w: Writer, jaxpr: Any, consts: list[Any], inputs: list[Operand]
+  w: Writer,
+  jaxpr: Any,
+  consts: list[Any],
+  inputs: list[Operand],
+  place: str = '',
 ) -> list[Operand]:
-  """Writes what a jaxpr's results depend on; returns them."""
+  """Writes what a jaxpr's results depend on; returns them.
+
+  Args:
+    w: the writer.
+    jaxpr: open.
+    consts: of the jaxpr.
+    inputs: of the jaxpr.
+    place: where in the user's code it is called.
+  """
   known: dict[Any, Operand] = dict(
-    zip(jaxpr.constvars, map(np.asarray, consts), strict=True)
+    zip(jaxpr.constvars, map(_constant, consts), strict=True)
   )
   known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
@@ -240,7 +300,7 @@ def _write_jaxpr(
 
   for eqn in _needed(jaxpr):
     values = [read(atom) for atom in eqn.invars]
-    results = _write_equation(w, eqn, values)
+    results = _write_equation(w, eqn, values, _place(eqn) or place)
     known |= dict(zip(eqn.outvars, results, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 
@@ -256,8 +316,15 @@ def _needed(jaxpr):
   return kept[::-1]
 
 
+def _constant(array: Any) -> Any:
+  """A constant to compute with; what is no array of numbers is left alone."""
+  if jnp.issubdtype(array.dtype, jax.dtypes.extended):
+    return array
+  return np.asarray(array)
+
+
 def _write_equation(
-  w: Writer, eqn: Any, values: list[Operand]
+  w: Writer, eqn: Any, values: list[Operand], place: str
 ) -> list[Operand]:
   name, params = eqn.primitive.name, dict(eqn.params)
   outs = [v.aval for v in eqn.outvars]
@@ -267,43 +334,44 @@ def _write_equation(
     return [np.asarray(len(params['platforms']) - 1, np.int32)]
   if name == 'cond' and isinstance(values[0], np.ndarray):
     branch = params['branches'][int(values[0])]
-    return _write_jaxpr(w, branch.jaxpr, branch.consts, values[1:])
-  constant = all(isinstance(v, np.ndarray) for v in values)
+    return _write_jaxpr(w, branch.jaxpr, branch.consts, values[1:], place)
+  constant = name != 'dim_as_value' and all(
+    isinstance(v, np.ndarray) for v in values
+  )
   static = all(isinstance(d, int) for out in outs for d in out.shape)
   if constant and static:
     results = eqn.primitive.bind(*values, **params)
     results = results if eqn.primitive.multiple_results else [results]
-    return [np.asarray(r) for r in results]
-  if inner := _inner(params):
-    return _write_jaxpr(w, *inner, values)
-  op = onnx_ops.find_op(name)
+    return [_constant(r) for r in results]
+  if name in _CALLS:
+    return _write_jaxpr(w, *_inner(params), values, place)
   try:
-    if op is None:
+    if name not in _OPS:
       raise NotImplementedError(f'the operation {name}')
-    return op(w, values, outs, **params)
+    return _OPS[name](w, values, outs, **params)
   except NotImplementedError as error:
     raise ValueError(
-      f'ONNX export cannot write {error}{_place(eqn)}; it can write gated '
+      f'ONNX export cannot write {error}{place}; it can write gated '
       'blocks, convolutions, pooling, matrix products and what works element '
       'by element'
     ) from error
 
 
-def _inner(params: dict[str, Any]) -> tuple[Any, list[Any]] | None:
+def _inner(params: dict[str, Any]) -> tuple[Any, list[Any]]:
   """The jaxpr of a call, and its constants."""
-  for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr'):
-    inner = params.get(key)
-    if isinstance(inner, core.ClosedJaxpr):
-      return inner.jaxpr, inner.consts
-    if isinstance(inner, core.Jaxpr):
-      return inner, []
-  return None
+  inner = params.get('jaxpr') or params['call_jaxpr']
+  if isinstance(inner, core.ClosedJaxpr):
+    return inner.jaxpr, inner.consts
+  return inner, []
+
+
+_LIBRARIES = (f'site-packages{os.sep}', os.path.dirname(os.__file__), '<')
 
 
 def _place(eqn: Any) -> str:
   """Where in the user's code an equation comes from."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():
-    if 'site-packages' not in frame.file_name:
+    if not any(library in frame.file_name for library in _LIBRARIES):
       return f' of {frame.file_name}:{frame.line_num}'
   return ''

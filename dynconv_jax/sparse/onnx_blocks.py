@@ -78,7 +78,7 @@ def dense_block(
   ):
     y = convolve(w, y, layer, layer_size)
   if hard is not None:
-    y = g('Mul', y, g('Unsqueeze', w.full(hard), integers(1)))
+    y = g('Mul', y, g('Unsqueeze', w.plain(hard), integers(1)))
   if block.projection is not None:
     y = g('Add', y, convolve(w, w.nchw(x), block.projection, size))
   elif branch.shortcut == 'identity':

@@ -56,19 +56,26 @@ class Graph:
   def model(
     self, outputs: dict[str, tuple[str, Sequence[int | str]]]
   ) -> onnx.ModelProto:
-    """Returns the checked model.
+    """Returns the checked model, of the nodes that its outputs need.
 
     Args:
       outputs: by name, the value and its shape, float32.
     """
-    for name, (value, _) in outputs.items():
-      self._nodes.append(helper.make_node('Identity', [value], [name]))
+    results = [
+      helper.make_node('Identity', [value], [name])
+      for name, (value, _) in outputs.items()
+    ]
+    needed, nodes = set(outputs), []
+    for node in reversed([*self._nodes, *results]):
+      if needed.intersection(node.output):
+        needed.update(node.input)
+        nodes.append(node)
     graph = helper.make_graph(
-      self._nodes,
+      nodes[::-1],
       'dynconv_jax',
       self._inputs,
       [_float(name, shape) for name, (_, shape) in outputs.items()],
-      self._constants,
+      [c for c in self._constants if c.name in needed],
     )
     model = helper.make_model(
       graph,
@@ -76,12 +83,12 @@ class Graph:
       opset_imports=[helper.make_opsetid('', _OPSET)],
       ir_version=_IR_VERSION,
     )
-    onnx.checker.check_model(model)
+    onnx.checker.check_model(model, full_check=True)
     return model
 
   def _constant(self, value: np.ndarray) -> str:
     name = f'{self.scope}/constant_{len(self._constants)}'
-    value = np.ascontiguousarray(value)
+    value = np.asarray(value, order='C')
     self._constants.append(numpy_helper.from_array(value, name))
     return name
 

@@ -206,7 +206,13 @@ def trace_blocks(
     model, lambda m: _Recorder(m, note) if isinstance(m, GatedBlock) else None
   )
   images = jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
-  jax.eval_shape(lambda images: model(images)[0], images)
+  # The weights may be shapes and dtypes.
+  graphdef, state = nnx.split(model)
+  jax.eval_shape(
+    lambda state, images: nnx.merge(graphdef, state)(images)[0],
+    nnx.as_pure(state),
+    images,
+  )
   return tuple(traces)
 
 

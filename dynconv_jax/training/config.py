@@ -442,13 +442,17 @@ class Config:
     return config
 
   def differing(self, other: Config) -> Sequence[str]:
-    """Returns 'name: mine, not theirs' for all but operational options."""
+    """Returns 'name: mine, not theirs' for all but operational options.
+
+    Options that only one of them has follow from another method, data set or
+    network, which is named.
+    """
     mine, theirs = self.flat(), other.flat()
     operational = operational_options(self) | operational_options(other)
     return [
-      f'{name}: {mine.get(name)!r}, not {theirs.get(name)!r}'
-      for name in dict.fromkeys([*mine, *theirs])
-      if name not in operational and mine.get(name) != theirs.get(name)
+      f'{name}: {value!r}, not {theirs[name]!r}'
+      for name, value in mine.items()
+      if name in theirs and name not in operational and value != theirs[name]
     ]
 
   def _parts(self) -> Iterator[Any]:

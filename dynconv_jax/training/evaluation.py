@@ -51,9 +51,9 @@ class Evaluation:
     """Returns means over the examples, fit for JSON.
 
     'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
-    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC report
-    'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks 'object_recall'
-    and 'background_density', means over the blocks.
+    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC
+    report 'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks
+    'object_recall' and 'background_density', means over the blocks.
     """
     n = len(self.correct)
     low, high = wilson_interval(int(self.correct.sum()), n)
@@ -137,7 +137,9 @@ def evaluate(
     if masks:
       executed = [np.asarray(m.executed_macs(), np.float64) for m in masks]
       row['executed_macs'] = np.sum(executed, axis=0)
-      row['densities'] = np.stack([m.density() for m in masks], -1)
+      row['densities'] = np.stack(
+        [m.hard.mean(tuple(range(1, m.hard.ndim))) for m in masks], -1
+      )
       if 'object_mask' in batch:
         found = [
           _found(m.hard, np.asarray(batch['object_mask'])) for m in masks

@@ -115,7 +115,7 @@ def make_train_step(
     temperature, noise = method.anneal(options, progress)
     logits, masks = model(
       batch['image'],
-      rngs=nnx.Rngs(gumbel=key),
+      rngs=nnx.Rngs(gumbel=key, dropout=jax.random.fold_in(key, 1)),
       temperature=temperature,
       gumbel_noise=noise,
     )

@@ -33,7 +33,7 @@ class Programs:
     """Returns what a program prints to stdout; its errors come through.
 
     Args:
-      name: such as 'evaluate'.
+      name: such as 'evaluate' or 'benchmarks.gpu_floor'.
       *arguments: of its command line.
       stdout: is printed to, for a program that ends by an error.
     """
@@ -60,7 +60,8 @@ class Programs:
 def _load(name: str):
   """Returns a copy of a program's module, and its flags, taken out."""
   known = set(flags.FLAGS)
-  spec = importlib.util.find_spec(f'experiments.{name}')
+  full = name if name.startswith('benchmarks.') else f'experiments.{name}'
+  spec = importlib.util.find_spec(full)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   own = [flags.FLAGS[flag] for flag in set(flags.FLAGS) - known]
@@ -95,7 +96,7 @@ def program():
 
 
 def _train(folder: pathlib.Path, method: str) -> pathlib.Path:
-  config = Config(
+  config = Config.make(
     dataset='spots',
     spots_size=24,
     spots_train=64,

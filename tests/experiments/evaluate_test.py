@@ -1,7 +1,6 @@
 """The program's numbers against loops over the network's own outputs."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -49,13 +48,10 @@ _KEYS = {
 
 
 def _copy(run, folder, **changed):
-  """Returns a copy of a run, with changed flags, to write into."""
+  """Returns a copy of a run, with changed options, to write into."""
   shutil.copytree(run, folder)
-  text = (folder / 'flags.txt').read_text()
-  for name, value in changed.items():
-    text, count = re.subn(f'(?m)^--{name}=.*$', f'--{name}={value}', text)
-    assert count == 1
-  (folder / 'flags.txt').write_text(text)
+  config = workdir.read_config(folder).replace(**changed)
+  workdir.write_flags(folder, config)
   return folder
 
 
@@ -127,9 +123,9 @@ def test_macs_by_hand(summary, outputs):
   for mask, (first, second), size in zip(
     masks, per_position, (24, 12, 6), strict=True
   ):
-    assert [(m.macs_per_position, m.dilated) for m in mask.layers] == [
-      (first, True),
-      (second, False),
+    assert [(m.macs_per_position, m.level) for m in mask.layers] == [
+      (first, 1),
+      (second, 0),
     ]
     hard = np.asarray(mask.hard)
     assert hard.shape == (20, size, size)
@@ -193,7 +189,12 @@ def test_gates_that_sample(program, dynconv_run, summary, tmp_path):
   view = nnx.view(model, deterministic=False)
   call = nnx.jit(lambda m, x, key: m(x, rngs=nnx.Rngs(gumbel=key))[1])
   config = workdir.read_config(dynconv_run)
-  batches = inputs.eval_batches(config, inputs.open_split(config, 'test'))
+  batches = inputs.eval_batches(
+    config.data,
+    inputs.open_split(config.data, 'test'),
+    image_size=24,
+    batch_size=8,
+  )
   densities = []
   for number, batch in enumerate(batches):
     key = jax.random.fold_in(jax.random.key(0), number)
@@ -230,13 +231,21 @@ def test_sparse_execution_gives_the_same(
 ):
   folder = _copy(dynconv_run, tmp_path / 'run')
   asked = []
-  original = sparse_executor.SparseExecutor.__call__
+  executor = sparse_executor.SparseExecutor
+  make, call = executor.__init__, executor.__call__
 
-  def call(self, images, masks=None):
-    asked.append((self.mode, images.shape))
-    return original(self, images, masks)
+  def made(self, *args, mode='auto', **kwargs):
+    self.asked = mode
+    make(self, *args, mode=mode, **kwargs)
 
-  with mock.patch.object(sparse_executor.SparseExecutor, '__call__', call):
+  def called(self, images, masks=None):
+    asked.append((self.asked, images.shape))
+    return call(self, images, masks)
+
+  with (
+    mock.patch.object(executor, '__init__', made),
+    mock.patch.object(executor, '__call__', called),
+  ):
     lines = program(
       'evaluate',
       f'--workdir={folder}',

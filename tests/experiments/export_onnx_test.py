@@ -1,6 +1,8 @@
 """The program that writes ONNX models."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -54,3 +56,18 @@ def test_errors(program, dynconv_run, tmp_path):
     )
   with pytest.raises(FileNotFoundError, match=str(tmp_path)):
     program('export_onnx', f'--workdir={tmp_path}', '--output=x.onnx')
+
+
+def test_without_onnx_there_is_one_line():
+  """Even where only the flags are asked for: one of them needs the package."""
+  code = (
+    "import runpy, sys; sys.modules['onnx'] = None; "
+    "sys.argv = ['export_onnx', '--help']; "
+    "runpy.run_module('experiments.export_onnx', run_name='__main__')"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 1
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ') and "'dynconv-jax[onnx]'" in line

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from dynconv_jax.sparse.roofline import count_kernels
+from benchmarks.roofline import count_kernels
 
 
 def test_floors_are_sums_over_kernels_at_the_given_rates(program):
   printed = program(
-    'gpu_floor',
+    'benchmarks.gpu_floor',
     '--batch_size=2',
     '--image_size=96',
     '--density=0.3,1',
@@ -31,4 +31,4 @@ def test_floors_are_sums_over_kernels_at_the_given_rates(program):
 
 def test_a_density_outside_its_range_is_refused(program):
   with pytest.raises(ValueError, match=r'in \(0, 1\]'):
-    program('gpu_floor', '--density=0,1')
+    program('benchmarks.gpu_floor', '--density=0,1')

@@ -1,6 +1,5 @@
 """Weights leave a workdir and make another, which other programs accept."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -64,7 +63,7 @@ def test_an_imported_network_is_a_run_to_other_programs(
   ]
   assert accuracies[0] == accuracies[1]
   with pytest.raises(ValueError, match='holds imported weights, no training'):
-    loop.train(run.config, folder)
+    loop.train(workdir.read_config(folder), folder)
   with pytest.raises(ValueError, match='holds a run; choose another'):
     _import(program, exported, folder, *places)
 
@@ -105,13 +104,13 @@ def test_training_starts_from_a_file(
   dense['fc.bias'] = np.ones(7, np.float32)
   path = tmp_path / 'dense.safetensors'
   interop.write_safetensors(path, dense)
-  config = workdir.load_run(dynconv_run).config
-  config = dataclasses.replace(
-    config, pretrained=str(path), learning_rate=1e-12, weight_decay=0.0
+  config = workdir.read_config(dynconv_run)
+  config = config.replace(
+    pretrained=str(path), learning_rate=1e-12, weight_decay=0.0
   )
   with caplog.at_level('INFO'):
     loop.train(config, tmp_path / 'run')
-  (line,) = [t for t in caplog.messages if t.startswith('initialised afresh')]
+  (line,) = [t for t in caplog.messages if t.startswith('initialized afresh')]
   assert 'fc.weight' in line and 'masker' in line
   started = workdir.load_run(tmp_path / 'run').model
   trained = interop.to_torch_state_dict(started)
@@ -125,10 +124,8 @@ def test_training_starts_from_a_file(
 
 
 def test_two_sources_of_weights(dynconv_run, exported, tmp_path):
-  config = workdir.load_run(dynconv_run).config
-  config = dataclasses.replace(
-    config, pretrained=str(exported), init_from=str(dynconv_run)
-  )
+  config = workdir.read_config(dynconv_run)
+  config = config.replace(pretrained=str(exported), init_from=str(dynconv_run))
   with pytest.raises(ValueError, match='init_from and pretrained exclude each'):
     loop.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

@@ -14,6 +14,7 @@ from PIL import Image
 
 from dynconv_jax.data import spots
 from dynconv_jax.training import checkpoints, inputs, workdir
+from dynconv_jax.training.config import Config
 
 _CLASSES = ('disc', 'ring', 'square', 'triangle', 'cross', 'bars')
 
@@ -121,12 +122,11 @@ def evaluated(resized_run, images):
     {'image': path.read_bytes(), 'label': 0, 'name': name}
     for name, path in images.items()
   ]
-  config = run.config
   (batch,) = inputs.EvalBatches(
     source,
-    image_size=config.image_size,
+    image_size=run.image_size,
     batch_size=len(source),
-    resize_ratio=inputs.resize_ratio(config),
+    resize_ratio=run.resize_ratio,
   )
   logits, masks = nnx.jit(lambda m, x: m(x))(run.model, batch['image'])
   logits = np.asarray(logits, np.float64)
@@ -149,7 +149,7 @@ def test_predictions_are_those_of_evaluation(predicted, evaluated):
     macs = always
     for mask in masks:
       for layer in mask.layers:
-        active = mask.dilated if layer.dilated else mask.hard
+        active = mask.maps[layer.level]
         macs += layer.macs_per_position * int(np.asarray(active[i]).sum())
     assert result['gmacs'] == pytest.approx(macs / 1e9, rel=1e-9)
     gmacs.append(macs)
@@ -312,7 +312,7 @@ def test_errors_before_any_compute(
     program('predict', f'--workdir={dynconv_run}', output)
   with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
     program('predict', f'--workdir={tmp_path}', output, images['rgb'])
-  (tmp_path / 'flags.txt').write_text('--dataset=spots\n')
+  workdir.write_flags(tmp_path, Config())
   with pytest.raises(checkpoints.CheckpointError, match='^no checkpoint in'):
     program('predict', f'--workdir={tmp_path}', output, images['rgb'])
   (tmp_path / 'file').touch()

@@ -1,6 +1,5 @@
 """The training program, its flags and its errors."""
 
-import dataclasses
 import logging as stdlib_logging
 import pathlib
 import signal
@@ -16,7 +15,7 @@ from absl import flags, logging
 import dynconv_jax
 from dynconv_jax.training import workdir
 from dynconv_jax.training.checkpoints import CheckpointError
-from dynconv_jax.training.config import Config
+from dynconv_jax.training.config import Config, all_options
 from experiments import config_flags, program
 
 
@@ -32,9 +31,49 @@ def test_every_field_is_a_flag_with_the_same_default():
   assert _parse() == Config()
   values = flags.FlagValues()
   config_flags.define(values)
-  for field in dataclasses.fields(Config):
-    assert values[field.name].help.startswith(field.metadata['help'])
-  assert len(list(values)) == len(dataclasses.fields(Config))
+  options = all_options()
+  for name, option in options.items():
+    assert values[name].help.startswith(option.help)
+  assert set(values) == set(options)
+
+
+def test_options_from_outside_are_flags(tmp_path, monkeypatch):
+  (tmp_path / 'mine.py').write_text(
+    'import dataclasses\n'
+    'from dynconv_jax.methods.method import Method\n'
+    'from dynconv_jax.models.resnet import ARCHITECTURES\n'
+    'from dynconv_jax.options import option\n'
+    '@dataclasses.dataclass(frozen=True)\n'
+    'class Options:\n'
+    "  mine_share: float = option(0.5, 'A share.')\n"
+    "METHOD = Method('mine', Options)\n"
+    'def narrow(*, width_multiplier=1.0, narrow_by=0.5, **kwargs):\n'
+    "  factory = ARCHITECTURES['cifar_resnet8']\n"
+    '  width = narrow_by * width_multiplier\n'
+    '  return factory(width_multiplier=width, **kwargs)\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  flagfile = tmp_path / 'mine.flags'
+  flagfile.write_text(
+    '--method=mine:METHOD\n--mine_share=0.25\n--model=mine:narrow\n'
+  )
+  argv = ['program', f'--flagfile={flagfile}', '--narrow_by=0.25']
+  values = flags.FlagValues()
+  config_flags.define(values, argv)
+  flags.DEFINE_string('flagfile', '', '', flag_values=values)
+  values(argv)
+  config = config_flags.read(values)
+  config.check()
+  assert config.method.options.mine_share == 0.25
+  assert config.model.options.narrow_by == 0.25
+  assert Config.from_flags(config.to_flags()) == config
+  for argument, message in (
+    ('--method=mine:NONE', 'mine has no NONE'),
+    ('--model=mine.other:narrow', 'no module mine.other'),
+    ('--dataset=mine:METHOD', 'must be of type DataSource'),
+  ):
+    with pytest.raises(SystemExit, match=message):
+      config_flags.define(flags.FlagValues(), ['program', argument])
 
 
 def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
@@ -43,8 +82,7 @@ def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
     '# A comment.\n\n--model=resnet18\n--crop_scale=0.5,1\n--noflip\n'
     '// Another.\n--budget=0.3\n--classes=a,b\n--mask_bias=2\n'
   )
-  expected = dataclasses.replace(
-    Config(),
+  expected = Config().replace(
     model='resnet18',
     crop_scale=(0.5, 1.0),
     flip=False,

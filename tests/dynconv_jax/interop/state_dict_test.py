@@ -12,7 +12,8 @@ from flax import nnx
 
 from dynconv_jax import interop
 from dynconv_jax.interop import names as names_lib
-from dynconv_jax.models.create import METHODS, create_model
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.models.create import create_model
 
 
 def _network(method='dense', seed=0, name='cifar_resnet8', **kwargs):
@@ -172,7 +173,7 @@ def test_gates_of_blocks_that_are_always_executed_are_left_out():
 
 def test_convnet_aig_knows_torchvisions_names_too():
   model = _network('convnet_aig')
-  names = names_lib.torch_names(model, 'torchvision')
+  names = names_lib.torch_names(model, names_lib.TORCHVISION)
   assert 'layer1.0.masker.fc1.weight' in names
   arrays = _weights(model)
   state_dict = {n: w.to_torch(arrays[w.path]) for n, w in names.items()}
@@ -278,7 +279,8 @@ def test_one_error_lists_all_and_changes_nothing(load):
 def test_dense_weights_in_a_gated_network_are_told_apart():
   state_dict = interop.to_torch_state_dict(_network())
   with pytest.raises(
-    ValueError, match=r'whose gates it lacks \(training starts .*--pretrained'
+    ValueError,
+    match=r'whose gates it lacks \(training can start .*`pretrained`',
   ):
     interop.load_torch_state_dict(_network('dynconv'), state_dict)
 
@@ -317,11 +319,11 @@ def test_pretrained_dense_weights_leave_gates_and_another_head(method):
   model, before = (_network(method, seed=1, name=name) for _ in range(2))
   with absltest.TestCase().assertLogs(level='INFO') as logs:
     fresh = interop.load_pretrained(model, dense)
-  assert logs.output[-1].endswith(f'initialised afresh: {", ".join(fresh)}')
+  assert logs.output[-1].endswith(f'initialized afresh: {", ".join(fresh)}')
   assert {'fc.weight', 'fc.bias'} <= set(fresh)
   trunk = set(_own(dense)) - set(fresh)
   assert len(trunk) == len(_own(dense)) - 2
-  names = names_lib.torch_names(model, 'torchvision')
+  names = names_lib.torch_names(model, names_lib.TORCHVISION)
   assert set(fresh) == set(names) - trunk
   assert (method == 'dense') == (len(fresh) == 2)
   after, before = _weights(model), _weights(before)

@@ -2,61 +2,35 @@
 
 import importlib
 import pathlib
+import subprocess
 import sys
 import warnings
 from unittest import mock
 
-import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
 onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 
 from onnx import TensorProto, helper  # noqa: E402
+from onnx_models import (  # noqa: E402
+  conv,
+  graph_of,
+  model_of,
+  ones,
+  scalar,
+  value,
+)
 
+from dynconv_jax import macs  # noqa: E402
+from dynconv_jax.macs import onnx_ops  # noqa: E402
 from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.onnx import count_macs  # noqa: E402
 
 
-def value(name, shape=None, kind=TensorProto.FLOAT):
-  return helper.make_tensor_value_info(name, kind, shape)
-
-
-def ones(name, *shape):
-  return onnx.numpy_helper.from_array(np.ones(shape, np.float32), name)
-
-
-def scalar(name, number, kind=np.int64):
-  return onnx.numpy_helper.from_array(np.asarray(number, kind), name)
-
-
-def model_of(nodes, inputs, weights=(), outputs=('y',), **options):
-  """Returns a model of nodes; inputs are {name: shape}."""
-  graph = helper.make_graph(
-    nodes,
-    'graph',
-    [value(name, shape) for name, shape in inputs.items()],
-    [value(name) for name in outputs],
-    weights,
-  )
-  opset = options.pop('opset', 22)
-  return helper.make_model(
-    graph, opset_imports=[helper.make_opsetid('', opset)], ir_version=10
-  )
-
-
-def conv(operator, shape, weight, **attributes):
-  node = helper.make_node(operator, ['x', 'w'], ['y'], 'layer', **attributes)
-  return model_of([node], {'x': shape}, [ones('w', *weight)])
-
-
-def body(nodes, inputs, outputs, weights=()):
-  return helper.make_graph(nodes, 'body', inputs, outputs, weights)
-
-
 class ControlFlowTest(parameterized.TestCase):
   def scan_model(self):
-    step = body(
+    step = graph_of(
       [
         helper.make_node('MatMul', ['h', 'w'], ['hw']),
         helper.make_node('Add', ['hw', 'x'], ['out'], 'sum'),
@@ -85,7 +59,7 @@ class ControlFlowTest(parameterized.TestCase):
         helper.make_node('MatMul', [a, 'w'], [b], b)
         for a, b in zip(names, names[1:], strict=False)
       ]
-      return body(nodes, [], [value(names[-1], (2, 4))])
+      return graph_of(nodes, [], [value(names[-1], (2, 4))])
 
     node = helper.make_node(
       'If',
@@ -120,12 +94,15 @@ class ControlFlowTest(parameterized.TestCase):
     self.assertEqual(report.total, len(layers) * 2 * 16)
 
   def loop_model(self, steps, stops=False):
-    end = ('Cast', ['i'], ['on']) if stops else ('Identity', ['was_on'], ['on'])
-    nodes = [
-      helper.make_node('MatMul', ['h', 'w'], ['out'], 'product'),
-      helper.make_node(*end, **({'to': TensorProto.BOOL} if stops else {})),
-    ]
-    step = body(
+    nodes = [helper.make_node('MatMul', ['h', 'w'], ['out'], 'product')]
+    if stops:
+      nodes += [
+        helper.make_node('ReduceMax', ['out'], ['most_of_it'], keepdims=0),
+        helper.make_node('Cast', ['most_of_it'], ['on'], to=TensorProto.BOOL),
+      ]
+    else:
+      nodes.append(helper.make_node('Identity', ['was_on'], ['on']))
+    step = graph_of(
       nodes,
       [
         value('i', (), TensorProto.INT64),
@@ -161,6 +138,155 @@ class ControlFlowTest(parameterized.TestCase):
       self.assertEqual(report.total, 3 * 2 * 16)
       self.assertEmpty(report.uncounted)
     self.assertEqual(count_macs(model, convention='conv').total, 0)
+
+  def loop(self, nodes, inputs, start, weights, **options):
+    """A loop whose state is `h`, and on which nothing else depends."""
+    state = [
+      value('i', (), TensorProto.INT64),
+      value('was', (), TensorProto.BOOL),
+    ]
+    step = graph_of(
+      nodes,
+      [*state, *(value(name) for name in start)],
+      [value('on', (), TensorProto.BOOL), *(value(f'{k}2') for k in start)],
+    )
+    names = [options.get('most', ''), '', *start.values()]
+    outputs = ['y', *(f'{k}3' for k in list(start)[1:])]
+    node = helper.make_node('Loop', names, outputs, 'loop', body=step)
+    before = options.get('before', [])
+    return model_of([*before, node], inputs, weights)
+
+  def test_loop_over_the_length_of_its_input(self):
+    nodes = [
+      helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
+      helper.make_node('Identity', ['was'], ['on']),
+    ]
+    before = [
+      helper.make_node('Shape', ['x'], ['shape']),
+      helper.make_node('Gather', ['shape', 'zero'], ['length']),
+    ]
+    weights = [ones('w', 4, 4), scalar('zero', 0)]
+    model = self.loop(
+      nodes, {'x': (7, 2, 4)}, {'h': 'x'}, weights, most='length', before=before
+    )
+    report = count_macs(model)
+    self.assertEqual(report.total, 7 * 7 * 2 * 16)
+    self.assertEqual(report.by_layer['product'].output_shape, (7, 2, 4))
+
+  def test_loop_whose_state_grows(self):
+    nodes = [
+      helper.make_node('Concat', ['h', 'x'], ['h2'], axis=0),
+      helper.make_node('MatMul', ['h2', 'w'], ['p'], 'product'),
+      helper.make_node('Identity', ['was'], ['on']),
+    ]
+    weights = [ones('w', 4, 5), scalar('most', 3)]
+    model = self.loop(nodes, {'x': (2, 4)}, {'h': 'x'}, weights, most='most')
+    self.assertEqual(count_macs(model).total, (4 + 6 + 8) * 20)
+
+  def test_loop_whose_state_grows_for_an_unknown_number_of_steps(self):
+    nodes = [
+      helper.make_node('Concat', ['h', 'x'], ['h2'], axis=0),
+      helper.make_node('MatMul', ['h2', 'w'], ['p'], 'product'),
+      helper.make_node('ReduceMax', ['p'], ['best'], keepdims=0),
+      helper.make_node('Cast', ['best'], ['on'], to=TensorProto.BOOL),
+    ]
+    model = self.loop(nodes, {'x': (2, 4)}, {'h': 'x'}, [ones('w', 4, 5)])
+    with self.assertWarnsRegex(
+      report_lib.UncountedWarning, 'its trip count is not in the model'
+    ):
+      self.assertEqual(count_macs(model).total, 0)
+    report = count_macs(model, trip_counts=3)
+    self.assertEqual(report.total, (4 + 6 + 8) * 20)
+
+  def test_loop_that_counts_to_a_constant(self):
+    nodes = [
+      helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
+      helper.make_node('Add', ['n', 'two'], ['n2']),
+      helper.make_node('Less', ['n2', 'ten'], ['on']),
+    ]
+    weights = [
+      ones('w', 4, 4),
+      scalar('two', 2),
+      scalar('ten', 10),
+      scalar('start', 1),
+    ]
+    model = self.loop(nodes, {'x': (2, 4)}, {'h': 'x', 'n': 'start'}, weights)
+    # 1, 3, 5, 7, 9.
+    self.assertEqual(count_macs(model).total, 5 * 2 * 16)
+
+  def test_loop_that_reads_less_at_each_step(self):
+    nodes = [
+      helper.make_node('Unsqueeze', ['i', 'axis'], ['first']),
+      helper.make_node('Slice', ['x', 'first', 'end'], ['rows']),
+      helper.make_node('MatMul', ['rows', 'w'], ['p'], 'product'),
+      helper.make_node('Identity', ['h'], ['h2']),
+      helper.make_node('Identity', ['was'], ['on']),
+    ]
+    weights = [
+      ones('w', 4, 4),
+      scalar('axis', [0]),
+      scalar('end', [9]),
+      scalar('most', 3),
+    ]
+    model = self.loop(nodes, {'x': (5, 4)}, {'h': 'x'}, weights, most='most')
+    self.assertEqual(count_macs(model).total, (5 + 4 + 3) * 16)
+
+  def test_loop_on_constants_counts_however_it_is_counted(self):
+    nodes = [
+      helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
+      helper.make_node('Add', ['n', 'one'], ['n2']),
+      helper.make_node('Less', ['n2', 'five'], ['on']),
+    ]
+    weights = [
+      ones('w', 4, 4),
+      ones('first', 2, 4),
+      scalar('one', 1),
+      scalar('five', 5),
+      scalar('zero', 0),
+    ]
+    model = self.loop(
+      nodes, {'x': (2, 4)}, {'h': 'first', 'n': 'zero'}, weights
+    )
+    self.assertEqual(count_macs(model).total, 5 * 2 * 16)
+
+  def test_loop_that_never_runs(self):
+    nodes = [
+      helper.make_node('MatMul', ['h', 'w'], ['h2'], 'product'),
+      helper.make_node('Identity', ['was'], ['on']),
+    ]
+    weights = [ones('w', 4, 4), scalar('most', 0)]
+    model = self.loop(nodes, {'x': (2, 4)}, {'h': 'x'}, weights, most='most')
+    self.assertEqual(count_macs(model).total, 0)
+
+  def test_scan_of_opset_8_has_a_batch(self):
+    step = graph_of(
+      [
+        helper.make_node('MatMul', ['h', 'w'], ['hw'], 'product'),
+        helper.make_node('Add', ['hw', 'x'], ['out'], 'sum'),
+      ],
+      [value('h', (2, 4)), value('x', (2, 4))],
+      [value('out', (2, 4))],
+    )
+    node = helper.make_node(
+      'Scan', ['', 'start', 'xs'], ['y'], 'loop', body=step, num_scan_inputs=1
+    )
+    model = model_of(
+      [node],
+      {'start': (3, 2, 4), 'xs': (3, 7, 2, 4)},
+      [ones('w', 4, 4)],
+      opset=8,
+    )
+    report = count_macs(model, convention='flops')
+    macs = {name: layer.macs for name, layer in report.by_layer.items()}
+    self.assertEqual(macs, {'product': 21 * 2 * 2 * 16, 'sum': 21 * 8})
+
+  def test_trip_counts_name_loops(self):
+    with self.assertRaisesRegex(
+      ValueError,
+      r"must name loops of the program; got \['decoder'\], and the loops are"
+      r" \['loop'\]",
+    ):
+      count_macs(self.loop_model(None), trip_counts={'decoder': 3})
 
 
 class ModelTest(absltest.TestCase):
@@ -273,29 +399,118 @@ class ExportedTest(absltest.TestCase):
 class UncountedTest(absltest.TestCase):
   def test_unknown_operators_warn_and_are_noted(self):
     nodes = [
-      helper.make_node('Det', ['x'], ['d'], 'determinant'),
       helper.make_node('Fused', ['x'], ['f'], 'own', domain='com.example'),
-      helper.make_node('NonZero', ['x'], ['n']),
+      helper.make_node('NonZero', ['x'], ['n'], 'positions'),
       helper.make_node('Cast', ['n'], ['m'], to=TensorProto.FLOAT),
       helper.make_node('Neg', ['m'], ['y'], 'minus'),
     ]
-    model = model_of(nodes, {'x': (2, 3, 3)})
-    model.opset_import.append(helper.make_opsetid('com.example', 1))
+    model = model_of(nodes, {'x': (2, 3, 3)}, domains=['com.example'])
     with pytest.warns(report_lib.UncountedWarning) as caught:
       report = count_macs(model, convention='flops')
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'Det in determinant is not counted: its cost is not known',
         'Fused in own is not counted: it is of the domain com.example',
         "Neg in minus is not counted: the shapes of ['m', 'y'] depend on"
-        ' values',
+        ' values, by NonZero in positions',
       ],
     )
     self.assertEqual(
       [tuple(entry) for entry in report.uncounted],
-      [('Det', 'determinant'), ('Fused', 'own'), ('Neg', 'minus')],
+      [('Fused', 'own'), ('Neg', 'minus')],
     )
+
+
+class RegisterTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.enter_context(mock.patch.dict(onnx_ops._REGISTERED))
+
+  def model(self):
+    nodes = [
+      helper.make_node(
+        'Gram', ['x', ''], ['g'], 'gram', domain='com.example', scale=3
+      ),
+      helper.make_node('MatMul', ['g', 'w'], ['y'], 'product'),
+    ]
+    return model_of(
+      nodes, {'x': (6, 5)}, [ones('w', 6, 2)], domains=['com.example']
+    )
+
+  def test_formula_of_a_user(self):
+    seen = []
+
+    @macs.register('com.example::Gram', 'onnx')
+    def gram(operation):
+      seen.append(operation)
+      rows, inner = operation.inputs[0].shape
+      return macs.formulas.matmul(rows, inner, rows)
+
+    with pytest.warns(
+      report_lib.UncountedWarning, match='MatMul in product .* Gram in gram'
+    ):
+      report = count_macs(self.model())
+    self.assertEqual(report.total, 6 * 5 * 6)
+    (operation,) = seen
+    self.assertEqual(operation.name, 'com.example::Gram')
+    self.assertEqual(operation.params, {'scale': 3})
+    self.assertEqual(operation.inputs[0].dtype, 'float32')
+    self.assertIsNone(operation.inputs[1])
+    self.assertIsNone(operation.outputs[0].shape)
+    del gram
+
+  def test_shapes_of_a_user(self):
+    @onnx_ops.register_onnx(
+      'com.example::Gram', outputs=lambda op: [(op.inputs[0].shape[0],) * 2]
+    )
+    def gram(operation):
+      rows, columns = operation.outputs[0].shape
+      return macs.formulas.matmul(rows, operation.inputs[0].shape[1], columns)
+
+    self.assertEqual(count_macs(self.model()).total, 6 * 5 * 6 + 6 * 6 * 2)
+    del gram
+
+  def test_a_formula_of_a_user_goes_before_ours(self):
+    macs.register('Relu', 'onnx')(lambda op: macs.formulas.elementwise(1000))
+    macs.register('com.microsoft::FusedMatMul', 'onnx')(
+      lambda op: macs.formulas.matmul(1, 7, 1)
+    )
+    nodes = [
+      helper.make_node('Relu', ['x'], ['z']),
+      helper.make_node(
+        'FusedMatMul', ['z', 'w'], ['y'], domain='com.microsoft'
+      ),
+      helper.make_node('Neg', ['y'], ['minus']),
+    ]
+    model = model_of(
+      nodes, {'x': (2, 4)}, [ones('w', 4, 3)], domains=['com.microsoft']
+    )
+    self.assertEqual(count_macs(model, convention='flops').total, 1000 + 14 + 6)
+
+  def test_names_and_results_are_checked(self):
+    for name in ('', 'a::b::c', 'a:b', '::Relu'):
+      with self.assertRaisesRegex(ValueError, 'name must be'):
+        macs.register(name, 'onnx')
+    macs.register('Relu', 'onnx')(lambda op: 3)
+    model = model_of([helper.make_node('Relu', ['x'], ['y'])], {'x': (2,)})
+    with self.assertRaisesRegex(TypeError, "'Relu' must return a macs.Work"):
+      count_macs(model)
+
+
+class ImportTest(absltest.TestCase):
+  def test_counting_imports_neither_jax_nor_torch(self):
+    path = pathlib.Path(self.create_tempdir().full_path) / 'model.onnx'
+    onnx.save(conv('Conv', (1, 4, 7, 9), (6, 4, 3, 3)), path)
+    code = (
+      'import sys; from dynconv_jax.macs.onnx import count_macs;'
+      f' print(count_macs({str(path)!r}).total);'
+      " assert not {'jax', 'flax', 'torch'} & sys.modules.keys()"
+    )
+    done = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True
+    )
+    self.assertEqual((done.returncode, done.stderr), (0, ''))
+    self.assertEqual(int(done.stdout), 6 * 35 * 36)
 
 
 class ErrorTest(parameterized.TestCase):

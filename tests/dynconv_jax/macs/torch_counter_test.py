@@ -268,6 +268,33 @@ class GradientTest(parameterized.TestCase):
       3 * 2 * 3 * 7 * 9 * (16 + 8),
     )
 
+  @parameterized.named_parameters(
+    ('map', lambda x: control.map(square, x), 3 * 512),
+    (
+      'scan',
+      lambda x: control.scan(lambda c, a: (c @ a, c + a), x[0], x)[0],
+      3 * 512,
+    ),
+    (
+      'cond',
+      lambda x: torch.cond(x.sum() > 0, square, lambda a: a @ a @ a, (x[0],)),
+      2 * 512,
+    ),
+    (
+      'nested',
+      lambda x: control.map(
+        lambda a: torch.cond(a.sum() > 0, square, square, (a,)), x
+      ),
+      3 * 512,
+    ),
+  )
+  def test_operators_on_functions(self, function, macs):
+    module, x = Functional(function), torch.zeros(3, 8, 8, requires_grad=True)
+    self.assertEqual(count_macs(module, x).total, macs)
+    report = count_macs(module, x, backward=True)
+    self.assertEqual(report.total, 3 * macs)
+    self.assertEmpty(report.uncounted)
+
   def test_only_what_requires_a_gradient(self):
     module = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     module[0].requires_grad_(False)

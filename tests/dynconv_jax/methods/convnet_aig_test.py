@@ -8,7 +8,6 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from dynconv_jax import losses
-from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.convnet_aig import LayerGate, target_rates
 from dynconv_jax.methods.gumbel import binary_gumbel
@@ -16,7 +15,7 @@ from dynconv_jax.models.create import create_model
 
 
 def _gate(features=5, seed=0):
-  return LayerGate(features, norm=BatchNorm, rngs=nnx.Rngs(seed))
+  return LayerGate(features, rngs=nnx.Rngs(seed))
 
 
 def _images(*shape, seed=1):
@@ -147,7 +146,7 @@ class TargetRatesTest(parameterized.TestCase):
     ):
       target_rates('resnet152', 0.5, 50)
     with self.assertRaisesRegex(
-      ValueError, 'resnet50 are those of 16 blocks; the network has 33'
+      ValueError, 'one a block, 33; got 16, those of resnet50'
     ):
       target_rates('resnet50', 0.5, 33)
 
@@ -221,7 +220,7 @@ class NetworkTest(parameterized.TestCase):
     x = model.stem(images)
     for i, block in enumerate(model.blocks):
       shortcut = block.shortcut(x)
-      x = nnx.relu(shortcut + block.branch(x) if i == 1 else shortcut)
+      x = nnx.relu(shortcut + block.run_branch(x) if i == 1 else shortcut)
     np.testing.assert_array_equal(logits, model.head(x))
 
   def test_masks_are_whole_images_and_are_counted(self):

@@ -8,7 +8,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from scipy import stats
 
-from dynconv_jax.methods.gumbel import binary_gumbel, straight_through
+from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel, straight_through
 
 LOGITS = (-2.0, -0.5, 0.0, 0.3, 4.0)
 
@@ -119,6 +119,38 @@ class BinaryGumbelTest(parameterized.TestCase):
     np.testing.assert_array_equal(one, same)
     # Two independent fair coins differ in half of the places.
     self.assertBetween(int(jnp.sum(one != other)), 400, 600)
+
+
+class AnnealTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (0, 5.0), (29, 5.0), (30, 2.5), (59, 2.5), (60, 1.0), (100, 1.0)
+  )
+  def test_temperature_of_the_imagenet_recipe(self, epoch, temperature):
+    options = Gumbel(
+      gumbel_temperatures=(5.0, 2.5, 1.0), gumbel_milestones=(0.3, 0.6)
+    )
+    # Progress as the training step computes it.
+    progress = jnp.int32(epoch * 7) / (100 * 7)
+    value, _ = options.anneal(progress)
+    self.assertEqual((value.shape, value.dtype), ((), jnp.float32))
+    self.assertEqual(value, temperature)
+
+  @parameterized.parameters((0, True), (79, True), (80, False), (100, False))
+  def test_noise_ends(self, epoch, noise):
+    progress = jnp.int32(epoch * 7) / (100 * 7)
+    _, value = Gumbel(gumbel_noise_until=0.8).anneal(progress)
+    self.assertEqual(value, noise)
+
+  def test_under_jit(self):
+    options = Gumbel(
+      gumbel_temperatures=(4.0, 2.0),
+      gumbel_milestones=(0.5,),
+      gumbel_noise_until=0.25,
+    )
+    traced = jax.jit(options.anneal)
+    for progress, expected in ((0.0, (4, True)), (0.3, (4, False))):
+      self.assertEqual(traced(progress), expected)
+    self.assertEqual(traced(0.5), (2, False))
 
 
 if __name__ == '__main__':

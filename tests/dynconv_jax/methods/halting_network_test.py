@@ -9,7 +9,6 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.layers import BatchNorm
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
@@ -22,11 +21,9 @@ def _model(method, depths=(2, 1, 3), kind=BasicBlock, dtype=jnp.float32):
     Architecture(kind, depths, 4, 'cifar'),
     num_classes=5,
     width_multiplier=1.0,
-    gate=lambda stage, i, features, strides: (
-      HaltingUnit(
-        features, spatial=method == 'sact', norm=BatchNorm, rngs=nnx.Rngs(0)
-      )
-      if i and method != 'dense'
+    gate=lambda site: (
+      HaltingUnit(site.in_features, spatial=method == 'sact', rngs=nnx.Rngs(0))
+      if site.stage_index and method != 'dense'
       else None
     ),
     dtype=dtype,
@@ -224,7 +221,7 @@ class ErrorsTest(parameterized.TestCase):
   def test_no_stage_of_two_blocks(self, method):
     with self.assertRaisesRegex(
       ValueError,
-      f'{method} needs a stage of two blocks or more.*; cifar_resnet8 has one',
+      f'{method} needs a stage of two blocks or more.*; the network has one',
     ):
       create_model('cifar_resnet8', method=method, rngs=nnx.Rngs(0))
 

@@ -9,7 +9,6 @@ from flax import nnx
 from halting_algorithm import randomize, run_stage
 
 from dynconv_jax import losses
-from dynconv_jax.layers import BatchNorm
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.sact import HaltingUnit
 
@@ -23,7 +22,7 @@ class _Known(HaltingUnit):
 
 
 def _unit(features=5, spatial=True, kind=HaltingUnit, seed=0):
-  return kind(features, spatial=spatial, norm=BatchNorm, rngs=nnx.Rngs(seed))
+  return kind(features, spatial=spatial, rngs=nnx.Rngs(seed))
 
 
 def _run(unit, states):

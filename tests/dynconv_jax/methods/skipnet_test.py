@@ -7,7 +7,6 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods import skipnet as skip_gate
 from dynconv_jax.models.create import create_model
@@ -18,15 +17,11 @@ def _images(*shape, seed=1):
 
 
 def _gate(kind, features=3, *, first=True, training='supervised', seed=0):
-  gate = skip_gate.create_skip_gate(
-    kind,
-    features,
-    first=first,
-    training=training,
-    conv=conv,
-    norm=BatchNorm,
-    rngs=nnx.Rngs(seed),
-  )
+  kwargs = {'training': training, 'rngs': nnx.Rngs(seed)}
+  if kind == 'recurrent':
+    gate = skip_gate.RecurrentGate(features, first=first, **kwargs)
+  else:
+    gate = skip_gate.FeedForwardGate(features, pooled=kind == 'ff1', **kwargs)
   rng = np.random.default_rng(seed)
   for _, node in nnx.iter_graph(gate):
     if isinstance(node, nnx.BatchNorm):
@@ -330,7 +325,7 @@ class NetworkTest(parameterized.TestCase):
     self.assertEqual(sum(float(jnp.sum(m.executed_macs())) for m in masks), 0)
     first, second, third = model.blocks
     x = model.stem(images)
-    x = nnx.relu(x + first.branch(x))
+    x = nnx.relu(x + first.run_branch(x))
     x = nnx.relu(second.shortcut(x))
     x = nnx.relu(third.shortcut(x))
     np.testing.assert_allclose(logits, model.head(x), rtol=1e-6, atol=1e-6)

@@ -77,7 +77,7 @@ def _forward(model, images, forced=None):
   for b, block in enumerate(model.blocks):
     logits = _mask_logits(x, block.masker, block.strides)
     mask = logits >= 0 if forced is None else forced[b]
-    if isinstance(block, BasicBlock):
+    if not isinstance(block, Bottleneck):
       y = _relu(_norm(_conv(x, block.conv1, block.strides), block.bn1))
       y = _norm(_conv(y, block.conv2), block.bn2)
     else:
@@ -102,11 +102,11 @@ def _tiny(kind, depths, stem, mask_kernel_size=3):
     Architecture(kind, depths, 4, stem),
     num_classes=5,
     width_multiplier=1.0,
-    gate=lambda stage, i, features, strides: MaskUnit(
-      features,
-      strides=strides,
+    gate=lambda site: MaskUnit(
+      site.in_features,
+      strides=site.strides,
       kernel_size=mask_kernel_size,
-      rngs=nnx.Rngs(features),
+      rngs=nnx.Rngs(site.in_features),
     ),
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),
@@ -386,6 +386,8 @@ class ErrorsTest(parameterized.TestCase):
     ({'name': 'vgg'}, r"unknown model 'vgg'; allowed: resnet18, resnet34"),
     ({'method': 'dynconf'}, r"'dynconf' \(did you mean 'dynconv'\?\)"),
     ({'method': None}, 'unknown method None; allowed: dense, dynconv'),
+    ({'bugdet': 0.5}, 'unknown options bugdet; dense has none'),
+    ({'method': 'act', 'bugdet': 0.5}, 'bugdet; act has ponder_weight'),
     ({'num_classes': 0}, 'num_classes must be at least 1; got 0'),
     (
       {'width_multiplier': 0.06},
@@ -393,7 +395,10 @@ class ErrorsTest(parameterized.TestCase):
       'got 0.06',
     ),
     ({'width_multiplier': -1.0}, 'width_multiplier must .*; got -1.0'),
-    ({'mask_kernel_size': 5}, 'mask_kernel_size must be 1 or 3; got 5'),
+    (
+      {'method': 'dynconv', 'mask_kernel_size': 5},
+      'mask_kernel_size must be 1 or 3; got 5',
+    ),
   )
   def test_create_model(self, arguments, message):
     arguments = {'name': 'cifar_resnet8', 'rngs': nnx.Rngs(0)} | arguments
@@ -404,20 +409,25 @@ class ErrorsTest(parameterized.TestCase):
     ('resnet18', 64, 32), ('resnet152', 64, 32), ('cifar_resnet110', 8, 4)
   )
   def test_image_size(self, name, least, stride):
-    resnet.check_image_size(name, least)
-    with self.assertRaisesRegex(
-      ValueError,
-      f'image_size must be at least {least} for {name}, whose total stride is '
-      f'{stride}; got {least - 1}',
-    ):
-      resnet.check_image_size(name, least - 1)
+    self.assertEqual(ARCHITECTURES[name].min_image_size, least)
+    self.assertEqual(least, 2 * stride)
+    view = nnx.view(
+      _abstract(name, method='dynconv'),
+      deterministic=True,
+      use_running_average=True,
+    )
+    _, masks = _traced(view, (1, least, least, 3))
+    self.assertEqual(masks[-1].hard.shape, (1, 2, 2))
 
   def test_number_of_masks(self):
     model = _abstract('cifar_resnet8')
     with self.assertRaisesRegex(
-      ValueError, 'masks must be one a block, 3; got 1'
+      ValueError, 'masks must be one a block; got 1, none for layer2.0'
     ):
-      model(_images(1, 8, 8, 3), masks=[np.ones((1, 8, 8))])
+      nnx.eval_shape(
+        lambda model: model(_images(1, 8, 8, 3), masks=[np.ones((1, 8, 8))]),
+        model,
+      )
 
 
 if __name__ == '__main__':

@@ -71,8 +71,10 @@ def _imagenet():
     Architecture(Bottleneck, (1, 2), 4),
     num_classes=5,
     width_multiplier=1.0,
-    gate=lambda stage, i, features, strides: MaskUnit(
-      features, strides=strides, rngs=nnx.Rngs(features)
+    gate=lambda site: MaskUnit(
+      site.in_features,
+      strides=site.strides,
+      rngs=nnx.Rngs(site.in_features),
     ),
     dtype=jnp.float32,
     rngs=nnx.Rngs(0),

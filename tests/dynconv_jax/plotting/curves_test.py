@@ -136,7 +136,9 @@ def _bars(ax):
 
 def test_bars_are_the_densities(tmp_path):
   names = ['layer1.0', 'layer1.1', 'layer2.0']
-  figure = plot_block_density(names, [0.9, 0.5, 0.1], tmp_path / 'd', 0.4)
+  figure = plot_block_density(
+    names, [0.9, 0.5, 0.1], tmp_path / 'd', 0.4, stages=(0, 0, 1)
+  )
   (ax,) = figure.axes
   np.testing.assert_allclose(_bars(ax), [0.9, 0.5, 0.1])
   assert [t.get_text() for t in ax.get_xticklabels()] == ['0', '1', '0']
@@ -172,7 +174,7 @@ def test_names_need_no_stage(tmp_path):
   ('names', 'densities', 'budget', 'message'),
   [
     ([], [], None, r'at least one block; got shape \(0,\)'),
-    (['a'], [0.1, 0.2], None, 'got 1 names and 2 densities'),
+    (['a'], [0.1, 0.2], None, 'got 1 names, 2 densities and 1 stages'),
     (['a'], [1.2], None, r'densities must be in \[0, 1\]; got \[1.2\]'),
     (['a'], [np.nan], None, r'densities must be in \[0, 1\]; got \[nan\]'),
     (['a'], [0.5], 1.5, r'budget must be in \[0, 1\]; got 1.5'),

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dynconv_jax.models.create import METHODS
+from dynconv_jax.methods.method import METHODS
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.tradeoff import (
   plot_accuracy_against_macs,

@@ -1,4 +1,4 @@
-"""Tests of exported ONNX models against the masked dense forward in JAX."""
+"""Tests of exported ONNX models against the networks' own forward in JAX."""
 
 import functools
 
@@ -8,104 +8,160 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.forced import force_gates
+from dynconv_jax import create_model
+from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.macs import count_macs
-from dynconv_jax.models.create import create_model
+from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.sact import HaltingUnit
+from dynconv_jax.models.blocks import BasicBlock
+from dynconv_jax.models.gated import Gating, gated_blocks
 
 pytest.importorskip('onnx', reason='pip install dynconv_jax[onnx]')
 onnxruntime = pytest.importorskip(
   'onnxruntime', reason='pip install dynconv_jax[onnx]'
 )
 
+from onnx_export import (  # noqa: E402
+  SIZE,
+  assert_exported,
+  assert_same,
+  count_nodes,
+  forced,
+  make_images,
+  randomize,
+  run,
+)
+
 from dynconv_jax.macs.onnx import count_macs as count_onnx_macs  # noqa: E402
 from dynconv_jax.sparse.onnx import FORMS, export_onnx  # noqa: E402
 
-# Odd sizes in every stage.
-SIZE = (21, 27)
+VARIANTS = [
+  ('dynconv', {}),
+  ('dynconv', {'mask_granularity': (3,)}),
+  ('dynconv', {'mask_kernel_size': 1}),
+  ('convnet_aig', {}),
+  ('skipnet', {'skip_gate': 'ff1'}),
+  ('skipnet', {'skip_gate': 'ff2'}),
+  ('skipnet', {'skip_gate': 'recurrent'}),
+  ('sact', {}),
+  ('act', {}),
+]
 
 
-def make_images(batch=3, size=SIZE):
-  rng = np.random.default_rng(0)
-  return rng.normal(size=(batch, *size, 3)).astype(np.float32)
-
-
-def session(model, size=SIZE, **kwargs):
-  exported = export_onnx(model, size, **kwargs)
-  return onnxruntime.InferenceSession(exported.SerializeToString())
-
-
-def run(model, images, masks=None):
-  """Logits and masks of the model's own forward pass, jitted."""
-  graphdef, state = nnx.split(model)
-  forward = jax.jit(lambda s, x, m: nnx.merge(graphdef, s)(x, masks=m))
-  return forward(nnx.as_pure(state), images, masks)
-
-
-def assert_same(got, expected):
-  expected = np.asarray(expected)
-  scale = np.abs(expected).max()
-  assert np.isfinite(scale) and scale > 0
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
-
-
-@pytest.mark.parametrize('form', FORMS)
 @pytest.mark.parametrize('family', ['basic', 'bottleneck'])
-@pytest.mark.parametrize('method', ['dynconv', 'convnet_aig'])
+@pytest.mark.parametrize(
+  ('method', 'options'),
+  VARIANTS,
+  ids=['-'.join([m, *map(str, o.values())]) for m, o in VARIANTS],
+)
 def test_logits_and_densities_are_those_of_the_model(
-  make_network, method, family, form
+  make_network, method, options, family
 ):
-  model = make_network(family, method)
-  exported = session(model, form=form)
-  for batch in (3, 1):
-    images = make_images(batch)
-    expected, masks = run(model, images)
-    logits, density = exported.run(None, {'images': images})
-    assert_same(logits, expected)
-    assert logits.dtype == density.dtype == np.float32
-    np.testing.assert_allclose(
-      density, np.stack([m.density() for m in masks], 1), rtol=1e-6
-    )
+  model = make_network(family, method, **options)
+  for block in gated_blocks(model):
+    if isinstance(block.masker, HaltingUnit):  # Halts in the midst of a stage.
+      _sharpen(block.masker)
+  for form in FORMS:
+    exported = export_onnx(model, SIZE, form=form)
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    means = []
+    for batch in (3, 1):
+      images = make_images(batch)
+      expected, masks = run(model, images)
+      logits, density = session.run(None, {'images': images})
+      assert_same(logits, expected)
+      np.testing.assert_allclose(
+        density, np.stack([m.density() for m in masks], 1), rtol=1e-6
+      )
+      means.append(density.mean())
+  if method != 'skipnet':  # All gates of a random one decide the same.
+    assert 0 < means[0] < 1
 
 
-def given(masks, kind):
-  """Masks of the shapes of others: of no, one, some or all positions."""
-  rng = np.random.default_rng(1)
-  for mask in masks:
-    shape = mask.hard.shape
-    hard = np.float32(kind == 'all') * np.ones(shape, np.float32)
-    if kind == 'one':
-      hard.reshape(-1)[rng.integers(hard.size)] = 1
-    elif kind == 'some':
-      hard = np.float32(rng.random(shape) < 0.4)
-    yield hard
+def _sharpen(unit):
+  for layer in (unit.local_conv, unit.global_fc):
+    if layer is not None:
+      layer.kernel[...] = 12 * layer.kernel[...]
 
 
 @pytest.mark.parametrize('kind', ['none', 'one', 'some', 'all'])
 @pytest.mark.parametrize('family', ['basic', 'bottleneck'])
-def test_given_masks_are_obeyed(make_network, family, kind):
+def test_masks_of_no_one_some_or_all_positions(make_network, family, kind):
   model, images = make_network(family, 'dynconv'), make_images()
-  masks = list(given(run(model, images)[1], kind))
-  expected, _ = run(model, images, [jnp.asarray(m) for m in masks])
-  feed = {f'mask_{i}': mask[:, None] for i, mask in enumerate(masks)}
-  for form in FORMS:
-    exported = session(model, form=form, given_masks=True)
-    logits, density = exported.run(None, {'images': images, **feed})
-    assert_same(logits, expected)
-    np.testing.assert_allclose(
-      density, np.stack([m.mean((1, 2)) for m in masks], 1), rtol=1e-6
-    )
+  hard = list(forced(run(model, images)[1], kind))
+  names = [block.name for block in gated_blocks(model)]
+  expected, masks = model(images, masks=[jnp.asarray(m) for m in hard])
+  densities = assert_exported(
+    force_gates(model, dict(zip(names, hard, strict=True))),
+    images,
+    expected=(expected, masks),
+    batch_size=len(images),
+  )
+  np.testing.assert_allclose(densities[0], [m[0].mean() for m in hard], 1e-6)
 
 
-@pytest.mark.parametrize(
-  'arguments', [{'mask_granularity': (3,)}, {'mask_kernel_size': 1}]
-)
-def test_variants_of_the_mask_unit(make_network, arguments):
-  model, images = make_network('basic', 'dynconv', **arguments), make_images()
-  expected, masks = run(model, images)
-  densities = [float(m.density().mean()) for m in masks]
-  assert 0 < np.mean(densities) < 1
-  logits, density = session(model).run(None, {'images': images})
-  assert_same(logits, expected)
-  np.testing.assert_allclose(density.mean(0), densities, rtol=1e-6)
+@pytest.mark.parametrize('logit', [-100.0, 100.0])
+def test_gates_that_are_open_or_shut(make_network, logit):
+  model = make_network('bottleneck', 'dynconv')
+  for block in gated_blocks(model):
+    block.masker.open(logit)
+  densities = assert_exported(model, make_images())
+  assert (densities == (logit > 0)).all()
+
+
+class UNet(nnx.Module):
+  """Blocks of three resolutions, concatenated; another size of output."""
+
+  foldable = (('conv1', 'bn1'),)
+
+  def __init__(self, rngs):
+    def block(name, in_features, features, strides=1):
+      return BasicBlock(
+        in_features,
+        features,
+        strides,
+        name=name,
+        gate=MaskUnit(in_features, strides=strides, rngs=rngs),
+        input_activated=True,
+        rngs=rngs,
+      )
+
+    self.conv1 = conv(3, 8, 3, rngs=rngs)
+    self.bn1 = BatchNorm(8, activation='relu', rngs=rngs)
+    self.encode1 = block('encode1', 8, 8)
+    self.encode2 = block('encode2', 8, 16, 2)
+    self.decode2 = block('decode2', 16, 8)
+    self.decode1 = block('decode1', 16, 8)
+    self.head = nnx.Conv(8, 2, (1, 1), rngs=rngs)
+
+  def __call__(self, images):
+    gating = Gating()
+    full = self.encode1(self.bn1(self.conv1(images)), gating)
+    half = self.decode2(self.encode2(full, gating), gating)
+    up = jax.image.resize(half, full.shape[:3] + (8,), 'nearest')
+    x = self.decode1(jnp.concatenate([up, full], -1), gating)
+    return self.head(x), gating.finish()
+
+
+def test_a_network_of_another_kind():
+  model, images = randomize(UNet(nnx.Rngs(0))), make_images()
+  densities = assert_exported(model, images, batch_size=3)
+  assert 0.1 < densities.mean() < 0.9
+
+
+def test_features_are_not_transposed_between_convolutions(make_network):
+  """A dense network stays channels first, a sparse one in rows."""
+  model = make_network('bottleneck', 'dense')
+  assert (
+    count_nodes(export_onnx(model, SIZE), 'Transpose') == 1
+  )  # Of the images.
+  model = make_network('bottleneck', 'dynconv')
+  dense = export_onnx(model, SIZE, form='dense')
+  assert count_nodes(dense, 'Transpose') == 1
+  sparse = export_onnx(model, SIZE, form='sparse')
+  # To rows after the stem, and the few products of the mask units.
+  assert count_nodes(sparse, 'Transpose') == 2 + len(gated_blocks(model)) - 1
 
 
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'cifar_resnet8'])
@@ -128,12 +184,34 @@ def test_a_dense_network_and_its_macs(name):
   assert counted.total == expected.total
 
 
-def test_what_cannot_be_exported(make_network):
-  with pytest.raises(ValueError, match='dynconv and convnet_aig .* Halting'):
-    export_onnx(make_network('basic', 'sact'), SIZE)
+@pytest.mark.parametrize('form', FORMS)
+def test_a_bfloat16_network_is_exported_in_float32(make_network, form):
+  """It is the network of the same parameters that computes in float32."""
+  low = make_network('bottleneck', 'dynconv', dtype=jnp.bfloat16)
+  high = make_network('bottleneck', 'dynconv')
+  images = make_images()
+  assert_exported(low, images, forms=(form,), expected=run(high, images))
+  assert all(block.dtype == jnp.bfloat16 for block in gated_blocks(low))
+
+
+def test_the_batch_is_as_asked(make_network):
+  model = make_network('basic', 'dynconv')
+  for batch, shape in ((None, 'N'), (2, 2)):
+    exported = export_onnx(model, SIZE, batch_size=batch)
+    session = onnxruntime.InferenceSession(exported.SerializeToString())
+    shapes = [v.shape for v in session.get_inputs() + session.get_outputs()]
+    assert shapes == [[shape, *SIZE, 3], [shape, 5], [shape, 4]]
+
+
+def test_what_is_refused(make_network):
+  model = make_network('basic', 'dynconv')
   allowed = "unknown form 'fast'; allowed: sparse, dense"
   with pytest.raises(ValueError, match=allowed):
-    export_onnx(make_network('basic', 'dynconv'), SIZE, form='fast')
+    export_onnx(model, SIZE, form='fast')
+  with pytest.raises(ValueError, match='image_size .*height, width.* got 224'):
+    export_onnx(model, 224)
+  with pytest.raises(ValueError, match='batch_size must be .* got 0'):
+    export_onnx(model, SIZE, batch_size=0)
   training = create_model('cifar_resnet8', method='dynconv', rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match='evaluation view'):
     export_onnx(training, SIZE)

@@ -1,14 +1,16 @@
 """Tests of the configuration: flag files, comparison and ranges."""
 
-import dataclasses
 import math
 
+import jax
 from absl.testing import absltest, parameterized
 
-from dynconv_jax.training.config import Config
+from dynconv_jax.data.sources import DATASETS
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.training.config import Config, all_options
 
 # Another value of every field, so that none can be forgotten.
-OTHER = Config(
+VALUES = dict(
   dataset='food101',
   data_dir='/data sets/a=b',
   food101_dir='food',
@@ -81,23 +83,40 @@ OTHER = Config(
   keep_checkpoints=5,
   log_every_steps=1,
 )
-FIELDS = [field.name for field in dataclasses.fields(Config)]
+# Each method's own options count, each data set's too.
+CHOICES = [
+  *({'method': method} for method in METHODS),
+  *({'dataset': dataset} for dataset in DATASETS),
+]
+OTHER = Config.make(**VALUES)
+
+
+# So that both sides have the same options.
+_CHOSEN = {name: VALUES[name] for name in ('dataset', 'model', 'method')}
+
+
+def _others():
+  return [Config.make(**{**VALUES, **choice}) for choice in CHOICES]
 
 
 class FlagsTest(parameterized.TestCase):
-  def test_every_field_has_another_value(self):
-    for name in FIELDS:
-      self.assertNotEqual(getattr(OTHER, name), getattr(Config(), name), name)
+  def test_every_option_has_another_value(self):
+    self.assertEqual(set(VALUES), set(all_options()))
+    for other, choice in zip(_others(), CHOICES, strict=True):
+      default = Config.make(**{**_CHOSEN, **choice}).flat()
+      for name, value in other.flat().items():
+        if name not in _CHOSEN:
+          self.assertNotEqual(value, default[name], name)
 
-  @parameterized.parameters(Config(), OTHER)
-  def test_round_trip(self, config):
-    again = Config.from_flags(config.to_flags())
-    self.assertEqual(again, config)
-    for name in FIELDS:
-      self.assertIs(type(getattr(again, name)), type(getattr(config, name)))
+  def test_round_trip(self):
+    for config in (Config(), *_others()):
+      again = Config.from_flags(config.to_flags())
+      self.assertEqual(again, config)
+      self.assertEqual(repr(again), repr(config))  # Types, too.
 
   def test_text(self):
-    lines = OTHER.to_flags().splitlines()
+    config = OTHER.replace(method='dynconv', mask_bias=-2.5)
+    lines = config.to_flags().splitlines()
     for line in (
       '--classes=apple_pie,tuna_tartare',
       '--milestones=',
@@ -107,19 +126,31 @@ class FlagsTest(parameterized.TestCase):
       '--data_dir=/data sets/a=b',
     ):
       self.assertIn(line, lines)
-    self.assertLen(lines, len(FIELDS))
+    self.assertLen(lines, len(config.flat()))
     # Unset has no flag of its own.
     self.assertNotIn('mask_bias', Config().to_flags())
 
-  def test_missing_lines_are_defaults(self):
-    self.assertEqual(
-      Config.from_flags('\n--epochs=3\n\n  --flip=false\n'),
-      Config(epochs=3, flip=False),
-    )
+  def test_a_missing_option_is_an_error_and_an_unknown_one_a_warning(self):
+    text = Config().to_flags()
+    lines = text.splitlines()
+    with self.assertRaisesRegex(
+      ValueError, 'dataset is missing.*; sparsity_weight is missing.*epochs is'
+    ):
+      Config.from_flags(
+        '\n'.join(
+          line
+          for line in lines
+          if not line.startswith(('--dataset', '--sparsity_', '--epochs'))
+        )
+      )
+    with self.assertLogs(level='WARNING') as logs:
+      self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
+    self.assertIn('no options called epoch', logs.output[0])
+    # An option of another method, as in files of all options, plays no part.
+    with self.assertNoLogs(level='WARNING'):
+      self.assertEqual(Config.from_flags(f'{text}--skip_weight=3'), Config())
 
-  @parameterized.parameters(
-    '--epochs', 'epochs=3', '--epoch=3', '# a comment', '--=3'
-  )
+  @parameterized.parameters('--epochs', 'epochs=3', '# a comment')
   def test_not_a_flag(self, line):
     with self.assertRaisesRegex(
       ValueError, f'not a flag of a training run: {line!r}'
@@ -127,18 +158,22 @@ class FlagsTest(parameterized.TestCase):
       Config.from_flags(f'--seed=1\n{line}\n')
 
   @parameterized.parameters(
-    '--epochs=three',
-    '--epochs=2.5',
-    '--flip=maybe',
-    '--budget=half',
-    '--milestones=0.5,x',
-    '--mask_bias=open',
+    ('epochs', 'three'),
+    ('epochs', '2.5'),
+    ('flip', 'maybe'),
+    ('budget', 'half'),
+    ('milestones', '0.5,x'),
+    ('mask_bias', 'open'),
   )
-  def test_not_a_value(self, line):
+  def test_not_a_value(self, name, value):
     with self.assertRaisesRegex(
-      ValueError, f'not a flag of a training run: {line!r}'
+      ValueError, f"{name} must be .*; got '{value}'"
     ):
-      Config.from_flags(f'--seed=1\n{line}\n')
+      Config.from_flags(f'{Config().to_flags()}--{name}={value}\n')
+
+  def test_options_of_no_run_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'no options called bugdet'):
+      Config.make(bugdet=0.5)
 
 
 class DifferingTest(absltest.TestCase):
@@ -146,16 +181,19 @@ class DifferingTest(absltest.TestCase):
     self.assertEmpty(Config().differing(Config()))
 
   def test_names_both_values(self):
-    mine = Config(budget=0.3, classes=('a',), seed=1)
+    mine = Config.make(budget=0.3, classes=('a',), seed=1)
     self.assertEqual(
-      mine.differing(Config(budget=0.5, seed=1)),
+      mine.differing(Config.make(budget=0.5, seed=1)),
       ["classes: ('a',), not ()", 'budget: 0.3, not 0.5'],
     )
 
-  def test_operational_fields_may_differ(self):
-    named = {line.split(':')[0] for line in Config().differing(OTHER)}
+  def test_operational_options_may_differ(self):
+    same = set(VALUES)
+    for other, choice in zip(_others(), CHOICES, strict=True):
+      mine = Config.make(**{**_CHOSEN, **choice})
+      same -= {line.split(':')[0] for line in mine.differing(other)}
     self.assertEqual(
-      set(FIELDS) - named,
+      same - set(_CHOSEN),
       {
         'data_dir',
         'food101_dir',
@@ -170,19 +208,23 @@ class DifferingTest(absltest.TestCase):
     )
 
 
+_SKIPNET = {'method': 'skipnet'}
+_DEEPER = {'model': 'cifar_resnet14'}
+
+
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
-    dataclasses.replace(OTHER, milestones=(0.5,), init_from=''),
-    Config(milestones=()),
-    Config(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
-    Config(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
+    OTHER.replace(milestones=(0.5,), init_from=''),
+    Config.make(milestones=()),
+    Config.make(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
+    Config.make(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
   )
   def test_good(self, config):
     config.check()
 
   @parameterized.parameters(
-    ({'dataset': 'food'}, r"unknown dataset 'food' \(did you mean 'food101'\?"),
+    ({'dataset': 'food'}, "unknown dataset 'food'; there are spots, food101"),
     ({'cache': 'disk'}, "unknown cache 'disk'; allowed: none, device"),
     (
       {'model': 'resnet19'},
@@ -190,8 +232,14 @@ class CheckTest(parameterized.TestCase):
     ),
     ({'method': 'dyncov'}, r"'dyncov' \(did you mean 'dynconv'\?\)"),
     ({'compute_dtype': 'float16'}, "unknown compute_dtype 'float16'"),
-    ({'skip_gate': 'rnn'}, "unknown skip_gate 'rnn'; allowed: ff1, ff2, recur"),
-    ({'skip_training': 'rl'}, "'rl'; allowed: supervised, reinforce"),
+    (
+      {**_SKIPNET, 'skip_gate': 'rnn'},
+      "unknown skip_gate 'rnn'; allowed: ff1, ff2, recur",
+    ),
+    (
+      {**_SKIPNET, 'skip_training': 'rl'},
+      "'rl'; allowed: supervised, reinforce",
+    ),
     ({'optimizer': 'adam'}, r"'adam' \(did you mean 'adamw'\?\)"),
     ({'schedule': 'linear'}, "'linear'.*; allowed: cosine, step"),
     ({'crop': 'centre'}, "crop must be one of .*; got 'centre'"),
@@ -214,7 +262,6 @@ class CheckTest(parameterized.TestCase):
         'keep_checkpoints',
         'log_every_steps',
         'width_multiplier',
-        'skip_temperature',
       )
     ),
     *(
@@ -223,10 +270,6 @@ class CheckTest(parameterized.TestCase):
         'cache_size',
         'num_workers',
         'sparsity_weight',
-        'target_rate_weight',
-        'ponder_weight',
-        'skip_weight',
-        'reinforce_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',
@@ -242,7 +285,7 @@ class CheckTest(parameterized.TestCase):
         'gumbel_noise_until',
         'step_decay',
       )
-      for value in (-0.1, 1.3, math.nan)
+      for value in (-0.1, 1.3)
     ),
     *(
       ({name: value}, rf'{name} must be in \[0, 1\); got {value}')
@@ -250,12 +293,26 @@ class CheckTest(parameterized.TestCase):
       for value in (-0.1, 1.0)
     ),
     *(
+      ({**choice, name: value}, f'{name} must be > 0|{name} must be >= 0')
+      for choice, name, value in (
+        (_SKIPNET, 'skip_temperature', 0.0),
+        (_SKIPNET, 'skip_weight', -1.0),
+        (_SKIPNET, 'reinforce_weight', -1.0),
+        ({'method': 'sact', **_DEEPER}, 'ponder_weight', -1.0),
+        ({'method': 'convnet_aig'}, 'target_rate_weight', -1.0),
+      )
+    ),
+    *(
+      ({name: math.inf}, f'{name} must be finite; got inf')
+      for name in ('learning_rate', 'budget', 'mask_bias', 'mixup')
+    ),
+    *(
       ({'milestones': value}, 'milestones must be rising shares in')
       for value in ((0.5, 0.2), (0.5, 0.5), (0.0,), (1.0,), (30.0,))
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'resnet50'},
-      'resnet50 are those of 16 blocks; the network has 3',
+      'target_rates must be one a block, 3; got 16, those of resnet50',
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'paper'},
@@ -281,54 +338,54 @@ class CheckTest(parameterized.TestCase):
   )
   def test_bad(self, fields, message):
     with self.assertRaisesRegex(ValueError, message) as context:
-      Config(**fields).check()
+      Config.make(**fields).check()
     # One mistake, one message: errors are joined by '; NAME must'.
     self.assertNotRegex(str(context.exception), r'; \w+ must|; unknown')
 
   def test_names_all_at_once(self):
-    config = Config(
-      method='sparse', budget=1.3, epochs=0, mixup=-1.0, image_size=4
-    )
+    config = Config.make(method='sparse', epochs=0, mixup=-1.0)
     with self.assertRaises(ValueError) as context:
       config.check()
     message = str(context.exception)
     for part in (
       "unknown method 'sparse'",
-      'budget must be in [0, 1]; got 1.3',
       'epochs must be > 0; got 0',
       'mixup must be >= 0; got -1.0',
-      'image_size must be at least 8',
     ):
       self.assertIn(part, message)
 
   def test_devices(self):
-    Config(batch_size=64).check(num_devices=4)
+    Config.make(batch_size=64).check(num_devices=4)
     with self.assertRaisesRegex(
       ValueError, 'batch_size must be divisible by the 3 devices; got 64'
     ):
-      Config(batch_size=64).check(num_devices=3)
+      Config.make(batch_size=64).check(num_devices=3)
 
 
 class TargetsTest(absltest.TestCase):
   def test_only_some_methods_have_a_budget(self):
-    for method, target in (
-      ('dense', None),
-      ('dynconv', 0.3),
-      ('convnet_aig', 0.3),
-      ('sact', None),
-      ('act', None),
-    ):
-      self.assertEqual(Config(method=method, budget=0.3).target, target)
+    for method in METHODS:
+      config = Config.make(method=method, budget=0.3)
+      has = method in ('dynconv', 'convnet_aig')
+      self.assertEqual(config.method.target(), 0.3 if has else None)
 
-  def test_rates_of_blocks(self):
-    self.assertEqual(Config(budget=0.3).block_target_rates(), (0.3, 0.3, 0.3))
-    config = Config(model='resnet101', target_rates='resnet101', budget=0.5)
-    self.assertEqual(config.block_target_rates(), (1.0,) * 8 + (0.5,) * 25)
+  def test_the_target_falls_from_one(self):
+    config = Config.make(budget=0.3, budget_warmup=0.4).method
+    for progress, expected in (
+      (0.0, 1.0),
+      (0.1, 0.825),
+      (0.2, 0.65),
+      (0.4, 0.3),
+      (1.0, 0.3),
+    ):
+      self.assertAlmostEqual(config.target(progress), expected)
+      traced = jax.jit(config.target)(progress)
+      self.assertAlmostEqual(float(traced), expected, places=6)
 
 
 class AugmentationTest(absltest.TestCase):
   def test_takes_the_fields_of_its_names(self):
-    augmentation = OTHER.augmentation()
+    augmentation = OTHER.data.augmentation()
     for name in (
       'crop',
       'crop_scale',
@@ -340,7 +397,7 @@ class AugmentationTest(absltest.TestCase):
       'random_erasing',
       'label_smoothing',
     ):
-      self.assertEqual(getattr(augmentation, name), getattr(OTHER, name))
+      self.assertEqual(getattr(augmentation, name), getattr(OTHER.data, name))
 
 
 if __name__ == '__main__':

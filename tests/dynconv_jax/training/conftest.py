@@ -18,7 +18,7 @@ def collected():
 @pytest.fixture(scope='session')
 def config(tmp_path_factory):
   """Two epochs of seven steps, six examples to validate on."""
-  return Config(
+  return Config.make(
     dataset='spots',
     data_dir=str(tmp_path_factory.mktemp('data')),
     spots_size=24,

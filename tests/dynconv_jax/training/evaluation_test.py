@@ -98,6 +98,7 @@ class EvaluateTest(parameterized.TestCase):
         'num_examples',
         'executed_fraction',
         'block_density',
+        'block_stage',
       ],
     )
 

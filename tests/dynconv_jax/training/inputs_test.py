@@ -1,6 +1,5 @@
 """The data of a run: splits by role, and options that reach the data."""
 
-import dataclasses
 import types
 from unittest import mock
 
@@ -15,7 +14,7 @@ from dynconv_jax.training.config import Config
 
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
-  return Config(
+  return Config.make(
     spots_size=24,
     spots_train=30,
     spots_test=10,
@@ -36,38 +35,47 @@ def _numbered(split, numbers):
 
 
 def test_splits_by_role_and_by_notation(config):
-  splits = inputs.open_splits(config)
+  splits = inputs.open_splits(config.data)
   # TFDS shuffles the examples, by a hash of their names, once.
   assert [len(source) for source in splits] == [27, 3, 10]
   names = [_names(source) for source in splits]
   assert sorted(names[0] + names[1]) == _numbered('train', range(30))
   assert sorted(names[2]) == _numbered('test', range(10))
   for role, expected in zip(splits._fields, names, strict=True):
-    assert _names(inputs.open_split(config, role)) == expected
-  mixed = inputs.open_split(config, 'train[-3:]+test[:20%]')
+    assert _names(inputs.open_split(config.data, role)) == expected
+  mixed = inputs.open_split(config.data, 'train[-3:]+test[:20%]')
   assert _names(mixed) == names[1] + names[2][:2]
 
 
 def test_roles_are_those_of_the_run(config):
-  config = dataclasses.replace(
-    config, train_split='train[:4]', validation_split='test[:6]', test_split=''
+  config = config.replace(
+    train_split='train[:4]', validation_split='test[:6]', test_split=''
   )
-  names = _names(inputs.open_split(config, 'test[:100%]'))
-  assert len(inputs.open_split(config, 'train')) == 4
-  assert _names(inputs.open_split(config, 'validation')) == names[:6]
+  names = _names(inputs.open_split(config.data, 'test[:100%]'))
+  assert len(inputs.open_split(config.data, 'train')) == 4
+  assert _names(inputs.open_split(config.data, 'validation')) == names[:6]
   with pytest.raises(ValueError, match='^this run has no test split'):
-    inputs.open_split(config, 'test')
+    inputs.open_split(config.data, 'test')
+
+
+def _eval_batches(config, *args):
+  return inputs.eval_batches(
+    config.data,
+    *args,
+    image_size=config.model.image_size,
+    batch_size=config.run.eval_batch_size,
+  )
 
 
 @pytest.mark.parametrize('none', ['none', ''])
 def test_without_a_validation_split(config, none):
-  config = dataclasses.replace(config, validation_split=none)
-  assert inputs.open_splits(config).validation is None
+  config = config.replace(validation_split=none)
+  assert inputs.open_splits(config.data).validation is None
   with pytest.raises(
     ValueError,
     match='^this run has no validation split; it has train and test$',
   ):
-    inputs.open_split(config, 'validation')
+    inputs.open_split(config.data, 'validation')
 
 
 @pytest.mark.parametrize(
@@ -81,25 +89,21 @@ def test_without_a_validation_split(config, none):
 )
 def test_a_split_that_is_not_there(config, split, message):
   with pytest.raises(ValueError, match=message):
-    inputs.open_split(config, split)
+    inputs.open_split(config.data, split)
 
 
 def test_every_option_of_the_data_reaches_it():
-  config = Config(
+  config = Config.make(
     dataset='image_folder',
     data_dir='data',
     image_folder_dir='folder',
-    spots_size=40,
-    spots_train=50,
-    spots_test=60,
-    spots_seed=7,
     classes=('b', 'a'),
     train_split='train[:3]',
     validation_split='none',
     skip_corrupt=True,
   )
   with mock.patch.object(inputs.sources, 'open_splits') as open_splits:
-    inputs.open_splits(config)
+    inputs.open_splits(config.data)
   open_splits.assert_called_once_with(
     image_folder.SOURCE,
     image_folder.Options('folder'),
@@ -108,20 +112,29 @@ def test_every_option_of_the_data_reaches_it():
     validation='none',
     test=None,
   )
-  config = dataclasses.replace(config, dataset='spots')
+  config = config.replace(
+    dataset='spots',
+    spots_size=40,
+    spots_train=50,
+    spots_test=60,
+    spots_seed=7,
+  )
   with mock.patch.object(inputs.sources, 'open_source') as open_source:
-    inputs.open_split(config, 'test[:2]')
+    inputs.open_split(config.data, 'test[:2]')
   assert open_source.call_args.args[2] == spots.Options(40, 50, 60, 7)
 
 
 def test_a_source_from_outside(config):
-  config = dataclasses.replace(config, dataset=f'{spots.__name__}:SOURCE')
-  assert len(inputs.open_split(config, 'test')) == config.spots_test
+  config = config.replace(dataset=f'{spots.__name__}:SOURCE')
+  assert (
+    len(inputs.open_split(config.data, 'test'))
+    == config.data.options.spots_test
+  )
 
 
 def test_train_batches_follow_the_config(config):
-  config = dataclasses.replace(config, label_smoothing=0.3, flip=False, seed=3)
-  source = inputs.open_split(config, 'train[:4]')
+  config = config.replace(label_smoothing=0.3, flip=False, seed=3)
+  source = inputs.open_split(config.data, 'train[:4]')
   batches = inputs.train_batches(config, source)
   batch = next(batches)
   batches.close()
@@ -134,8 +147,8 @@ def test_train_batches_follow_the_config(config):
 
 
 def test_eval_batches_hold_each_image_once(config):
-  source = inputs.open_split(config, 'test')
-  batches = list(inputs.eval_batches(config, source))
+  source = inputs.open_split(config.data, 'test')
+  batches = list(_eval_batches(config, source))
   assert [batch['weight'].tolist() for batch in batches] == [
     [1, 1, 1, 1],
     [1, 1, 1, 1],
@@ -160,9 +173,9 @@ def test_eval_batches_suit_split_and_devices(
   config, eval_batch_size, devices, expected
 ):
   sharding = types.SimpleNamespace(device_set=set(range(devices)))
-  config = dataclasses.replace(config, eval_batch_size=eval_batch_size)
+  config = config.replace(eval_batch_size=eval_batch_size)
   with mock.patch.object(inputs, 'EvalBatches') as made:
-    inputs.eval_batches(config, range(10), sharding)
+    _eval_batches(config, range(10), sharding)
   assert made.call_args.kwargs['batch_size'] == expected
   assert made.call_args.kwargs['sharding'] is sharding
 
@@ -171,8 +184,8 @@ def test_eval_batches_suit_split_and_devices(
   'crop, ratio', [('resized', 8 / 7), ('pad', 1), ('none', 1)]
 )
 def test_evaluation_sees_what_training_sees(config, crop, ratio):
-  config = dataclasses.replace(config, crop=crop)
+  config = config.replace(crop=crop)
   with mock.patch.object(inputs, 'EvalBatches') as made:
-    inputs.eval_batches(config, range(3))
+    _eval_batches(config, range(3))
   assert made.call_args.kwargs['resize_ratio'] == pytest.approx(ratio)
-  assert inputs.resize_ratio(config) == pytest.approx(ratio)
+  assert inputs.resize_ratio(crop) == pytest.approx(ratio)

@@ -1,6 +1,5 @@
 """Whole runs on a few drawn images: interrupted, damaged, spoilt, full."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -19,9 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl.testing import absltest
+from flax import nnx
 from PIL import Image
 
+from dynconv_jax.data import spots
 from dynconv_jax.data.decode import CorruptImageError
+from dynconv_jax.models.resnet import ARCHITECTURES
 from dynconv_jax.training import checkpoints, loop, records, workdir
 from dynconv_jax.training.state import CHECKED
 
@@ -91,10 +93,12 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
     ('train', 14, 2),
     ('validation', 14, 2),
   ]
-  assert rows[0]['budget'] == config.budget
+  assert rows[0]['budget'] == config.method.options.budget
   # Cosine over 14 steps, at the steps of index 6 and 13.
   for row, step in ((rows[0], 6), (rows[2], 13)):
-    expected = config.learning_rate * (1 + np.cos(np.pi * step / 14)) / 2
+    expected = (
+      config.optimization.learning_rate * (1 + np.cos(np.pi * step / 14)) / 2
+    )
     np.testing.assert_allclose(row['learning_rate'], expected, rtol=1e-5)
   assert rows[1]['num_examples'] == 6
   assert _steps(finished) == [7, 14]
@@ -137,7 +141,7 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   with (tmp_path / workdir.METRICS_FILE).open('a') as file:
     file.write('{"step": 9, "split": "train"}\n{"step": 9, "spl')
   # Where things lie and what is shown may differ.
-  other = dataclasses.replace(config, keep_checkpoints=3, log_every_steps=5)
+  other = config.replace(keep_checkpoints=3, log_every_steps=5)
   loop.train(other, tmp_path)
   _assert_same_run(tmp_path, finished)
   assert workdir.read_config(tmp_path) == other
@@ -160,7 +164,7 @@ def test_seconds_are_of_all_sessions(config, tmp_path):
 
 
 def test_images_decoded_each_time_resume_as_well(config, tmp_path):
-  config = dataclasses.replace(config, cache='none', color_jitter=0.3)
+  config = config.replace(cache='none', color_jitter=0.3)
   loop.train(config, tmp_path / 'whole')
   with _interrupt_at(9), pytest.raises(loop.Interrupted, match='step 9 of 14'):
     loop.train(config, tmp_path / 'parts')
@@ -170,9 +174,7 @@ def test_images_decoded_each_time_resume_as_well(config, tmp_path):
 
 def test_another_configuration_is_refused(config, finished):
   before = _contents(finished)
-  other = dataclasses.replace(
-    config, budget=0.25, batch_size=16, keep_checkpoints=7
-  )
+  other = config.replace(budget=0.25, batch_size=16, keep_checkpoints=7)
   with pytest.raises(ValueError, match='another configuration') as error:
     loop.train(other, finished)
   assert 'budget: 0.25, not 0.5; batch_size: 16, not 8' in str(error.value)
@@ -227,7 +229,7 @@ def test_a_value_that_is_not_finite_ends_the_run(config, tmp_path):
       FloatingPointError, match='cross_entropy is not finite at step 9; the'
     ),
   ):
-    loop.train(dataclasses.replace(config, log_every_steps=50), tmp_path)
+    loop.train(config.replace(log_every_steps=50), tmp_path)
   assert CHECKED[0] == 'cross_entropy'
   assert _steps(tmp_path) == [7]
   assert [r['step'] for r in workdir.read_metrics(tmp_path)] == [7, 7]
@@ -295,7 +297,7 @@ def test_nothing_is_compiled_after_the_first_epoch(config, tmp_path):
   try:
     with mock.patch.object(records.Records, 'show_masks', ended):
       loop.train(
-        dataclasses.replace(config, epochs=3, checkpoint_every_epochs=3),
+        config.replace(epochs=3, checkpoint_every_epochs=3),
         tmp_path,
       )
   finally:
@@ -309,11 +311,10 @@ def test_nothing_is_compiled_after_the_first_epoch(config, tmp_path):
 
 
 def test_starts_from_a_dense_run_that_also_teaches(config, tmp_path):
-  dense = dataclasses.replace(config, method='dense', epochs=1, ema_decay=0.0)
+  dense = config.replace(method='dense', epochs=1, ema_decay=0.0)
   loop.train(dense, tmp_path / 'dense')
   before = workdir.load_run(tmp_path / 'dense')
-  student = dataclasses.replace(
-    config,
+  student = config.replace(
     init_from=str(tmp_path / 'dense'),
     distill_from=str(tmp_path / 'dense'),
     mask_bias=3.0,
@@ -368,8 +369,7 @@ def test_corrupt_images_stop_the_run_or_are_counted(config, tmp_path):
       path = folder / f'{i}.png'
       Image.new('RGB', (20, 20), (10 * i, 0, 99)).save(path)
     path.write_bytes(path.read_bytes()[:40])  # The last of each.
-  config = dataclasses.replace(
-    config,
+  config = config.replace(
     dataset='image_folder',
     image_folder_dir=str(tmp_path / 'pets'),
     train_split='train',
@@ -381,7 +381,7 @@ def test_corrupt_images_stop_the_run_or_are_counted(config, tmp_path):
   )
   with pytest.raises(CorruptImageError, match='png'):
     loop.train(config, tmp_path / 'stops')
-  config = dataclasses.replace(config, skip_corrupt=True)
+  config = config.replace(skip_corrupt=True)
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
     summary = loop.train(config, tmp_path / 'skips')
   assert summary['skipped'] == 2
@@ -389,23 +389,45 @@ def test_corrupt_images_stop_the_run_or_are_counted(config, tmp_path):
   assert 'skipping the corrupt image' in '\n'.join(logs.output)
 
 
+def _narrow(*, width_multiplier=1.0, narrow_by=0.5, **kwargs):
+  factory = ARCHITECTURES['cifar_resnet8']
+  return factory(width_multiplier=narrow_by * width_multiplier, **kwargs)
+
+
+def test_network_and_data_from_python_equal_those_by_name(
+  config, finished, tmp_path
+):
+  config = config.replace(width_multiplier=0.5)
+  loop.train(config, tmp_path, model=_narrow, data=spots.SOURCE)
+  # Half of half as wide: the same network, and the same run.
+  _assert_same_run(tmp_path, finished)
+  written = workdir.read_texts(tmp_path)
+  assert written['model'] == f'{__name__}:_narrow'
+  assert written['narrow_by'] == '0.5'
+  run = workdir.load_run(tmp_path, factory=_narrow)
+  chex.assert_trees_all_equal(
+    nnx.as_pure(nnx.state(run.model)),
+    nnx.as_pure(nnx.state(workdir.load_run(finished).model)),
+  )
+
+
 def test_a_run_needs_examples_to_train_on(config, tmp_path):
-  config = dataclasses.replace(config, train_split='none')
+  config = config.replace(train_split='none')
   with pytest.raises(ValueError, match='train_split must name examples'):
     loop.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
 _PARALLEL = """
-import dataclasses, pathlib, sys
+import pathlib, sys
 from unittest import mock
 import chex, jax, numpy as np
 from dynconv_jax.training import loop, workdir
 from dynconv_jax.training import state as state_lib
 root = pathlib.Path(sys.argv[1])
 config = workdir.read_config(root / 'teacher')
-config = dataclasses.replace(
-  config, epochs=1, train_split='train[:24]', validation_split='train[24:]',
+config = config.replace(
+  epochs=1, train_split='train[:24]', validation_split='train[24:]',
   eval_batch_size=6, distill_from=str(root / 'teacher'),
 )
 every = jax.local_devices()
@@ -422,7 +444,7 @@ for n in (1, 4):
   ))
 chex.assert_trees_all_close(*runs, atol=1e-4, rtol=1e-4)
 try:
-  loop.train(dataclasses.replace(config, batch_size=6), root / 'six')
+  loop.train(config.replace(batch_size=6), root / 'six')
 except ValueError as error:
   assert 'batch_size must be divisible by the 4 devices; got 6' in str(error)
 else:

@@ -1,6 +1,5 @@
 """Metrics and events read back; what is shown on and off a terminal."""
 
-import dataclasses
 import io
 import json
 import struct
@@ -132,7 +131,7 @@ _METRICS = {'loss': 1.25, 'accuracy': 0.5, 'executed_fraction': 0.625}
 
 @pytest.fixture
 def config():
-  return dataclasses.replace(Config(), epochs=2, batch_size=8, budget=0.5)
+  return Config().replace(epochs=2, batch_size=8, budget=0.5)
 
 
 @pytest.fixture
@@ -170,7 +169,7 @@ def test_log_lines_where_there_is_no_terminal(config, clock):
 
 
 def test_a_method_without_a_budget_shows_none(config, clock):
-  config = dataclasses.replace(config, method='sact')
+  config = config.replace(method='sact')
   with mock.patch.object(sys, 'stderr', io.StringIO()):
     progress = records.Progress(config, steps_per_epoch=50, step=10)
   clock.return_value = 140.0

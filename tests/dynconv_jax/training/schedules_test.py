@@ -1,16 +1,15 @@
-"""Tests of learning rate, optimisers, temperature and noise."""
+"""Tests of learning rates and optimizers."""
 
 import math
 import unittest
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
 from dynconv_jax.training import schedules
-from dynconv_jax.training.config import Config
+from dynconv_jax.training.config import OptimizationConfig
 
 try:
   import torch
@@ -25,7 +24,7 @@ def _rates(config, steps_per_epoch, steps):
 
 class LearningRateTest(absltest.TestCase):
   def test_cosine(self):
-    config = Config(learning_rate=0.2, epochs=4)
+    config = OptimizationConfig(learning_rate=0.2, epochs=4)
     # Half a cosine over 40 steps: cos of 0, 60, 90, 120 and 180 degrees.
     rates = _rates(config, 10, (0, 40 // 3 + 0, 20, 40, 50))
     self.assertAlmostEqual(
@@ -34,18 +33,18 @@ class LearningRateTest(absltest.TestCase):
     np.testing.assert_allclose(rates, [0.2, 0.1, 0, 0], atol=1e-7)
 
   def test_cosine_after_warmup(self):
-    config = Config(learning_rate=0.2, epochs=5, warmup_epochs=1.0)
+    config = OptimizationConfig(learning_rate=0.2, epochs=5, warmup_epochs=1.0)
     rates = _rates(config, 10, (0, 1, 5, 10, 30, 50))
     # Up by a tenth a step, then half a cosine over the other 40 steps.
     np.testing.assert_allclose(rates, [0, 0.02, 0.1, 0.2, 0.1, 0], atol=1e-7)
 
   def test_warmup_of_part_of_an_epoch(self):
-    config = Config(learning_rate=0.2, epochs=5, warmup_epochs=0.5)
+    config = OptimizationConfig(learning_rate=0.2, epochs=5, warmup_epochs=0.5)
     rates = _rates(config, 8, (0, 1, 2, 3, 4))
     np.testing.assert_allclose(rates, [0, 0.05, 0.1, 0.15, 0.2], atol=1e-7)
 
   def test_step(self):
-    config = Config(
+    config = OptimizationConfig(
       learning_rate=0.5,
       epochs=10,
       schedule='step',
@@ -58,7 +57,7 @@ class LearningRateTest(absltest.TestCase):
     )
 
   def test_step_after_warmup(self):
-    config = Config(
+    config = OptimizationConfig(
       learning_rate=0.5,
       epochs=10,
       schedule='step',
@@ -70,7 +69,7 @@ class LearningRateTest(absltest.TestCase):
     np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.5, 0.05], rtol=1e-6)
 
   def test_milestones_that_fall_on_one_step_both_count(self):
-    config = Config(
+    config = OptimizationConfig(
       learning_rate=1.0, epochs=1, schedule='step', milestones=(0.5, 0.52)
     )
     np.testing.assert_allclose(
@@ -78,7 +77,7 @@ class LearningRateTest(absltest.TestCase):
     )
 
   def test_milestone_within_the_warmup(self):
-    config = Config(
+    config = OptimizationConfig(
       learning_rate=1.0,
       epochs=10,
       schedule='step',
@@ -117,7 +116,7 @@ def _steps(config, number, rate=0.1):
 
 class OptimizerTest(parameterized.TestCase):
   def test_decay_spares_vectors(self):
-    params = _steps(Config(weight_decay=0.5), 1)
+    params = _steps(OptimizationConfig(weight_decay=0.5), 1)
     # p - 0.1 (g + 0.5 p), and p - 0.1 g for the bias.
     np.testing.assert_allclose(
       params['kernel'], [[0.65, -1.9], [0.475, 2.45]], rtol=1e-6
@@ -125,26 +124,26 @@ class OptimizerTest(parameterized.TestCase):
     np.testing.assert_allclose(params['bias'], [-0.2, -1.0], rtol=1e-6)
 
   def test_decay_all(self):
-    params = _steps(Config(weight_decay=0.5, decay_all=True), 1)
+    params = _steps(OptimizationConfig(weight_decay=0.5, decay_all=True), 1)
     np.testing.assert_allclose(params['bias'], [-0.25, -0.95], rtol=1e-6)
 
   def test_momentum(self):
-    params = _steps(Config(weight_decay=0.0, momentum=0.5), 3)
+    params = _steps(OptimizationConfig(weight_decay=0.0, momentum=0.5), 3)
     # The bias moves by 0.1 * 12 * (1 + 1.5 + 1.75).
     np.testing.assert_allclose(params['bias'], [1 - 5.1, -1], rtol=1e-6)
 
   def test_clipping_to_the_global_norm(self):
     # The norm of all gradients is sqrt(9 + 16 + 144) = 13.
-    clipped = _steps(Config(weight_decay=0.0, gradient_clip=6.5), 1)
+    clipped = _steps(OptimizationConfig(weight_decay=0.0, gradient_clip=6.5), 1)
     np.testing.assert_allclose(clipped['bias'], [1 - 0.6, -1], rtol=1e-6)
     np.testing.assert_allclose(
       clipped['kernel'], [[0.85, -2], [0.5, 2.8]], rtol=1e-6
     )
-    kept = _steps(Config(weight_decay=0.0, gradient_clip=14.0), 1)
+    kept = _steps(OptimizationConfig(weight_decay=0.0, gradient_clip=14.0), 1)
     np.testing.assert_allclose(kept['bias'], [1 - 1.2, -1], rtol=1e-6)
 
   def test_decay_is_not_clipped(self):
-    params = _steps(Config(weight_decay=0.5, gradient_clip=6.5), 1)
+    params = _steps(OptimizationConfig(weight_decay=0.5, gradient_clip=6.5), 1)
     np.testing.assert_allclose(
       params['kernel'], [[0.8, -1.9], [0.475, 2.65]], rtol=1e-6
     )
@@ -152,7 +151,9 @@ class OptimizerTest(parameterized.TestCase):
   @unittest.skipIf(torch is None, 'PyTorch is not installed')
   @parameterized.parameters('sgd', 'adamw')
   def test_equals_torch(self, name):
-    config = Config(optimizer=name, weight_decay=0.3, gradient_clip=6.5)
+    config = OptimizationConfig(
+      optimizer=name, weight_decay=0.3, gradient_clip=6.5
+    )
     params = {k: torch.tensor(np.asarray(v)) for k, v in _params().items()}
     groups = [
       {'params': [params['kernel']], 'weight_decay': 0.3},
@@ -170,78 +171,6 @@ class OptimizerTest(parameterized.TestCase):
     ours = _steps(config, 5)
     for key, value in params.items():
       np.testing.assert_allclose(ours[key], value.numpy(), rtol=1e-5, atol=1e-6)
-
-
-class GumbelTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (0, 5.0), (29, 5.0), (30, 2.5), (59, 2.5), (60, 1.0), (100, 1.0)
-  )
-  def test_temperature_of_the_imagenet_recipe(self, epoch, temperature):
-    config = Config(
-      gumbel_temperatures=(5.0, 2.5, 1.0), gumbel_milestones=(0.3, 0.6)
-    )
-    # Progress as the training step computes it.
-    progress = jnp.int32(epoch * 7) / (100 * 7)
-    value = schedules.gumbel_temperature(config, progress)
-    self.assertEqual((value.shape, value.dtype), ((), jnp.float32))
-    self.assertEqual(value, temperature)
-
-  def test_one_temperature(self):
-    config = Config(gumbel_temperatures=(0.7,))
-    for progress in (0.0, 1.0):
-      self.assertAlmostEqual(
-        float(schedules.gumbel_temperature(config, progress)), 0.7, places=6
-      )
-
-  @parameterized.parameters((0, True), (79, True), (80, False), (100, False))
-  def test_noise_ends(self, epoch, noise):
-    config = Config(gumbel_noise_until=0.8)
-    progress = jnp.int32(epoch * 7) / (100 * 7)
-    self.assertEqual(schedules.gumbel_noise(config, progress), noise)
-
-  def test_under_jit(self):
-    config = Config(
-      gumbel_temperatures=(4.0, 2.0),
-      gumbel_milestones=(0.5,),
-      gumbel_noise_until=0.25,
-    )
-    traced = jax.jit(
-      lambda p: (
-        schedules.gumbel_temperature(config, p),
-        schedules.gumbel_noise(config, p),
-      )
-    )
-    for progress, expected in ((0.0, (4, True)), (0.3, (4, False))):
-      self.assertEqual(traced(progress), expected)
-    self.assertEqual(traced(0.5), (2, False))
-
-
-class BudgetTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (0.0, 1.0), (0.1, 0.825), (0.2, 0.65), (0.4, 0.3), (1.0, 0.3)
-  )
-  def test_falls_from_one(self, progress, expected):
-    config = Config(budget=0.3, budget_warmup=0.4)
-    self.assertAlmostEqual(
-      float(schedules.budget(config, progress)), expected, places=6
-    )
-
-  @parameterized.parameters(0.0, 0.5, 1.0)
-  def test_without_warmup(self, progress):
-    config = Config(budget=0.3)
-    self.assertAlmostEqual(
-      float(schedules.budget(config, progress)), 0.3, places=6
-    )
-
-
-class SkipWeightTest(parameterized.TestCase):
-  @parameterized.parameters(
-    (0.0, 0.0, 0.3), (0.5, 0.0, 0.0), (0.5, 0.25, 0.15), (0.5, 0.75, 0.3)
-  )
-  def test_rises_to_its_value(self, warmup, progress, expected):
-    config = Config(skip_weight=0.3, budget_warmup=warmup)
-    weight = schedules.skip_weight(config, jnp.float32(progress))
-    self.assertAlmostEqual(float(weight), expected, places=6)
 
 
 if __name__ == '__main__':

@@ -9,15 +9,20 @@ import optax
 import pytest
 from flax import nnx
 
+from dynconv_jax.methods import skipnet
 from dynconv_jax.methods.skipnet import SKIP_GATES, SKIP_TRAININGS
-from dynconv_jax.training import loop, objectives, schedules, workdir
+from dynconv_jax.training import loop, schedules, workdir
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config
 
 
 def _config(**changes):
   changes = {'method': 'skipnet', 'width_multiplier': 0.25, **changes}
-  return dataclasses.replace(Config(), **changes)
+  return Config().replace(**changes)
+
+
+def _loss(config, *args):
+  return config.method.record.loss(config.method.options, *args)
 
 
 def _batch(seed, n=8):
@@ -37,7 +42,7 @@ def _losses(config):
     model = nnx.merge(graphdef, params, rest)
     logits, masks = model(batch['image'], rngs=nnx.Rngs(gumbel=1))
     cross_entropy = optax.softmax_cross_entropy(logits, batch['label'])
-    _, gating = objectives.gating_loss(config, masks, cross_entropy, 0.5)
+    _, gating = _loss(config, masks, cross_entropy, 0.5)
     return jnp.mean(cross_entropy), gating
 
   return params, losses
@@ -92,14 +97,10 @@ def test_the_loss_of_each_stage_by_hand():
   cross_entropy = jnp.array([1.0, 3.0])
   config = _config(skip_weight=0.4, budget_warmup=0.5, reinforce_weight=0.02)
   for progress, alpha in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.4), (1.0, 0.4)):
-    weight, loss = objectives.gating_loss(
-      config, masks, cross_entropy, progress
-    )
+    weight, loss = _loss(config, masks, cross_entropy, progress)
     np.testing.assert_allclose([weight, loss], [alpha, 0.25], rtol=1e-6)
-    second = dataclasses.replace(config, skip_training='reinforce')
-    weight, loss = objectives.gating_loss(
-      second, masks, cross_entropy, progress
-    )
+    second = config.replace(skip_training='reinforce')
+    weight, loss = _loss(second, masks, cross_entropy, progress)
     # A skipped block earns alpha / 2.
     rewards = [[alpha / 2 - 1, alpha - 3], [alpha / 2 - 1, alpha / 2 - 3]]
     log_p = np.log([[0.75, 0.5], [0.875, 0.75]])
@@ -111,15 +112,17 @@ def test_the_loss_of_each_stage_by_hand():
 def test_steps_train_the_gates_in_one_trace(training, monkeypatch):
   config = _config(skip_training=training, budget_warmup=0.5, epochs=2)
   model = workdir.build_model(config, 3)
-  tx = schedules.optimizer(config, schedules.learning_rate(config, 2))
+  tx = schedules.optimizer(
+    config.optimization, schedules.learning_rate(config.optimization, 2)
+  )
   state = state_lib.create_state(model, tx, config)
   traces = []
-  gating_loss = objectives.gating_loss
-  monkeypatch.setattr(
-    objectives,
-    'gating_loss',
-    lambda *arguments: traces.append(1) or gating_loss(*arguments),
+  record = config.method.record
+  counted = dataclasses.replace(
+    record,
+    loss=lambda *arguments: traces.append(1) or record.loss(*arguments),
   )
+  monkeypatch.setattr(skipnet, 'METHOD', counted)
   step = state_lib.make_train_step(
     state_lib.split(model)[0], tx, config, steps_per_epoch=2
   )
@@ -155,8 +158,7 @@ def test_both_stages_on_spots(tmp_path):
   assert first['accuracy'] > 0.8
   assert 0.5 < first['executed_fraction'] < 0.9
   second = loop.train(
-    dataclasses.replace(
-      config,
+    config.replace(
       init_from=str(tmp_path / 'first'),
       skip_training='reinforce',
       skip_temperature=0.05,

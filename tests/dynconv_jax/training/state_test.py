@@ -1,7 +1,5 @@
 """The training step on a toy network, against sums by hand."""
 
-import dataclasses
-
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -49,7 +47,7 @@ def _config(**changes):
     'sparsity_weight': 0.0,
     **changes,
   }
-  return dataclasses.replace(Config(), **changes)
+  return Config().replace(**changes)
 
 
 def _batch(seed=0, n=6):
@@ -64,7 +62,10 @@ def _start(config, kernel=None, teacher=None, gated=True):
   if kernel is None:
     kernel = np.random.default_rng(9).normal(size=(3, 4))
   model = Toy(kernel, gated)
-  tx = schedules.optimizer(config, schedules.learning_rate(config, _STEPS))
+  tx = schedules.optimizer(
+    config.optimization,
+    schedules.learning_rate(config.optimization, _STEPS),
+  )
   step = state_lib.make_train_step(
     state_lib.split(model)[0], tx, config, _STEPS, teacher
   )
@@ -230,7 +231,10 @@ def test_weights_that_overflow_are_named_in_the_step_that_made_them():
 def test_the_state_is_fresh_arrays():
   model = Toy(np.ones((3, 4)))
   config = _config(ema_decay=0.5)
-  tx = schedules.optimizer(config, schedules.learning_rate(config, _STEPS))
+  tx = schedules.optimizer(
+    config.optimization,
+    schedules.learning_rate(config.optimization, _STEPS),
+  )
   state = state_lib.create_state(model, tx, config)
   step = state_lib.make_train_step(
     state_lib.split(model)[0], tx, config, _STEPS

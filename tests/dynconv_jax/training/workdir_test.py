@@ -1,7 +1,5 @@
 """A run's folder, and weights that pass from one network to another."""
 
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,7 @@ from dynconv_jax.training.config import Config
 
 def _config(**changes):
   changes = {'model': 'cifar_resnet8', 'width_multiplier': 0.25, **changes}
-  return dataclasses.replace(Config(), **changes)
+  return Config().replace(**changes)
 
 
 def _network(num_classes, seed=0, **changes):
@@ -49,7 +47,7 @@ def dense():
 
 def test_builds_the_network_of_the_run():
   config = _config(method='dynconv', mask_kernel_size=1, seed=3)
-  model = workdir.build_model(config, 4)
+  model = workdir.build_model(config, 4, seed=3)
   expected = nnx.eval_shape(
     lambda: create_model(
       'cifar_resnet8',
@@ -80,7 +78,7 @@ def test_starts_from_a_dense_network(dense):
   for name in after:
     expected = before if name in fresh else theirs
     np.testing.assert_array_equal(after[name], expected[name], name)
-  assert f'initialised afresh: {", ".join(fresh)}' in logs.output[0]
+  assert f'initialized afresh: {", ".join(fresh)}' in logs.output[0]
   # A copy: the source may be trained on, or its arrays donated.
   model.fc.bias[...] = model.fc.bias[...] + 1
   np.testing.assert_array_equal(dense.fc.bias[...], theirs['fc.bias'])
@@ -128,10 +126,14 @@ def test_another_width_is_an_error_with_both_shapes(dense):
     workdir.initialize_from(wide, dense)
 
 
+def _open(model, bias, **changes):
+  workdir.open_gates(model, _config(mask_bias=bias, **changes).method)
+
+
 def test_masks_open_at_the_bias():
   model = _network(6, method='dynconv')
   kernel = np.asarray(model.layer1[0].masker.maskconv.conv.kernel[...])
-  workdir.open_masks(model, 2.5)
+  _open(model, 2.5)
   for block in model.blocks:
     unit = block.masker.maskconv
     np.testing.assert_array_equal(unit.conv.bias[...], [2.5])
@@ -151,12 +153,13 @@ def _open_shares(model):
 
 @pytest.mark.parametrize('gate', ['ff1', 'ff2', 'recurrent'])
 def test_gates_of_skipnet_open_and_sharpen(gate):
-  model = workdir.build_model(_config(method='skipnet', skip_gate=gate), 6)
-  workdir.open_masks(model, -1.0)
+  config = {'method': 'skipnet', 'skip_gate': gate, 'skip_temperature': 0.5}
+  model = workdir.build_model(_config(**config), 6)
+  _open(model, -1.0, **config)
   assert _open_shares(model) == [0.0, 0.0]
-  workdir.open_masks(model, 1.5)
+  _open(model, 1.5, **config)
   assert _open_shares(model) == [1.0, 1.0]
-  workdir.sharpen_gates(model, 0.5)
+  workdir.start_gates(model, _config(**config).method)
   layer = model.layer2[0].masker.last_layer
   assert layer.bias[...].tolist()[-1] == 3.0
 
@@ -176,7 +179,7 @@ def test_the_second_stage_starts_from_the_first(gate, dense):
 
 def test_a_dense_network_has_no_masks_to_open(dense):
   before = _weights(dense)
-  workdir.open_masks(dense, 2.5)
+  _open(dense, 2.5)
   for name, value in _weights(dense).items():
     np.testing.assert_array_equal(value, before[name])
 
@@ -188,11 +191,54 @@ def test_flags_are_written_whole_and_read_back(tmp_path):
   workdir.write_flags(folder, config)
   assert [p.name for p in folder.iterdir()] == ['flags.txt']
   assert workdir.read_config(folder) == config
-  workdir.check_flags(folder, dataclasses.replace(config, data_dir='else'))
+  workdir.check_flags(folder, config.replace(data_dir='else'))
   with pytest.raises(
     ValueError, match='given, not there: budget: 0.5, not 0.25; seed: 4, not 0'
   ):
-    workdir.check_flags(folder, dataclasses.replace(config, budget=0.5, seed=4))
+    workdir.check_flags(folder, config.replace(budget=0.5, seed=4))
+
+
+def test_a_longer_training_goes_on_a_shorter_one_is_another(tmp_path):
+  workdir.write_flags(tmp_path, _config(epochs=5))
+  workdir.check_flags(tmp_path, _config(epochs=6))
+  with pytest.raises(ValueError, match='epochs: 4, not 5'):
+    workdir.check_flags(tmp_path, _config(epochs=4))
+
+
+def _write(folder, config, model):
+  workdir.write_network(folder, config, model, ('a', 'b'), 'a test')
+
+
+def test_a_network_needs_no_configuration_of_its_training(tmp_path):
+  config = _config(method='sact', model='cifar_resnet14')
+  model = _network(2, method='sact', model='cifar_resnet14')
+  _write(tmp_path, config, model)
+  flags = tmp_path / workdir.FLAGS_FILE
+  needed = ('model', 'method', 'width_', 'image_', 'compute_', 'ponder_')
+  kept = [
+    line
+    for line in flags.read_text().splitlines()
+    if line.removeprefix('--').startswith(needed)
+  ]
+  flags.write_text('\n'.join(kept))
+  run = workdir.load_run(tmp_path)
+  assert run.class_names == ('a', 'b')
+  chex.assert_trees_all_equal(_weights(run.model), _weights(model))
+  with pytest.raises(ValueError, match='flags.txt of .* epochs is missing'):
+    workdir.read_config(tmp_path)
+  flags.write_text('\n'.join(kept[:-1]))
+  with pytest.raises(ValueError, match='flags.txt of .*_.* is missing'):
+    workdir.load_run(tmp_path)
+
+
+def test_a_checkpoint_without_weights_of_the_network_names_them(tmp_path):
+  _write(tmp_path, _config(method='dense'), _network(2, method='dense'))
+  workdir.write_flags(tmp_path, _config(method='dynconv'))
+  with pytest.raises(
+    checkpoints.CheckpointError,
+    match=r'it lacks params\.layer1\.0\.masker\.maskconv\.conv\.bias, ',
+  ):
+    workdir.load_run(tmp_path)
 
 
 def test_a_folder_that_is_no_run(tmp_path):

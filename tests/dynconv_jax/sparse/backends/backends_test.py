@@ -11,7 +11,7 @@ from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.masks import execution_mask
-from dynconv_jax.models.blocks import BasicBlock, Bottleneck
+from dynconv_jax.models.blocks import BasicBlock, Bottleneck, InvertedResidual
 from dynconv_jax.models.gated import GatedBlock, Gating
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.backends import cpu
@@ -25,6 +25,11 @@ BATCH = 3
 
 def resnet(kind, planes, strides=1, **kwargs):
   return functools.partial(kind, FEATURES, planes, strides, **kwargs)
+
+
+def inverted(features, strides, **kwargs):
+  kind = functools.partial(InvertedResidual, FEATURES, features, strides)
+  return functools.partial(kind, **kwargs)
 
 
 def chain(*convs, **kwargs):
@@ -53,6 +58,10 @@ BLOCKS = {
   'depthwise': depthwise('symmetric'),
   'depthwise_strided': depthwise('symmetric', 2),
   'depthwise_same': depthwise('same', 2),
+  'inverted': inverted(FEATURES, 1),
+  'inverted_strided': inverted(5, 2),
+  'inverted_same': inverted(5, 2, padding='same', kernel_size=5),
+  'inverted_unexpanded': inverted(FEATURES, 1, expand_ratio=1),
   'expanded_by_1': chain(
     Conv('b', 'bn', FEATURES, FEATURES, 3, 1, FEATURES, 'relu6'),
     Conv('c', 'cn', FEATURES, FEATURES),

@@ -1,8 +1,8 @@
 """Says below which time a ResNet in bfloat16 cannot be executed on a GPU.
 
-python -m experiments.gpu_floor --batch_size=128 --density=0.1,0.3,0.5,1
+python -m benchmarks.gpu_floor --batch_size=128 --density=0.1,0.3,0.5,1
 
-The floor is the sum of those of the kernels (`dynconv_jax.sparse.roofline`).
+The floor is the sum of those of the kernels (`benchmarks.roofline`).
 Nothing is run. The last line is JSON.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dynconv_jax.sparse.roofline import count_kernels
+from benchmarks.roofline import count_kernels
 from experiments import program
 
 _MODEL = flags.DEFINE_string('model', 'resnet50', 'A ResNet of bottlenecks.')

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.roofline import Kernel, count_kernels
 from dynconv_jax import create_model
 from dynconv_jax.macs import count_macs
-from dynconv_jax.sparse.cost import clustered_masks
-from dynconv_jax.sparse.roofline import Kernel, count_kernels
+from dynconv_jax.masks import execution_mask
+from dynconv_jax.sparse.calibrate import clustered_masks
 
 
 def count(method, batch_size=2, name='resnet50'):
@@ -36,10 +37,9 @@ def test_sparse_macs_are_those_of_the_counter(density):
   model, report = count('dynconv')
   rng, masks, side = np.random.default_rng(0), [], 24
   for block in model.blocks:
-    x = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
-    side = -(-side // block.strides)
+    size, side = (side, side), -(-side // block.strides)
     hard = jnp.asarray(clustered_masks(rng, (2, side, side), density))
-    masks.append(block.decide(x, None, hard)[0])
+    masks.append(execution_mask(block.branch, hard, size, name=block.name))
   units = sum(
     layer.macs for name, layer in report.by_layer.items() if 'masker' in name
   )

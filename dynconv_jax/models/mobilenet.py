@@ -1,0 +1,295 @@
+"""MobileNetV2, and what other networks of inverted residuals share with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dynconv_jax.branch import PADDINGS
+from dynconv_jax.checks import check_choice
+from dynconv_jax.layers import BatchNorm, Dropout, conv
+from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.methods.gate import GateSite, MakeGate
+from dynconv_jax.models.blocks import InvertedResidual
+from dynconv_jax.models.gated import Gating, Masks
+
+# Which blocks are offered to a method.
+GATED_BLOCKS = ('identity', 'all')
+# Batch norm of the frameworks that pad so: PyTorch's, and that of TensorFlow's
+# EfficientNets, which timm's and other ports keep.
+_NORMS = {
+  'symmetric': {'epsilon': 1e-5, 'momentum': 0.9},
+  'same': {'epsilon': 1e-3, 'momentum': 0.99},
+}
+_STEM, _HEAD = 32, 1280
+
+
+class Stage(NamedTuple):
+  """Blocks of one shape; the first has the stride.
+
+  Attributes:
+    expand_ratio: of each block.
+    features: channels of the output, before scaling.
+    depth: how many blocks, before scaling.
+    strides: of the first block.
+    kernel_size: of the depthwise convolutions.
+  """
+
+  expand_ratio: int
+  features: int
+  depth: int
+  strides: int
+  kernel_size: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """What tells one network of inverted residuals from another; makes it.
+
+  Attributes:
+    stages: of the network.
+    width: scales the channels, as `make_divisible` rounds them.
+    depth: scales the number of blocks, rounded up.
+    fixed_ends: whether stem and head keep their channels, and the first and the
+      last stage their depth, whatever the width and the depth.
+    image_size: side of the images that the network is made for.
+    dropout: before the classifier, in training.
+    drop_rate: stochastic depth in training: how often the branch of an image is
+      dropped, rising from 0 with the number of the block.
+  """
+
+  stages: tuple[Stage, ...]
+  width: float = 1.0
+  depth: float = 1.0
+  fixed_ends: bool = False
+  image_size: int = 224
+  dropout: float = 0.2
+  drop_rate: float = 0.0
+
+  @property
+  def depths(self) -> tuple[int, ...]:
+    """Blocks of each stage."""
+    last = len(self.stages) - 1
+    return tuple(
+      stage.depth
+      if self.fixed_ends and i in (0, last)
+      else math.ceil(self.depth * stage.depth)
+      for i, stage in enumerate(self.stages)
+    )
+
+  @property
+  def total_stride(self) -> int:
+    """Input pixels a position of the last map, along one side."""
+    return 2 * math.prod(stage.strides for stage in self.stages)
+
+  @property
+  def min_image_size(self) -> int:
+    """Side of the smallest input, whose last map is 2x2."""
+    return 2 * self.total_stride
+
+  def ends(self, width: float) -> tuple[int, int]:
+    """Returns the channels of stem and head.
+
+    Args:
+      width: scales them, unless they are fixed.
+    """
+    if self.fixed_ends:
+      return _STEM, _HEAD
+    return make_divisible(_STEM * width), make_divisible(_HEAD * max(1, width))
+
+  def __call__(
+    self,
+    *,
+    num_classes: int,
+    gate: MakeGate,
+    dtype: jnp.dtype,
+    rngs: nnx.Rngs,
+    width_multiplier: float = 1.0,
+    gated_blocks: str = 'identity',
+    padding: str = 'symmetric',
+  ) -> MobileNet:
+    """Returns a freshly initialized network; arguments as of `MobileNet`."""
+    return MobileNet(
+      self,
+      num_classes=num_classes,
+      gate=gate,
+      dtype=dtype,
+      rngs=rngs,
+      width_multiplier=width_multiplier,
+      gated_blocks=gated_blocks,
+      padding=padding,
+    )
+
+
+# Sandler et al., CVPR 2018, table 2.
+mobilenet_v2 = Architecture(
+  (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 2),
+    Stage(6, 32, 3, 2),
+    Stage(6, 64, 4, 2),
+    Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 2),
+    Stage(6, 320, 1, 1),
+  )
+)
+ARCHITECTURES = {'mobilenet_v2': mobilenet_v2}
+
+
+def make_divisible(features: float, divisor: int = 8) -> int:
+  """Returns a number of channels, rounded as in torchvision and TensorFlow.
+
+  To the nearest multiple of the divisor that is at least 90 % of `features`.
+
+  Args:
+    features: channels, > 0.
+    divisor: of the result.
+  """
+  rounded = max(divisor, int(features + divisor / 2) // divisor * divisor)
+  return rounded + divisor if rounded < 0.9 * features else rounded
+
+
+class MobileNet(nnx.Module):
+  """A network of inverted residuals; each gate gives an execution mask.
+
+  Modules have timm's names.
+
+  Args:
+    architecture: its stages and how they are scaled.
+    num_classes: outputs of the classifier.
+    gate: makes a block's gate or None, given its site.
+    dtype: compute dtype; parameters, masks and logits are float32.
+    rngs: stream `params`.
+    width_multiplier: scales the channels once more.
+    gated_blocks: which blocks are offered to `gate`, one of GATED_BLOCKS: those
+      with an identity shortcut, which loses nothing where its branch is not
+      executed; or all. Without a shortcut there are zeros then.
+    padding: of convolutions with strides, and the constants of batch norm that
+      go with it. 'symmetric' as in PyTorch, epsilon 1e-5: weights of
+      torchvision, timm's `mobilenetv2_*` and `efficientnet_lite0`. 'same' as in
+      TensorFlow, epsilon 1e-3: timm's `tf_efficientnet_lite*`, and the package
+      `efficientnet-lite-pytorch`.
+
+  Raises:
+    ValueError: another padding or choice of blocks.
+  """
+
+  # What a sparse network folds into one convolution.
+  foldable = (('conv_stem', 'bn1'), ('conv_head', 'bn2'))
+
+  def __init__(
+    self,
+    architecture: Architecture,
+    *,
+    num_classes: int,
+    gate: MakeGate = lambda site: None,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+    width_multiplier: float = 1.0,
+    gated_blocks: str = 'identity',
+    padding: str = 'symmetric',
+  ):
+    check_choice('gated_blocks', gated_blocks, GATED_BLOCKS)
+    check_choice('padding', padding, PADDINGS)
+    self.architecture = architecture
+    self.padding = padding
+    self.dtype = dtype
+    norm = functools.partial(BatchNorm, **_NORMS[padding])
+    width = architecture.width * width_multiplier
+    stem, head = architecture.ends(width)
+    self.conv_stem = conv(
+      3, stem, 3, strides=2, padding=padding, dtype=dtype, rngs=rngs
+    )
+    self.bn1 = norm(stem, activation='relu6', rngs=rngs)
+    total = sum(architecture.depths)
+    in_features, index = stem, 0
+    self.blocks = nnx.List([])
+    for stage, depth in enumerate(architecture.depths):
+      expand_ratio, planes, _, first_strides, k = architecture.stages[stage]
+      features = make_divisible(planes * width)
+      blocks = nnx.List([])
+      for i in range(depth):
+        strides = first_strides if i == 0 else 1
+        site = GateSite(
+          name=f'blocks.{stage}.{i}',
+          index=index,
+          stage=stage,
+          stage_index=i,
+          in_features=in_features,
+          strides=strides,
+          identity=strides == 1 and in_features == features,
+        )
+        offered = site.identity or gated_blocks == 'all'
+        blocks.append(
+          InvertedResidual(
+            in_features,
+            features,
+            strides,
+            expand_ratio=expand_ratio,
+            kernel_size=k,
+            padding=padding,
+            name=site.name,
+            stage=stage,
+            gate=gate(site) if offered else None,
+            norm=norm,
+            drop_rate=architecture.drop_rate * index / total,
+            dtype=dtype,
+            rngs=rngs,
+          )
+        )
+        in_features, index = features, index + 1
+      self.blocks.append(blocks)
+    self.conv_head = conv(in_features, head, 1, dtype=dtype, rngs=rngs)
+    self.bn2 = norm(head, activation='relu6', rngs=rngs)
+    self.dropout = Dropout(architecture.dropout)
+    self.classifier = nnx.Linear(
+      head,
+      num_classes,
+      dtype=jnp.float32,
+      kernel_init=nnx.initializers.normal(0.01),  # As in torchvision.
+      rngs=rngs,
+    )
+
+  def __call__(
+    self,
+    images: jax.Array,
+    *,
+    rngs: nnx.Rngs | None = None,
+    temperature: float | jax.Array = 1.0,
+    gumbel_noise: bool | jax.Array = True,
+    masks: Masks | None = None,
+  ) -> tuple[jax.Array, list[ExecutionMask]]:
+    """Returns logits and the execution masks of the gated blocks.
+
+    Args:
+      images: float[N, H, W, 3], normalized.
+      rngs: stream `gumbel`, for gates that sample; in training also `dropout`.
+      temperature: of the gates' Gumbel-softmax, > 0.
+      gumbel_noise: whether the gates add noise in training.
+      masks: [N, h, w] of {0, 1}, one a block in network order or by the blocks'
+        names, to obey instead of the gates' decisions; see `Gating`.
+
+    Returns:
+      logits: float32[N, num_classes].
+      masks: one ExecutionMask a gated block, in network order; none if dense.
+    """
+    gating = Gating(
+      rngs=rngs,
+      temperature=temperature,
+      gumbel_noise=gumbel_noise,
+      masks=masks,
+    )
+    x = self.bn1(self.conv_stem(images.astype(self.dtype)))
+    for stage in self.blocks:
+      for block in stage:
+        x = block(x, gating)
+      x = gating.end_stage(x)
+    x = self.bn2(self.conv_head(x))
+    x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+    return self.classifier(self.dropout(x, rngs=rngs)), gating.finish()
