@@ -117,8 +117,8 @@ def sparsify(
 
   Raises:
     ValueError: the model is not in evaluation or has no gated block, there is
-      no such backend, it supports no block, or a block computes something else
-      than its description says.
+      no such backend, it supports no block, a plan's does not support its
+      block, or a block computes something else than its description says.
   """
   check_evaluation(model)
   blocks = gated_blocks(model)
@@ -135,6 +135,7 @@ def sparsify(
       f'plans name {", ".join(sorted(unknown))}; the gated blocks are '
       f'{", ".join(chosen)}'
     )
+  _check_support(blocks, plans or {})
   chosen |= plans or {}
   traces = () if image_shape is None else trace_blocks(model, image_shape)
   model = nnx.clone(model)
@@ -273,6 +274,26 @@ def choose_plans(
       ', '.join(refused),
     )
   return plans
+
+
+def _check_support(
+  blocks: Sequence[GatedBlock], plans: Mapping[str, BlockPlan]
+) -> None:
+  """Raises ValueError where a plan's backend cannot execute its block."""
+  platform = jax.default_backend()
+  refused = [
+    f'{plans[block.name].backend.name} for {block.name}'
+    for block in blocks
+    if block.name in plans
+    and not plans[block.name].backend.supports(
+      block.branch, block.dtype, platform
+    )
+  ]
+  if refused:
+    raise ValueError(
+      f'plans name backends that cannot execute these blocks on {platform} in '
+      f'{blocks[0].dtype}: {", ".join(refused)}'
+    )
 
 
 def check_descriptions(blocks: Sequence[GatedBlock]) -> None:

@@ -80,9 +80,10 @@ def reads_squares(conv: Conv) -> bool:
   Args:
     conv: its description.
   """
-  return (conv.kernel_size, conv.strides, conv.groups, conv.padding) == (
-    *(7, 2),
-    *(1, 'symmetric'),
+  return (
+    (conv.kernel_size, conv.strides) == (7, 2)
+    and conv.groups == 1
+    and conv.padding == 'symmetric'
   )
 
 

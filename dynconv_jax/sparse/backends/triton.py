@@ -71,7 +71,7 @@ class TritonBackend(Backend):
 
   def run(self, packed, x, mask):
     if mask is None:
-      # XLA copies the kernels: less than what cuDNN gains.
+      # As the dense backend, but that XLA copies the kernels at each call.
       return run_dense(cudnn.lay_out(packed), x)
     lists = mask.lists if isinstance(mask, ListedMask) else None
     return run_block(packed, x, lists or Lists(*map(list_positions, mask.maps)))

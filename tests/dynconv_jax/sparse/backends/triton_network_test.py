@@ -16,7 +16,8 @@ from triton_cases import DTYPES, need, on_gpu
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
-from dynconv_jax.sparse import SparseExecutor, executor, sparsify
+from dynconv_jax.sparse import BlockPlan, SparseExecutor, executor, sparsify
+from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.backends import triton, triton_launch
 from dynconv_jax.sparse.calibrate import clustered_masks
 
@@ -170,6 +171,9 @@ def test_on_a_gpu_kernels_serve_where_they_are_asked_for(
   assert {plan.backend.name for plan in run.plans.values()} == {'xla'}
   with pytest.raises(ValueError, match='cpu cannot execute .* on gpu'):
     SparseExecutor(model, (1, 9, 9, 3), mode='sparse', backend='cpu')
+  plans = {'layer2.0': BlockPlan(get_backend('cpu'))}
+  with pytest.raises(ValueError, match='on gpu in float32: cpu for layer2.0'):
+    sparsify(model, plans=plans)
   with pytest.raises(ValueError, match="mode 'dense' has no backend"):
     SparseExecutor(model, (1, 9, 9, 3), mode='dense', backend='triton')
 
@@ -200,13 +204,14 @@ def test_auto_times_the_kernels_against_dense_execution(
   assert asked == [(b.name, 'triton', 1.0) for b in model.blocks]
 
 
-def test_a_cpu_has_no_kernels_for_a_gpu(make_network):
+def test_a_cpu_has_no_kernels_for_a_gpu(make_network, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'cpu')
   model = make_network('bottleneck', 'dynconv')
-  with (
-    mock.patch.object(jax, 'default_backend', lambda: 'cpu'),
-    pytest.raises(ValueError, match='triton cannot execute .* on cpu'),
-  ):
+  with pytest.raises(ValueError, match='triton cannot execute .* on cpu'):
     SparseExecutor(model, (1, 9, 9, 3), backend='triton')
+  plans = {'layer1.0': BlockPlan(get_backend('triton'))}
+  with pytest.raises(ValueError, match='on cpu in .*: triton for layer1.0'):
+    SparseExecutor(model, (1, 9, 9, 3), mode='sparse', plans=plans)
 
 
 def test_a_missing_package_is_told(as_on_gpu, make_network):
