@@ -23,13 +23,11 @@ class Peer(NamedTuple):
     worker: the process that runs it, a key of `workers.WORKERS`.
     packages: that it needs.
     dense: whether it computes everywhere.
-    methods: of gated networks that it knows; empty: all of them.
   """
 
   worker: str
   packages: tuple[str, ...]
   dense: bool = True
-  methods: tuple[str, ...] = ()
 
 
 PEERS = {
@@ -38,20 +36,15 @@ PEERS = {
   'torch_index': Peer('torch', ('torch',), dense=False),
   'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
   # The sparse network, exported by dynconv_jax.sparse.onnx.
-  'onnx_sparse': Peer(
-    'onnxruntime', ('onnx', 'onnxruntime'), False, ('dynconv', 'convnet_aig')
-  ),
+  'onnx_sparse': Peer('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
 }
 
 
-def available_peers(
-  wanted: Sequence[str], method: str, trained: bool
-) -> list[str]:
+def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
   """Returns the peers that can run here; says which are left out, and why.
 
   Args:
     wanted: keys of PEERS.
-    method: of the gated network.
     trained: whether it is a trained one, which decides by itself.
   """
   available = []
@@ -60,8 +53,6 @@ def available_peers(
     missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
     if missing:
       print(f'{name} is left out: {", ".join(missing)} not installed')
-    elif peer.methods and method not in peer.methods:
-      print(f'{name} is left out: it knows {", ".join(peer.methods)} only')
     elif not (trained and name == 'torch_index'):
       available.append(name)
   return available

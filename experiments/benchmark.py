@@ -201,7 +201,7 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   wanted = itertools.product(batch_sizes, granularities, densities)
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
-  ], cases.available_peers(peers, method, bool(_WORKDIR.value))
+  ], cases.available_peers(peers, bool(_WORKDIR.value))
 
 
 def _print(result) -> None:

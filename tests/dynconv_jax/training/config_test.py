@@ -41,6 +41,8 @@ VALUES = dict(
   model='resnet18',
   method='dense',
   width_multiplier=0.5,
+  gated_blocks='all',
+  padding='same',
   mask_kernel_size=1,
   mask_granularity=(4, 4, 2, 1),
   compute_dtype='bfloat16',
@@ -83,8 +85,9 @@ VALUES = dict(
   keep_checkpoints=5,
   log_every_steps=1,
 )
-# Each method's own options count, each data set's too.
+# Each method's own options count, each data set's and each network's too.
 CHOICES = [
+  {'model': 'mobilenet_v2'},
   *({'method': method} for method in METHODS),
   *({'dataset': dataset} for dataset in DATASETS),
 ]
