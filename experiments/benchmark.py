@@ -194,10 +194,9 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     )
   if errors:
     raise ValueError('; '.join(errors))
-  method = _METHOD.value
   if _WORKDIR.value:
     # A trained network has its own masks.
-    method, granularities, densities = _config().method.method, [''], [None]
+    granularities, densities = [''], [None]
   wanted = itertools.product(batch_sizes, granularities, densities)
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
