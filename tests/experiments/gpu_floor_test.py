@@ -7,6 +7,7 @@ import pytest
 from benchmarks.roofline import count_kernels
 
 
+@pytest.mark.slow
 def test_floors_are_sums_over_kernels_at_the_given_rates(program):
   printed = program(
     'benchmarks.gpu_floor',

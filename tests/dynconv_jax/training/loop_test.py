@@ -310,6 +310,7 @@ def test_nothing_is_compiled_after_the_first_epoch(config, tmp_path):
   assert not third
 
 
+@pytest.mark.slow
 def test_starts_from_a_dense_run_that_also_teaches(config, tmp_path):
   dense = config.replace(method='dense', epochs=1, ema_decay=0.0)
   loop.train(dense, tmp_path / 'dense')

@@ -275,6 +275,7 @@ def test_mask_logits(kernel_size, strides, size):
   assert_near(BACKEND.replacement(squeeze)(x), squeeze(x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   platform.machine() != 'x86_64', reason='flags of x86-64 compilers'
 )
