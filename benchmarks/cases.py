@@ -10,10 +10,11 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import turns
+from dynconv_jax.models.resnet import ARCHITECTURES
 
 
 class Peer(NamedTuple):
@@ -23,28 +24,33 @@ class Peer(NamedTuple):
     worker: the process that runs it, a key of `workers.WORKERS`.
     packages: that it needs.
     dense: whether it computes everywhere.
+    models: those that it has; None: all of them.
   """
 
   worker: str
   packages: tuple[str, ...]
   dense: bool = True
+  models: Collection[str] | None = None
 
 
 PEERS = {
-  'torch': Peer('torch', ('torch',)),
-  'torch_compiled': Peer('torch_compiled', ('torch',)),
-  'torch_index': Peer('torch', ('torch',), dense=False),
+  'torch': Peer('torch', ('torch',), models=ARCHITECTURES),
+  'torch_compiled': Peer('torch_compiled', ('torch',), models=ARCHITECTURES),
+  'torch_index': Peer('torch', ('torch',), False, ARCHITECTURES),
   'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
   # The sparse network, exported by dynconv_jax.sparse.onnx.
   'onnx_sparse': Peer('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
 }
 
 
-def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
+def available_peers(
+  wanted: Sequence[str], model: str, trained: bool
+) -> list[str]:
   """Returns the peers that can run here; says which are left out, and why.
 
   Args:
     wanted: keys of PEERS.
+    model: of the network.
     trained: whether it is a trained one, which decides by itself.
   """
   available = []
@@ -53,6 +59,8 @@ def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
     missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
     if missing:
       print(f'{name} is left out: {", ".join(missing)} not installed')
+    elif peer.models is not None and model not in peer.models:
+      print(f'{name} is left out: it has no {model}')
     elif not (trained and name == 'torch_index'):
       available.append(name)
   return available

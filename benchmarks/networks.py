@@ -35,10 +35,10 @@ class Networks:
         settings['workdir'], best=settings['checkpoint'] == 'best'
       )
       self.settings['num_classes'] = len(self.trained.class_names)
-      config = self.trained.config
-      self.settings['method'] = config.method.method
+      network = self.trained.network
+      self.settings['method'] = network.method.method
       for name in ('model', 'image_size', 'compute_dtype', 'width_multiplier'):
-        self.settings[name] = getattr(config.model, name)
+        self.settings[name] = getattr(network.model, name)
     self.method = self.settings['method']
     self._models: dict[tuple[str, str], nnx.Module] = {}
 
@@ -75,12 +75,18 @@ class Networks:
         (batch_size, size, size, 3)
       )
       return [images.astype(np.float32)]
-    changes = {'eval_batch_size': batch_size}
+    config = workdir.read_config(self.settings['workdir'])
     if self.settings['food101_dir']:
-      changes['food101_dir'] = self.settings['food101_dir']
-    config = self.trained.config.replace(**changes)
-    source = inputs.open_split(config, self.settings['split'])
-    batches = iter(inputs.eval_batches(config, source))
+      config = config.replace(food101_dir=self.settings['food101_dir'])
+    source = inputs.open_split(config.data, self.settings['split'])
+    batches = iter(
+      inputs.eval_batches(
+        config.data,
+        source,
+        image_size=self.settings['image_size'],
+        batch_size=batch_size,
+      )
+    )
     count = min(self.settings['num_batches'], len(source) // batch_size)
     return [np.asarray(next(batches)['image']) for _ in range(max(1, count))]
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -30,14 +29,17 @@ from flax import nnx
 from benchmarks import cases
 from dynconv_jax import create_model
 from dynconv_jax.checks import check_choice
+from dynconv_jax.files import write_atomic
 from dynconv_jax.methods.method import METHODS
-from dynconv_jax.models.resnet import ARCHITECTURES
+from dynconv_jax.models import registry
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.executor import MODES
 from dynconv_jax.training.workdir import read_config
 from experiments import program
 
-_MODEL = flags.DEFINE_string('model', 'resnet50', 'A key of ARCHITECTURES.')
+_MODEL = flags.DEFINE_string(
+  'model', 'resnet50', 'Such as resnet50 or efficientnet_lite0.'
+)
 _METHOD = flags.DEFINE_string('method', 'dynconv', 'A gated method.')
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.')
 _BATCH_SIZE = flags.DEFINE_list('batch_size', '8', 'Images; one or more.')
@@ -143,27 +145,27 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     got = ','.join(flag.value)
     raise ValueError(f'{flag.name} must be {allowed}; got {got}')
 
-  def sides(text):
-    if not all(side.strip().isdigit() for side in text.split(',')):
-      raise ValueError(f'mask_granularity must be integers; got {text!r}')
-    sizes = tuple(int(side) for side in text.split(','))
-    model = nnx.eval_shape(
-      lambda: create_model(
-        _MODEL.value, mask_granularity=sizes, method='dynconv', rngs=nnx.Rngs(0)
-      )
-    )
-    check_image_size(model)
-
-  def check_image_size(model):
-    least = 2 * model.architecture.total_stride
+  def image_size(factory):
+    least = getattr(factory, 'min_image_size', 1)
     if _IMAGE_SIZE.value < least:
       raise ValueError(
         f'image_size must be at least {least}; got {_IMAGE_SIZE.value}'
       )
 
+  def sides(text):
+    if not all(side.strip().isdigit() for side in text.split(',')):
+      raise ValueError(f'mask_granularity must be integers; got {text!r}')
+    sizes = tuple(int(side) for side in text.split(','))
+    nnx.eval_shape(
+      lambda: create_model(
+        _MODEL.value, mask_granularity=sizes, method='dynconv', rngs=nnx.Rngs(0)
+      )
+    )
+
+  models = registry.architectures()
   gated = [method for method in METHODS if method != 'dense']
   for what, given, allowed in (
-    ('model', _MODEL.value, ARCHITECTURES),
+    ('model', _MODEL.value, models),
     ('method', _METHOD.value, gated),
     ('compute_dtype', _DTYPE.value, ('float32', 'bfloat16')),
     ('mode', _MODE.value, MODES),
@@ -174,7 +176,8 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     if _MODE.value == 'dense':
       errors.append(f"mode 'dense' has no backend; got {_BACKEND.value!r}")
   granularities = _GRANULARITY.value.split(';')
-  if _MODEL.value in ARCHITECTURES:
+  if _MODEL.value in models:
+    check(image_size, models[_MODEL.value])
     for text in granularities:
       check(sides, text)
   batch_sizes = check(
@@ -194,13 +197,14 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     )
   if errors:
     raise ValueError('; '.join(errors))
+  model = _MODEL.value
   if _WORKDIR.value:
     # A trained network has its own masks.
-    granularities, densities = [''], [None]
+    model, granularities, densities = _config().model.model, [''], [None]
   wanted = itertools.product(batch_sizes, granularities, densities)
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
-  ], cases.available_peers(peers, bool(_WORKDIR.value))
+  ], cases.available_peers(peers, model, bool(_WORKDIR.value))
 
 
 def _print(result) -> None:
@@ -258,10 +262,8 @@ def _summary(results) -> dict[str, Any]:
 
 def _write(output: pathlib.Path, results) -> None:
   """Writes the JSON file, whole or not at all, and the figure."""
-  path = output / 'benchmark.json'
-  partial = path.with_suffix('.partial')
-  partial.write_text(json.dumps(_summary(results), indent=2) + '\n')
-  os.replace(partial, path)
+  text = json.dumps(_summary(results), indent=2) + '\n'
+  write_atomic(output / 'benchmark.json', text)
   if not _WORKDIR.value:
     from dynconv_jax.plotting.speedup import plot_speedup
 

@@ -12,7 +12,6 @@ share of active positions of each image and block.
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dynconv_jax.data.augment import MEAN, STD
+from dynconv_jax.files import replacing
 from dynconv_jax.training.workdir import load_run
 from experiments import program
 
@@ -69,10 +69,8 @@ def main(argv: Sequence[str]) -> None:
     'std': json.dumps(STD),
   }
   onnx.helper.set_model_props(model, metadata)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  partial = output.with_name(f'.{output.name}.partial')
-  onnx.save(model, partial)
-  os.replace(partial, output)
+  with replacing(output) as partial:
+    onnx.save(model, partial)
   print(f'wrote {output}, step {run.step}')
 
 

@@ -2,12 +2,5 @@
 
 from dynconv_jax import extras
 
-extras.require(
-  'train',
-  'array_record',
-  'dm_pix',
-  'grain',
-  'PIL',
-  'requests',
-  'tensorflow_datasets',
-)
+# What reads one image. Modules that read data sets ask for more.
+extras.require('train', 'dm_pix', 'PIL')

@@ -10,7 +10,12 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from dynconv_jax.data import augment, decode, device_cache, readers
+from dynconv_jax import extras
+from dynconv_jax.data import augment, decode
+
+extras.require('train', 'grain')
+
+from dynconv_jax.data import device_cache, readers  # noqa: E402
 
 CACHES = ('none', 'device')
 

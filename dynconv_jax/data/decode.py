@@ -127,6 +127,17 @@ def preprocess_image(
   return np.asarray(_resize(image, image_size, box, Image.Resampling.BILINEAR))
 
 
+def resize_ratio_of(crop: str) -> float:
+  """Returns the short side of an evaluated image over the network's input.
+
+  Where training sees whole images, evaluation does too.
+
+  Args:
+    crop: how training images are cropped.
+  """
+  return RESIZE_RATIO if crop == 'resized' else 1.0
+
+
 def evaluation_box(
   width: int,
   height: int,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from dynconv_jax import references
+from dynconv_jax import extras, references
 from dynconv_jax.data import splits as splits_lib
 from dynconv_jax.data.source import Common, Dataset, DataSource
 
@@ -31,8 +31,10 @@ def load_source(name: str) -> DataSource:
 
   Raises:
     ValueError: there is no such source.
+    ImportError: a package that reads data sets is missing.
   """
   if name in DATASETS:
+    extras.require('train', 'array_record', 'requests', 'tensorflow_datasets')
     name = f'{__package__}.{name}:SOURCE'
   if ':' not in name:
     raise ValueError(

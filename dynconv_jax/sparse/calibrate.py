@@ -20,6 +20,8 @@ from dynconv_jax.sparse.plan import BlockPlan
 _DENSITIES = (0.2, 0.6)
 _IMAGE_DENSITIES = (0.0, 1.0)
 _REPEATS = 4
+# Calls that are timed in a row: up to so many, for so long.
+_CALLS, _SECONDS = 10, 0.01
 
 
 def calibrate(
@@ -64,18 +66,24 @@ def calibrate(
   # A dense form takes as long for any mask.
   cases = [('dense', 0), ('sparse', 0), ('sparse', 1)]
   times = dict.fromkeys(cases, np.inf)
-  # On a GPU one call waits in the queue while another runs, as in a network.
-  calls = 10 if jax.default_backend() == 'gpu' else 1
-  for repeat in range(_REPEATS + 1):
+
+  def seconds(case, calls):
+    (run, packed), mask = runs[case[0]], masks[case[1]]
+    start = time.perf_counter()
+    for _ in range(calls):
+      out = run(packed, x, mask)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / calls
+
+  for case in cases:
+    seconds(case, 1)  # Compiles.
+  # Short calls are timed in a row: on a GPU one waits in the queue while
+  # another runs, as in a network.
+  once = max(seconds(case, 1) for case in cases)
+  calls = int(np.clip(_SECONDS / once, 1, _CALLS))
+  for _ in range(_REPEATS):
     for case in cases:
-      (run, packed), mask = runs[case[0]], masks[case[1]]
-      start = time.perf_counter()
-      for _ in range(calls):
-        out = run(packed, x, mask)
-      jax.block_until_ready(out)
-      if repeat:  # The first compiles.
-        seconds = (time.perf_counter() - start) / calls
-        times[case] = min(times[case], seconds)
+      times[case] = min(times[case], seconds(case, calls))
   loads = [
     float(jnp.mean(mask.executed_macs())) / mask.dense_macs() for mask in masks
   ]

@@ -114,6 +114,7 @@ def describe_conv(conv: nnx.Conv, norm: BatchNorm) -> Conv | None:
     type(conv) is not nnx.Conv
     or type(norm) is not BatchNorm
     or conv.bias is not None
+    or conv.mask is not None
     or len(k) != 2
     or k[0] != k[1]
     or not k[0] % 2

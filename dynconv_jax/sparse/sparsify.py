@@ -254,7 +254,6 @@ def choose_plans(
       candidates = auto_backends(block.dtype, platform)
     else:
       candidates = [asked]
-    plans[block.name] = None
     for candidate in candidates:
       if candidate.supports(block.branch, block.dtype, platform):
         plans[block.name] = BlockPlan(candidate)

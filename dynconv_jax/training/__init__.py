@@ -2,4 +2,5 @@
 
 from dynconv_jax import extras
 
-extras.require('train', 'grain', 'optax', 'orbax', 'tensorboardX', 'tqdm')
+# What loads a trained network. Modules that train ask for more.
+extras.require('train', 'optax', 'orbax')

@@ -8,7 +8,7 @@ import jax
 
 from dynconv_jax.data import sources
 from dynconv_jax.data.batches import EvalBatches, TrainBatches
-from dynconv_jax.data.decode import RESIZE_RATIO
+from dynconv_jax.data.decode import resize_ratio_of
 from dynconv_jax.data.source import Common, DataSource
 from dynconv_jax.training.config import Config, DataConfig
 
@@ -128,21 +128,10 @@ def eval_batches(
   return EvalBatches(
     source,
     image_size=image_size,
-    resize_ratio=resize_ratio(data.crop),
+    resize_ratio=resize_ratio_of(data.crop),
     batch_size=-(-batch_size // devices) * devices,
     cache=data.cache,
     num_workers=data.num_workers,
     skip_corrupt=data.skip_corrupt,
     sharding=sharding,
   )
-
-
-def resize_ratio(crop: str) -> float:
-  """Returns the short side of an evaluated image over the network's input.
-
-  Where training sees whole images, evaluation does too.
-
-  Args:
-    crop: how training images are cropped.
-  """
-  return RESIZE_RATIO if crop == 'resized' else 1.0

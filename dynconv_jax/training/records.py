@@ -13,17 +13,21 @@ from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 from absl import logging
-from tensorboardX import summary
-from tensorboardX.proto import event_pb2
-from tensorboardX.record_writer import RecordWriter
 
+from dynconv_jax import extras
 from dynconv_jax.data.augment import denormalize
 from dynconv_jax.files import write_atomic
 from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import Config
+
+extras.require('train', 'tensorboardX', 'tqdm')
+
+import tqdm  # noqa: E402
+from tensorboardX import summary  # noqa: E402
+from tensorboardX.proto import event_pb2  # noqa: E402
+from tensorboardX.record_writer import RecordWriter  # noqa: E402
 
 
 class Records:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
+from dynconv_jax.data.decode import resize_ratio_of
 from dynconv_jax.files import write_atomic
 from dynconv_jax.interop.names import HEADS
 from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models import registry
 from dynconv_jax.models.create import assemble
-from dynconv_jax.training import checkpoints, inputs
+from dynconv_jax.training import checkpoints
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config, MethodConfig, ModelConfig
@@ -296,7 +297,7 @@ def load_run(
     nnx.view(model, deterministic=True, use_running_average=True),
     class_names,
     step,
-    inputs.resize_ratio(texts.get('crop', '')),
+    resize_ratio_of(texts.get('crop', '')),
   )
 
 

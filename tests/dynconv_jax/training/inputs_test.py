@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dynconv_jax.data import image_folder, spots
+from dynconv_jax.data import decode, image_folder, spots
 from dynconv_jax.data.source import Common
 from dynconv_jax.training import inputs
 from dynconv_jax.training.config import Config
@@ -188,4 +188,4 @@ def test_evaluation_sees_what_training_sees(config, crop, ratio):
   with mock.patch.object(inputs, 'EvalBatches') as made:
     _eval_batches(config, range(3))
   assert made.call_args.kwargs['resize_ratio'] == pytest.approx(ratio)
-  assert inputs.resize_ratio(crop) == pytest.approx(ratio)
+  assert decode.resize_ratio_of(crop) == pytest.approx(ratio)

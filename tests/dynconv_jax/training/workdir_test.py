@@ -1,5 +1,8 @@
 """A run's folder, and weights that pass from one network to another."""
 
+import subprocess
+import sys
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -223,6 +226,23 @@ def test_a_network_needs_no_configuration_of_its_training(tmp_path):
   flags.write_text('\n'.join(kept))
   run = workdir.load_run(tmp_path)
   assert run.class_names == ('a', 'b')
+  # Nor the packages that read data sets and write records.
+  code = (
+    'import importlib.util as util, sys\n'
+    'gone = "array_record grain requests tensorboardX tensorflow_datasets"\n'
+    'sys.modules |= dict.fromkeys(gone.split())\n'
+    'find = util.find_spec\n'
+    'util.find_spec = lambda n: None if n in gone.split() else find(n)\n'
+    'from dynconv_jax.training import workdir\n'
+    'print(workdir.load_run(sys.argv[1]).class_names)'
+  )
+  found = subprocess.run(
+    [sys.executable, '-c', code, str(tmp_path)],
+    check=True,
+    capture_output=True,
+    text=True,
+  )
+  assert found.stdout.strip() == "('a', 'b')"
   chex.assert_trees_all_equal(_weights(run.model), _weights(model))
   with pytest.raises(ValueError, match='flags.txt of .* epochs is missing'):
     workdir.read_config(tmp_path)
