@@ -1,10 +1,14 @@
 """Tests of the benchmark of sparse execution."""
 
+import importlib.util
 import json
 
+import numpy as np
 import pytest
 
-from dynconv_jax.training.workdir import read_config
+from benchmarks.cases import available_peers
+from benchmarks.networks import Networks
+from dynconv_jax.training.workdir import load_run, read_config
 
 _SMALL = (
   '--model=cifar_resnet8',
@@ -89,10 +93,38 @@ def test_a_trained_network_on_its_own_masks(program, dynconv_run):
   assert summary['workdir'] == dynconv_run.name
   assert 0 < summary['density'] < 1
   assert summary['sparse_ms'] > 0
-  config = read_config(dynconv_run)
+  config = read_config(dynconv_run).model
   assert summary['model'] == config.model != 'resnet50'
   assert summary['image_size'] == config.image_size
   assert summary['checkpoint'] == 'best'
+
+
+def test_a_trained_network_and_its_images_are_read(dynconv_run):
+  settings = {
+    'workdir': str(dynconv_run),
+    'checkpoint': 'latest',
+    'split': 'validation',
+    'num_batches': 2,
+    'food101_dir': None,
+  }
+  networks = Networks(settings)
+  run = load_run(dynconv_run, best=False)
+  batches = networks.batches(3)
+  assert [b.shape for b in batches] == [(3, *[run.image_size] * 2, 3)] * 2
+  expected, _ = run.model(batches[0])
+  np.testing.assert_array_equal(
+    networks.model(networks.method)(batches[0])[0], expected
+  )
+  dense = networks.model('dense')
+  assert dense.fc.out_features == len(run.class_names)
+
+
+def test_peers_that_lack_a_network_are_left_out(capsys):
+  wanted = ['torch', 'onnxruntime']
+  assert 'torch' not in available_peers(wanted, 'efficientnet_lite0', False)
+  if importlib.util.find_spec('torch'):
+    assert 'torch is left out: it has no' in capsys.readouterr().out
+    assert 'torch' in available_peers(wanted, 'resnet50', False)
 
 
 @pytest.mark.slow
