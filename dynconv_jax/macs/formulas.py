@@ -262,14 +262,14 @@ def norm(
   affine: bool = True,
   statistics_groups: int = 0,
 ) -> Work:
-  """Returns the work of a normalisation.
+  """Returns the work of a normalization.
 
   (x - mean) * (scale * rsqrt(variance + epsilon)) + bias: 3 an element and 3
   a feature; without scale and bias 2 and 2.
 
   Args:
     elements: size of the input.
-    features: statistics that the input is normalised by: channels of a batch
+    features: statistics that the input is normalized by: channels of a batch
       norm with running statistics, groups times batch of a group norm.
     affine: whether scale and bias are applied.
     statistics_groups: means computed from the input itself, 0 when they are

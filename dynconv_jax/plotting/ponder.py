@@ -48,7 +48,7 @@ def ponder_cost_map(
   The map of DynConv (arXiv 1912.03203, section 4) is the number of blocks
   executed at each position of the image; here it is divided by the number of
   gated blocks, so that 1 is a position where each of them ran. The masks are
-  resized to the image by the nearest neighbour of each pixel's centre, and are
+  resized to the image by the nearest neighbor of each pixel's centre, and are
   not changed.
 
   Args:

@@ -96,7 +96,7 @@ class Records:
 
     Args:
       step: of training.
-      images: float32[N, H, W, 3], normalised.
+      images: float32[N, H, W, 3], normalized.
       masks: of these images.
     """
     if not masks:

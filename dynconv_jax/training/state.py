@@ -30,7 +30,7 @@ class TrainState:
     step: int32 scalar, steps done.
     params: the trained weights, unwrapped.
     model_state: batch statistics, unwrapped.
-    opt_state: the optimiser's.
+    opt_state: the optimizer's.
     ema: moving averages of (params, model_state), or None.
     key: PRNG key, folded with the step.
     sums: float32 scalars, metrics summed over the steps of this epoch.
@@ -94,7 +94,7 @@ def make_train_step(
 
   Args:
     graphdef: of the training view of the model.
-    tx: the optimiser.
+    tx: the optimizer.
     config: the run's.
     steps_per_epoch: after which the summed metrics start anew.
     teacher: the evaluation view of the network to distil from, or None.

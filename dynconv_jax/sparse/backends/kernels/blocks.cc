@@ -1,7 +1,7 @@
 // Gated blocks at the active positions of their masks, in float32, for CPUs.
 //
 // A convolution at K positions is a matrix product, see product.h, or where
-// positions are neighbours one of squares, see squares.h. All maps are NHWC.
+// positions are neighbors one of squares, see squares.h. All maps are NHWC.
 // Shapes are checked by cpu.py, which is the only caller.
 
 #include <algorithm>
