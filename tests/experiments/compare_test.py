@@ -1,0 +1,205 @@
+"""Compared runs: files by hand, and two networks evaluated here."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.statistics import paired_bootstrap
+
+_NAMES = [f'test/{i}' for i in range(40)]
+_LABELS = ['disc' if i % 2 else 'ring' for i in range(40)]
+
+
+def _write(folder, correct, seed=None, names=None, labels=None, **columns):
+  """Writes a file of predictions in reverse order, which must not matter."""
+  folder.mkdir()
+  if seed is not None:
+    (folder / 'flags.txt').write_text(f'--seed={seed}\n')
+  columns = {
+    'name': names or _NAMES,
+    'label': labels or _LABELS,
+    'correct': [int(value) for value in correct],
+    **columns,
+  }
+  rows = list(zip(*columns.values(), strict=True))
+  if seed == 1:
+    rows.reverse()
+  lines = [columns, *rows]
+  text = ''.join(','.join(map(str, line)) + '\n' for line in lines)
+  (folder / 'predictions_test.csv').write_text(text)
+  return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """Correctness of two settings of two seeds each, written as workdirs."""
+  rng = np.random.default_rng(0)
+  a, b = rng.random((2, 40)) < 0.8, rng.random((2, 40)) < 0.5
+  shares = np.round(np.linspace(0.05, 0.5, 40), 4)
+  for name, values, macs in (('a', a, 2e9), ('b', b, 4e9)):
+    for seed in (0, 1):
+      more = {'macs': [macs + seed * 1e9] * 40, 'object_share': shares}
+      _write(tmp_path / f'{name}{seed}', values[seed], seed, **more)
+  return a, b, shares
+
+
+def _last(stdout):
+  return json.loads(stdout.splitlines()[-1])
+
+
+def test_two_settings(program, tmp_path, runs):
+  a, b, _ = runs
+  stdout = program(
+    'compare', f'--runs={tmp_path}/a*', f'--against={tmp_path}/b1,{tmp_path}/b0'
+  )
+  result, expected = _last(stdout), paired_bootstrap(a, b, paired_seeds=True)
+  found = [result[f'difference{end}'] for end in ('', '_low', '_high')]
+  points = [100 * v for v in (expected.value, expected.low, expected.high)]
+  assert found == pytest.approx(points, rel=1e-9)
+  assert result['p'] == expected.p
+  assert result['paired_seeds']
+  assert result['runs']['accuracy'] == pytest.approx(a.mean())
+  assert result['against']['gmacs_mean'] == pytest.approx(4.5)
+  assert 'mcnemar' not in result
+  # The program prints what the last line says.
+  assert f'difference {points[0]:+.1f} [{points[1]:+.1f}, ' in stdout
+  assert f'{100 * a.mean():.1f} [' in stdout
+
+
+def test_single_runs_have_mcnemar(program, tmp_path, runs):
+  a, b, _ = runs
+  stdout = program(
+    'compare',
+    f'--runs={tmp_path}/a0/predictions_test.csv',
+    f'--against={tmp_path}/b1',
+  )
+  found = _last(stdout)['mcnemar']
+  only_a, only_b = int((a[0] & ~b[1]).sum()), int((b[1] & ~a[0]).sum())
+  n = only_a + only_b
+  tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+  assert (found['only_runs'], found['only_against']) == (only_a, only_b)
+  assert found['p'] == pytest.approx(2 * tail / 2**n)
+  assert f'{only_a} right only in runs, {only_b} only in against' in stdout
+  assert not _last(stdout)['paired_seeds']
+
+
+def test_groups_against_a_baseline(program, tmp_path, runs):
+  a, b, _ = runs
+  table = tmp_path / 'new' / 'table.csv'
+  groups = f'A={tmp_path}/a*;B={tmp_path}/b*;one={tmp_path}/a1'
+  stdout = program(
+    'compare', f'--groups={groups}', '--baseline=B', f'--table={table}'
+  )
+  rows = {row['group']: row for row in read_results(table)}
+  assert [row['runs'] for row in rows.values()] == ['2', '2', '1']
+  assert rows['B']['difference'] == ''
+  for name, values, paired in (('A', a, True), ('one', a[1:], False)):
+    expected = paired_bootstrap(values, b, paired_seeds=paired)
+    for column, value in (
+      ('difference', expected.value),
+      ('difference_low', expected.low),
+      ('difference_high', expected.high),
+    ):
+      got = float(rows[name][column])
+      assert got == pytest.approx(100 * value, rel=1e-5), column
+  markdown = table.with_suffix('.md').read_text()
+  assert markdown in stdout
+  assert f'| A | 2 | {100 * a.mean():.1f} [' in markdown
+
+
+def test_gains_by_the_share_of_the_object(program, tmp_path, runs):
+  a, b, shares = runs
+  table = tmp_path / 'gains.csv'
+  pair = (f'--runs={tmp_path}/a*', f'--against={tmp_path}/b*')
+  for more in (['--label=x', '--bins=4'], ['--label=y', '--share=1']) * 2:
+    program('compare', *pair, f'--gains={table}', *more)
+  rows = read_results(table)
+  assert [row['label'] for row in rows] == ['x'] * 4 + ['y']
+  for i, row in enumerate(rows[:4]):
+    some = slice(10 * i, 10 * i + 10)
+    expected = paired_bootstrap(a[:, some], b[:, some], paired_seeds=True)
+    values = [float(row[name]) for name in ('share', 'difference', 'low')]
+    assert values == pytest.approx(
+      [shares[some].mean(), 100 * expected.value, 100 * expected.low], rel=1e-4
+    )
+    assert row['examples'] == '10'
+  assert (rows[4]['share'], rows[4]['examples']) == ('1', '40')
+
+
+def _others(folder):
+  right = [1] * 40
+  _write(folder / 'more', [1] * 41, names=[*_NAMES, 'z'], labels=['a'] * 41)
+  _write(folder / 'label', right, labels=['disc', *_LABELS[1:]])
+  _write(folder / 'twice', right, names=['test/1', *_NAMES[1:]])
+  _write(folder / 'percent', [50] * 40)
+  (folder / 'empty').mkdir()
+  (folder / 'table.csv').write_text('run,split\na,test\n')
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    ('--runs={}/a0', 'give --runs and --against, or --groups, --baseline'),
+    ('--runs={}/a0 --against={}/b0 --table=t.csv', 'give --runs and'),
+    ('--runs={}/a0 --against={}/no*', 'there is no .*/no'),
+    ('--runs={}/a0 --against={}/empty', r'experiments.evaluate --workdir='),
+    ('--runs={}/a0 --against={}/more', "1 only in .*more.*such as 'z'"),
+    (
+      '--runs={}/a0 --against={}/label',
+      "1 have another label, such as 'test/0': ring in .*a0.*, disc in .*label",
+    ),
+    ('--runs={}/a0 --against={}/twice', "names the example 'test/1' twice"),
+    ('--runs={}/a0 --against={}/percent', "must be 0 or 1; got '50'"),
+    ('--runs={}/a0,{}/a0 --against={}/b0', 'runs names a run twice'),
+    ('--runs={}/table.csv --against={}/b0', 'it lacks name, label, correct'),
+    ('--runs={}/a0 --against={}/b0 --bins=2', '--bins needs --gains'),
+    (
+      '--runs={}/a0 --against={}/b0 --gains={}/g.csv --bins=21',
+      'too many for 40 examples',
+    ),
+    (
+      '--runs={}/label --against={}/label --gains={}/g.csv',
+      'does not tell what share .*; give --share',
+    ),
+    (
+      '--runs={}/a0 --against={}/b0 --gains={}/table.csv',
+      'is no table of gains',
+    ),
+    ('--groups=a={}/a0 --baseline=b --table=t.csv', "one of a; got 'b'"),
+    ('--groups=a --baseline=a --table=t.csv', "NAME=RUNS;...; got 'a'"),
+    ('--groups=a={}/a0 --baseline=a --table=t.md', 'must end in .csv'),
+  ],
+)
+def test_bad_arguments(program, tmp_path, runs, arguments, message):
+  _others(tmp_path)
+  before = sorted(tmp_path.rglob('*'))
+  arguments = [part.replace('{}', str(tmp_path)) for part in arguments.split()]
+  with pytest.raises((ValueError, FileNotFoundError), match=message):
+    program('compare', *arguments)
+  assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_runs_that_were_evaluated(program, dynconv_run, dense_run, tmp_path):
+  accuracies = []
+  for name, run in (('dynconv', dynconv_run), ('dense', dense_run)):
+    folder = shutil.copytree(run, tmp_path / name)
+    stdout = program(
+      'evaluate', f'--workdir={folder}', '--split=test', '--num_maps=0'
+    )
+    accuracies.append(_last(stdout))
+  result = _last(
+    program(
+      'compare', f'--runs={tmp_path}/dynconv', f'--against={tmp_path}/dense'
+    )
+  )
+  assert result['num_examples'] == 20
+  for group, summary in zip(('runs', 'against'), accuracies, strict=True):
+    for key in ('accuracy', 'gmacs_mean'):
+      assert result[group][key] == pytest.approx(summary[key], rel=1e-6)
+  only = result['mcnemar']
+  points = 100 * (only['only_runs'] - only['only_against']) / 20
+  assert result['difference'] == pytest.approx(points)
