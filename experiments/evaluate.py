@@ -238,16 +238,18 @@ def _draw_maps(
   ]
   plot_ponder_grid(
     np.asarray(denormalize(batch['image'])),
-    ponder_cost_map(masks, batch['image'].shape[1:3]),
+    ponder_cost_map(masks, batch['image'].shape[1:3], 'macs'),
     report.executed(masks) / 1e9,
     titles,
     path,
+    object_masks=batch.get('object_mask'),
+    label='MACs executed of the gated blocks (%)',
   )
 
 
 def _title(label: str, guess: str) -> str:
   label, guess = (name.replace('_', ' ') for name in (label, guess))
-  return label if label == guess else f'{label}\n(not {guess})'
+  return label if label == guess else f'{label}\nnot {guess}'
 
 
 def _result_row(folder, texts, summary) -> dict[str, Any]:

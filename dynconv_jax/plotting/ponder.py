@@ -9,9 +9,12 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from dynconv_jax.files import replacing
@@ -32,6 +35,8 @@ _GREY_SHARE = 0.22
 _BAR_GREY = 190
 # Brightness of what the network did not see.
 _UNSEEN = 0.2
+# Side of an image of the grid, in inches.
+_CELL = 1.25
 # Of an image that are overlaid at a time.
 _ROWS = 64
 # Rec. 601 luma, the weights of Pillow's conversion to grey.
@@ -208,12 +213,14 @@ def plot_ponder_grid(
   gmacs: Sequence[float],
   titles: Sequence[str],
   path: str | os.PathLike,
-  columns: int = 6,
+  columns: int = 4,
+  object_masks: Sequence[np.ndarray] | None = None,
+  label: str = 'blocks executed (%)',
 ) -> Figure:
-  """Draws each image above the map of where the network computed in it.
+  """Draws each image beside the map of where the network computed in it.
 
   All maps share one scale, from the least to the greatest cost among them, that
-  the colour bar shows.
+  the color bar shows.
 
   Args:
     images: each uint8[H, W, 3].
@@ -221,54 +228,95 @@ def plot_ponder_grid(
     gmacs: GMACs executed for each image.
     titles: one an image, such as its class.
     path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    columns: images side by side, at most.
+    columns: pairs of image and map side by side, at most.
+    object_masks: each bool[H, W], whose bounding box is drawn on the map,
+      unless it is empty or all of the image; None where there are none.
+    label: what the color bar shows, in percent.
 
   Returns:
     The figure: axes 2 i and 2 i + 1 hold image i and its overlay.
 
   Raises:
-    ValueError: if there is no image, the four sequences differ in length, or an
+    ValueError: if there is no image, the sequences differ in length, or an
       image and its map do not fit.
   """
-  lengths = [len(images), len(cost_maps), len(gmacs), len(titles)]
+  if object_masks is None:
+    object_masks = [np.zeros((1, 1), bool)] * len(images)
+  sequences = (images, cost_maps, gmacs, titles, object_masks)
+  lengths = list(map(len, sequences))
   if lengths[0] < 1 or len(set(lengths)) > 1:
     raise ValueError(
-      'images, cost_maps, gmacs and titles must be of one length, at least 1; '
-      f'got {lengths}'
+      'images, cost_maps, gmacs, titles and object_masks must be of one '
+      f'length, at least 1; got {lengths}'
     )
   if columns < 1:
     raise ValueError(f'columns must be at least 1; got {columns}')
   limits = _shared_limits(cost_maps)
   rows = math.ceil(len(images) / columns)
   columns = math.ceil(len(images) / rows)
-  figure = style.new_figure(1.5 * columns + 0.8, 3.4 * rows)
-  # Leaves no gaps beside axes of fixed aspect.
-  figure.set_layout_engine('compressed', w_pad=0.02, h_pad=0.02)
-  grid = figure.add_gridspec(2 * rows, columns)
-  for i, (image, cost) in enumerate(zip(images, cost_maps, strict=True)):
+  lines = 1 + max(title.count('\n') for title in titles)
+  # Inches: two images, the gap to the next pair, and room for the titles.
+  width, height = 2 * _CELL + 0.2, _CELL + 0.06 + 0.16 * lines
+  left, bar_width = 0.05, 0.75
+  total = (left + columns * width + bar_width, rows * height + 0.05)
+  figure = style.new_figure(*total)
+  figure.set_layout_engine('none')
+
+  def place(x: float, y: float, w: float, h: float):
+    """Returns axes at inches from the left and the top."""
+    down = total[1] - y - h
+    return figure.add_axes(
+      (x / total[0], down / total[1], w / total[0], h / total[1])
+    )
+
+  for i, (image, cost, macs, title, mask) in enumerate(
+    zip(*sequences, strict=True)
+  ):
     row, column = divmod(i, columns)
-    above = figure.add_subplot(grid[2 * row, column])
-    above.imshow(image)
-    above.set_title(titles[i], loc='center', fontsize=9)
-    below = figure.add_subplot(grid[2 * row + 1, column])
-    below.imshow(overlay_ponder_map(image, cost, limits))
-    below.set_xlabel(f'{gmacs[i]:.3f} GMAC', fontsize=8)
-    for ax in (above, below):
+    x, y = left + column * width, (row + 1) * height - _CELL
+    plain, lit = (
+      place(x + j * (_CELL + 0.04), y, _CELL, _CELL) for j in (0, 1)
+    )
+    plain.imshow(image)
+    lit.imshow(overlay_ponder_map(image, cost, limits))
+    _draw_box(lit, np.asarray(mask, bool))
+    plain.set_title(title, loc='left', fontsize=9, pad=3, linespacing=1.05)
+    lit.set_title(
+      f'{macs:.3f} GMACs', loc='right', fontsize=8, pad=3, color=style.GREY
+    )
+    for ax in (plain, lit):
       ax.set(xticks=[], yticks=[])
       ax.spines[:].set_visible(False)
       ax.grid(False)
+  top = height - _CELL
   bar = figure.colorbar(
     ScalarMappable(Normalize(*limits), _overlay_colors()),
-    ax=figure.axes,
+    cax=place(left + columns * width, top, 0.12, rows * height - top),
     format=lambda value, _: f'{100 * value:.3g}',
-    fraction=0.1,
-    pad=0.02,
-    aspect=30,
+    ticks=MaxNLocator(5),
   )
   bar.outline.set_visible(False)
-  bar.set_label('blocks executed (%)')
+  bar.set_label(label)
   style.save_figure(figure, path)
   return figure
+
+
+def _draw_box(ax: Axes, mask: np.ndarray) -> None:
+  """Draws the bounding box of a mask that covers a part of the image."""
+  (ys,), (xs,) = (np.nonzero(mask.any(axis)) for axis in (1, 0))
+  if not ys.size or (len(ys), len(xs)) == mask.shape:
+    return
+  for color, width in (('black', 2.4), ('white', 1.1)):
+    ax.add_patch(
+      Rectangle(
+        (xs[0] - 0.5, ys[0] - 0.5),
+        xs[-1] - xs[0] + 1,
+        ys[-1] - ys[0] + 1,
+        fill=False,
+        edgecolor=color,
+        linewidth=width,
+      )
+    )
 
 
 def _overlay_colors() -> ListedColormap:
