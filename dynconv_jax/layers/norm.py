@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+
+from dynconv_jax.layers import training_kernels as kernels
 
 ACTIVATIONS = {
   None: lambda x: x,
@@ -14,6 +19,8 @@ ACTIVATIONS = {
   'silu': nnx.silu,
   'gelu': nnx.gelu,
 }
+# Their numbers in kernels/batch_norm.h.
+_NUMBERS = {None: 0, 'relu': 1, 'relu6': 2}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -56,20 +63,95 @@ class BatchNorm(nnx.BatchNorm):
     """Returns x, float[N, H, W, C], normalized by channel and activated."""
     if use_running_average is None:
       use_running_average = self.use_running_average
-    y = x.astype(jnp.float32)
+    y, scale, bias = x.astype(jnp.float32), self.scale[...], self.bias[...]
     if use_running_average:
       mean, var = self.mean[...], self.var[...]
+      y = _normalize(y, scale, bias, mean, var, self.epsilon, self.activation)
     else:
-      mean = jnp.mean(y, axis=(0, 1, 2))
-      var = jnp.mean(jnp.square(y - mean), axis=(0, 1, 2))
+      y, mean, var = _batch_norm(y, scale, bias, self.epsilon, self.activation)
       count = x.size // x.shape[-1]
       unbiased = var * (count / max(count - 1, 1))
       self.mean[...] = self._moved(self.mean[...], mean)
       self.var[...] = self._moved(self.var[...], unbiased)
-    scale = self.scale[...] * lax.rsqrt(var + self.epsilon)
-    y = ((y - mean) * scale + self.bias[...]).astype(x.dtype)
-    return ACTIVATIONS[self.activation](y)
+    return y.astype(x.dtype)
 
   def _moved(self, old: jax.Array, new: jax.Array) -> jax.Array:
     new = lax.stop_gradient(new)
     return self.momentum * old + (1 - self.momentum) * new
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(x, scale, bias, epsilon, activation):
+  """Returns what is normalized and activated, and the batch's statistics.
+
+  Statistics have no gradient of their own.
+
+  Args:
+    x: float32[..., C].
+    scale: float32[C].
+    bias: float32[C].
+    epsilon: is added to the variance.
+    activation: a key of ACTIVATIONS.
+
+  Returns:
+    y: float32[..., C].
+    mean, var: float32[C]; the variance is the biased one.
+  """
+  plain = functools.partial(_plain, epsilon=epsilon, activation=activation)
+
+  def fast(x, scale, bias):
+    return kernels.call(
+      'batch_norm',
+      [x.shape, scale.shape, scale.shape],
+      x,
+      scale,
+      bias,
+      **_attributes(epsilon, activation),
+    )
+
+  fast = fast if activation in _NUMBERS else plain
+  return kernels.choose(fast, plain, x, scale, bias)
+
+
+def _forward(x, scale, bias, epsilon, activation):
+  y, mean, var = _batch_norm(x, scale, bias, epsilon, activation)
+  return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _backward(epsilon, activation, residuals, grads):
+  def plain(x, scale, bias, mean, var, grad):
+    del mean, var
+    normalized = lambda *args: _plain(*args, epsilon, activation)[0]
+    return list(jax.vjp(normalized, x, scale, bias)[1](grad))
+
+  def fast(x, scale, bias, mean, var, grad):
+    return kernels.call(
+      'batch_norm_gradient',
+      [x.shape, scale.shape, scale.shape],
+      *(x, scale, bias, mean, var, grad),
+      **_attributes(epsilon, activation),
+    )
+
+  fast = fast if activation in _NUMBERS else plain
+  return tuple(kernels.choose(fast, plain, *residuals, grads[0]))
+
+
+_batch_norm.defvjp(_forward, _backward)
+
+
+def _plain(x, scale, bias, epsilon, activation):
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axis=axes)
+  var = jnp.mean(jnp.square(x - mean), axis=axes)
+  y = _normalize(x, scale, bias, mean, var, epsilon, activation)
+  return [y, mean, var]
+
+
+def _normalize(x, scale, bias, mean, var, epsilon, activation):
+  y = (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
+  return ACTIVATIONS[activation](y)
+
+
+def _attributes(epsilon, activation):
+  number = np.int64(_NUMBERS[activation])
+  return {'epsilon': np.float32(epsilon), 'activation': number}
