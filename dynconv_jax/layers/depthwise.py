@@ -39,6 +39,7 @@ def depthwise(
       [jax.eval_shape(plain, x, kernel).shape],
       x,
       kernel[:, :, 0],
+      rule='nhwc,ijc->npqc',
       **_attributes(strides, padding),
     )
     return out
@@ -59,13 +60,20 @@ def _backward(strides, padding, residuals, grad):
     kernel = kernel[:, :, 0]
     attributes = _attributes(strides, padding)
     (of_x,) = kernels.call(
-      'depthwise_input_gradient', [x.shape], grad, kernel, **attributes
+      'depthwise_input_gradient',
+      [x.shape],
+      grad,
+      kernel,
+      rule='nhwc,ijc->npqc',
+      **attributes,
     )
     of_kernel, _ = kernels.call(
       'depthwise_kernel_gradient',
       [kernel.shape, (_PARTS, *kernel.shape)],
       x,
       grad,
+      rule='nhwc,npqc->ijc,kijc',
+      combine=lax.psum,
       **attributes,
     )
     return of_x, of_kernel[:, :, None]

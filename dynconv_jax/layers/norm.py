@@ -87,30 +87,24 @@ def _batch_norm(x, scale, bias, epsilon, activation):
   Statistics have no gradient of their own.
 
   Args:
-    x: float32[..., C].
+    x: float32[N, ..., C].
     scale: float32[C].
     bias: float32[C].
     epsilon: is added to the variance.
     activation: a key of ACTIVATIONS.
 
   Returns:
-    y: float32[..., C].
+    y: float32[N, ..., C].
     mean, var: float32[C]; the variance is the biased one.
   """
-  plain = functools.partial(_plain, epsilon=epsilon, activation=activation)
 
-  def fast(x, scale, bias):
+  def fast(x):
     return kernels.call(
-      'batch_norm',
-      [x.shape, scale.shape, scale.shape],
-      x,
-      scale,
-      bias,
-      **_attributes(epsilon, activation),
+      'moments', [(x.shape[-1],)] * 2, _rows(x), rule='nrc->c,c', combine=_pooled
     )
 
-  fast = fast if activation in _NUMBERS else plain
-  return kernels.choose(fast, plain, x, scale, bias)
+  mean, var = kernels.choose(fast, _moments, x)
+  return _normalize(x, scale, bias, mean, var, epsilon, activation), mean, var
 
 
 def _forward(x, scale, bias, epsilon, activation):
@@ -121,37 +115,62 @@ def _forward(x, scale, bias, epsilon, activation):
 def _backward(epsilon, activation, residuals, grads):
   def plain(x, scale, bias, mean, var, grad):
     del mean, var
-    normalized = lambda *args: _plain(*args, epsilon, activation)[0]
-    return list(jax.vjp(normalized, x, scale, bias)[1](grad))
+
+    def normalized(x, scale, bias):
+      mean, var = _moments(x)
+      return _normalize(x, scale, bias, mean, var, epsilon, activation)
+
+    return jax.vjp(normalized, x, scale, bias)[1](grad)
 
   def fast(x, scale, bias, mean, var, grad):
-    return kernels.call(
-      'batch_norm_gradient',
-      [x.shape, scale.shape, scale.shape],
-      *(x, scale, bias, mean, var, grad),
-      **_attributes(epsilon, activation),
+    inverse = lax.rsqrt(var + epsilon)
+    slope = scale * inverse
+    total, product = kernels.call(
+      'batch_norm_sums',
+      [scale.shape] * 2,
+      *(_rows(x), _rows(grad), mean, slope, bias),
+      rule='nrc,nrc,c,c,c->c,c',
+      combine=lax.psum,
+      activation=np.int64(_NUMBERS[activation]),
     )
+    activate = functools.partial(_affine, activation=activation)
+    _, pullback = jax.vjp(lambda d: activate(d, slope, bias), x - mean)
+    count = x.size // x.shape[-1]
+    # The pullback includes the slope.
+    of_x = pullback(grad)[0] - slope / count * (
+      total + (x - mean) * (inverse**2 * product)
+    )
+    return of_x, product * inverse, total
 
   fast = fast if activation in _NUMBERS else plain
-  return tuple(kernels.choose(fast, plain, *residuals, grads[0]))
+  return kernels.choose(fast, plain, *residuals, grads[0])
 
 
 _batch_norm.defvjp(_forward, _backward)
 
 
-def _plain(x, scale, bias, epsilon, activation):
+def _moments(x):
   axes = tuple(range(x.ndim - 1))
   mean = jnp.mean(x, axis=axes)
-  var = jnp.mean(jnp.square(x - mean), axis=axes)
-  y = _normalize(x, scale, bias, mean, var, epsilon, activation)
-  return [y, mean, var]
+  return [mean, jnp.mean(jnp.square(x - mean), axis=axes)]
+
+
+def _pooled(moments, axis):
+  """Returns mean and variance of the batch from those of equal shares."""
+  mean, var = moments
+  whole = lax.pmean(mean, axis)
+  return [whole, lax.pmean(var + jnp.square(mean - whole), axis)]
 
 
 def _normalize(x, scale, bias, mean, var, epsilon, activation):
-  y = (x - mean) * (scale * lax.rsqrt(var + epsilon)) + bias
-  return ACTIVATIONS[activation](y)
+  return _affine(
+    x - mean, scale * lax.rsqrt(var + epsilon), bias, activation
+  )
 
 
-def _attributes(epsilon, activation):
-  number = np.int64(_NUMBERS[activation])
-  return {'epsilon': np.float32(epsilon), 'activation': number}
+def _affine(d, slope, bias, activation):
+  return ACTIVATIONS[activation](d * slope + bias)
+
+
+def _rows(x):
+  return x.reshape(len(x), -1, x.shape[-1])

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dynconv_jax import native
 
@@ -18,8 +20,8 @@ _NAMES = (
   'depthwise',
   'depthwise_input_gradient',
   'depthwise_kernel_gradient',
-  'batch_norm',
-  'batch_norm_gradient',
+  'moments',
+  'batch_norm_sums',
 )
 
 
@@ -41,21 +43,68 @@ def call(
   name: str,
   shapes: Sequence[tuple[int, ...]],
   *args: jax.Array,
+  rule: str,
+  combine: Callable[[list[jax.Array], Any], list[jax.Array]] | None = None,
   **attributes: Any,
 ) -> list[jax.Array]:
-  """Returns the results of a kernel.
+  """Returns the results of a kernel; a batch over devices stays there.
 
   Args:
     name: of the kernel.
     shapes: of its results, all float32.
     *args: float32 arrays.
+    rule: dimensions of arguments and results as letters, such as
+      'nhwc,ijc->npqc'; those called n are of the batch.
+    combine: makes results of the whole batch of those of a device's share and
+      the name of the axis, where they have no such dimension.
     **attributes: NumPy scalars.
   """
-  results = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  before, after = (part.split(',') for part in rule.split('->'))
   target = _library().targets[name]
-  return jax.ffi.ffi_call(target, results, vmap_method='sequential')(
-    *args, **attributes
+
+  def run(*args):
+    # A share of a batch gives that share of the results.
+    results = [
+      jax.ShapeDtypeStruct(
+        tuple(
+          args[0].shape[0] if letter == 'n' else size
+          for letter, size in zip(letters, shape, strict=True)
+        ),
+        jnp.float32,
+      )
+      for letters, shape in zip(after, shapes, strict=True)
+    ]
+    return jax.ffi.ffi_call(target, results)(*args, **attributes)
+
+  if jax.local_device_count() == 1:
+    return run(*args)
+
+  def partition(mesh, arguments, results):
+    del results
+    spec = arguments[0].sharding.spec
+    axis = spec[0] if spec else None
+
+    def shardings(terms):
+      return [
+        NamedSharding(mesh, PartitionSpec(axis if 'n' in letters else None))
+        for letters in terms
+      ]
+
+    def lower(*args):
+      outputs = run(*args)
+      return combine(outputs, axis) if combine and axis else outputs
+
+    return mesh, lower, shardings(after), tuple(shardings(before))
+
+  partitioned = custom_partitioning(run)
+  partitioned.def_partition(
+    partition,
+    sharding_rule=' -> '.join(
+      ', '.join(' '.join(letters) for letters in terms)
+      for terms in (before, after)
+    ),
   )
+  return partitioned(*args)
 
 
 @functools.cache

@@ -1,10 +1,9 @@
-// Batch normalization in training and the activation after it, in float32, for
-// CPUs: two passes over a map forward, two backward. Maps are rows of channels.
+// Sums over a batch for batch normalization, in float32, for CPUs. Maps are rows
+// of channels.
 
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <vector>
 
@@ -25,16 +24,9 @@ constexpr int64_t kSumParts = 16, kRows = 64;
 // Their numbers in norm.py.
 enum Activation { kNone, kRelu, kRelu6 };
 
-template <typename T>
-T Clip(T z, int64_t activation) {
-  if (activation == kNone) return z;
-  z = z > 0 ? z : T{};
-  return activation == kRelu6 ? (z < 6 ? z : T{} + 6) : z;
-}
-
 // The gradient of z, of which g is the activation's.
 template <typename T>
-T Clipped(T z, T g, int64_t activation) {
+T Masked(T z, T g, int64_t activation) {
   if (activation == kNone) return g;
   g = z > 0 ? g : T{};
   return activation == kRelu6 ? (z < 6 ? g : T{}) : g;
@@ -80,29 +72,17 @@ std::vector<double> Sums(Team& team, int64_t rows, int64_t channels,
   return totals;
 }
 
-// Runs run(begin, end) on ranges of rows.
-template <typename Function>
-void ForRows(Team& team, int64_t rows, int64_t channels, const Function& run) {
-  const int64_t parts =
-      std::min<int64_t>(rows, Divide(rows * channels, 1 << 14));
-  team.Run(parts, [&](int64_t begin, int64_t end) {
-    run(rows * begin / parts, rows * end / parts);
-  });
-}
-
 template <typename T>
 struct Pair {
   T first, second;
 };
 
-ffi::Error BatchNorm(ffi::ThreadPool pool, Floats x_, Floats scale_,
-                     Floats bias_, FloatsOut y_, FloatsOut mean_,
-                     FloatsOut var_, float epsilon, int64_t activation) {
-  const int64_t channels = scale_.element_count();
+// Mean and variance of each channel.
+ffi::Error Moments(ffi::ThreadPool pool, Floats x_, FloatsOut mean,
+                   FloatsOut var) {
+  const int64_t channels = mean->element_count();
   const int64_t rows = x_.element_count() / channels;
   const float* x = x_.typed_data();
-  float *y = y_->typed_data(), *mean = mean_->typed_data();
-  float* var = var_->typed_data();
   Team team(pool);
   // Of differences from the first row, so that squares do not cancel.
   const auto sums =
@@ -111,71 +91,36 @@ ffi::Error BatchNorm(ffi::ThreadPool pool, Floats x_, Floats scale_,
         const T d = Load<T>(x + row * channels + c) - Load<T>(x + c);
         return Pair<T>{d, d * d};
       });
-  std::vector<float> slope(channels), shift(channels);
   for (int64_t c = 0; c < channels; ++c) {
     const double d = sums[c] / rows;
-    mean[c] = x[c] + d;
-    var[c] = std::max(0.0, sums[channels + c] / rows - d * d);
-    slope[c] = scale_.typed_data()[c] / std::sqrt(var[c] + epsilon);
-    shift[c] = bias_.typed_data()[c];
+    mean->typed_data()[c] = x[c] + d;
+    var->typed_data()[c] = std::max(0.0, sums[channels + c] / rows - d * d);
   }
-  ForRows(team, rows, channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      ForChannels(channels, [&](auto zero, int64_t c) {
-        using T = decltype(zero);
-        const T z = (Load<T>(x + row * channels + c) - Load<T>(mean + c)) *
-                        Load<T>(&slope[c]) +
-                    Load<T>(&shift[c]);
-        Store(y + row * channels + c, Clip(z, activation));
-      });
-  });
   return ffi::Error::Success();
 }
 
-ffi::Error BatchNormGradient(ffi::ThreadPool pool, Floats x_, Floats scale_,
-                             Floats bias_, Floats mean_, Floats var_, Floats g_,
-                             FloatsOut dx_, FloatsOut dscale_, FloatsOut dbias_,
-                             float epsilon, int64_t activation) {
-  const int64_t channels = scale_.element_count();
+// Sums of the gradient of what is activated, (x - mean) * slope + bias, and of
+// its products with x - mean.
+ffi::Error BatchNormSums(ffi::ThreadPool pool, Floats x_, Floats g_,
+                         Floats mean_, Floats slope_, Floats bias_,
+                         FloatsOut total, FloatsOut product,
+                         int64_t activation) {
+  const int64_t channels = mean_.element_count();
   const int64_t rows = x_.element_count() / channels;
   const float *x = x_.typed_data(), *g = g_.typed_data();
-  const float *mean = mean_.typed_data(), *bias = bias_.typed_data();
-  float* dx = dx_->typed_data();
-  std::vector<float> inverse(channels), slope(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    inverse[c] = 1 / std::sqrt(var_.typed_data()[c] + epsilon);
-    slope[c] = scale_.typed_data()[c] * inverse[c];
-  }
-  // The centered x and the gradient of what is activated.
-  const auto terms = [&](auto zero, int64_t row, int64_t c) {
-    using T = decltype(zero);
-    const T d = Load<T>(x + row * channels + c) - Load<T>(mean + c);
-    const T z = d * Load<T>(&slope[c]) + Load<T>(bias + c);
-    return Pair<T>{d, Clipped(z, Load<T>(g + row * channels + c), activation)};
-  };
+  const float *mean = mean_.typed_data(), *slope = slope_.typed_data();
+  const float* bias = bias_.typed_data();
   Team team(pool);
   const auto sums =
-      Sums(team, rows, channels, [&](auto zero, int64_t row, int64_t c) {
-        const auto [d, dz] = terms(zero, row, c);
-        return Pair<decltype(zero)>{dz, dz * d};
-      });
-  std::vector<float> offset(channels), factor(channels);
-  for (int64_t c = 0; c < channels; ++c) {
-    dbias_->typed_data()[c] = sums[c];
-    dscale_->typed_data()[c] = sums[channels + c] * inverse[c];
-    offset[c] = sums[c] / rows;
-    factor[c] = sums[channels + c] / rows * inverse[c] * inverse[c];
-  }
-  ForRows(team, rows, channels, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      ForChannels(channels, [&](auto zero, int64_t c) {
+      Sums(team, rows, channels, [=](auto zero, int64_t row, int64_t c) {
         using T = decltype(zero);
-        const auto [d, dz] = terms(zero, row, c);
-        Store(dx + row * channels + c,
-              (dz - Load<T>(&offset[c]) - d * Load<T>(&factor[c])) *
-                  Load<T>(&slope[c]));
+        const T d = Load<T>(x + row * channels + c) - Load<T>(mean + c);
+        const T z = d * Load<T>(slope + c) + Load<T>(bias + c);
+        const T dz = Masked(z, Load<T>(g + row * channels + c), activation);
+        return Pair<T>{dz, dz * d};
       });
-  });
+  std::copy_n(sums.begin(), channels, total->typed_data());
+  std::copy_n(sums.begin() + channels, channels, product->typed_data());
   return ffi::Error::Success();
 }
 

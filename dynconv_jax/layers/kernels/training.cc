@@ -6,11 +6,9 @@
 
 #define BIND() ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
 #define ARGS_2 Arg<Floats>().Arg<Floats>()
-#define ARGS_3 ARGS_2.Arg<Floats>()
-#define RETS_3 Ret<Floats>().Ret<Floats>().Ret<Floats>()
+#define RETS_2 Ret<Floats>().Ret<Floats>()
 #define WINDOW \
   Attr<int64_t>("strides").Attr<int64_t>("top").Attr<int64_t>("left")
-#define NORM Attr<float>("epsilon").Attr<int64_t>("activation")
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_depthwise, Forward,
                               BIND().ARGS_2.Ret<Floats>().WINDOW);
@@ -18,8 +16,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_depthwise_input_gradient, InputGradient,
                               BIND().ARGS_2.Ret<Floats>().WINDOW);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     dynconv_depthwise_kernel_gradient, KernelGradient,
-    BIND().ARGS_2.Ret<Floats>().Ret<Floats>().WINDOW);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_batch_norm, BatchNorm,
-                              BIND().ARGS_3.RETS_3.NORM);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_batch_norm_gradient, BatchNormGradient,
-                              BIND().ARGS_3.ARGS_3.RETS_3.NORM);
+    BIND().ARGS_2.RETS_2.WINDOW);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_moments, Moments,
+                              BIND().Arg<Floats>().RETS_2);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    dynconv_batch_norm_sums, BatchNormSums,
+    BIND().ARGS_2.ARGS_2.Arg<Floats>().RETS_2.Attr<int64_t>("activation"));
