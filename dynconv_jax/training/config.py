@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -213,6 +214,21 @@ class OptimizationConfig:
     "Share of distillation in the loss; cross-entropy's is the rest.",
     allowed=SHARE,
   )
+  frozen: tuple[str, ...] = option(
+    (),
+    'Parts of the network that stay as they are, weights and batch statistics: '
+    'patterns of paths such as conv_stem, blocks.0 or *.conv_dw.',
+  )
+  frozen_statistics: tuple[str, ...] = option(
+    (),
+    'Batch norms that use their running statistics in training and keep them: '
+    'patterns of paths such as *.bn1; * for all.',
+  )
+  learning_rate_factors: tuple[str, ...] = option(
+    (),
+    'Factors of the learning rate, PATTERN:FACTOR with patterns of paths, such '
+    'as *.masker.*bias:20; the last that matches counts.',
+  )
   optimizer: str = option(
     'sgd', 'sgd (with momentum) or adamw.', allowed=('sgd', 'adamw')
   )
@@ -248,6 +264,27 @@ class OptimizationConfig:
     64, 'Images a step, over all devices.', allowed=POSITIVE
   )
   epochs: int = option(20, 'Passes over the training split.', allowed=POSITIVE)
+
+  @property
+  def factors(self) -> dict[str, float]:
+    """Factors of the learning rate by pattern, 0 where weights are frozen.
+
+    Raises:
+      ValueError: one is not PATTERN:FACTOR.
+    """
+    factors = {}
+    for given in self.learning_rate_factors:
+      pattern, _, factor = given.rpartition(':')
+      try:
+        factors[pattern] = float(factor)
+      except ValueError:
+        factors[pattern] = math.nan
+      if not pattern or not 0 <= factors[pattern] < math.inf:
+        raise ValueError(
+          'learning_rate_factors must be PATTERN:FACTOR with a factor >= 0; '
+          f'got {given}'
+        )
+    return factors | dict.fromkeys(self.frozen, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,7 +395,9 @@ class Config:
     chosen = not errors
     for part in self._parts():
       errors += options_lib.errors_of(part)
-    errors += options_lib.errors([self.data.augmentation])
+    errors += options_lib.errors(
+      [self.data.augmentation, lambda: optimization.factors]
+    )
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
     if optimization.pretrained:

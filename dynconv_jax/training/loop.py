@@ -20,7 +20,7 @@ from dynconv_jax import interop
 from dynconv_jax.data import sources
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.models import registry
-from dynconv_jax.training import checkpoints, inputs, schedules
+from dynconv_jax.training import checkpoints, inputs, schedules, selection
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training import workdir as workdir_lib
@@ -110,6 +110,14 @@ def train(
     config, len(class_names), seed=config.run.seed, factory=model
   )
   start_from = config.optimization
+  selection.check_patterns(
+    network,
+    {
+      'frozen': start_from.frozen,
+      'frozen_statistics': start_from.frozen_statistics,
+      'learning_rate_factors': start_from.factors,
+    },
+  )
   workdir_lib.open_gates(network, method)
   if start_from.init_from and not resumed:
     source = workdir_lib.load_run(start_from.init_from, factory=model)
@@ -126,6 +134,9 @@ def train(
   tx = schedules.optimizer(config.optimization, schedule)
   view = nnx.view(network, deterministic=True, use_running_average=True)
   predict = evaluation_lib.make_predict(state_lib.split(view)[0])
+  selection.freeze_statistics(
+    network, (*start_from.frozen, *start_from.frozen_statistics)
+  )
   state = state_lib.create_state(network, tx, config)
   state = jax.device_put(state, replicated)
   train_step = state_lib.make_train_step(
