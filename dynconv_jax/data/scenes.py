@@ -26,7 +26,7 @@ from dynconv_jax.data import decode
 
 # A background is blurred by what this many pixels a side, enlarged smoothly,
 # can show: no object.
-BACKGROUND_SIZE = 12
+BACKGROUND_SIZE = 8
 
 # Evaluation's scenes are the same for every network, whatever the run's seed.
 EVALUATION_SEED = (0, 3)
@@ -82,7 +82,7 @@ class Scenes:
     *,
     image_size: int,
   ) -> jax.Array:
-    """Returns [N, image_size, image_size, 3], of the dtype of `images`: scenes.
+    """Returns [N, image_size, image_size, 3]: scenes, uint8 or float32.
 
     Pure and shape-static: call it under jit. The photograph is resampled once,
     antialiased, from its crop to its place in the result; its border is exact
@@ -91,7 +91,7 @@ class Scenes:
 
     Args:
       images: [N, C, C, 3], the photographs, uint8 in 0 ... 255 or float in
-        [0, 1].
+        [0, 1]: so are the scenes.
       background: uint8[N, B, B, 3], other photographs, shrunk.
       layout: int32[N, 4] of (scene, object, left, top), pixels of the scene:
         both sides, and the object's corner. Zeros leave the object out.
@@ -127,8 +127,9 @@ class Scenes:
 
     scenes = jax.vmap(place)(scenes, padded, corner, start, scale, cover)
     if images.dtype == jnp.uint8:
-      return jnp.round(255 * scenes).astype(jnp.uint8)
-    return scenes.astype(images.dtype)
+      # Borders that cover half a pixel give ties: they go down on any device.
+      return jnp.round(255 * scenes - 1e-3).astype(jnp.uint8)
+    return scenes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +255,15 @@ def object_mask(layout: jax.Array, image_size: int) -> jax.Array:
     layout: see `Scenes.compose`.
     image_size: side of the mask, in pixels.
   """
-  start, stop = (c[..., None] for c in _corners(layout, image_size))
-  centers = jnp.arange(image_size) + 0.5
-  inside = (centers >= start) & (centers < stop)
-  return inside[:, 0, :, None] & inside[:, 1, None, :]
+  scene, side, left, top = (layout[:, i, None] for i in range(4))
+  # Center (i + 1/2) / image_size against start / scene, in integers.
+  center = (2 * jnp.arange(image_size) + 1) * scene
+  rows, columns = (
+    (center >= 2 * image_size * start)
+    & (center < 2 * image_size * (start + side))
+    for start in (top, left)
+  )
+  return rows[:, :, None] & columns[:, None, :]
 
 
 def _corners(layout, image_size: int) -> tuple[jax.Array, jax.Array]:

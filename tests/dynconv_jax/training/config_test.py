@@ -148,6 +148,10 @@ class FlagsTest(parameterized.TestCase):
           if not line.startswith(('--dataset', '--sparsity_', '--epochs'))
         )
       )
+    # A list that is empty by default may be newer than the run.
+    older = text.replace('--scene_size=\n', '')
+    self.assertNotEqual(older, text)
+    self.assertEqual(Config.from_flags(older), Config())
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])
