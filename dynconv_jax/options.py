@@ -149,7 +149,8 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
 
   Raises:
     ValueError: options are missing or are not of their type; names each. One
-      that is None by default may be missing.
+      that is None or an empty list by default may be missing, as in runs from
+      before it was an option.
   """
   values, errors = {}, []
   for name, known in options_of(kind).items():
@@ -158,7 +159,7 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
         values[name] = known.parse(texts[name])
       except ValueError as error:
         errors.append(str(error))
-    elif known.default is not None:
+    elif known.default not in (None, ()):
       errors.append(f'{name} is missing')
   if errors:
     raise ValueError('; '.join(errors))

@@ -187,9 +187,9 @@ def main(argv: Sequence[str]) -> None:
       target,
       stages=result.stages,
     )
-    if examples := _spread(source, batches.skipped):
+    if indices := _spread(source, batches.skipped):
       figures.append(folder / f'ponder_maps_{name}.png')
-      _draw_maps(run, data, network, examples, report, figures[-1])
+      _draw_maps(run, data, network, source, indices, report, figures[-1])
   if _RESULTS.value:
     write_result(results, _result_row(folder, texts, summary))
   for key, value in summary.items():
@@ -204,22 +204,22 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(summary))
 
 
-def _spread(source, skipped: Sequence[str]) -> list[dict[str, Any]]:
-  """Returns examples spread evenly over the split, so over its classes."""
+def _spread(source, skipped: Sequence[str]) -> list[int]:
+  """Returns which examples are spread evenly over the split, so its classes."""
   count = min(_NUM_MAPS.value, len(source))
-  spread = np.linspace(0, len(source) - 1, count).astype(int)
-  examples = [source[i] for i in spread]
-  return [e for e in examples if e['name'] not in skipped]
+  spread = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+  return [i for i in spread if source[i]['name'] not in skipped]
 
 
 def _draw_maps(
-  run: workdir.Run, data, network, examples, report, path: pathlib.Path
+  run: workdir.Run, data, network, source, indices, report, path: pathlib.Path
 ) -> None:
   batches = inputs.eval_batches(
     dataclasses.replace(data, cache='none', num_workers=0),
-    examples,
+    source,
     image_size=run.image_size,
-    batch_size=len(examples),
+    batch_size=len(indices),
+    indices=indices,
   )
   batch = next(iter(batches))
   logits, masks = network(batch['image'])

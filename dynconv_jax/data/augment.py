@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import dm_pix as pix
 import jax
@@ -126,11 +127,12 @@ def augment(
   *,
   augmentation: Augmentation,
   num_classes: int,
+  place: Callable[[jax.Array], jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
   """Returns a training batch: all of the augmentation but the resized crop.
 
   Pure and shape-static: call it under jit. The order is padded crop, flip,
-  color jitter, normalization, erasing, mixup or cutmix.
+  color jitter, `place`, normalization, erasing, mixup or cutmix.
 
   Args:
     key: the batch's random key.
@@ -138,6 +140,7 @@ def augment(
     labels: int[N].
     augmentation: what to do.
     num_classes: length of the label vectors.
+    place: puts photographs, float32 in [0, 1], into larger images.
 
   Returns:
     'image': float32[N, S, S, 3], normalized; 'label': float32[N, num_classes],
@@ -156,6 +159,8 @@ def augment(
     images = jax.vmap(_jitter, (0, 0, None))(
       jax.random.split(keys['color'], n), images, augmentation.color_jitter
     )
+  if place is not None:
+    images = place(images)
   images = normalize(images)
   if augmentation.random_erasing:
     erased = _erased(keys['erase'], images.shape, augmentation.random_erasing)

@@ -16,6 +16,7 @@ from absl import logging
 
 from dynconv_jax import options as options_lib
 from dynconv_jax.data.augment import Augmentation
+from dynconv_jax.data.scenes import Scenes
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.data.sources import DATASETS, load_source
 from dynconv_jax.interop.pretrained import check_pretrained
@@ -104,6 +105,14 @@ class DataConfig(_Chosen):
   skip_corrupt: bool = option(
     False, 'Count, log and skip images that cannot be decoded.'
   )
+  scene_size: tuple[int, ...] = option(
+    (),
+    'Side of scenes, pixels, or its range: each image, shrunk, lies somewhere '
+    'on a blurred other one; empty: none.',
+  )
+  object_size: tuple[int, ...] = option(
+    (), "Side of the image in its scene, in the scene's pixels, or its range."
+  )
   crop: str = option('resized', 'resized, pad or none.')
   crop_scale: tuple[float, ...] = option(
     (0.25, 1.0), "Range of a resized crop's share of the image's area."
@@ -133,6 +142,12 @@ class DataConfig(_Chosen):
     return Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
+
+  def scenes(self) -> Scenes | None:
+    """Returns the scenes that images are put into, if any."""
+    if not (self.scene_size or self.object_size):
+      return None
+    return Scenes(self.scene_size, self.object_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -396,7 +411,11 @@ class Config:
     for part in self._parts():
       errors += options_lib.errors_of(part)
     errors += options_lib.errors(
-      [self.data.augmentation, lambda: optimization.factors]
+      [
+        self.data.augmentation,
+        self.data.scenes,
+        lambda: optimization.factors,
+      ]
     )
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])

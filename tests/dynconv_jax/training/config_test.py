@@ -29,6 +29,8 @@ VALUES = dict(
   cache_size=96,
   num_workers=2,
   skip_corrupt=True,
+  scene_size=(192,),
+  object_size=(64, 96),
   crop='pad',
   crop_scale=(0.08, 0.9),
   crop_padding=2,
@@ -146,6 +148,10 @@ class FlagsTest(parameterized.TestCase):
           if not line.startswith(('--dataset', '--sparsity_', '--epochs'))
         )
       )
+    # A list that is empty by default may be newer than the run.
+    older = text.replace('--scene_size=\n', '')
+    self.assertNotEqual(older, text)
+    self.assertEqual(Config.from_flags(older), Config())
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])
