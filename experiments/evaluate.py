@@ -176,7 +176,7 @@ def main(argv: Sequence[str]) -> None:
   if _STOCHASTIC.value:
     name += '_stochastic'
   written = folder / f'evaluation_{name}.json'
-  write_atomic(written, json.dumps(summary, indent=2) + '\n')
+  write_atomic(written, json.dumps(summary, indent=2, allow_nan=False) + '\n')
   figures = []
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')
