@@ -118,9 +118,11 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
 
 
 def test_no_row_holds_what_json_has_not(tmp_path):
-  with records.Records(tmp_path, 0) as record:
-    with pytest.raises(ValueError, match='not JSON compliant'):
-      record.write({**_ROWS[0], 'loss': float('nan')})
+  with (
+    records.Records(tmp_path, 0) as record,
+    pytest.raises(ValueError, match='not JSON compliant'),
+  ):
+    record.write({**_ROWS[0], 'loss': float('nan')})
   assert workdir.read_metrics(tmp_path) == []
 
 
