@@ -326,10 +326,3 @@ def test_the_compilers_error_is_told(monkeypatch):
     assert register(('-include', 'no_such_header.h')) is None
   text = warning.call_args.args[0] % warning.call_args.args[1:]
   assert 'no_such_header.h' in text
-
-
-def test_a_library_is_compiled_once():
-  path = cpu.build()
-  before = path.stat().st_mtime_ns
-  assert cpu.build() == path
-  assert path.stat().st_mtime_ns == before
