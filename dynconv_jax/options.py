@@ -42,6 +42,11 @@ RISING = Range(
 )
 
 
+def between(low: float, high: float) -> Range:
+  """Returns the values from `low` to `high`, both included."""
+  return Range(lambda v: low <= v <= high, f'in [{low}, {high}]')
+
+
 def option(
   default: Any,
   help: str,
@@ -199,7 +204,8 @@ def _parse(kind: Any, text: str) -> Any:
     return {'true': True, 'false': False}[text]
   if typing.get_origin(kind) is tuple:
     part, _ = typing.get_args(kind)
-    return tuple(part(t) for t in text.split(',') if t)
+    # An empty entry is for its own check to refuse.
+    return tuple(map(part, text.split(','))) if text else ()
   if kind == float | None:
     return float(text) if text else None
   return kind(text)

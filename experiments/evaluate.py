@@ -29,7 +29,7 @@ from absl import flags
 from flax import nnx
 
 from dynconv_jax.data.augment import denormalize
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import check_folder, write_atomic
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.method import METHODS, load_method
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
@@ -109,10 +109,11 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(
       f'--execution={_EXECUTION.value} needs a gated network; the run is dense'
     )
-  source = inputs.open_split(data, _SPLIT.value)
+  check_folder(folder)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
     check_table(results)
+  source = inputs.open_split(data, _SPLIT.value)
   run = workdir.load_run(folder, best=_CHECKPOINT.value == 'best')
   if source.class_names != run.class_names:
     raise ValueError(
@@ -176,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
   if _STOCHASTIC.value:
     name += '_stochastic'
   written = folder / f'evaluation_{name}.json'
-  write_atomic(written, json.dumps(summary, indent=2) + '\n')
+  write_atomic(written, json.dumps(summary, indent=2, allow_nan=False) + '\n')
   figures = []
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')

@@ -72,6 +72,8 @@ def main(argv: Sequence[str]) -> None:
     seen = preprocess_image(image, size, ratio)
     logits, masks = predict(params, model_state, normalize(seen[None]))
     probabilities = np.asarray(jax.nn.softmax(logits[0]))
+    if not np.isfinite(probabilities).all():
+      raise FloatingPointError(f'the logits of {path} are not finite')
     best = int(probabilities.argmax())
     macs = report.executed(masks)[0] if masks else report.total
     result = {

@@ -6,10 +6,11 @@ import ctypes
 import logging as stdlib_logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
 import dynconv_jax
 
@@ -48,6 +49,21 @@ def user_errors() -> tuple[type[Exception], ...]:
   # A program that has no checkpoints does not import what they need.
   checkpoints = sys.modules.get('dynconv_jax.training.checkpoints')
   return (*errors, checkpoints.CheckpointError) if checkpoints else errors
+
+
+def check_given(name: str) -> None:
+  """Raises ValueError for a flag of a program that is given without a value.
+
+  Args:
+    name: of the program's module, as absl has it: `sys.argv[0]`.
+  """
+  empty = [
+    f'--{flag.name}'
+    for flag in flags.FLAGS.get_key_flags_for_module(name)
+    if flag.default is None and flag.value in ('', [''])
+  ]
+  if empty:
+    raise ValueError(f'a value is missing: {", ".join(sorted(empty))}')
 
 
 def share_cpu(devices: int, batch_size: int) -> None:
@@ -104,12 +120,21 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(is_wanted)
     try:
+      check_given(argv[0])
       main(argv)
-    except user_errors() as error:
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(128 + signal.SIGINT)
+    except (*user_errors(), RuntimeError) as error:
+      # pathlib has no error of its own for a '~' that leads nowhere.
+      homeless = 'home directory' in str(error)
       # At --verbosity=1 and above the traceback is shown too.
-      if logging.get_verbosity() > logging.INFO:
+      if logging.get_verbosity() > logging.INFO or not (
+        homeless or isinstance(error, user_errors())
+      ):
         raise
-      print(f'error: {error}', file=sys.stderr)
+      advice = ' Set HOME, or give paths without ~' if homeless else ''
+      print(f'error: {error}{advice}', file=sys.stderr)
       sys.exit(1)
 
   app.run(guarded)

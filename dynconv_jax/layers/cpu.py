@@ -48,8 +48,11 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
   if any(step != 1 for dilation in dilations for step in dilation):
     return plain(x, kernel)
   k, also_k, depth, features = kernel.shape
-  if depth == 1 and groups == features > 1 and k == also_k and (
-    strides[0] == strides[1]
+  if (
+    depth == 1
+    and groups == features > 1
+    and k == also_k
+    and (strides[0] == strides[1])
   ):
     return depthwise(x, kernel, strides[0], padding)
   size = [

@@ -100,7 +100,11 @@ def _batch_norm(x, scale, bias, epsilon, activation):
 
   def fast(x):
     return kernels.call(
-      'moments', [(x.shape[-1],)] * 2, _rows(x), rule='nrc->c,c', combine=_pooled
+      'moments',
+      [(x.shape[-1],)] * 2,
+      _rows(x),
+      rule='nrc->c,c',
+      combine=_pooled,
     )
 
   mean, var = kernels.choose(fast, _moments, x)
@@ -163,9 +167,7 @@ def _pooled(moments, axis):
 
 
 def _normalize(x, scale, bias, mean, var, epsilon, activation):
-  return _affine(
-    x - mean, scale * lax.rsqrt(var + epsilon), bias, activation
-  )
+  return _affine(x - mean, scale * lax.rsqrt(var + epsilon), bias, activation)
 
 
 def _affine(d, slope, bias, activation):

@@ -196,6 +196,10 @@ class Options(Budget, Warmup, Opening, Gumbel):
   )
 
 
+# More than the side of a map is one patch.
+_MAX_GRANULARITY = 1024
+
+
 def stage_granularities(
   given: Sequence[int], sites: Sequence[GateSite]
 ) -> tuple[int, ...]:
@@ -209,10 +213,12 @@ def stage_granularities(
     ValueError: there are not so many, or one is not positive.
   """
   stages = 1 + max((site.stage for site in sites), default=0)
-  if len(given) not in (1, stages) or any(side < 1 for side in given):
+  if len(given) not in (1, stages) or not all(
+    1 <= side <= _MAX_GRANULARITY for side in given
+  ):
     raise ValueError(
-      f'mask_granularity must be 1 or {stages} integers >= 1, for so many '
-      f'stages; got {",".join(map(str, given))}'
+      f'mask_granularity must be 1 or {stages} integers, for so many stages, '
+      f'in [1, {_MAX_GRANULARITY}]; got {",".join(map(str, given))}'
     )
   return tuple(given) * (stages if len(given) == 1 else 1)
 

@@ -28,6 +28,7 @@ from dynconv_jax.options import (
   POSITIVE,
   RISING,
   SHARE,
+  between,
   option,
 )
 
@@ -100,7 +101,7 @@ class DataConfig(_Chosen):
     0,
     'Processes that decode; 0: threads of this process.',
     operational=True,
-    allowed=NOT_NEGATIVE,
+    allowed=between(0, 1024),
   )
   skip_corrupt: bool = option(
     False, 'Count, log and skip images that cannot be decoded.'
@@ -161,10 +162,10 @@ class ModelConfig(_Chosen):
     'Such as cifar_resnet32 or resnet50; or package.module:factory.',
   )
   width_multiplier: float = option(
-    1.0, 'Scales the channels.', allowed=POSITIVE
+    1.0, 'Scales the channels.', allowed=between(0.001, 100)
   )
   image_size: int = option(
-    32, 'Side of the square network input, pixels.', allowed=POSITIVE
+    32, 'Side of the square network input, pixels.', allowed=between(1, 8192)
   )
   compute_dtype: str = option(
     'float32',
@@ -309,7 +310,7 @@ class RunConfig:
   seed: int = option(
     0,
     'Of initialization, order, augmentation and masks.',
-    allowed=NOT_NEGATIVE,
+    allowed=between(0, 2**32 - 1),
   )
   eval_batch_size: int = option(
     250,

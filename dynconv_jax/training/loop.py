@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dynconv_jax import interop
 from dynconv_jax.data import sources
 from dynconv_jax.data.source import DataSource
+from dynconv_jax.files import locked
 from dynconv_jax.models import registry
 from dynconv_jax.training import checkpoints, inputs, schedules, selection
 from dynconv_jax.training import evaluation as evaluation_lib
@@ -62,21 +63,32 @@ def train(
     metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
 
   Raises:
-    ValueError: an option is out of range, or the workdir is of another
-      configuration.
+    ValueError: an option is out of range, the workdir is of another
+      configuration, or there are several JAX processes.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
-    Interrupted: SIGTERM or SIGINT came; the state is saved.
-    OSError: the disk is full; earlier checkpoints stay.
+    Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.
+    OSError: the disk is full; earlier checkpoints stay. Or another process
+      trains in the workdir.
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser()
   if model is not None:
     config = _with_model(config, model)
-  method = config.method
-  devices = jax.local_devices()
-  config.check(len(devices), factory=model)
+  if jax.process_count() > 1:
+    raise ValueError(
+      'training runs in one JAX process; jax.distributed has started '
+      f'{jax.process_count()}'
+    )
+  config.check(len(jax.local_devices()), factory=model)
   workdir_lib.check_flags(workdir, config)
+  with locked(workdir, 'training'):
+    return _train(config, workdir, model, data, start)
+
+
+def _train(config, workdir, model, data, start) -> dict[str, Any]:
+  """Trains in a workdir that no other process trains in."""
+  method, devices = config.method, jax.local_devices()
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
   )
@@ -247,9 +259,13 @@ def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _signals():
-  """Yields a list that SIGTERM and SIGINT are put into as they come."""
+  """Yields a list that the signals to end are put into as they come."""
   received: list[signal.Signals] = []
-  kinds = (signal.SIGTERM, signal.SIGINT)
+  kinds = [signal.SIGTERM, signal.SIGINT]
+  # Under nohup it is ignored.
+  hangup = getattr(signal, 'SIGHUP', None)
+  if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
+    kinds.append(hangup)
 
   def handle(number, frame):
     del frame

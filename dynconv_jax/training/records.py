@@ -79,8 +79,9 @@ class Records:
       OSError: the disk is full.
     """
     with self._explained():
+      line = json.dumps(row, allow_nan=False) + '\n'
       with self._path.open('a') as file:
-        file.write(json.dumps(row) + '\n')
+        file.write(line)
       for name, value in row.items():
         if isinstance(value, float):
           self._scalar(f'{row["split"]}/{name}', value, row['step'])

@@ -67,9 +67,7 @@ def freeze_statistics(model: nnx.Module, patterns: Sequence[str]) -> None:
       module.use_running_average = True
 
 
-def factors_of(
-  params: nnx.State, factors: Mapping[str, float]
-) -> nnx.State:
+def factors_of(params: nnx.State, factors: Mapping[str, float]) -> nnx.State:
   """Returns the factor of each weight's learning rate: of the last match, or 1.
 
   Args:

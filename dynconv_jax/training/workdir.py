@@ -15,7 +15,7 @@ from absl import logging
 from flax import nnx
 
 from dynconv_jax.data.decode import resize_ratio_of
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import locked, write_atomic
 from dynconv_jax.interop.names import HEADS
 from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models import registry
@@ -88,7 +88,13 @@ def write_network(
 
   Raises:
     ValueError: the workdir holds a run.
+    OSError: it cannot be written to, or another process works there.
   """
+  with locked(workdir, 'import of weights'):
+    _write_network(workdir, config, model, class_names, source)
+
+
+def _write_network(workdir, config, model, class_names, source) -> None:
   if (workdir / FLAGS_FILE).exists() or checkpoints.exists(workdir):
     raise ValueError(f'{workdir} holds a run; choose another workdir')
   write_flags(workdir, config)
@@ -158,12 +164,22 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   path = workdir / METRICS_FILE
   if not path.exists():
     return []
-  rows = []
-  for line in path.read_text().splitlines():
+  rows, damaged = [], 0
+  for line in path.read_bytes().splitlines():
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # The last line of a run that was killed.
-      logging.warning('left out a damaged line of %s', path)
+      row = json.loads(line)
+    except ValueError:  # Such as the last line of a run that was killed.
+      row = None
+    if (
+      isinstance(row, dict)
+      and isinstance(row.get('step'), int)
+      and isinstance(row.get('split'), str)
+    ):
+      rows.append(row)
+    else:
+      damaged += 1
+  if damaged:
+    logging.warning('left out %d damaged lines of %s', damaged, path)
   return rows
 
 

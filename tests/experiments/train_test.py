@@ -111,6 +111,11 @@ def test_the_flag_files_here_give_sound_configurations(path):
 def test_what_is_no_number_is_an_error():
   with pytest.raises(ValueError, match='milestones must be numbers.*0.5.*x'):
     _parse('--milestones=0.5,x')
+  with pytest.raises(ValueError, match='milestones must be numbers.*0.5,'):
+    _parse('--milestones=0.5,')
+  assert _parse('--classes=').data.classes == ()
+  # Which is refused where the classes of the data are known.
+  assert _parse('--classes=,').data.classes == ('', '')
   with pytest.raises(flags.IllegalFlagValueError, match='flag --epochs=many'):
     _parse('--epochs=many')
 

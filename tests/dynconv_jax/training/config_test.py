@@ -270,20 +270,33 @@ class CheckTest(parameterized.TestCase):
         'checkpoint_every_epochs',
         'keep_checkpoints',
         'log_every_steps',
-        'width_multiplier',
       )
     ),
     *(
       ({name: -1}, f'{name} must be >= 0; got -1')
       for name in (
         'cache_size',
-        'num_workers',
         'sparsity_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',
-        'seed',
       )
+    ),
+    *(
+      ({name: value}, rf'{name} must be in \[.*\]; got {value}')
+      for name, value in (
+        ('width_multiplier', 0),
+        ('width_multiplier', 1e6),
+        ('image_size', 1000000),
+        ('num_workers', -1),
+        ('num_workers', 10**6),
+        ('seed', -1),
+        ('seed', 2**63),
+      )
+    ),
+    (
+      {'method': 'dynconv', 'mask_granularity': (100000,)},
+      r'mask_granularity must be .* in \[1, 1024\]; got 100000',
     ),
     *(
       ({name: value}, rf'{name} must be in \[0, 1\]; got {value}')

@@ -117,6 +117,15 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
   assert starts == [15]  # TensorBoard purges from there on.
 
 
+def test_no_row_holds_what_json_has_not(tmp_path):
+  with (
+    records.Records(tmp_path, 0) as record,
+    pytest.raises(ValueError, match='not JSON compliant'),
+  ):
+    record.write({**_ROWS[0], 'loss': float('nan')})
+  assert workdir.read_metrics(tmp_path) == []
+
+
 def test_a_full_disk_is_one_error(tmp_path):
   with (
     records.Records(tmp_path, 0) as record,

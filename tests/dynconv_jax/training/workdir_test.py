@@ -1,5 +1,6 @@
 """A run's folder, and weights that pass from one network to another."""
 
+import json
 import subprocess
 import sys
 
@@ -271,3 +272,17 @@ def test_a_folder_that_is_no_run(tmp_path):
   with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
     workdir.load_run(tmp_path)
   assert workdir.read_metrics(tmp_path) == []
+
+
+def test_lines_of_metrics_that_are_damaged_are_left_out(tmp_path):
+  row = {'step': 7, 'split': 'train', 'loss': 1.5}
+  damaged = (
+    b'5', b'{}', b'[1, 2]', b'"x"', b'null', b'\xff\xfe', b'{"step": 7, ',
+    b'{"step": "seven", "split": "train"}', b'{"step": 7}',
+  )  # fmt: skip
+  line = json.dumps(row).encode()
+  lines = [line, *damaged, line]
+  (tmp_path / workdir.METRICS_FILE).write_bytes(b'\n'.join(lines))
+  with absltest.TestCase().assertLogs(level='WARNING') as logs:
+    assert workdir.read_metrics(tmp_path) == [row, row]
+  assert f'left out 9 damaged lines of {tmp_path}' in logs.output[0]

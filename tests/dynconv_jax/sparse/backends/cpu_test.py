@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynconv_jax import layers
-from dynconv_jax import native
+from dynconv_jax import layers, native
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.masks import execution_mask
 from dynconv_jax.methods.dynconv import Squeeze
@@ -327,10 +326,3 @@ def test_the_compilers_error_is_told(monkeypatch):
     assert register(('-include', 'no_such_header.h')) is None
   text = warning.call_args.args[0] % warning.call_args.args[1:]
   assert 'no_such_header.h' in text
-
-
-def test_a_library_is_compiled_once():
-  path = native.build(cpu._SOURCE)
-  before = path.stat().st_mtime_ns
-  assert native.build(cpu._SOURCE) == path
-  assert path.stat().st_mtime_ns == before
