@@ -1,4 +1,4 @@
-"""Kernels in C++ for CPUs, compiled at first use for the machine they run on."""
+"""Kernels in C++ for CPUs, compiled at first use for this machine."""
 
 from __future__ import annotations
 

@@ -127,7 +127,9 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     {
       'frozen': start_from.frozen,
       'frozen_statistics': start_from.frozen_statistics,
-      'learning_rate_factors': start_from.factors,
+      'learning_rate_factors': [
+        pattern for pattern, factor in start_from.factors.items() if factor
+      ],
     },
   )
   workdir_lib.open_gates(network, method)

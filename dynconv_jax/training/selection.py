@@ -19,7 +19,7 @@ def matches(pattern: str, path: Path) -> bool:
 
   Args:
     pattern: of `fnmatch`; its * matches any text, dots included.
-    path: of a module or a weight, such as ('blocks', 0, 1, 'conv_dw', 'kernel').
+    path: of a module or a weight, such as ('blocks', 0, 1, 'bn1').
   """
   names = [str(part) for part in path]
   return any(
