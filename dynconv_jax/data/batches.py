@@ -40,6 +40,7 @@ class TrainBatches:
     image_size: int,
     batch_size: int,
     augmentation: augment.Augmentation | None = None,
+    normalization: str = 'imagenet',
     seed: int = 0,
     cache: str = 'none',
     cache_size: int | None = None,
@@ -54,6 +55,7 @@ class TrainBatches:
       image_size: side of the images, in pixels.
       batch_size: images a batch, over all devices.
       augmentation: how to vary the images; None: `Augmentation()`.
+      normalization: one of `augment.NORMALIZATIONS`.
       seed: of order and augmentation.
       cache: 'none' decodes every image anew, on the host; 'device' decodes
         once into device memory and crops there.
@@ -105,7 +107,9 @@ class TrainBatches:
     self._image_size = image_size
     self._augmentation = augmentation
     self._static = dict(
-      augmentation=augmentation, num_classes=len(source.class_names)
+      augmentation=augmentation,
+      num_classes=len(source.class_names),
+      normalization=normalization,
     )
     self._key = jax.random.key(seed)
     self._num_workers = num_workers
@@ -232,6 +236,7 @@ class EvalBatches:
     image_size: int,
     batch_size: int,
     resize_ratio: float = decode.RESIZE_RATIO,
+    normalization: str = 'imagenet',
     cache: str = 'none',
     num_workers: int = 0,
     skip_corrupt: bool = False,
@@ -245,6 +250,7 @@ class EvalBatches:
       batch_size: images a batch, over all devices.
       resize_ratio: short side of the resized image over `image_size`; the
         center is kept.
+      normalization: one of `augment.NORMALIZATIONS`.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
       num_workers: see `TrainBatches`; processes start anew at each pass,
@@ -274,7 +280,9 @@ class EvalBatches:
     )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
-    self._normalize = _compile(augment.normalize, sharding)
+    self._normalize = _compile(
+      augment.normalize, sharding, normalization=normalization
+    )
 
   @property
   def num_skipped(self) -> int:
@@ -323,7 +331,7 @@ class EvalBatches:
       self._kept = kept
 
 
-def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
+def _draw(key, step, cache, indices, *, image_size, augmentation, **static):
   """Returns the batch of a step from the device cache."""
   crop_key, key = jax.random.split(jax.random.fold_in(key, step))
   images, labels, aspects = (array[indices] for array in cache)
@@ -336,16 +344,14 @@ def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
       augmentation=augmentation,
     )
   return augment.augment(
-    key, images, labels, augmentation=augmentation, num_classes=num_classes
+    key, images, labels, augmentation=augmentation, **static
   )
 
 
-def _finish(key, step, images, labels, *, augmentation, num_classes):
+def _finish(key, step, images, labels, **static):
   """Returns the batch of a step from images that the host has cropped."""
   _, key = jax.random.split(jax.random.fold_in(key, step))
-  return augment.augment(
-    key, images, labels, augmentation=augmentation, num_classes=num_classes
-  )
+  return augment.augment(key, images, labels, **static)
 
 
 @functools.lru_cache(maxsize=64)

@@ -62,8 +62,8 @@ def train(
     metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
 
   Raises:
-    ValueError: an option is out of range, or the workdir is of another
-      configuration.
+    ValueError: an option is out of range, or the workdir, or a run to start
+      from, is of another configuration.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM or SIGINT came; the state is saved.
@@ -76,6 +76,7 @@ def train(
   method = config.method
   devices = jax.local_devices()
   config.check(len(devices), factory=model)
+  config = workdir_lib.resolve(config, workdir)
   workdir_lib.check_flags(workdir, config)
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
@@ -180,7 +181,12 @@ def train(
             records.write({**row, 'split': 'validation', **summary})
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
-            records.show_masks(step, shown, predict(*weights, shown)[1])
+            records.show_masks(
+              step,
+              shown,
+              predict(*weights, shown)[1],
+              config.data.normalization,
+            )
         due = ended and epoch % config.run.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}

@@ -38,6 +38,7 @@ VALUES = dict(
   cutmix=1.0,
   random_erasing=0.25,
   label_smoothing=0.1,
+  normalization='inception',
   model='resnet18',
   method='dense',
   width_multiplier=0.5,
@@ -146,6 +147,11 @@ class FlagsTest(parameterized.TestCase):
           if not line.startswith(('--dataset', '--sparsity_', '--epochs'))
         )
       )
+    # Runs that are older than this option normalized by ImageNet's statistics.
+    old = '\n'.join(line for line in lines if '--normalization' not in line)
+    self.assertEqual(
+      Config.from_flags(old), Config.make(normalization='imagenet')
+    )
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])
