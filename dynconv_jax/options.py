@@ -53,6 +53,7 @@ def option(
   *,
   operational: bool = False,
   allowed: Range | Sequence[str] | None = None,
+  before: Any = None,
 ) -> Any:
   """Returns a field of a dataclass of options.
 
@@ -62,11 +63,13 @@ def option(
     operational: the option says where things lie or what is shown, not what is
       computed: it may change when a run is resumed.
     allowed: which values are allowed: a range, or the names to choose from.
+    before: the value of runs that are older than the option, whose flag files
+      lack it; None: a flag file must have it.
   """
-  return dataclasses.field(
-    default=default,
-    metadata={'help': help, 'operational': operational, 'allowed': allowed},
+  metadata = dict(
+    help=help, operational=operational, allowed=allowed, before=before
   )
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Option:
     help: one sentence for users.
     operational: see `option`.
     allowed: see `option`.
+    before: see `option`.
   """
 
   name: str
@@ -93,6 +97,7 @@ class Option:
   help: str = ''
   operational: bool = False
   allowed: Range | Sequence[str] | None = None
+  before: Any = None
 
   def parse(self, text: str) -> Any:
     """Returns the value that a text stands for.
@@ -154,8 +159,8 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
 
   Raises:
     ValueError: options are missing or are not of their type; names each. One
-      that is None or an empty list by default may be missing, as in runs from
-      before it was an option.
+      that is None or an empty list by default, or newer than some runs, may be
+      missing.
   """
   values, errors = {}, []
   for name, known in options_of(kind).items():
@@ -164,6 +169,8 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
         values[name] = known.parse(texts[name])
       except ValueError as error:
         errors.append(str(error))
+    elif known.before is not None:
+      values[name] = known.before
     elif known.default not in (None, ()):
       errors.append(f'{name} is missing')
   if errors:

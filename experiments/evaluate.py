@@ -230,7 +230,7 @@ def _draw_maps(
     for label, guess in zip(np.asarray(batch['label']), predicted, strict=True)
   ]
   plot_ponder_grid(
-    np.asarray(denormalize(batch['image'])),
+    np.asarray(denormalize(batch['image'], run.normalization)),
     ponder_cost_map(masks, batch['image'].shape[1:3]),
     report.executed(masks) / 1e9,
     titles,

@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
       failed += 1
       continue
     seen = preprocess_image(image, size, ratio)
-    logits, masks = predict(params, model_state, normalize(seen[None]))
+    seen = normalize(seen[None], run.normalization)
+    logits, masks = predict(params, model_state, seen)
     probabilities = np.asarray(jax.nn.softmax(logits[0]))
     if not np.isfinite(probabilities).all():
       raise FloatingPointError(f'the logits of {path} are not finite')

@@ -42,6 +42,7 @@ class TrainBatches:
     batch_size: int,
     augmentation: augment.Augmentation | None = None,
     scenes: scenes_lib.Scenes | None = None,
+    normalization: str = 'imagenet',
     seed: int = 0,
     cache: str = 'none',
     cache_size: int | None = None,
@@ -59,6 +60,7 @@ class TrainBatches:
       scenes: the scenes to put the images into, once they are cropped, flipped
         and their color is changed; erasing, mixup and cutmix see scenes. None:
         images fill the network's input.
+      normalization: one of `augment.NORMALIZATIONS`.
       seed: of order and augmentation.
       cache: 'none' decodes every image anew, on the host; 'device' decodes
         once into device memory and crops there.
@@ -114,6 +116,7 @@ class TrainBatches:
     self._static = dict(
       augmentation=augmentation,
       num_classes=len(source.class_names),
+      normalization=normalization,
       scenes=scenes,
       image_size=image_size,
     )
@@ -254,6 +257,7 @@ class EvalBatches:
     resize_ratio: float = decode.RESIZE_RATIO,
     scenes: scenes_lib.Scenes | None = None,
     indices: Sequence[int] | None = None,
+    normalization: str = 'imagenet',
     cache: str = 'none',
     num_workers: int = 0,
     skip_corrupt: bool = False,
@@ -270,6 +274,7 @@ class EvalBatches:
       scenes: the scenes to put the images into; None: images fill the
         network's input.
       indices: the examples to give, in this order; None: all.
+      normalization: one of `augment.NORMALIZATIONS`.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
       num_workers: see `TrainBatches`; processes start anew at each pass,
@@ -310,7 +315,9 @@ class EvalBatches:
     )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
-    self._normalize = _compile(augment.normalize, sharding)
+    self._normalize = _compile(
+      augment.normalize, sharding, normalization=normalization
+    )
 
   @property
   def num_skipped(self) -> int:

@@ -189,7 +189,9 @@ class Options(Budget, Warmup, Opening, Gumbel):
     'stages, or one a stage.',
   )
   mask_norm: bool = option(
-    False, "Whether DynConv's mask units normalize their input by channel."
+    False,
+    "Whether DynConv's mask units normalize their input by channel.",
+    before=False,
   )
   sparsity_weight: float = option(
     10.0, "Weight of DynConv's sparsity loss.", allowed=NOT_NEGATIVE

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from absl import logging
 
 from dynconv_jax import options as options_lib
-from dynconv_jax.data.augment import Augmentation
+from dynconv_jax.data.augment import NORMALIZATIONS, Augmentation
 from dynconv_jax.data.scenes import Scenes
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.data.sources import DATASETS, load_source
@@ -125,6 +125,14 @@ class DataConfig(_Chosen):
   cutmix: float = option(0.0, 'Alpha of CutMix; 0: off.')
   random_erasing: float = option(0.0, 'Probability of random erasing.')
   label_smoothing: float = option(0.0, 'Label mass spread over all classes.')
+  normalization: str = option(
+    'auto',
+    "Of images: imagenet, by ImageNet's mean and deviation; inception, (x - "
+    "127) / 128, as TensorFlow's weights expect; auto: as the weights or the "
+    'run to start from, else imagenet.',
+    allowed=tuple(NORMALIZATIONS),
+    before='imagenet',
+  )
   options: Any = None
 
   @staticmethod

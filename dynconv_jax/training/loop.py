@@ -63,8 +63,8 @@ def train(
     metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
 
   Raises:
-    ValueError: an option is out of range, the workdir is of another
-      configuration, or there are several JAX processes.
+    ValueError: an option is out of range, the workdir, or a run to start from,
+      is of another configuration, or there are several JAX processes.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.
@@ -81,6 +81,7 @@ def train(
       f'{jax.process_count()}'
     )
   config.check(len(jax.local_devices()), factory=model)
+  config = workdir_lib.resolve(config, workdir)
   workdir_lib.check_flags(workdir, config)
   with locked(workdir, 'training'):
     return _train(config, workdir, model, data, start)
@@ -205,7 +206,12 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
             records.write({**row, 'split': 'validation', **summary})
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
-            records.show_masks(step, shown, predict(*weights, shown)[1])
+            records.show_masks(
+              step,
+              shown,
+              predict(*weights, shown)[1],
+              config.data.normalization,
+            )
         due = ended and epoch % config.run.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}

@@ -91,7 +91,11 @@ class Records:
       self._events.flush()
 
   def show_masks(
-    self, step: int, images: jax.Array, masks: Sequence[ExecutionMask]
+    self,
+    step: int,
+    images: jax.Array,
+    masks: Sequence[ExecutionMask],
+    normalization: str = 'imagenet',
   ) -> None:
     """Adds an image to the events: each picture beside its ponder cost.
 
@@ -99,6 +103,7 @@ class Records:
       step: of training.
       images: float32[N, H, W, 3], normalized.
       masks: of these images.
+      normalization: of these images, one of `augment.NORMALIZATIONS`.
     """
     if not masks:
       return
@@ -106,7 +111,7 @@ class Records:
     cost = np.mean(
       [resize_nearest(np.asarray(m.hard), shape) for m in masks], axis=0
     )
-    pictures = np.asarray(denormalize(images))
+    pictures = np.asarray(denormalize(images, normalization))
     shown = np.repeat(cost[..., None] * 255, 3, axis=-1).astype(np.uint8)
     rows = np.concatenate([pictures, shown], axis=2)
     image = rows.reshape(-1, *rows.shape[2:])

@@ -77,7 +77,7 @@ def take(iterator, n):
 
 def indices(batch):
   """Reads the examples' indices off the red channel."""
-  red = batch['image'][:, 0, 0, 0] * augment.STD[0] + augment.MEAN[0]
+  red = batch['image'][:, 0, 0, 0] * 0.229 + 0.485
   return np.round(255 * np.asarray(red)).astype(int).tolist()
 
 
@@ -230,7 +230,7 @@ class TrainBatchesTest(parameterized.TestCase):
 
     means = {
       cache: np.array([
-        b['image'][..., 0].mean() * augment.STD[0] + augment.MEAN[0]
+        b['image'][..., 0].mean() * 0.229 + 0.485
         for b in take(train(Gradient(1), cache=cache, **options), 300)
       ])
       for cache in CACHES
@@ -370,7 +370,7 @@ class EvalBatchesTest(parameterized.TestCase):
       mask = np.asarray(batch['object_mask'])
       chex.assert_shape(mask, (4, 24, 24))
       self.assertEqual(mask.dtype, bool)
-      red = batch['image'][..., 0] * augment.STD[0] + augment.MEAN[0]
+      red = batch['image'][..., 0] * 0.229 + 0.485
       self.assertTrue(mask[np.asarray(red) > 0.999].all())
       self.assertFalse(mask[np.asarray(red) < 0.001].any())
       self.assertBetween(mask.mean(), 0.6, 1.0)

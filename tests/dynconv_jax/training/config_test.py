@@ -40,6 +40,7 @@ VALUES = dict(
   cutmix=1.0,
   random_erasing=0.25,
   label_smoothing=0.1,
+  normalization='inception',
   model='resnet18',
   method='dense',
   width_multiplier=0.5,
@@ -49,6 +50,10 @@ VALUES = dict(
   mask_granularity=(4, 4, 2, 1),
   compute_dtype='bfloat16',
   init_from='runs/dense',
+  frozen=('conv1', 'layer1.*'),
+  frozen_statistics=('*',),
+  learning_rate_factors=('*.bias:2',),
+  mask_norm=True,
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
   distill_from='runs/teacher',
@@ -152,6 +157,11 @@ class FlagsTest(parameterized.TestCase):
     older = text.replace('--scene_size=\n', '')
     self.assertNotEqual(older, text)
     self.assertEqual(Config.from_flags(older), Config())
+    # Runs that are older than this option normalized by ImageNet's statistics.
+    old = '\n'.join(line for line in lines if '--normalization' not in line)
+    self.assertEqual(
+      Config.from_flags(old), Config.make(normalization='imagenet')
+    )
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])

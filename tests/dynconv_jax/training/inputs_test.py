@@ -189,6 +189,20 @@ def test_scenes_reach_training_and_evaluation(config):
     )
 
 
+def test_batches_are_normalized_as_the_config_says(config):
+  config = config.replace(normalization='inception', flip=False)
+  source = inputs.open_split(config.data, 'test[:40%]')
+  (batch,) = _eval_batches(config, source)
+  (number,) = {name[-6:] for name in _names(source)[:1]}
+  image, _, _ = spots.draw(spots.Options(24), 'test', int(number))
+  expected = (image.astype(np.float32) - 127) / 128
+  np.testing.assert_allclose(batch['image'][0], expected, atol=1e-5)
+  batches = inputs.train_batches(config, source)
+  images = next(batches)['image']
+  batches.close()
+  assert np.abs(images - expected).max((1, 2, 3)).min() < 1e-5
+
+
 @pytest.mark.parametrize(
   'eval_batch_size, devices, expected',
   [(4, 1, 4), (250, 1, 10), (250, 4, 12), (4, 3, 6), (1, 2, 2)],

@@ -83,8 +83,11 @@ def test_masks_are_shown_beside_the_images(tmp_path):
   with records.Records(tmp_path, 0) as record:
     record.show_masks(7, normalize(jnp.asarray(pixels)), masks)
     record.show_masks(8, normalize(jnp.asarray(pixels)), [])
+    other = normalize(jnp.asarray(pixels), 'inception')
+    record.show_masks(9, other, masks, 'inception')
   shown = _values(tmp_path)
-  assert list(shown) == [('masks', 7)]
+  assert list(shown) == [('masks', 7), ('masks', 9)]
+  assert shown['masks', 7].image == shown['masks', 9].image
   image = np.array(
     Image.open(io.BytesIO(shown['masks', 7].image.encoded_image_string))
   )
