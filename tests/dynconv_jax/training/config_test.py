@@ -50,6 +50,7 @@ VALUES = dict(
   mask_granularity=(4, 4, 2, 1),
   compute_dtype='bfloat16',
   init_from='runs/dense',
+  dropped_blocks=('layer1.0',),
   frozen=('conv1', 'layer1.*'),
   frozen_statistics=('*',),
   learning_rate_factors=('*.bias:2',),
