@@ -153,4 +153,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(1)
 
   sys.unraisablehook = show_unraisable
+  # Names of files may be no text.
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
   app.run(guarded)

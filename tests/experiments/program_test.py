@@ -129,3 +129,8 @@ def test_errors_that_nobody_catches_but_one():
   errors = _program(body)().stderr
   assert 'a bug' in errors
   assert 'Event loop' not in errors
+
+
+def test_a_name_of_a_file_that_is_no_text():
+  done = _program(r"print('caf\udce9', os.path.basename('x'))")()
+  assert (done.returncode, done.stdout) == (0, 'caf\\udce9 x\n')
