@@ -64,6 +64,8 @@ def main(argv: Sequence[str]) -> None:
   results, failed, names = [], 0, set()
   for path in paths:
     try:
+      if path.exists() and not path.is_file():  # A pipe may never end.
+        raise OSError(f'{path} is no file')
       image = decode_image(path.read_bytes(), str(path))
     except (CorruptImageError, OSError) as error:
       print(f'error: {error}', file=sys.stderr)

@@ -20,6 +20,8 @@ _PACKAGES = tuple(
   for package in (dynconv_jax, sys.modules[__package__])
 )
 
+_RAISED_HERE = ('orbax', 'asyncio')
+
 
 def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   """Returns whether a record is shown: our own, and warnings of most others.
@@ -32,8 +34,8 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   if logging.get_verbosity() > logging.INFO:
     return True
   # orbax warns of what is meant, such as saves without metrics or reading only,
-  # and its threads log pages on errors that are raised here as well.
-  if f'{os.sep}orbax{os.sep}' in record.pathname:
+  # and its threads and tasks log pages on errors that are raised here as well.
+  if any(f'{os.sep}{n}{os.sep}' in record.pathname for n in _RAISED_HERE):
     return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
     record.pathname
@@ -113,6 +115,19 @@ def keep_memory() -> None:
     mallopt(parameter, value)
 
 
+def show_unraisable(unraisable) -> None:
+  """Shows an error that nobody catches, but for one that is raised as well.
+
+  Where an array of a checkpoint cannot be written, TensorStore's threads find
+  that nobody waits for the others.
+
+  Args:
+    unraisable: as `sys.unraisablehook` has it.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a program; an error of the user's ends it with status 1 and a line."""
 
@@ -137,4 +152,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       print(f'error: {error}{advice}', file=sys.stderr)
       sys.exit(1)
 
+  sys.unraisablehook = show_unraisable
+  # Names of files may be no text.
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
   app.run(guarded)

@@ -117,3 +117,20 @@ def test_ctrl_c_during_imports_is_silent():
   )
   assert done.returncode == -signal.SIGINT
   assert done.stderr == ''
+
+
+def test_errors_that_nobody_catches_but_one():
+  lines = [
+    'class Gone:',
+    '  def __init__(self, text): self.text = text',
+    '  def __del__(self): raise RuntimeError(self.text)',
+  ]
+  body = '\n  '.join([*lines, "Gone('Event loop is closed')", "Gone('a bug')"])
+  errors = _program(body)().stderr
+  assert 'a bug' in errors
+  assert 'Event loop' not in errors
+
+
+def test_a_name_of_a_file_that_is_no_text():
+  done = _program(r"print('caf\udce9', os.path.basename('x'))")()
+  assert (done.returncode, done.stdout) == (0, 'caf\\udce9 x\n')

@@ -205,6 +205,7 @@ def test_only_our_own_progress_is_shown(absl_handler):
     assert shown(path, stdlib_logging.INFO) == (path in ours)
   # Its errors are raised as well; its warnings are of what is meant.
   assert not shown(orbax, stdlib_logging.ERROR)
+  assert not shown('/lib/asyncio/base_events.py', stdlib_logging.ERROR)
   logging.set_verbosity(logging.DEBUG)
   assert shown(theirs[0], stdlib_logging.INFO)
   assert shown(orbax, stdlib_logging.ERROR)
