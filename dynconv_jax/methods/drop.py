@@ -58,6 +58,6 @@ METHOD = Method(
   make_gates,
   knob='dropped_blocks',
   label='blocks dropped',
-  color='black',
-  marker='D',
+  color='sky_blue',
+  marker='h',
 )
