@@ -25,6 +25,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   Args:
     path: the file to write or replace.
+
+  Raises:
+    OSError: of the block, or of the file; names it.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +37,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     with partial.open('rb') as f:
       os.fsync(f.fileno())  # Else a crash may leave an empty file.
     os.replace(partial, path)
+  except OSError as error:
+    if error.errno and not error.filename:  # A full disk has no name.
+      raise OSError(error.errno, error.strerror, str(path)) from error
+    raise
   finally:
     partial.unlink(missing_ok=True)
 

@@ -36,7 +36,7 @@ from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
 from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.training import inputs, workdir
-from dynconv_jax.training.config import DataConfig, MethodConfig, read_part
+from dynconv_jax.training.config import DataConfig, MethodConfig
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
 from experiments import config_flags, program
@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   texts = workdir.read_texts(folder)
   given = {name: flags.FLAGS[name].value for name in _PLACES}
-  texts |= {name: value for name, value in given.items() if value is not None}
-  data = read_part(DataConfig, texts)
+  given = {name: value for name, value in given.items() if value is not None}
+  data = workdir.read_part(folder, DataConfig, given)
   config = workdir.read_part(folder, MethodConfig)
   method = config.record
   if _STOCHASTIC.value and not method.samples:

@@ -164,8 +164,8 @@ def evaluate(
   finite = np.isfinite(joined('cross_entropy'))
   if not finite.all():
     raise FloatingPointError(
-      f'the loss of {(~finite).sum()} of {len(finite)} examples is not finite; '
-      'some weights, or pixels, are not, or are too large'
+      f'the loss of {(~finite).sum()} of {len(finite)} examples is not finite: '
+      'weights or images are damaged, or too large'
     )
 
   return Evaluation(

@@ -185,18 +185,24 @@ def read_texts(workdir: str | os.PathLike) -> dict[str, str]:
   return _named(workdir, config_lib.read_flags, _read_flags(workdir))
 
 
-def read_part(workdir: str | os.PathLike, kind: type) -> Any:
+def read_part(
+  workdir: str | os.PathLike,
+  kind: type,
+  changes: Mapping[str, str] | None = None,
+) -> Any:
   """Returns a part of a run's configuration, whatever the others hold.
 
   Args:
     workdir: of the run.
     kind: of the part, such as DataConfig.
+    changes: texts of values in place of the run's, by name.
 
   Raises:
     FileNotFoundError: the folder is not a run's.
     ValueError: the file of flags is damaged; names what is missing.
   """
-  return _named(workdir, config_lib.read_part, kind, read_texts(workdir))
+  texts = {**read_texts(workdir), **(changes or {})}
+  return _named(workdir, config_lib.read_part, kind, texts)
 
 
 def _read_flags(workdir: str | os.PathLike) -> str:

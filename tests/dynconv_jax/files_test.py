@@ -29,6 +29,12 @@ def test_an_error_leaves_the_old_file(tmp_path):
   with pytest.raises(OSError, match='full'), files.replacing(path) as partial:
     partial.write_text('ne')
     raise OSError('full')
+  # As a write fails, which has no name.
+  with (
+    pytest.raises(OSError, match=f"full: '{path}'"),
+    files.replacing(path),
+  ):
+    raise OSError(28, 'full')
   assert path.read_text() == 'old'
   assert os.listdir(tmp_path) == ['file']
 

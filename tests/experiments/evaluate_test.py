@@ -405,6 +405,14 @@ def test_runs_that_cannot_be_evaluated(
   monkeypatch.setattr(workdir, 'build_model', None)
   with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
     program('evaluate', f'--workdir={tmp_path / "none"}')
+  folder = _copy(dynconv_run, tmp_path / 'cut')
+  flags_ = folder / 'flags.txt'
+  lines = flags_.read_text().splitlines(keepends=True)
+  flags_.write_text(''.join(x for x in lines if '--cutmix' not in x))
+  with pytest.raises(
+    ValueError, match=f'^flags.txt of {folder}: cutmix is mis'
+  ):
+    program('evaluate', f'--workdir={folder}')
   folder = _copy(dynconv_run, tmp_path / 'run', validation_split='none')
   with pytest.raises(ValueError, match='^this run has no validation split'):
     program('evaluate', f'--workdir={folder}')
