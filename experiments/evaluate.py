@@ -2,8 +2,9 @@
 
 python -m experiments.evaluate --workdir=workdir/spots_dynconv --split=test
 
-Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json, the
-per-block density and a grid of ponder-cost maps into the workdir, and with
+Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json,
+predictions_SPLIT.csv with one row an example (experiments.compare reads it),
+the per-block density and a grid of ponder-cost maps into the workdir, and with
 --results the run's row into a table of runs.
 
 Gates decide by their likelier outcome, so that an image's result is its own.
@@ -40,6 +41,11 @@ from dynconv_jax.training.config import DataConfig, MethodConfig
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
 from experiments import config_flags, program
+from experiments.predictions import (
+  predictions_file,
+  split_stem,
+  write_predictions,
+)
 from experiments.results_table import check_table, write_result
 
 _WORKDIR = flags.DEFINE_string(
@@ -173,11 +179,13 @@ def main(argv: Sequence[str]) -> None:
   if batches.num_skipped:
     summary['skipped'] = batches.num_skipped
 
-  name = ''.join(c if c.isalnum() else '_' for c in _SPLIT.value)
-  if _STOCHASTIC.value:
-    name += '_stochastic'
+  name = split_stem(_SPLIT.value, _STOCHASTIC.value)
   written = folder / f'evaluation_{name}.json'
   write_atomic(written, json.dumps(summary, indent=2, allow_nan=False) + '\n')
+  names = [source[i]['name'] for i in range(len(source))]
+  write_predictions(
+    folder / predictions_file(name), result, names, run.class_names
+  )
   figures = []
   if result.block_names:
     figures.append(folder / f'block_density_{name}.png')

@@ -22,7 +22,9 @@ class Evaluation:
   """What a network did on each of n examples.
 
   Attributes:
-    correct: bool[n].
+    index: int[n], the example's place among all, those of weight 0 included.
+    label: int[n].
+    prediction: int[n], the class that the network says.
     cross_entropy: float64[n].
     executed_macs: float64[n], of the masked layers; empty if dense.
     dense_macs: of the masked layers for one image, masks all ones.
@@ -34,9 +36,13 @@ class Evaluation:
       positions, NaN where the image shows no object; empty where the data has
       no object masks.
     background_density: float64[n, blocks], share of other pixels there.
+    object_share: float64[n], share of the image that its object covers; empty
+      where the data has no object masks.
   """
 
-  correct: np.ndarray
+  index: np.ndarray
+  label: np.ndarray
+  prediction: np.ndarray
   cross_entropy: np.ndarray
   executed_macs: np.ndarray
   dense_macs: int
@@ -46,6 +52,12 @@ class Evaluation:
   macs: np.ndarray
   object_recall: np.ndarray
   background_density: np.ndarray
+  object_share: np.ndarray
+
+  @property
+  def correct(self) -> np.ndarray:
+    """bool[n]: whether the network says the label."""
+    return self.prediction == self.label
 
   def summary(self) -> dict[str, Any]:
     """Returns means over the examples, fit for JSON.
@@ -119,32 +131,36 @@ def evaluate(
     ValueError: there is no example.
     FloatingPointError: the loss of an example is not finite.
   """
-  rows = []
+  rows, start = [], 0
   for batch in batches:
     logits, masks = predict(batch['image'])
     real = np.asarray(batch['weight']) > 0
     loss = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']
     )
-    correct = jnp.argmax(logits, -1) == batch['label']
     masks = jax.tree.map(np.asarray, masks)
     row = {
-      'correct': np.asarray(correct),
+      'index': start + np.arange(len(real)),
+      'label': np.asarray(batch['label']),
+      'prediction': np.asarray(jnp.argmax(logits, -1)),
       'cross_entropy': np.asarray(loss, np.float64),
     }
+    start += len(real)
     names = tuple(mask.name for mask in masks)
     stages = tuple(mask.stage for mask in masks)
     dense_macs = sum(mask.dense_macs() for mask in masks)
+    objects = batch.get('object_mask')
+    if objects is not None:
+      objects = np.asarray(objects)
+      row['object_share'] = objects.mean((1, 2))
     if masks:
       executed = [np.asarray(m.executed_macs(), np.float64) for m in masks]
       row['executed_macs'] = np.sum(executed, axis=0)
       row['densities'] = np.stack(
         [m.hard.mean(tuple(range(1, m.hard.ndim))) for m in masks], -1
       )
-      if 'object_mask' in batch:
-        found = [
-          _found(m.hard, np.asarray(batch['object_mask'])) for m in masks
-        ]
+      if objects is not None:
+        found = [_found(m.hard, objects) for m in masks]
         row['object_recall'], row['background_density'] = (
           np.stack(values, -1) for values in zip(*found, strict=True)
         )
@@ -155,7 +171,7 @@ def evaluate(
         else np.full(len(real), float(report.total))
       )
     rows.append({name: value[real] for name, value in row.items()})
-  if not rows or not sum(len(row['correct']) for row in rows):
+  if not rows or not sum(len(row['label']) for row in rows):
     raise ValueError('there is no example to evaluate on')
 
   def joined(name):

@@ -181,6 +181,7 @@ def test_gates_that_sample(program, dynconv_run, summary, tmp_path):
   stem = 'test_stochastic'
   assert {path.name for path in folder.iterdir()} - before == {
     f'evaluation_{stem}.json',
+    f'predictions_{stem}.csv',
     f'block_density_{stem}.png',
     f'block_density_{stem}.svg',
   }
@@ -278,7 +279,7 @@ def test_files_that_are_written(evaluated, summary, dynconv_run):
   folder, lines = evaluated
   assert json.loads((folder / 'evaluation_test.json').read_text()) == summary
   figures = [folder / f'{n}_test' for n in ('block_density', 'ponder_maps')]
-  written = {'evaluation_test.json'}
+  written = {'evaluation_test.json', 'predictions_test.csv'}
   for figure in figures:
     png, svg = figure.with_suffix('.png'), figure.with_suffix('.svg')
     assert f'wrote {png} and {svg}' in lines
@@ -289,6 +290,33 @@ def test_files_that_are_written(evaluated, summary, dynconv_run):
   assert {path.name for path in folder.iterdir()} == before | written
   # One GMAC figure an image of the grid.
   assert figures[1].with_suffix('.svg').read_text().count(' GMAC') == 3
+
+
+def test_predictions_of_each_example(evaluated, summary, outputs):
+  logits, _, labels, objects = outputs
+  rows = read_results(evaluated[0] / 'predictions_test.csv')
+  rows.sort(key=lambda row: row['name'])
+  assert [row['name'] for row in rows] == [f'test/{i:06d}' for i in range(20)]
+  for column, classes in (('label', labels), ('prediction', logits.argmax(1))):
+    expected = [spots.CLASS_NAMES[i] for i in classes]
+    assert [row[column] for row in rows] == expected
+  right = (logits.argmax(1) == labels).astype(int)
+  loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(20), labels]
+  for column, values, rel in (
+    ('correct', right, 0),
+    ('cross_entropy', loss, 1e-4),
+    ('object_share', objects.mean((1, 2)), 1e-5),
+  ):
+    got = [float(row[column]) for row in rows]
+    assert got == pytest.approx(list(values), rel=rel), column
+  for column, name in (
+    ('macs', 'gmacs_mean'),
+    ('object_recall', 'object_recall'),
+    ('background_density', 'background_density'),
+  ):
+    mean = np.mean([float(row[column]) for row in rows])
+    mean /= 1e9 if column == 'macs' else 1
+    assert mean == pytest.approx(summary[name], rel=1e-5), column
 
 
 def test_row_of_the_table_of_runs(evaluated, summary):
@@ -333,6 +361,7 @@ def test_from_the_workdir_itself_with_another_data_dir(
   stem = 'train__3__test__2_'
   assert written == {
     f'evaluation_{stem}.json',
+    f'predictions_{stem}.csv',
     f'block_density_{stem}.png',
     f'block_density_{stem}.svg',
   }

@@ -68,6 +68,9 @@ class EvaluateTest(parameterized.TestCase):
       _batches(batch_size),
     )
     said = np.where(np.arange(13) % 2, 2, 0)
+    np.testing.assert_array_equal(result.index, np.arange(13))
+    np.testing.assert_array_equal(result.label, _LABELS)
+    np.testing.assert_array_equal(result.prediction, said)
     np.testing.assert_array_equal(result.correct, said == _LABELS)
     # By the definition of the cross-entropy, in float64.
     for i in range(13):
@@ -153,6 +156,20 @@ class EvaluateTest(parameterized.TestCase):
     result = evaluation.evaluate(predict, batches())
     self.assertEqual(result.summary()['object_recall'], 1.0)
     self.assertEqual(np.isnan(result.object_recall[:, 0]).sum(), 7)
+    np.testing.assert_array_equal(
+      result.object_share, np.where(np.arange(13) < 6, 16 / 64, 0)
+    )
+
+  def test_examples_left_out_leave_gaps_in_the_index(self):
+    def batches():
+      for batch in _batches(5):
+        odd = batch['image'][:, 0, 0, 0] % 2 > 0
+        yield batch | {'weight': batch['weight'] * odd}
+
+    result = evaluation.evaluate(
+      lambda images: (_logits(images), []), batches()
+    )
+    np.testing.assert_array_equal(result.index, np.arange(1, 13, 2))
 
   def test_a_dense_network_has_no_fraction(self):
     result = evaluation.evaluate(
