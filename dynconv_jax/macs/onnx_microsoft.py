@@ -1,6 +1,7 @@
 """Operators of ONNX Runtime, as the ONNX operators that they stand for.
 
-What ONNX Runtime's optimizer and quantizer write, of the domain com.microsoft.
+What ONNX Runtime's optimizer and quantizer write, of the domains com.microsoft
+and com.microsoft.nchwc.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import onnx
 from dynconv_jax.macs import (
   formulas,
   onnx_expansion,
+  onnx_nchwc,
   onnx_transformers,
   onnx_values,
 )
@@ -53,7 +55,7 @@ def possible_work(node: onnx.NodeProto) -> formulas.Work | None:
   if _expansion(node) is None:
     return None
   kind = 'elementwise'
-  if node.op_type in _CONVOLUTIONS:
+  if node.op_type in _CONVOLUTIONS or node.op_type == 'Conv':
     kind = 'conv'
   elif node.op_type in _PRODUCTS:
     kind = 'matmul'
@@ -61,9 +63,16 @@ def possible_work(node: onnx.NodeProto) -> formulas.Work | None:
   return formulas.Work(kind, macs, macs, operations=1)
 
 
+def note(node: onnx.NodeProto) -> str:
+  """Returns what is to be known of how a node counts, '' if nothing is."""
+  return onnx_nchwc.note(node)
+
+
 def _expansion(node: onnx.NodeProto) -> Writer | None:
   if node.domain == 'com.microsoft':
     tables = (_CONVOLUTIONS, _PRODUCTS, _OTHERS)
+  elif node.domain == onnx_nchwc.DOMAIN:
+    tables = (onnx_nchwc.OPERATORS,)
   elif onnx_values.is_onnx(node.domain):
     tables = (_WITHOUT_DOMAIN,)
   else:
@@ -149,7 +158,7 @@ def _gemm(left: int, right: int, bias: int) -> Writer:
   """Returns the expansion to Gemm, given the numbers of its inputs."""
 
   def expansion(body: Expansion) -> None:
-    body.dequantize(*(i for i in (left, right, bias) if body.has(i)))
+    kind = body.dequantize(*(i for i in (left, right, bias) if body.has(i)))
     params = {
       k: body.params[k]
       for k in ('alpha', 'beta', 'transA', 'transB')
@@ -158,7 +167,9 @@ def _gemm(left: int, right: int, bias: int) -> Writer:
     inputs = [body.inputs[left], body.inputs[right]]
     if body.has(bias):
       inputs.append(body.inputs[bias])
-    body.end(body.activated(body.add('Gemm', *inputs, **params)))
+    done = body.activated(body.add('Gemm', *inputs, **params))
+    # QGemm's output is quantized where it has a zero point.
+    body.end(body.add('Cast', done, to=kind) if body.has(8) else done)
 
   return expansion
 
