@@ -42,12 +42,18 @@ RISING = Range(
 )
 
 
+def between(low: float, high: float) -> Range:
+  """Returns the values from `low` to `high`, both included."""
+  return Range(lambda v: low <= v <= high, f'in [{low}, {high}]')
+
+
 def option(
   default: Any,
   help: str,
   *,
   operational: bool = False,
   allowed: Range | Sequence[str] | None = None,
+  before: Any = None,
 ) -> Any:
   """Returns a field of a dataclass of options.
 
@@ -57,11 +63,13 @@ def option(
     operational: the option says where things lie or what is shown, not what is
       computed: it may change when a run is resumed.
     allowed: which values are allowed: a range, or the names to choose from.
+    before: the value of runs that are older than the option, whose flag files
+      lack it; None: a flag file must have it.
   """
-  return dataclasses.field(
-    default=default,
-    metadata={'help': help, 'operational': operational, 'allowed': allowed},
+  metadata = dict(
+    help=help, operational=operational, allowed=allowed, before=before
   )
+  return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +88,7 @@ class Option:
     help: one sentence for users.
     operational: see `option`.
     allowed: see `option`.
+    before: see `option`.
   """
 
   name: str
@@ -88,6 +97,7 @@ class Option:
   help: str = ''
   operational: bool = False
   allowed: Range | Sequence[str] | None = None
+  before: Any = None
 
   def parse(self, text: str) -> Any:
     """Returns the value that a text stands for.
@@ -149,7 +159,8 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
 
   Raises:
     ValueError: options are missing or are not of their type; names each. One
-      that is None by default may be missing.
+      that is None or an empty list by default, or newer than some runs, may be
+      missing.
   """
   values, errors = {}, []
   for name, known in options_of(kind).items():
@@ -158,7 +169,9 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
         values[name] = known.parse(texts[name])
       except ValueError as error:
         errors.append(str(error))
-    elif known.default is not None:
+    elif known.before is not None:
+      values[name] = known.before
+    elif known.default not in (None, ()):
       errors.append(f'{name} is missing')
   if errors:
     raise ValueError('; '.join(errors))
@@ -198,7 +211,8 @@ def _parse(kind: Any, text: str) -> Any:
     return {'true': True, 'false': False}[text]
   if typing.get_origin(kind) is tuple:
     part, _ = typing.get_args(kind)
-    return tuple(part(t) for t in text.split(',') if t)
+    # An empty entry is for its own check to refuse.
+    return tuple(map(part, text.split(','))) if text else ()
   if kind == float | None:
     return float(text) if text else None
   return kind(text)

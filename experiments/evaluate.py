@@ -30,14 +30,14 @@ from absl import flags
 from flax import nnx
 
 from dynconv_jax.data.augment import denormalize
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import check_folder, write_atomic
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.method import METHODS, load_method
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
 from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.training import inputs, workdir
-from dynconv_jax.training.config import DataConfig, MethodConfig, read_part
+from dynconv_jax.training.config import DataConfig, MethodConfig
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
 from experiments import config_flags, program
@@ -96,8 +96,8 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   texts = workdir.read_texts(folder)
   given = {name: flags.FLAGS[name].value for name in _PLACES}
-  texts |= {name: value for name, value in given.items() if value is not None}
-  data = read_part(DataConfig, texts)
+  given = {name: value for name, value in given.items() if value is not None}
+  data = workdir.read_part(folder, DataConfig, given)
   config = workdir.read_part(folder, MethodConfig)
   method = config.record
   if _STOCHASTIC.value and not method.samples:
@@ -115,10 +115,11 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(
       f'--execution={_EXECUTION.value} needs a gated network; the run is dense'
     )
-  source = inputs.open_split(data, _SPLIT.value)
+  check_folder(folder)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
     check_table(results)
+  source = inputs.open_split(data, _SPLIT.value)
   run = workdir.load_run(folder, best=_CHECKPOINT.value == 'best')
   if source.class_names != run.class_names:
     raise ValueError(
@@ -180,7 +181,7 @@ def main(argv: Sequence[str]) -> None:
 
   name = split_stem(_SPLIT.value, _STOCHASTIC.value)
   written = folder / f'evaluation_{name}.json'
-  write_atomic(written, json.dumps(summary, indent=2) + '\n')
+  write_atomic(written, json.dumps(summary, indent=2, allow_nan=False) + '\n')
   names = [source[i]['name'] for i in range(len(source))]
   write_predictions(
     folder / predictions_file(name), result, names, run.class_names
@@ -195,9 +196,9 @@ def main(argv: Sequence[str]) -> None:
       target,
       stages=result.stages,
     )
-    if examples := _spread(source, batches.skipped):
+    if indices := _spread(source, batches.skipped):
       figures.append(folder / f'ponder_maps_{name}.png')
-      _draw_maps(run, data, network, examples, report, figures[-1])
+      _draw_maps(run, data, network, source, indices, report, figures[-1])
   if _RESULTS.value:
     write_result(results, _result_row(folder, texts, summary))
   for key, value in summary.items():
@@ -212,22 +213,22 @@ def main(argv: Sequence[str]) -> None:
   print(json.dumps(summary))
 
 
-def _spread(source, skipped: Sequence[str]) -> list[dict[str, Any]]:
-  """Returns examples spread evenly over the split, so over its classes."""
+def _spread(source, skipped: Sequence[str]) -> list[int]:
+  """Returns which examples are spread evenly over the split, so its classes."""
   count = min(_NUM_MAPS.value, len(source))
-  spread = np.linspace(0, len(source) - 1, count).astype(int)
-  examples = [source[i] for i in spread]
-  return [e for e in examples if e['name'] not in skipped]
+  spread = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+  return [i for i in spread if source[i]['name'] not in skipped]
 
 
 def _draw_maps(
-  run: workdir.Run, data, network, examples, report, path: pathlib.Path
+  run: workdir.Run, data, network, source, indices, report, path: pathlib.Path
 ) -> None:
   batches = inputs.eval_batches(
     dataclasses.replace(data, cache='none', num_workers=0),
-    examples,
+    source,
     image_size=run.image_size,
-    batch_size=len(examples),
+    batch_size=len(indices),
+    indices=indices,
   )
   batch = next(iter(batches))
   logits, masks = network(batch['image'])
@@ -237,7 +238,7 @@ def _draw_maps(
     for label, guess in zip(np.asarray(batch['label']), predicted, strict=True)
   ]
   plot_ponder_grid(
-    np.asarray(denormalize(batch['image'])),
+    np.asarray(denormalize(batch['image'], run.normalization)),
     ponder_cost_map(masks, batch['image'].shape[1:3], 'macs'),
     report.executed(masks) / 1e9,
     titles,

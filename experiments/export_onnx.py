@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dynconv_jax.data.augment import MEAN, STD
+from dynconv_jax.data.augment import NORMALIZATIONS
 from dynconv_jax.files import replacing
 from dynconv_jax.training.workdir import load_run
 from experiments import program
@@ -56,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(f'output must end in .onnx; got {output}')
   run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   network = run.network
+  mean, std = NORMALIZATIONS[run.normalization]
   model = export_onnx(
     run.model, (run.image_size, run.image_size), form=_FORM.value
   )
@@ -65,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
     'width_multiplier': str(network.model.width_multiplier),
     'step': str(run.step),
     'class_names': json.dumps(run.class_names),
-    'mean': json.dumps(MEAN),
-    'std': json.dumps(STD),
+    'mean': json.dumps(mean),
+    'std': json.dumps(std),
   }
   onnx.helper.set_model_props(model, metadata)
   with replacing(output) as partial:

@@ -13,6 +13,7 @@ classifier, use `train --pretrained=FILE`.
 from __future__ import annotations
 
 import pathlib
+from collections import Counter
 from collections.abc import Sequence
 
 from absl import flags
@@ -74,13 +75,18 @@ def main(argv: Sequence[str]) -> None:
 def _class_names(config: Config, num_classes: int) -> tuple[str, ...]:
   if _CLASS_NAMES.value:
     source = _CLASS_NAMES.value
-    text = pathlib.Path(source).expanduser().read_text()
+    try:
+      text = pathlib.Path(source).expanduser().read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{source} is no text in UTF-8: {error}') from None
     names = tuple(filter(None, map(str.strip, text.splitlines())))
   elif flags.FLAGS['dataset'].present:
     source = config.data.dataset
     names = inputs.open_split(config.data, 'train').class_names
   else:
     return tuple(map(str, range(num_classes)))
+  if twice := [name for name, n in Counter(names).items() if n > 1]:
+    raise ValueError(f'{source} names classes twice: {", ".join(twice)}')
   if len(names) != num_classes:
     raise ValueError(
       f'{source} has {len(names)} classes; {_FROM_TORCH.value} has '

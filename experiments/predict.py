@@ -64,14 +64,19 @@ def main(argv: Sequence[str]) -> None:
   results, failed, names = [], 0, set()
   for path in paths:
     try:
+      if path.exists() and not path.is_file():  # A pipe may never end.
+        raise OSError(f'{path} is no file')
       image = decode_image(path.read_bytes(), str(path))
     except (CorruptImageError, OSError) as error:
       print(f'error: {error}', file=sys.stderr)
       failed += 1
       continue
     seen = preprocess_image(image, size, ratio)
-    logits, masks = predict(params, model_state, normalize(seen[None]))
+    seen = normalize(seen[None], run.normalization)
+    logits, masks = predict(params, model_state, seen)
     probabilities = np.asarray(jax.nn.softmax(logits[0]))
+    if not np.isfinite(probabilities).all():
+      raise FloatingPointError(f'the logits of {path} are not finite')
     best = int(probabilities.argmax())
     macs = report.executed(masks)[0] if masks else report.total
     result = {

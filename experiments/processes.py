@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import pathlib
 import shlex
@@ -53,7 +52,8 @@ def run_jobs(
 ) -> dict[str, str]:
   """Runs jobs, each with its share of the cores, in their order.
 
-  SIGINT and SIGTERM are passed on to the children and nothing new is started.
+  SIGINT, SIGTERM, and SIGHUP are passed on to the children, and nothing new is
+  started.
 
   Args:
     jobs: by name.
@@ -204,38 +204,16 @@ def core_shares(parallel: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[int]:
-  """Holds a folder for this process and the children that keep it open.
-
-  Args:
-    folder: is made.
-
-  Yields:
-    The file descriptor of the lock, for `run_jobs`.
-
-  Raises:
-    OSError: others hold it.
-  """
-  folder.mkdir(parents=True, exist_ok=True)
-  with (folder / '.lock').open('w') as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise OSError(
-        f'{folder}: another sweep, or a process of one, is at work here'
-      ) from None
-    yield file.fileno()
-
-
-@contextlib.contextmanager
 def _signals():
-  """Yields a list that SIGTERM and SIGINT are put into as they come."""
+  """Yields a list that the signals to end are put into as they come."""
   received: list[signal.Signals] = []
   old = {
     kind: signal.signal(
       kind, lambda number, _: received.append(signal.Signals(number))
     )
-    for kind in (signal.SIGTERM, signal.SIGINT)
+    for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    # Under nohup SIGHUP is ignored.
+    if (kind, signal.getsignal(kind)) != (signal.SIGHUP, signal.SIG_IGN)
   }
   try:
     yield received

@@ -6,10 +6,11 @@ import ctypes
 import logging as stdlib_logging
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, logging
+from absl import app, flags, logging
 
 import dynconv_jax
 
@@ -18,6 +19,8 @@ _PACKAGES = tuple(
   f'{pathlib.Path(package.__path__[0]).resolve()}{os.sep}'
   for package in (dynconv_jax, sys.modules[__package__])
 )
+
+_RAISED_HERE = ('orbax', 'asyncio')
 
 
 def is_wanted(record: stdlib_logging.LogRecord) -> bool:
@@ -31,8 +34,8 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
   if logging.get_verbosity() > logging.INFO:
     return True
   # orbax warns of what is meant, such as saves without metrics or reading only,
-  # and its threads log pages on errors that are raised here as well.
-  if f'{os.sep}orbax{os.sep}' in record.pathname:
+  # and its threads and tasks log pages on errors that are raised here as well.
+  if any(f'{os.sep}{n}{os.sep}' in record.pathname for n in _RAISED_HERE):
     return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
     record.pathname
@@ -48,6 +51,21 @@ def user_errors() -> tuple[type[Exception], ...]:
   # A program that has no checkpoints does not import what they need.
   checkpoints = sys.modules.get('dynconv_jax.training.checkpoints')
   return (*errors, checkpoints.CheckpointError) if checkpoints else errors
+
+
+def check_given(name: str) -> None:
+  """Raises ValueError for a flag of a program that is given without a value.
+
+  Args:
+    name: of the program's module, as absl has it: `sys.argv[0]`.
+  """
+  empty = [
+    f'--{flag.name}'
+    for flag in flags.FLAGS.get_key_flags_for_module(name)
+    if flag.default is None and flag.value in ('', [''])
+  ]
+  if empty:
+    raise ValueError(f'a value is missing: {", ".join(sorted(empty))}')
 
 
 def share_cpu(devices: int, batch_size: int) -> None:
@@ -97,6 +115,19 @@ def keep_memory() -> None:
     mallopt(parameter, value)
 
 
+def show_unraisable(unraisable) -> None:
+  """Shows an error that nobody catches, but for one that is raised as well.
+
+  Where an array of a checkpoint cannot be written, TensorStore's threads find
+  that nobody waits for the others.
+
+  Args:
+    unraisable: as `sys.unraisablehook` has it.
+  """
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a program; an error of the user's ends it with status 1 and a line."""
 
@@ -104,12 +135,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(is_wanted)
     try:
+      check_given(argv[0])
       main(argv)
-    except user_errors() as error:
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(128 + signal.SIGINT)
+    except (*user_errors(), RuntimeError) as error:
+      # pathlib has no error of its own for a '~' that leads nowhere.
+      homeless = 'home directory' in str(error)
       # At --verbosity=1 and above the traceback is shown too.
-      if logging.get_verbosity() > logging.INFO:
+      if logging.get_verbosity() > logging.INFO or not (
+        homeless or isinstance(error, user_errors())
+      ):
         raise
-      print(f'error: {error}', file=sys.stderr)
+      advice = ' Set HOME, or give paths without ~' if homeless else ''
+      print(f'error: {error}{advice}', file=sys.stderr)
       sys.exit(1)
 
+  sys.unraisablehook = show_unraisable
+  # Names of files may be no text.
+  for stream in (sys.stdout, sys.stderr):
+    stream.reconfigure(errors='backslashreplace')
   app.run(guarded)

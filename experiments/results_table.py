@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import check_folder, write_atomic
 from dynconv_jax.plotting.results import read_results
 
 
@@ -19,7 +19,11 @@ def check_table(path: str | os.PathLike) -> None:
   Raises:
     ValueError, OSError: as `write_result`.
   """
-  _read(pathlib.Path(path))
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise ValueError(f'{path} is a folder; name a CSV file, which may be in it')
+  check_folder(path.parent)
+  _read(path)
 
 
 def write_result(path: str | os.PathLike, row: Mapping[str, Any]) -> None:

@@ -79,7 +79,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import locked, write_atomic
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
 from dynconv_jax.training import inputs
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
   runs = _check(results, root)
   check_table(table)
   try:
-    with processes.locked(root) as lock:
+    with locked(root, 'a sweep') as lock:
       failures = _train(runs, root, table, lock)
       if _LATENCY_BATCH_SIZE.value:
         failures |= _measure(runs, root, table, lock)
@@ -172,6 +172,8 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
     errors.append(
       f'results must be a folder, in which {_TABLE} is written; got {results}'
     )
+  if results.exists() and not results.is_dir():
+    errors.append(f'results must be a folder; {results} is a file')
   try:
     runs = make_runs(config_flags.values(), _GRID.value)
   except ValueError as error:

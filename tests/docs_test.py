@@ -8,7 +8,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dynconv_jax'
-HELPERS = {'checks', 'extras', 'files', 'options', 'references'}
+HELPERS = {'checks', 'extras', 'files', 'native', 'options', 'references'}
 PAGES = [*ROOT.glob('docs/*.md'), *ROOT.glob('results/**/*.md')]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import dm_pix as pix
 import jax
@@ -15,10 +16,15 @@ from dynconv_jax.data.decode import MAX_IMAGE_SIZE
 
 CROPS = ('resized', 'pad', 'none')
 
-# Per-channel statistics of ImageNet's training images scaled to [0, 1]: what
-# published weights expect.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+# Mean and deviation of each channel, of images scaled to [0, 1], as published
+# weights expect them. ImageNet's statistics are those of PyTorch's weights;
+# TensorFlow's weights take (x - 127) / 128 (efficientnet_lite_builder.py).
+NORMALIZATIONS = {
+  'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  'inception': ((127 / 255,) * 3, (128 / 255,) * 3),
+}
+# Of a run that starts from no weights.
+NORMALIZATIONS['auto'] = NORMALIZATIONS['imagenet']
 
 # Zhong et al., 'Random Erasing Data Augmentation' (AAAI 2020), section 4.
 _ERASED_AREA = (0.02, 0.33)
@@ -99,23 +105,30 @@ class Augmentation:
       raise ValueError('; '.join(errors))
 
 
-def normalize(images: jax.Array | np.ndarray) -> jax.Array:
-  """Returns float32[..., 3] with ImageNet's mean taken off, over its deviation.
+def normalize(
+  images: jax.Array | np.ndarray, normalization: str = 'imagenet'
+) -> jax.Array:
+  """Returns float32[..., 3] with the mean taken off, over the deviation.
 
   Args:
     images: [..., 3], uint8 in 0 ... 255 or float in [0, 1].
+    normalization: one of NORMALIZATIONS.
   """
-  mean, std = jnp.array(MEAN), jnp.array(STD)
+  mean, std = map(jnp.array, NORMALIZATIONS[normalization])
   return (_to_float(jnp.asarray(images)) - mean) / std
 
 
-def denormalize(images: jax.Array) -> jax.Array:
+def denormalize(
+  images: jax.Array, normalization: str = 'imagenet'
+) -> jax.Array:
   """Returns uint8[..., 3], what `normalize` was given, to look at.
 
   Args:
     images: float32[..., 3], normalized.
+    normalization: one of NORMALIZATIONS.
   """
-  images = images * jnp.array(STD) + jnp.array(MEAN)
+  mean, std = map(jnp.array, NORMALIZATIONS[normalization])
+  images = images * std + mean
   return jnp.round(jnp.clip(images, 0, 1) * 255).astype(jnp.uint8)
 
 
@@ -126,11 +139,13 @@ def augment(
   *,
   augmentation: Augmentation,
   num_classes: int,
+  place: Callable[[jax.Array], jax.Array] | None = None,
+  normalization: str = 'imagenet',
 ) -> dict[str, jax.Array]:
   """Returns a training batch: all of the augmentation but the resized crop.
 
   Pure and shape-static: call it under jit. The order is padded crop, flip,
-  color jitter, normalization, erasing, mixup or cutmix.
+  color jitter, `place`, normalization, erasing, mixup or cutmix.
 
   Args:
     key: the batch's random key.
@@ -138,6 +153,8 @@ def augment(
     labels: int[N].
     augmentation: what to do.
     num_classes: length of the label vectors.
+    place: puts photographs, float32 in [0, 1], into larger images.
+    normalization: one of NORMALIZATIONS.
 
   Returns:
     'image': float32[N, S, S, 3], normalized; 'label': float32[N, num_classes],
@@ -156,7 +173,9 @@ def augment(
     images = jax.vmap(_jitter, (0, 0, None))(
       jax.random.split(keys['color'], n), images, augmentation.color_jitter
     )
-  images = normalize(images)
+  if place is not None:
+    images = place(images)
+  images = normalize(images, normalization)
   if augmentation.random_erasing:
     erased = _erased(keys['erase'], images.shape, augmentation.random_erasing)
     images = jnp.where(erased[..., None], 0.0, images)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from absl import flags, logging
 
 from dynconv_jax import extras
 from dynconv_jax.data import augment, decode
+from dynconv_jax.data import scenes as scenes_lib
 
 extras.require('train', 'grain')
 
@@ -40,6 +41,8 @@ class TrainBatches:
     image_size: int,
     batch_size: int,
     augmentation: augment.Augmentation | None = None,
+    scenes: scenes_lib.Scenes | None = None,
+    normalization: str = 'imagenet',
     seed: int = 0,
     cache: str = 'none',
     cache_size: int | None = None,
@@ -54,6 +57,10 @@ class TrainBatches:
       image_size: side of the images, in pixels.
       batch_size: images a batch, over all devices.
       augmentation: how to vary the images; None: `Augmentation()`.
+      scenes: the scenes to put the images into, once they are cropped, flipped
+        and their color is changed; erasing, mixup and cutmix see scenes. None:
+        images fill the network's input.
+      normalization: one of `augment.NORMALIZATIONS`.
       seed: of order and augmentation.
       cache: 'none' decodes every image anew, on the host; 'device' decodes
         once into device memory and crops there.
@@ -74,6 +81,8 @@ class TrainBatches:
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     augmentation = augmentation or augment.Augmentation()
     resized = augmentation.crop == 'resized'
+    name = 'object_size' if scenes else 'image_size'
+    size = scenes.crop_size if scenes else image_size
     largest = decode.MAX_IMAGE_SIZE
     _require(
       (
@@ -82,8 +91,8 @@ class TrainBatches:
       ),
       (0 <= seed < 2**63, f'seed must be in [0, 2**63); got {seed}'),
       (
-        augmentation.crop != 'pad' or augmentation.crop_padding < image_size,
-        f'crop_padding must be less than image_size, {image_size}; got '
+        augmentation.crop != 'pad' or augmentation.crop_padding < size,
+        f'crop_padding must be less than {name}, {size}; got '
         f'{augmentation.crop_padding}',
       ),
       (
@@ -92,9 +101,9 @@ class TrainBatches:
         f'{cache}, crop={augmentation.crop}',
       ),
       (
-        cache_size is None or image_size <= cache_size <= largest,
-        f'cache_size must be in [{image_size}, {largest}], from image_size on; '
-        f'got {cache_size}',
+        cache_size is None or size <= cache_size <= largest,
+        f'cache_size must be in [{size}, {largest}], from {name} on; got '
+        f'{cache_size}',
       ),
     )
 
@@ -102,10 +111,17 @@ class TrainBatches:
     self.skipped: list[str] = []
     self._order = readers.EpochOrder(len(source), batch_size, seed)
     self.steps_per_epoch = self._order.steps_per_epoch
-    self._image_size = image_size
+    self._crop_size = size
     self._augmentation = augmentation
     self._static = dict(
-      augmentation=augmentation, num_classes=len(source.class_names)
+      augmentation=augmentation,
+      num_classes=len(source.class_names),
+      normalization=normalization,
+      scenes=scenes,
+      image_size=image_size,
+    )
+    self._scene_reader = readers.scene_reader(
+      scenes, source, scenes_lib.training_seed(seed), skip_corrupt
     )
     self._key = jax.random.key(seed)
     self._num_workers = num_workers
@@ -167,9 +183,10 @@ class TrainBatches:
     read = readers.TrainReader(
       source,
       self._order,
-      self._image_size,
+      self._crop_size,
       self._augmentation,
       self._skip_corrupt,
+      self._scene_reader,
     )
     finish = _compile(_finish, self._sharding, **self._static)
 
@@ -179,17 +196,14 @@ class TrainBatches:
           readers.train_batches(read, int(step)), self._num_workers
         )
       batch = next(self._host)
-      _note_skipped(self.skipped, batch['skipped'])
-      images, labels = batch['image'], batch['label']
-      return finish(
-        self._key, step, *jax.device_put((images, labels), self._sharding)
-      )
+      _note_skipped(self.skipped, batch.pop('skipped'))
+      return finish(self._key, step, jax.device_put(batch, self._sharding))
 
     return feed
 
   def _cached_feed(self, source, cache_size: int | None):
     """Returns the function from a step to its batch, cut from the cache."""
-    size, augmentation = self._image_size, self._augmentation
+    size, augmentation = self._crop_size, self._augmentation
     resized = augmentation.crop == 'resized'
     decoded = device_cache.decode_all(
       source,
@@ -205,14 +219,23 @@ class TrainBatches:
       (decoded.image, decoded.label, decoded.aspect),
       _replicated(self._sharding),
     )
-    draw = _compile(_draw, self._sharding, image_size=size, **self._static)
+    backgrounds = None
+    if self._scene_reader:
+      backgrounds = device_cache.decode_all(
+        source, scenes_lib.BACKGROUND_SIZE, skip_corrupt=self._skip_corrupt
+      ).image
+    draw = _compile(_draw, self._sharding, crop_size=size, **self._static)
 
     def feed(step):
       candidates = self._order.candidates(step)
       indices = candidates[good[candidates]][: self._order.batch_size]
       readers.check_full(len(indices), self._order)
-      indices = jax.device_put(indices.astype(np.int32), self._sharding)
-      return draw(self._key, step, cache, indices)
+      batch = {'index': indices.astype(np.int32)}
+      if self._scene_reader:
+        epoch = int(step) // self.steps_per_epoch
+        batch |= self._scene_reader.take(indices, epoch, backgrounds, good)
+      batch = jax.device_put(batch, self._sharding)
+      return draw(self._key, step, cache, batch)
 
     return feed
 
@@ -221,7 +244,7 @@ class EvalBatches:
   """Every example once, in order; the last batch padded. Iterate it again.
 
   Attributes:
-    num_examples: length of the source.
+    num_examples: over all batches.
     skipped: names of the corrupt images met so far.
   """
 
@@ -232,6 +255,9 @@ class EvalBatches:
     image_size: int,
     batch_size: int,
     resize_ratio: float = decode.RESIZE_RATIO,
+    scenes: scenes_lib.Scenes | None = None,
+    indices: Sequence[int] | None = None,
+    normalization: str = 'imagenet',
     cache: str = 'none',
     num_workers: int = 0,
     skip_corrupt: bool = False,
@@ -245,6 +271,10 @@ class EvalBatches:
       batch_size: images a batch, over all devices.
       resize_ratio: short side of the resized image over `image_size`; the
         center is kept.
+      scenes: the scenes to put the images into; None: images fill the
+        network's input.
+      indices: the examples to give, in this order; None: all.
+      normalization: one of `augment.NORMALIZATIONS`.
       cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
         device memory.
       num_workers: see `TrainBatches`; processes start anew at each pass,
@@ -257,24 +287,37 @@ class EvalBatches:
       ValueError: an argument.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
-    decode.evaluation_box(1, 1, image_size, resize_ratio)  # raises
+    size = scenes.crop_size if scenes else image_size
+    decode.evaluation_box(1, 1, size, resize_ratio)  # raises
+    self._indices = range(len(source)) if indices is None else indices
+    self.num_examples = len(self._indices)
     if cache == 'device':
-      device_cache.check_memory((len(source), image_size, image_size, 3))
-    self.num_examples = len(source)
+      device_cache.check_memory((self.num_examples, image_size, image_size, 3))
     self.skipped: list[str] = []
     self._batch_size = batch_size
     self._num_workers = num_workers
     self._sharding = sharding
     self._source = source
-    self._read = readers.ExampleReader(
-      image_size,
-      readers.fitted_box(image_size, resize_ratio),
-      skip_corrupt,
-      mask_ratio=resize_ratio,
+    self._read = readers.EvalReader(
+      source,
+      readers.ExampleReader(
+        size,
+        readers.fitted_box(size, resize_ratio),
+        skip_corrupt,
+        mask_ratio=None if scenes else resize_ratio,
+      ),
+      readers.scene_reader(
+        scenes, source, scenes_lib.EVALUATION_SEED, skip_corrupt
+      ),
+    )
+    self._compose = scenes and _compile(
+      scenes_lib.compose_batch, sharding, scenes=scenes, image_size=image_size
     )
     self._keep = cache == 'device'
     self._kept: list[dict[str, jax.Array]] | None = None
-    self._normalize = _compile(augment.normalize, sharding)
+    self._normalize = _compile(
+      augment.normalize, sharding, normalization=normalization
+    )
 
   @property
   def num_skipped(self) -> int:
@@ -289,7 +332,8 @@ class EvalBatches:
 
     'image': float32[N, S, S, 3], normalized; 'label': int32[N]; 'weight':
     float32[N], 1 for an example, 0 for padding and for a corrupt image;
-    'object_mask': bool[N, S, S], in the image's geometry, if the source has it.
+    'object_mask': bool[N, S, S], in the image's geometry: of the photograph in
+    its scene, else if the source has it.
     """
     for batch in self._uint8_batches():
       yield {**batch, 'image': self._normalize(batch['image'])}
@@ -301,7 +345,7 @@ class EvalBatches:
     kept = []
     size = self._batch_size
     host = readers.read_ahead(
-      readers.eval_batches(self._source, self._read, size), self._num_workers
+      readers.eval_batches(self._read, self._indices, size), self._num_workers
     )
     try:
       for number, batch in enumerate(host):
@@ -309,11 +353,14 @@ class EvalBatches:
         _note_skipped(
           self.skipped,
           (
-            self._source[i]['name'] for i in weightless if i < len(self._source)
+            self._source[self._indices[i]]['name']
+            for i in weightless
+            if i < self.num_examples
           ),
         )
-        del batch['aspect']
         batch = jax.device_put(batch, self._sharding)
+        if self._compose:
+          batch = self._compose(batch)
         if self._keep:
           kept.append(batch)
         yield batch
@@ -323,29 +370,31 @@ class EvalBatches:
       self._kept = kept
 
 
-def _draw(key, step, cache, indices, *, image_size, augmentation, num_classes):
+def _draw(key, step, cache, batch, *, crop_size, augmentation, **static):
   """Returns the batch of a step from the device cache."""
-  crop_key, key = jax.random.split(jax.random.fold_in(key, step))
-  images, labels, aspects = (array[indices] for array in cache)
+  crop_key, _ = jax.random.split(jax.random.fold_in(key, step))
+  index = batch.pop('index')
+  images, labels, aspects = (array[index] for array in cache)
   if augmentation.crop == 'resized':
     images = device_cache.random_crops(
       crop_key,
       images,
       aspects,
-      image_size=image_size,
+      image_size=crop_size,
       augmentation=augmentation,
     )
-  return augment.augment(
-    key, images, labels, augmentation=augmentation, num_classes=num_classes
-  )
+  batch |= {'image': images, 'label': labels}
+  return _finish(key, step, batch, augmentation=augmentation, **static)
 
 
-def _finish(key, step, images, labels, *, augmentation, num_classes):
-  """Returns the batch of a step from images that the host has cropped."""
+def _finish(key, step, batch, *, scenes, image_size, **static):
+  """Returns the batch of a step from cropped images and parts of scenes."""
   _, key = jax.random.split(jax.random.fold_in(key, step))
-  return augment.augment(
-    key, images, labels, augmentation=augmentation, num_classes=num_classes
+  images, labels = batch.pop('image'), batch.pop('label')
+  place = scenes and functools.partial(
+    scenes.compose, **batch, image_size=image_size
   )
+  return augment.augment(key, images, labels, place=place, **static)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
-from dynconv_jax.data import augment, decode
+from dynconv_jax.data import augment, decode, scenes
 
 # Pixels that the JPEG decoder leaves for each pixel of a training image.
 REDUCING_GAP = 2.0
@@ -110,8 +110,10 @@ class TrainReader:
   image_size: int
   augmentation: augment.Augmentation
   skip_corrupt: bool
+  scene_reader: scenes.SceneReader | None = None
 
   def __call__(self, step: int) -> dict:
+    epoch = step // self.order.steps_per_epoch
     uniform = self.order.rng(step).random((self.order.batch_size, 4))
     rows, skipped = [], []
     for index in self.order.candidates(step):
@@ -129,14 +131,43 @@ class TrainReader:
       if not row['weight']:
         skipped.append(example['name'])
         continue
+      if self.scene_reader is not None:
+        row |= self.scene_reader(index, epoch)
       rows.append(row)
       if len(rows) == self.order.batch_size:
         break
     check_full(len(rows), self.order)
-    batch = {
-      key: np.stack([r[key] for r in rows]) for key in ('image', 'label')
-    }
+    keys = rows[0].keys() - {'weight', 'aspect'}
+    batch = {key: np.stack([r[key] for r in rows]) for key in keys}
     return batch | {'skipped': skipped}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalReader:
+  """Reads the example of an index, and what its scene is made of."""
+
+  source: object
+  read: ExampleReader
+  scene_reader: scenes.SceneReader | None = None
+
+  def __call__(self, index: int) -> dict:
+    row = self.read(self.source[index])
+    del row['aspect']
+    if self.scene_reader is not None:
+      row |= self.scene_reader(index)
+    return row
+
+
+def scene_reader(
+  sizes: scenes.Scenes | None, source, seed: tuple[int, ...], skip_corrupt: bool
+) -> scenes.SceneReader | None:
+  """Returns the reader of what scenes are made of, or None without scenes."""
+  if sizes is None:
+    return None
+  read = ExampleReader(
+    scenes.BACKGROUND_SIZE, decode.whole_image, skip_corrupt, REDUCING_GAP
+  )
+  return scenes.SceneReader(sizes, source, read, seed)
 
 
 def fitted_box(image_size: int, resize_ratio: float = 1.0):
@@ -152,13 +183,13 @@ def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
 
 
 def eval_batches(
-  source, reader: ExampleReader, batch_size: int
+  reader: EvalReader, indices: Sequence[int], batch_size: int
 ) -> grain.MapDataset:
-  """Returns every example once, in batches; the last is padded with zeros."""
+  """Returns these examples, in batches; the last is padded with zeros."""
   pad = functools.partial(
     grain.experimental.batch_and_pad, batch_size=batch_size
   )
-  rows = grain.MapDataset.source(source).map(reader)
+  rows = grain.MapDataset.source(indices).map(reader)
   return rows.batch(batch_size, batch_fn=pad)
 
 

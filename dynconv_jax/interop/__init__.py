@@ -1,7 +1,7 @@
 """Weights in and out of PyTorch, by the names of published checkpoints."""
 
 from dynconv_jax.interop.files import read_state_dict, write_safetensors
-from dynconv_jax.interop.mobilenet import check_source
+from dynconv_jax.interop.mobilenet import check_source, source_normalization
 from dynconv_jax.interop.pretrained import check_pretrained, find_pretrained
 from dynconv_jax.interop.state_dict import (
   load_pretrained,
@@ -18,6 +18,7 @@ __all__ = [
   'load_torch_state_dict',
   'num_classes',
   'read_state_dict',
+  'source_normalization',
   'to_torch_state_dict',
   'write_safetensors',
 ]

@@ -6,6 +6,7 @@ import argparse
 import os
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,7 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
       f'reading {path} needs PyTorch: pip install '
       "'dynconv-jax[torch]' installs it. A .safetensors file needs none"
     ) from error
+  _check_sums(path)
   # Training scripts keep their arguments; a Namespace runs no code.
   allowed = torch.serialization.safe_globals([argparse.Namespace])
   try:
@@ -96,6 +98,26 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
       f'{type(loaded).__name__}'
     )
   return loaded
+
+
+def _check_sums(path: pathlib.Path) -> None:
+  """Raises ValueError where a part of a zip differs from its checksum.
+
+  PyTorch does not look at them. Files of before its version 1.6 have none.
+  """
+  if not zipfile.is_zipfile(path):
+    return
+  try:
+    with zipfile.ZipFile(path) as archive:
+      damaged = archive.testzip()
+  # What a damaged file surfaces as depends on where it is damaged.
+  except (NotImplementedError, OSError, RuntimeError, zipfile.BadZipFile) as e:
+    raise ValueError(f'cannot read {path}: {e}') from e
+  if damaged:
+    raise ValueError(
+      f'{path} is damaged: {damaged} differs from its checksum. Get the file '
+      'anew (one saved without checksums can be loaded and saved by PyTorch)'
+    )
 
 
 def write_safetensors(

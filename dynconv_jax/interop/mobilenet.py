@@ -129,20 +129,15 @@ def source_padding(source: str) -> str | None:
   return None
 
 
-def source_normalization(
-  source: str,
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-  """Returns (mean, std) of the images that weights were trained on, or None.
+def source_normalization(source: str) -> str | None:
+  """Returns which normalization of images weights expect, or None.
 
   Args:
     source: as in `source_padding`.
   """
-  padding = source_padding(source)
-  if padding is None:
-    return None
-  if padding == 'same':  # efficientnet_lite_builder.py, of images in [0, 1].
-    return (127 / 255,) * 3, (128 / 255,) * 3
-  return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+  return {'same': 'inception', 'symmetric': 'imagenet'}.get(
+    source_padding(source)
+  )
 
 
 def check_source(model: MobileNet, source: str) -> None:

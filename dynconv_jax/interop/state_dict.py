@@ -39,8 +39,9 @@ def load_torch_state_dict(
       and an optimizer's state beside it.
 
   Raises:
-    ValueError: names every entry that is missing, unexpected, of another shape
-      or not of floating point.
+    ValueError: names every entry that is missing, unexpected, of another shape,
+      not of floating point or without values, that holds NaN or infinity, and
+      every negative variance.
   """
   match = _match(model, state_dict)
   match.check(_hint(match))
@@ -197,6 +198,8 @@ def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
       misfits[name] = f'is {shape}, not {weight.shape}'
     elif not _is_floating(found[name]):
       misfits[name] = f'is {found[name].dtype}, not of floating point'
+    elif wrong := _wrong_values(name, found[name], weight):
+      misfits[name] = wrong
     else:
       arrays[name] = found[name]
   return _Match(
@@ -252,6 +255,22 @@ def _is_floating(array: Any) -> bool:
   if hasattr(array, 'is_floating_point'):  # PyTorch's.
     return array.is_floating_point()
   return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _wrong_values(name: str, array: Any, weight: names_lib.Weight) -> str:
+  """Returns what is wrong with the values of an entry, or ''."""
+  try:
+    with np.errstate(over='ignore'):  # Too large for the network: infinity.
+      values = _to_numpy(array).astype(weight.dtype)
+  # PyTorch's tensors of another layout, or on its device `meta`.
+  except (NotImplementedError, RuntimeError, TypeError) as error:
+    return f'has no values that can be read ({str(error).splitlines()[0]})'
+  finite = np.isfinite(values)
+  if not finite.all():
+    return f'holds NaN or infinity ({(~finite).sum()} of {finite.size} values)'
+  if name.endswith('.running_var') and (values < 0).any():
+    return f'is negative ({(values < 0).sum()} of {values.size} variances)'
+  return ''
 
 
 def _to_numpy(array: Any) -> np.ndarray:

@@ -10,22 +10,24 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from dynconv_jax.layers.depthwise import depthwise
+
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-  """Convolves like `lax.conv_general_dilated`, quickly on small maps on a CPU.
+  """Convolves like `lax.conv_general_dilated`, quickly on a CPU.
 
-  XLA's CPU backend runs a convolution in a naive loop where the map is smaller
-  than the kernel, in the forward pass or in the input's gradient; im2col and
-  one GEMM are far quicker there. One of a single feature, as in mask units, is
-  slow on any map; one GEMM that gives the products of all taps is quicker. Such
-  convolutions are written both ways with `lax.platform_dependent`; other
+  XLA's CPU backend is slow at four kinds of convolutions, which are computed
+  otherwise there: 1x1 ones, whose gradients above all are several times slower
+  than a matrix product's; depthwise ones, see `depthwise`; those of maps
+  smaller than the kernel, by im2col and one product; and those of a single
+  feature, as in mask units, by one product that gives all taps. Other
   platforms, and MAC counters, see the plain convolution.
 
   Args:
     x: float[N, H, W, C].
     kernel: float[k, k, C, features].
     strides: one integer a spatial dimension.
-    padding: ((low, high), (low, high)).
+    padding: ((low, high), (low, high)), or 'SAME' or 'VALID'.
     **kwargs: those of `lax.conv_general_dilated`.
 
   Returns:
@@ -35,24 +37,39 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     padding = lax.padtype_to_pads(
       x.shape[1:3], kernel.shape[:2], strides, padding
     )
+  padding = tuple(map(tuple, padding))
   plain = functools.partial(
     lax.conv_general_dilated, window_strides=strides, padding=padding, **kwargs
   )
+  groups = kwargs.get('feature_group_count', 1)
+  dilations = (
+    kwargs.get(f'{side}_dilation') or (1,) for side in ('lhs', 'rhs')
+  )
+  if any(step != 1 for dilation in dilations for step in dilation):
+    return plain(x, kernel)
+  k, also_k, depth, features = kernel.shape
+  if (
+    depth == 1
+    and groups == features > 1
+    and k == also_k
+    and (strides[0] == strides[1])
+  ):
+    return depthwise(x, kernel, strides[0], padding)
   size = [
     (extent + low + high - k) // stride + 1
     for extent, k, stride, (low, high) in zip(
       x.shape[1:3], kernel.shape[:2], strides, padding, strict=True
     )
   ]
-  large = all(n >= k for n, k in zip(size, kernel.shape[:2], strict=True))
-  dilations = (
-    kwargs.get(f'{side}_dilation') or (1,) for side in ('lhs', 'rhs')
-  )
-  ordinary = kwargs.get('feature_group_count', 1) == 1 and all(
-    step == 1 for dilation in dilations for step in dilation
-  )
-  single = kernel.shape[-1] == 1 and max(kernel.shape[:2]) > 1
-  if not ordinary or (large and not single):
+  if groups > 1:
+    return plain(x, kernel)
+  if kernel.shape[:2] == (1, 1) and not any(map(any, padding)):
+    fast = _im2col
+  elif kernel.shape[-1] == 1:
+    fast = _taps
+  elif any(n < k for n, k in zip(size, kernel.shape[:2], strict=True)):
+    fast = _im2col
+  else:
     return plain(x, kernel)
   matmul = functools.partial(
     jnp.matmul, preferred_element_type=kwargs.get('preferred_element_type')
@@ -61,18 +78,15 @@ def conv_general_dilated(x, kernel, strides, padding, **kwargs):
     x,
     kernel,
     cpu=functools.partial(
-      _taps if single else _im2col,
-      strides=strides,
-      padding=padding,
-      size=size,
-      matmul=matmul,
+      fast, strides=strides, padding=padding, size=size, matmul=matmul
     ),
     default=plain,
   )
 
 
 def _im2col(x, kernel, strides, padding, size, matmul):
-  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  if any(map(any, padding)):
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   (sh, sw), (h, w) = strides, size
   columns = [
     x[:, i : i + (h - 1) * sh + 1 : sh, j : j + (w - 1) * sw + 1 : sw]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+
+from dynconv_jax.layers import training_kernels as kernels
 
 ACTIVATIONS = {
   None: lambda x: x,
@@ -14,6 +19,8 @@ ACTIVATIONS = {
   'silu': nnx.silu,
   'gelu': nnx.gelu,
 }
+# Their numbers in kernels/batch_norm.h.
+_NUMBERS = {None: 0, 'relu': 1, 'relu6': 2}
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -56,20 +63,116 @@ class BatchNorm(nnx.BatchNorm):
     """Returns x, float[N, H, W, C], normalized by channel and activated."""
     if use_running_average is None:
       use_running_average = self.use_running_average
-    y = x.astype(jnp.float32)
+    y, scale, bias = x.astype(jnp.float32), self.scale[...], self.bias[...]
     if use_running_average:
       mean, var = self.mean[...], self.var[...]
+      y = _normalize(y, scale, bias, mean, var, self.epsilon, self.activation)
     else:
-      mean = jnp.mean(y, axis=(0, 1, 2))
-      var = jnp.mean(jnp.square(y - mean), axis=(0, 1, 2))
+      y, mean, var = _batch_norm(y, scale, bias, self.epsilon, self.activation)
       count = x.size // x.shape[-1]
       unbiased = var * (count / max(count - 1, 1))
       self.mean[...] = self._moved(self.mean[...], mean)
       self.var[...] = self._moved(self.var[...], unbiased)
-    scale = self.scale[...] * lax.rsqrt(var + self.epsilon)
-    y = ((y - mean) * scale + self.bias[...]).astype(x.dtype)
-    return ACTIVATIONS[self.activation](y)
+    return y.astype(x.dtype)
 
   def _moved(self, old: jax.Array, new: jax.Array) -> jax.Array:
     new = lax.stop_gradient(new)
     return self.momentum * old + (1 - self.momentum) * new
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _batch_norm(x, scale, bias, epsilon, activation):
+  """Returns what is normalized and activated, and the batch's statistics.
+
+  Statistics have no gradient of their own.
+
+  Args:
+    x: float32[N, ..., C].
+    scale: float32[C].
+    bias: float32[C].
+    epsilon: is added to the variance.
+    activation: a key of ACTIVATIONS.
+
+  Returns:
+    y: float32[N, ..., C].
+    mean, var: float32[C]; the variance is the biased one.
+  """
+
+  def fast(x):
+    return kernels.call(
+      'moments',
+      [(x.shape[-1],)] * 2,
+      _rows(x),
+      rule='nrc->c,c',
+      combine=_pooled,
+    )
+
+  mean, var = kernels.choose(fast, _moments, x)
+  return _normalize(x, scale, bias, mean, var, epsilon, activation), mean, var
+
+
+def _forward(x, scale, bias, epsilon, activation):
+  y, mean, var = _batch_norm(x, scale, bias, epsilon, activation)
+  return (y, mean, var), (x, scale, bias, mean, var)
+
+
+def _backward(epsilon, activation, residuals, grads):
+  def plain(x, scale, bias, mean, var, grad):
+    del mean, var
+
+    def normalized(x, scale, bias):
+      mean, var = _moments(x)
+      return _normalize(x, scale, bias, mean, var, epsilon, activation)
+
+    return jax.vjp(normalized, x, scale, bias)[1](grad)
+
+  def fast(x, scale, bias, mean, var, grad):
+    inverse = lax.rsqrt(var + epsilon)
+    slope = scale * inverse
+    total, product = kernels.call(
+      'batch_norm_sums',
+      [scale.shape] * 2,
+      *(_rows(x), _rows(grad), mean, slope, bias),
+      rule='nrc,nrc,c,c,c->c,c',
+      combine=lax.psum,
+      activation=np.int64(_NUMBERS[activation]),
+    )
+    activate = functools.partial(_affine, activation=activation)
+    _, pullback = jax.vjp(lambda d: activate(d, slope, bias), x - mean)
+    count = x.size // x.shape[-1]
+    # The pullback includes the slope.
+    of_x = pullback(grad)[0] - slope / count * (
+      total + (x - mean) * (inverse**2 * product)
+    )
+    return of_x, product * inverse, total
+
+  fast = fast if activation in _NUMBERS else plain
+  return kernels.choose(fast, plain, *residuals, grads[0])
+
+
+_batch_norm.defvjp(_forward, _backward)
+
+
+def _moments(x):
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axis=axes)
+  return [mean, jnp.mean(jnp.square(x - mean), axis=axes)]
+
+
+def _pooled(moments, axis):
+  """Returns mean and variance of the batch from those of equal shares."""
+  mean, var = moments
+  whole = lax.pmean(mean, axis)
+  return [whole, lax.pmean(var + jnp.square(mean - whole), axis)]
+
+
+def _normalize(x, scale, bias, mean, var, epsilon, activation):
+  return _affine(x - mean, scale * lax.rsqrt(var + epsilon), bias, activation)
+
+
+def _affine(d, slope, bias, activation):
+  return ACTIVATIONS[activation](d * slope + bias)
+
+
+def _rows(x):
+  return x.reshape(len(x), -1, x.shape[-1])

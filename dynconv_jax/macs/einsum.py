@@ -8,11 +8,15 @@ from collections.abc import Sequence
 from dynconv_jax.macs import formulas
 
 # A letter, or a negative number for a dimension that an ellipsis stands for.
-_Label = str | int
+Label = str | int
 
 
-def work(equation: str, shapes: Sequence[Sequence[int]]) -> formulas.Work:
-  """Returns the work of an einsum whose operands meet from the left.
+def work(
+  equation: str,
+  shapes: Sequence[Sequence[int]],
+  path: Sequence[int] | None = None,
+) -> formulas.Work:
+  """Returns the work of an einsum, whose operands meet two by two.
 
   Two operands are a matrix product: outputs times what is contracted, so an
   outer product is one multiply-accumulate an output. A label that one operand
@@ -21,8 +25,16 @@ def work(equation: str, shapes: Sequence[Sequence[int]]) -> formulas.Work:
   Args:
     equation: such as 'ij,jk->ik'; without '->' as in NumPy; '...' broadcasts.
     shapes: of the operands.
+    path: positions of the operands that meet, pair after pair, as PyTorch
+      writes it; their result is then last. None: from the left.
   """
-  operands, kept, sizes = _parse(equation, shapes)
+  labels, result, sizes = parse(equation, shapes)
+  # What is broadcast along a label does not have it.
+  operands = [
+    {k for k, size in zip(names, shape, strict=True) if size == sizes[k]}
+    for names, shape in zip(labels, shapes, strict=True)
+  ]
+  kept = set(result)
 
   def count(labels) -> int:
     return math.prod(sizes[label] for label in labels)
@@ -30,40 +42,39 @@ def work(equation: str, shapes: Sequence[Sequence[int]]) -> formulas.Work:
   def summed(labels, needed) -> formulas.Work:
     return formulas.reduction(count(labels), count(labels & needed))
 
-  left, *others = operands
-  if not others:
-    return summed(left, kept)
-  done = formulas.elementwise(0)
-  for index, right in enumerate(others):
-    needed = kept.union(*others[index + 1 :])
+  if len(operands) == 1:
+    return summed(operands[0], kept)
+  done, rest = formulas.elementwise(0), list(path or ())
+  while len(operands) > 1:
+    first, second = sorted(rest[:2]) if rest else (0, 1)
+    del rest[:2]
+    right, left = operands.pop(second), operands.pop(first)
+    needed = kept.union(*operands)
     done += summed(left, right | needed) + summed(right, left | needed)
     left, right = left & (right | needed), right & (left | needed)
     outputs = (left | right) & needed
     done += formulas.matmul(count(outputs), count((left & right) - needed), 1)
-    left = outputs
+    operands.insert(len(operands) if path else 0, outputs)
   return done
 
 
-def _parse(
+def parse(
   equation: str, shapes: Sequence[Sequence[int]]
-) -> tuple[list[set[_Label]], set[_Label], dict[_Label, int]]:
+) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
   """Returns the labels of each operand and of the result, and their sizes."""
   terms, arrow, result = equation.replace(' ', '').partition('->')
-  labels, sizes = [], {}
+  sizes: dict[Label, int] = {}
+  operands = []
   for term, shape in zip(terms.split(','), shapes, strict=True):
     before, dots, after = term.partition('...')
     covered = len(shape) - len(before) - len(after) if dots else 0
-    labels.append([*before, *range(-covered, 0), *after])
-    for label, size in zip(labels[-1], shape, strict=True):
+    operands.append([*before, *range(-covered, 0), *after])
+    for label, size in zip(operands[-1], shape, strict=True):
       sizes[label] = max(size, sizes.get(label, 1))
-  # What is broadcast along a label does not have it.
-  operands = [
-    {k for k, size in zip(names, shape, strict=True) if size == sizes[k]}
-    for names, shape in zip(labels, shapes, strict=True)
-  ]
-  covered = {label for label in sizes if isinstance(label, int)}
+  covered = sorted(label for label in sizes if isinstance(label, int))
   if arrow:
-    letters = set(result) - {'.'}
-    return operands, letters | (covered if '...' in result else set()), sizes
-  once = {x for x in set(terms) - set(',.') if terms.count(x) == 1}
-  return operands, covered | once, sizes
+    before, dots, after = result.partition('...')
+    return operands, [*before, *(covered if dots else ()), *after], sizes
+  letters = sorted(set(terms) - set(',.'))
+  once = [letter for letter in letters if terms.count(letter) == 1]
+  return operands, [*covered, *once], sizes

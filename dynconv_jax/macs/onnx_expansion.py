@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
@@ -110,3 +110,29 @@ class Expansion:
     """Says what shape a further output has."""
     if len(self.outputs) > index and self.outputs[index]:
       self.value(shape, out=self.outputs[index])
+
+  def summed(self, name: str, index: int) -> str:
+    """Returns a value plus an input, if the node has it."""
+    return (
+      self.add('Add', name, self.inputs[index]) if self.has(index) else name
+    )
+
+  def activated(self, name: str) -> str:
+    """Returns a value after the node's activation, if it has one."""
+    kind = self.params.get('activation', b'').decode()
+    kind = 'Swish' if kind == 'Silu' else kind
+    return self.add(kind, name) if kind and kind != 'none' else name
+
+
+# Writes what a node stands for.
+Writer = Callable[[Expansion], None]
+
+
+def channels_first(rank: int) -> list[int]:
+  """Returns the order that puts the channels first."""
+  return [0, rank - 1, *range(1, rank - 1)]
+
+
+def channels_last(rank: int) -> list[int]:
+  """Returns the order that puts the channels last."""
+  return [0, *range(2, rank), 1]

@@ -90,6 +90,7 @@ class Counter:
     self.records: list[_Record] = []
     self.uncounted: dict[report.Uncounted, str] = {}
     self.loops: dict[str, None] = {}
+    self._notes: dict[str, None] = {}
     self._around = ''
     self.visited = 0
 
@@ -240,6 +241,8 @@ class Counter:
     records, self.records = self.records, before
     if not onnx_ops.is_registered(operator):
       self.records += records
+      if any(self._convention(record.work) for record in records):
+        self._notes[onnx_microsoft.note(node)] = None
       return True
     operation = onnx_ops.Operation(
       operator,
@@ -324,7 +327,7 @@ class Counter:
         parameters=sum(new.values()),
         itemsize=output.dtype.itemsize if output and output.dtype else 0,
       )
-    if note := self._constant_work():
+    for note in filter(None, (self._constant_work(), *self._notes)):
       builder.note(note)
 
   def _constant_work(self) -> str:

@@ -3,74 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from dynconv_jax.macs import einsum as einsum_work
 from dynconv_jax.macs import formulas
-
-# A letter, or a negative number for a dimension that an ellipsis stands for.
-_Label = str | int
-
-
-def _parse(
-  equation: str, tensors: Sequence[torch.Tensor]
-) -> tuple[list[list[_Label]], list[_Label], dict[_Label, int]]:
-  """Returns the labels of each operand and of the result, and their sizes."""
-  terms, arrow, result = equation.replace(' ', '').partition('->')
-  sizes: dict[_Label, int] = {}
-  operands = []
-  for term, tensor in zip(terms.split(','), tensors, strict=True):
-    before, dots, after = term.partition('...')
-    covered = tensor.dim() - len(before) - len(after) if dots else 0
-    labels = [*before, *range(-covered, 0), *after]
-    operands.append(labels)
-    for label, size in zip(labels, tensor.shape, strict=True):
-      sizes[label] = max(size, sizes.get(label, 1))
-  covered = sorted(label for label in sizes if isinstance(label, int))
-  if arrow:
-    before, dots, after = result.partition('...')
-    return operands, [*before, *(covered if dots else ()), *after], sizes
-  letters = sorted(set(terms) - set(',.'))
-  once = [letter for letter in letters if terms.count(letter) == 1]
-  return operands, [*covered, *once], sizes
 
 
 def _einsum(a) -> formulas.Work:
-  """Operands are multiplied two by two, as its path says or from the left."""
-  labels, result, sizes = _parse(a.equation, a.tensors)
-  # What is broadcast along a label does not have it.
-  operands = [
-    {k for k, size in zip(names, x.shape, strict=True) if size == sizes[k]}
-    for names, x in zip(labels, a.tensors, strict=True)
-  ]
-  kept = set(result)
-
-  def count(labels):
-    return math.prod(sizes[label] for label in labels)
-
-  def summed(labels, needed):
-    return formulas.reduction(count(labels), count(labels & needed))
-
-  if len(operands) == 1:
-    return summed(operands[0], kept)
-  work = formulas.elementwise(0)
-  path = list(a.path or ())
-  while len(operands) > 1:
-    first, second = sorted(path[:2]) if path else (0, 1)
-    del path[:2]
-    right, left = operands.pop(second), operands.pop(first)
-    needed = kept.union(*operands)
-    # A label that one operand has alone is summed before.
-    work += summed(left, right | needed) + summed(right, left | needed)
-    left, right = left & (right | needed), right & (left | needed)
-    outputs = (left | right) & needed
-    inner = (left & right) - needed
-    work += formulas.matmul(count(outputs), count(inner), 1)
-    # The result is last in a path, and first from the left.
-    operands.insert(len(operands) if a.path else 0, outputs)
-  return work
+  return einsum_work.work(a.equation, [x.shape for x in a.tensors], a.path)
 
 
 def einsum(equation: Any, *operands: Any) -> torch.Tensor:
@@ -91,7 +33,8 @@ def einsum(equation: Any, *operands: Any) -> torch.Tensor:
 
 def _outer_product(equation: str, *tensors: torch.Tensor) -> Any:
   """Returns an outer product by `matmul`; None if the einsum is none."""
-  operands, result, sizes = _parse(equation, tensors)
+  shapes = [tensor.shape for tensor in tensors]
+  operands, result, sizes = einsum_work.parse(equation, shapes)
   sides = []
   for own, other, tensor in zip(
     operands, reversed(operands), tensors, strict=True

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.layers import conv_general_dilated
+from dynconv_jax.layers import BatchNorm, conv_general_dilated
 from dynconv_jax.masks import ExecutionMask, executed_fractions
 from dynconv_jax.methods.budget import Budget, Opening, Warmup
 from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
@@ -100,6 +100,9 @@ class MaskUnit(Gate):
     strides: stride of the block: the mask has the block's output resolution.
     kernel_size: 3, or 1 for the variant of the authors' pose network.
     granularity: side of a patch, in positions of the block's output.
+    norm: whether the input is normalized by channel first, so that the noise
+      and the initial bias mean the same for any block: pretrained networks'
+      features differ in scale by orders of magnitude.
     rngs: stream `params`.
   """
 
@@ -110,9 +113,11 @@ class MaskUnit(Gate):
     strides: int,
     kernel_size: int = 3,
     granularity: int = 1,
+    norm: bool = False,
     rngs: nnx.Rngs,
   ):
     super().__init__()
+    self.norm = BatchNorm(in_features, rngs=rngs) if norm else None
     self.strides = strides
     self.granularity = granularity
     self.maskconv = Squeeze(
@@ -134,7 +139,7 @@ class MaskUnit(Gate):
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
-    logits = self.maskconv(x)
+    logits = self.maskconv(x if self.norm is None else self.norm(x))
     if self.deterministic:
       hard = (logits >= 0).astype(jnp.float32)
     else:
@@ -183,9 +188,18 @@ class Options(Budget, Warmup, Opening, Gumbel):
     "Side of DynConv's patches, in positions of a block's output: one for all "
     'stages, or one a stage.',
   )
+  mask_norm: bool = option(
+    False,
+    "Whether DynConv's mask units normalize their input by channel.",
+    before=False,
+  )
   sparsity_weight: float = option(
     10.0, "Weight of DynConv's sparsity loss.", allowed=NOT_NEGATIVE
   )
+
+
+# More than the side of a map is one patch.
+_MAX_GRANULARITY = 1024
 
 
 def stage_granularities(
@@ -201,10 +215,12 @@ def stage_granularities(
     ValueError: there are not so many, or one is not positive.
   """
   stages = 1 + max((site.stage for site in sites), default=0)
-  if len(given) not in (1, stages) or any(side < 1 for side in given):
+  if len(given) not in (1, stages) or not all(
+    1 <= side <= _MAX_GRANULARITY for side in given
+  ):
     raise ValueError(
-      f'mask_granularity must be 1 or {stages} integers >= 1, for so many '
-      f'stages; got {",".join(map(str, given))}'
+      f'mask_granularity must be 1 or {stages} integers, for so many stages, '
+      f'in [1, {_MAX_GRANULARITY}]; got {",".join(map(str, given))}'
     )
   return tuple(given) * (stages if len(given) == 1 else 1)
 
@@ -220,6 +236,7 @@ def make_gates(
     strides=site.strides,
     kernel_size=options.mask_kernel_size,
     granularity=sides[site.stage],
+    norm=options.mask_norm,
     rngs=rngs,
   )
 

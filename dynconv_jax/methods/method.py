@@ -20,7 +20,7 @@ from dynconv_jax.methods.gate import Gate, GateSite, MakeGate
 from dynconv_jax.options import NoOptions
 
 # The methods of this package, one file each, in the order of figures.
-METHODS = ('dense', 'dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
+METHODS = ('dense', 'drop', 'dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
 
 Progress = float | jax.Array
 

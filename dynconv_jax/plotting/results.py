@@ -203,6 +203,8 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
   at = _number(row, x, number, optional=True)
   if at is None:
     return None
+  if at < 0 and x.startswith(('gmacs', 'latency')):
+    raise ValueError(f'row {number}: {x} must be >= 0; got {at:g}')
   accuracy = _accuracy(row, 'accuracy', number)
   low = _accuracy(row, 'accuracy_low', number, optional=True)
   high = _accuracy(row, 'accuracy_high', number, optional=True)

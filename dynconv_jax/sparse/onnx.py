@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import export
 from jax.extend import core
 
 from dynconv_jax.checks import check_choice
@@ -32,6 +31,11 @@ from dynconv_jax.sparse.sparsify import (
   check_descriptions,
   fold_pairs,
   replace_modules,
+)
+from dynconv_jax.sparse.stablehlo import (
+  for_any_batch,
+  image_type,
+  inference_function,
 )
 
 try:
@@ -95,36 +99,12 @@ def export_onnx(
       cannot be written.
   """
   check_choice('form', form, FORMS)
-  if np.shape(image_size) != (2,) or min(image_size) < 1:
-    raise ValueError(f'image_size must be (height, width); got {image_size!r}')
-  if batch_size is not None and batch_size < 1:
-    raise ValueError(
-      f'batch_size must be at least 1, or None for any; got {batch_size}'
-    )
+  images = image_type(image_size, batch_size, channels)
   check_evaluation(model)
   check_descriptions(gated_blocks(model))
   model = _with_leaves(model, form)
-  batch = None if batch_size else export.symbolic_shape('N')[0]
-  images = jax.ShapeDtypeStruct(
-    (batch_size or batch, *image_size, channels), jnp.float32
-  )
-
-  def forward(images):
-    result = model(images)
-    logits, masks = result if isinstance(result, tuple) else (result, [])
-    if not masks:
-      return (logits,)
-    return logits, jnp.stack([mask.density() for mask in masks], axis=1)
-
-  try:
-    closed = jax.make_jaxpr(forward)(images)
-  except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
-    if isinstance(error, TypeError) and '_DimExpr' not in str(error):
-      raise
-    raise ValueError(
-      'the network asks how many images there are: ONNX export needs '
-      f'batch_size ({error})'
-    ) from error
+  batch = None if batch_size else images.shape[0]
+  closed = for_any_batch(jax.make_jaxpr(inference_function(model)), images)
   graph = Graph()
   name = graph.input('images', _dimensions(images.shape))
   writer = Writer(graph, name, batch)

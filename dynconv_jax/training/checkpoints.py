@@ -6,10 +6,12 @@ import contextlib
 import json
 import pathlib
 import shutil
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -69,7 +71,7 @@ def _drop_damaged_metrics(folder: pathlib.Path) -> None:
   """Removes metrics that cannot be read: orbax would not even start."""
   for path in folder.glob('[0-9]*/metrics/metrics'):
     try:
-      json.loads(path.read_text())
+      _check_metrics(json.loads(path.read_text()))
     except ValueError as error:
       logging.warning('leaving out the damaged %s: %s', path, error)
       shutil.rmtree(path.parent)
@@ -77,6 +79,49 @@ def _drop_damaged_metrics(folder: pathlib.Path) -> None:
 
 def _accuracy(metrics: dict[str, Any]) -> float:
   return metrics['accuracy']
+
+
+def _check_metrics(metrics: Any) -> None:
+  """Raises ValueError unless metrics are as they were saved."""
+  if not isinstance(metrics, dict) or 'accuracy' not in metrics:
+    raise ValueError('it holds no accuracy')
+  accuracy = metrics['accuracy']
+  # Earlier versions saved no checksums.
+  if metrics.get('checksum') not in (None, _checksum_json(accuracy)):
+    raise ValueError('it differs from its checksum')
+
+
+def _checksum_json(value: Any) -> str:
+  return f'{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}'
+
+
+def _checksum_array(array: jax.Array) -> str:
+  if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+    array = jax.random.key_data(array)
+  content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return f'{zlib.crc32(content):08x}'
+
+
+def _checksums(state: Any, info: dict[str, Any]) -> dict[str, str]:
+  """Returns CRC-32s: of each array of a state by its path, and of an info."""
+  info = {name: info[name] for name in info if name != 'checksums'}
+  return {'info': _checksum_json(info)} | {
+    jax.tree_util.keystr(path, simple=True, separator='.'): _checksum_array(a)
+    for path, a in jax.tree.leaves_with_path(state)
+    if not isinstance(a, jax.ShapeDtypeStruct)
+  }
+
+
+def _verify(restored: Any) -> None:
+  """Raises ValueError naming what is not as it was saved."""
+  info = restored['info']
+  if 'class_names' not in info:
+    raise ValueError('its info lacks class_names')
+  # Earlier versions saved no checksums.
+  if (saved := info.get('checksums')) is not None:
+    found = _checksums(restored.get('state', {}), info)
+    if differing := [name for name in found if found[name] != saved.get(name)]:
+      raise ValueError(f'differing from its checksum: {", ".join(differing)}')
 
 
 def save(
@@ -87,6 +132,8 @@ def save(
   accuracy: float | None,
 ) -> None:
   """Starts to save; the state may be donated as soon as this returns.
+
+  A checksum of each array is saved with it, and verified when it is restored.
 
   Args:
     manager: of the workdir.
@@ -99,10 +146,14 @@ def save(
     OSError: the disk is full, now or at the save before; names the
       checkpoints that stay.
   """
+  metrics = None
+  if accuracy is not None:
+    metrics = {'accuracy': accuracy, 'checksum': _checksum_json(accuracy)}
+  info = {**info, 'checksums': _checksums(state, info)}
   with _explained(manager):
     saved = manager.save(
       step,
-      metrics=None if accuracy is None else {'accuracy': accuracy},
+      metrics=metrics,
       args=ocp.args.Composite(
         state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(info)
       ),
@@ -218,11 +269,12 @@ def _first_readable(manager, steps, args):
   for step in steps:
     try:
       restored = manager.restore(step, args=args)
+      _verify(restored)
     # A damaged file may surface as almost any error of orbax, tensorstore or
     # the JSON reader; every one means the same here.
     except Exception as error:  # noqa: BLE001
       failures.append(f'step {step}: {_first_line(error)}')
-      logging.warning('cannot read the checkpoint of step %d: %s', step, error)
+      logging.warning('cannot read the checkpoint of %s', failures[-1])
       continue
     if failures:
       logging.warning('fell back to the checkpoint of step %d', step)
@@ -255,7 +307,8 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
     # A damaged checkpoint is no candidate; `restore` reports it.
     with contextlib.suppress(Exception):
       metrics = manager.metrics(step)
-      if metrics and (best is None or metrics['accuracy'] > best[0]):
+      _check_metrics(metrics)
+      if best is None or metrics['accuracy'] > best[0]:
         best = metrics['accuracy'], step
   return best and best[1]
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from absl import logging
 
 from dynconv_jax import options as options_lib
-from dynconv_jax.data.augment import Augmentation
+from dynconv_jax.data.augment import NORMALIZATIONS, Augmentation
+from dynconv_jax.data.scenes import Scenes
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.data.sources import DATASETS, load_source
 from dynconv_jax.interop.pretrained import check_pretrained
@@ -26,6 +28,7 @@ from dynconv_jax.options import (
   POSITIVE,
   RISING,
   SHARE,
+  between,
   option,
 )
 
@@ -98,10 +101,18 @@ class DataConfig(_Chosen):
     0,
     'Processes that decode; 0: threads of this process.',
     operational=True,
-    allowed=NOT_NEGATIVE,
+    allowed=between(0, 1024),
   )
   skip_corrupt: bool = option(
     False, 'Count, log and skip images that cannot be decoded.'
+  )
+  scene_size: tuple[int, ...] = option(
+    (),
+    'Side of scenes, pixels, or its range: each image, shrunk, lies somewhere '
+    'on a blurred other one; empty: none.',
+  )
+  object_size: tuple[int, ...] = option(
+    (), "Side of the image in its scene, in the scene's pixels, or its range."
   )
   crop: str = option('resized', 'resized, pad or none.')
   crop_scale: tuple[float, ...] = option(
@@ -114,6 +125,14 @@ class DataConfig(_Chosen):
   cutmix: float = option(0.0, 'Alpha of CutMix; 0: off.')
   random_erasing: float = option(0.0, 'Probability of random erasing.')
   label_smoothing: float = option(0.0, 'Label mass spread over all classes.')
+  normalization: str = option(
+    'auto',
+    "Of images: imagenet, by ImageNet's mean and deviation; inception, (x - "
+    "127) / 128, as TensorFlow's weights expect; auto: as the weights or the "
+    'run to start from, else imagenet.',
+    allowed=tuple(NORMALIZATIONS),
+    before='imagenet',
+  )
   options: Any = None
 
   @staticmethod
@@ -133,6 +152,12 @@ class DataConfig(_Chosen):
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
 
+  def scenes(self) -> Scenes | None:
+    """Returns the scenes that images are put into, if any."""
+    if not (self.scene_size or self.object_size):
+      return None
+    return Scenes(self.scene_size, self.object_size)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Chosen):
@@ -145,10 +170,10 @@ class ModelConfig(_Chosen):
     'Such as cifar_resnet32 or resnet50; or package.module:factory.',
   )
   width_multiplier: float = option(
-    1.0, 'Scales the channels.', allowed=POSITIVE
+    1.0, 'Scales the channels.', allowed=between(0.001, 100)
   )
   image_size: int = option(
-    32, 'Side of the square network input, pixels.', allowed=POSITIVE
+    32, 'Side of the square network input, pixels.', allowed=between(1, 8192)
   )
   compute_dtype: str = option(
     'float32',
@@ -213,6 +238,21 @@ class OptimizationConfig:
     "Share of distillation in the loss; cross-entropy's is the rest.",
     allowed=SHARE,
   )
+  frozen: tuple[str, ...] = option(
+    (),
+    'Parts of the network that stay as they are, weights and batch statistics: '
+    'patterns of paths such as conv_stem, blocks.0 or *.conv_dw.',
+  )
+  frozen_statistics: tuple[str, ...] = option(
+    (),
+    'Batch norms that use their running statistics in training and keep them: '
+    'patterns of paths such as *.bn1; * for all.',
+  )
+  learning_rate_factors: tuple[str, ...] = option(
+    (),
+    'Factors of the learning rate, PATTERN:FACTOR with patterns of paths, such '
+    'as *.masker.*bias:20; the last that matches counts.',
+  )
   optimizer: str = option(
     'sgd', 'sgd (with momentum) or adamw.', allowed=('sgd', 'adamw')
   )
@@ -249,6 +289,27 @@ class OptimizationConfig:
   )
   epochs: int = option(20, 'Passes over the training split.', allowed=POSITIVE)
 
+  @property
+  def factors(self) -> dict[str, float]:
+    """Factors of the learning rate by pattern, 0 where weights are frozen.
+
+    Raises:
+      ValueError: one is not PATTERN:FACTOR.
+    """
+    factors = {}
+    for given in self.learning_rate_factors:
+      pattern, _, factor = given.rpartition(':')
+      try:
+        factors[pattern] = float(factor)
+      except ValueError:
+        factors[pattern] = math.nan
+      if not pattern or not 0 <= factors[pattern] < math.inf:
+        raise ValueError(
+          'learning_rate_factors must be PATTERN:FACTOR with a factor >= 0; '
+          f'got {given}'
+        )
+    return factors | dict.fromkeys(self.frozen, 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -257,7 +318,7 @@ class RunConfig:
   seed: int = option(
     0,
     'Of initialization, order, augmentation and masks.',
-    allowed=NOT_NEGATIVE,
+    allowed=between(0, 2**32 - 1),
   )
   eval_batch_size: int = option(
     250,
@@ -358,7 +419,13 @@ class Config:
     chosen = not errors
     for part in self._parts():
       errors += options_lib.errors_of(part)
-    errors += options_lib.errors([self.data.augmentation])
+    errors += options_lib.errors(
+      [
+        self.data.augmentation,
+        self.data.scenes,
+        lambda: optimization.factors,
+      ]
+    )
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
     if optimization.pretrained:

@@ -129,6 +129,7 @@ def evaluate(
 
   Raises:
     ValueError: there is no example.
+    FloatingPointError: the loss of an example is not finite.
   """
   rows, start = [], 0
   for batch in batches:
@@ -175,6 +176,13 @@ def evaluate(
 
   def joined(name):
     return np.concatenate([row.get(name, np.zeros(0)) for row in rows])
+
+  finite = np.isfinite(joined('cross_entropy'))
+  if not finite.all():
+    raise FloatingPointError(
+      f'the loss of {(~finite).sum()} of {len(finite)} examples is not finite: '
+      'weights or images are damaged, or too large'
+    )
 
   return Evaluation(
     block_names=names,

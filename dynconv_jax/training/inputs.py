@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,6 +98,8 @@ def train_batches(
     image_size=config.model.image_size,
     batch_size=config.optimization.batch_size,
     augmentation=data.augmentation(),
+    scenes=data.scenes(),
+    normalization=data.normalization,
     seed=config.run.seed,
     cache=data.cache,
     cache_size=data.cache_size or None,
@@ -113,6 +116,7 @@ def eval_batches(
   *,
   image_size: int,
   batch_size: int = 250,
+  indices: Sequence[int] | None = None,
 ) -> EvalBatches:
   """Returns every example once, in batches whose last one is padded.
 
@@ -122,13 +126,17 @@ def eval_batches(
     sharding: of a batch.
     image_size: side of the network's input, pixels.
     batch_size: at most so many images a batch.
+    indices: the examples to give; None: all.
   """
   devices = len(sharding.device_set) if sharding else 1
-  batch_size = min(batch_size, len(source))
+  batch_size = min(batch_size, len(source if indices is None else indices))
   return EvalBatches(
     source,
     image_size=image_size,
     resize_ratio=resize_ratio_of(data.crop),
+    scenes=data.scenes(),
+    indices=indices,
+    normalization=data.normalization,
     batch_size=-(-batch_size // devices) * devices,
     cache=data.cache,
     num_workers=data.num_workers,

@@ -19,8 +19,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from dynconv_jax import interop
 from dynconv_jax.data import sources
 from dynconv_jax.data.source import DataSource
+from dynconv_jax.files import locked
 from dynconv_jax.models import registry
-from dynconv_jax.training import checkpoints, inputs, schedules
+from dynconv_jax.training import checkpoints, inputs, schedules, selection
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training import workdir as workdir_lib
@@ -62,21 +63,33 @@ def train(
     metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
 
   Raises:
-    ValueError: an option is out of range, or the workdir is of another
-      configuration.
+    ValueError: an option is out of range, the workdir, or a run to start from,
+      is of another configuration, or there are several JAX processes.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
-    Interrupted: SIGTERM or SIGINT came; the state is saved.
-    OSError: the disk is full; earlier checkpoints stay.
+    Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.
+    OSError: the disk is full; earlier checkpoints stay. Or another process
+      trains in the workdir.
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser()
   if model is not None:
     config = _with_model(config, model)
-  method = config.method
-  devices = jax.local_devices()
-  config.check(len(devices), factory=model)
+  if jax.process_count() > 1:
+    raise ValueError(
+      'training runs in one JAX process; jax.distributed has started '
+      f'{jax.process_count()}'
+    )
+  config.check(len(jax.local_devices()), factory=model)
+  config = workdir_lib.resolve(config, workdir)
   workdir_lib.check_flags(workdir, config)
+  with locked(workdir, 'training'):
+    return _train(config, workdir, model, data, start)
+
+
+def _train(config, workdir, model, data, start) -> dict[str, Any]:
+  """Trains in a workdir that no other process trains in."""
+  method, devices = config.method, jax.local_devices()
   mesh = jax.make_mesh(
     (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
   )
@@ -110,6 +123,16 @@ def train(
     config, len(class_names), seed=config.run.seed, factory=model
   )
   start_from = config.optimization
+  selection.check_patterns(
+    network,
+    {
+      'frozen': start_from.frozen,
+      'frozen_statistics': start_from.frozen_statistics,
+      'learning_rate_factors': [
+        pattern for pattern, factor in start_from.factors.items() if factor
+      ],
+    },
+  )
   workdir_lib.open_gates(network, method)
   if start_from.init_from and not resumed:
     source = workdir_lib.load_run(start_from.init_from, factory=model)
@@ -126,6 +149,9 @@ def train(
   tx = schedules.optimizer(config.optimization, schedule)
   view = nnx.view(network, deterministic=True, use_running_average=True)
   predict = evaluation_lib.make_predict(state_lib.split(view)[0])
+  selection.freeze_statistics(
+    network, (*start_from.frozen, *start_from.frozen_statistics)
+  )
   state = state_lib.create_state(network, tx, config)
   state = jax.device_put(state, replicated)
   train_step = state_lib.make_train_step(
@@ -180,7 +206,12 @@ def train(
             records.write({**row, 'split': 'validation', **summary})
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
-            records.show_masks(step, shown, predict(*weights, shown)[1])
+            records.show_masks(
+              step,
+              shown,
+              predict(*weights, shown)[1],
+              config.data.normalization,
+            )
         due = ended and epoch % config.run.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}
@@ -236,9 +267,13 @@ def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _signals():
-  """Yields a list that SIGTERM and SIGINT are put into as they come."""
+  """Yields a list that the signals to end are put into as they come."""
   received: list[signal.Signals] = []
-  kinds = (signal.SIGTERM, signal.SIGINT)
+  kinds = [signal.SIGTERM, signal.SIGINT]
+  # Under nohup it is ignored.
+  hangup = getattr(signal, 'SIGHUP', None)
+  if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
+    kinds.append(hangup)
 
   def handle(number, frame):
     del frame

@@ -79,8 +79,9 @@ class Records:
       OSError: the disk is full.
     """
     with self._explained():
+      line = json.dumps(row, allow_nan=False) + '\n'
       with self._path.open('a') as file:
-        file.write(json.dumps(row) + '\n')
+        file.write(line)
       for name, value in row.items():
         if isinstance(value, float):
           self._scalar(f'{row["split"]}/{name}', value, row['step'])
@@ -90,7 +91,11 @@ class Records:
       self._events.flush()
 
   def show_masks(
-    self, step: int, images: jax.Array, masks: Sequence[ExecutionMask]
+    self,
+    step: int,
+    images: jax.Array,
+    masks: Sequence[ExecutionMask],
+    normalization: str = 'imagenet',
   ) -> None:
     """Adds an image to the events: each picture beside its ponder cost.
 
@@ -98,6 +103,7 @@ class Records:
       step: of training.
       images: float32[N, H, W, 3], normalized.
       masks: of these images.
+      normalization: of these images, one of `augment.NORMALIZATIONS`.
     """
     if not masks:
       return
@@ -105,7 +111,7 @@ class Records:
     cost = np.mean(
       [resize_nearest(np.asarray(m.hard), shape) for m in masks], axis=0
     )
-    pictures = np.asarray(denormalize(images))
+    pictures = np.asarray(denormalize(images, normalization))
     shown = np.repeat(cost[..., None] * 255, 3, axis=-1).astype(np.uint8)
     rows = np.concatenate([pictures, shown], axis=2)
     image = rows.reshape(-1, *rows.shape[2:])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from dynconv_jax.training.config import OptimizationConfig
+from dynconv_jax.training.selection import factors_of
 
 
 def learning_rate(
@@ -38,6 +40,7 @@ def optimizer(
   """Returns SGD with momentum or AdamW, with clipping and weight decay.
 
   SGD adds the decay to the gradient, as PyTorch does; AdamW decouples it.
+  Updates are scaled by the factors of their weights, `config.factors`.
   """
 
   def decayed(params: nnx.State):
@@ -54,4 +57,12 @@ def optimizer(
   else:
     parts.append(optax.add_decayed_weights(config.weight_decay, decayed))
     parts.append(optax.sgd(schedule, momentum=config.momentum))
+  if config.factors:
+    parts.append(
+      optax.stateless(
+        lambda updates, _: jax.tree.map(
+          jnp.multiply, updates, factors_of(updates, config.factors)
+        )
+      )
+    )
   return optax.chain(*parts)

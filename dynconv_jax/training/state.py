@@ -14,6 +14,7 @@ from flax import nnx
 
 from dynconv_jax import losses
 from dynconv_jax.training.config import Config
+from dynconv_jax.training.selection import factors_of
 
 Batch = Mapping[str, jax.Array]
 
@@ -101,7 +102,7 @@ def make_train_step(
   """
   total_steps = config.optimization.epochs * steps_per_epoch
   method, options = config.method.record, config.method.options
-  decay = config.optimization.ema_decay
+  decay, factors = config.optimization.ema_decay, config.optimization.factors
   # An argument of the step: constants of that size would slow compilation.
   teacher_graphdef, teacher_state = None, {}
   if teacher is not None:
@@ -111,6 +112,12 @@ def make_train_step(
   def loss_fn(params, state, batch, teacher_state):
     key = jax.random.fold_in(state.key, state.step)
     progress = state.step / total_steps
+    # So that nothing is computed for what is not trained.
+    params = jax.tree.map(
+      lambda p, factor: p if factor else jax.lax.stop_gradient(p),
+      params,
+      factors_of(params, factors),
+    )
     model = nnx.merge(graphdef, params, state.model_state)
     temperature, noise = method.anneal(options, progress)
     logits, masks = model(

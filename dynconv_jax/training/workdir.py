@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
+from dynconv_jax import options as options_lib
 from dynconv_jax.data.decode import resize_ratio_of
-from dynconv_jax.files import write_atomic
+from dynconv_jax.files import locked, write_atomic
+from dynconv_jax.interop import source_normalization
 from dynconv_jax.interop.names import HEADS
 from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models import registry
@@ -23,7 +25,12 @@ from dynconv_jax.models.create import assemble
 from dynconv_jax.training import checkpoints
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training import state as state_lib
-from dynconv_jax.training.config import Config, MethodConfig, ModelConfig
+from dynconv_jax.training.config import (
+  Config,
+  DataConfig,
+  MethodConfig,
+  ModelConfig,
+)
 
 FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
@@ -33,6 +40,56 @@ COMPILED_QUICKLY = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
+
+
+def resolve(
+  config: Config, workdir: pathlib.Path, source: str | None = None
+) -> Config:
+  """Returns the configuration with `normalization` chosen where it is auto.
+
+  It is that of the workdir, where a run has begun there; else that of the runs
+  to start from, or what the weights expect, or ImageNet's.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    source: of the weights; by default `pretrained` of the configuration.
+
+  Raises:
+    FileNotFoundError: there is no such run to start from.
+    ValueError: a run to start from has another normalization; names each.
+  """
+  given, start = config.data.normalization, config.optimization
+  if (workdir / FLAGS_FILE).exists():
+    runs = {f'{workdir}': workdir} if given == 'auto' else {}
+  else:
+    names = ('init_from', 'distill_from')
+    runs = {
+      f'{name} {run}': run for name in names if (run := getattr(start, name))
+    }
+  runs = {name: _normalization(read_texts(run)) for name, run in runs.items()}
+  source = start.pretrained if source is None else source
+  weights = source_normalization(source)
+  if given == 'auto':
+    given = next(iter(runs.values()), weights or 'imagenet')
+  if any(found != given for found in runs.values()):
+    found = ', '.join(f'{name} has {value}' for name, value in runs.items())
+    raise ValueError(
+      'normalization must be the same in a run and in those that it starts '
+      f'from; got {given}, {found}'
+    )
+  if weights not in (None, given):
+    logging.warning(
+      '%s expects the normalization %s; got %s', source, weights, given
+    )
+  data = dataclasses.replace(config.data, normalization=given)
+  return dataclasses.replace(config, data=data)
+
+
+def _normalization(texts: Mapping[str, str]) -> str:
+  """Returns the normalization of a run's images."""
+  known = options_lib.options_of(DataConfig)['normalization']
+  return texts.get(known.name, known.before)
 
 
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
@@ -51,7 +108,7 @@ def check_flags(workdir: pathlib.Path, config: Config) -> None:
     )
   if not (workdir / FLAGS_FILE).exists():
     return
-  there = read_config(workdir)
+  there, config = read_config(workdir), resolve(config, workdir)
   if config.optimization.epochs > there.optimization.epochs:
     # Training goes on, on the longer schedule.
     there = there.replace(epochs=config.optimization.epochs)
@@ -88,10 +145,16 @@ def write_network(
 
   Raises:
     ValueError: the workdir holds a run.
+    OSError: it cannot be written to, or another process works there.
   """
+  with locked(workdir, 'import of weights'):
+    _write_network(workdir, config, model, class_names, source)
+
+
+def _write_network(workdir, config, model, class_names, source) -> None:
   if (workdir / FLAGS_FILE).exists() or checkpoints.exists(workdir):
     raise ValueError(f'{workdir} holds a run; choose another workdir')
-  write_flags(workdir, config)
+  write_flags(workdir, resolve(config, workdir, source))
   (workdir / IMPORT_FILE).write_text(json.dumps({'source': source}) + '\n')
   _, params, model_state = state_lib.split(model)
   state = {'params': params, 'model_state': model_state}
@@ -122,18 +185,24 @@ def read_texts(workdir: str | os.PathLike) -> dict[str, str]:
   return _named(workdir, config_lib.read_flags, _read_flags(workdir))
 
 
-def read_part(workdir: str | os.PathLike, kind: type) -> Any:
+def read_part(
+  workdir: str | os.PathLike,
+  kind: type,
+  changes: Mapping[str, str] | None = None,
+) -> Any:
   """Returns a part of a run's configuration, whatever the others hold.
 
   Args:
     workdir: of the run.
     kind: of the part, such as DataConfig.
+    changes: texts of values in place of the run's, by name.
 
   Raises:
     FileNotFoundError: the folder is not a run's.
     ValueError: the file of flags is damaged; names what is missing.
   """
-  return _named(workdir, config_lib.read_part, kind, read_texts(workdir))
+  texts = {**read_texts(workdir), **(changes or {})}
+  return _named(workdir, config_lib.read_part, kind, texts)
 
 
 def _read_flags(workdir: str | os.PathLike) -> str:
@@ -158,12 +227,22 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   path = workdir / METRICS_FILE
   if not path.exists():
     return []
-  rows = []
-  for line in path.read_text().splitlines():
+  rows, damaged = [], 0
+  for line in path.read_bytes().splitlines():
     try:
-      rows.append(json.loads(line))
-    except json.JSONDecodeError:  # The last line of a run that was killed.
-      logging.warning('left out a damaged line of %s', path)
+      row = json.loads(line)
+    except ValueError:  # Such as the last line of a run that was killed.
+      row = None
+    if (
+      isinstance(row, dict)
+      and isinstance(row.get('step'), int)
+      and isinstance(row.get('split'), str)
+    ):
+      rows.append(row)
+    else:
+      damaged += 1
+  if damaged:
+    logging.warning('left out %d damaged lines of %s', damaged, path)
   return rows
 
 
@@ -233,6 +312,7 @@ class Run:
     class_names: in label order.
     step: steps that had been done.
     resize_ratio: short side of an image over the network's input.
+    normalization: of its images, one of `augment.NORMALIZATIONS`.
   """
 
   network: Network
@@ -240,6 +320,7 @@ class Run:
   class_names: tuple[str, ...]
   step: int
   resize_ratio: float
+  normalization: str
 
   @property
   def image_size(self) -> int:
@@ -298,6 +379,7 @@ def load_run(
     class_names,
     step,
     resize_ratio_of(texts.get('crop', '')),
+    _normalization(texts),
   )
 
 

@@ -407,7 +407,8 @@ def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
     (['--split=train[64:]'], 'is empty'),
     (['extra.jpg'], '^unknown arguments: extra.jpg$'),
     (['--results={}/flags.txt'], 'row .*: 2 cells for 1 columns'),
-    (['--results={}'], 'there is no file'),
+    (['--results={}'], 'is a folder; name a CSV file'),
+    (['--results=/proc/results.csv'], 'cannot write to the folder /proc:'),
     (['--checkpoint=first'], 'value should be one of <best|latest>'),
     (['--convention=flops'], r'value should be one of <conv|conv\+linear>'),
     (['--num_maps=-1'], 'num_maps'),
@@ -433,6 +434,14 @@ def test_runs_that_cannot_be_evaluated(
   monkeypatch.setattr(workdir, 'build_model', None)
   with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
     program('evaluate', f'--workdir={tmp_path / "none"}')
+  folder = _copy(dynconv_run, tmp_path / 'cut')
+  flags_ = folder / 'flags.txt'
+  lines = flags_.read_text().splitlines(keepends=True)
+  flags_.write_text(''.join(x for x in lines if '--cutmix' not in x))
+  with pytest.raises(
+    ValueError, match=f'^flags.txt of {folder}: cutmix is mis'
+  ):
+    program('evaluate', f'--workdir={folder}')
   folder = _copy(dynconv_run, tmp_path / 'run', validation_split='none')
   with pytest.raises(ValueError, match='^this run has no validation split'):
     program('evaluate', f'--workdir={folder}')

@@ -1,13 +1,13 @@
 """The program that writes ONNX models."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from dynconv_jax.data.augment import MEAN
 from dynconv_jax.training import workdir
 
 onnx = pytest.importorskip('onnx', reason='pip install dynconv_jax[onnx]')
@@ -44,7 +44,20 @@ def test_a_trained_network_leaves_its_workdir(
   properties = {p.key: p.value for p in onnx.load(path).metadata_props}
   assert properties['method'] == 'dynconv'
   assert json.loads(properties['class_names']) == list(run.class_names)
-  assert json.loads(properties['mean']) == list(MEAN)
+  assert json.loads(properties['mean']) == [0.485, 0.456, 0.406]
+
+
+def test_the_model_says_how_its_images_are_normalized(
+  program, dynconv_run, tmp_path
+):
+  folder, path = tmp_path / 'run', tmp_path / 'network.onnx'
+  shutil.copytree(dynconv_run, folder)
+  config = workdir.read_config(folder).replace(normalization='inception')
+  workdir.write_flags(folder, config)
+  program('export_onnx', f'--workdir={folder}', f'--output={path}')
+  properties = {p.key: p.value for p in onnx.load(path).metadata_props}
+  assert json.loads(properties['mean']) == [127 / 255] * 3
+  assert json.loads(properties['std']) == [128 / 255] * 3
 
 
 def test_errors(program, dynconv_run, tmp_path):

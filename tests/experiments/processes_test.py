@@ -1,9 +1,7 @@
 """Jobs of small shell commands."""
 
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -189,22 +187,3 @@ def test_parallel_processes_have_cores_of_their_own(tmp_path):
   )
   assert not first & second
   assert first | second == os.sched_getaffinity(0)
-
-
-def test_a_folder_is_held_by_one_and_its_children(tmp_path):
-  folder = tmp_path / 'new'
-  with processes.locked(folder) as descriptor:
-    with (
-      pytest.raises(OSError, match='another sweep, or a process of one'),
-      processes.locked(folder),
-    ):
-      pass
-    child = subprocess.Popen(['sleep', '60'], pass_fds=[descriptor])
-  try:
-    with pytest.raises(OSError, match='at work'), processes.locked(folder):
-      pass
-  finally:
-    child.kill()
-    child.wait()
-  with processes.locked(folder):
-    assert [path.name for path in pathlib.Path(folder).iterdir()] == ['.lock']

@@ -1,6 +1,7 @@
 """Tests of what the programs share."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -66,3 +67,70 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
   assert done.returncode == 0, done.stderr[-2000:]
   pages = 2**27 // os.sysconf('SC_PAGE_SIZE')
   assert (int(done.stdout) < pages // 100) == kept
+
+
+def _program(body):
+  """Returns what a program does whose main has this body."""
+  code = f"""
+import os, signal, sys
+from absl import flags
+from experiments import program
+flags.DEFINE_string('workdir', None, 'A folder.')
+flags.DEFINE_string('note', '', 'May be empty.')
+def main(argv):
+  {body}
+program.run(main)
+"""
+  return lambda *arguments, **environment: subprocess.run(
+    [sys.executable, '-c', code, *arguments],
+    env={**os.environ, **environment},
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_a_flag_without_its_value():
+  run = _program('print("ran")')
+  assert run('--note=', '--workdir=x').stdout == 'ran\n'
+  done = run('--note=', '--workdir=')
+  assert (done.returncode, done.stdout) == (1, '')
+  assert done.stderr == 'error: a value is missing: --workdir\n'
+
+
+def test_ctrl_c_is_one_line():
+  done = _program('os.kill(os.getpid(), signal.SIGINT)')()
+  assert (done.returncode, done.stderr) == (130, 'interrupted\n')
+
+
+def test_without_a_home_folder():
+  missing = 'raise RuntimeError("Could not determine home directory.")'
+  done = _program(missing)()
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: Could not determine home directory. ')
+  assert 'Traceback' in _program('raise RuntimeError("a bug")')().stderr
+
+
+def test_ctrl_c_during_imports_is_silent():
+  code = 'import experiments, os, signal; os.kill(os.getpid(), signal.SIGINT)'
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True
+  )
+  assert done.returncode == -signal.SIGINT
+  assert done.stderr == ''
+
+
+def test_errors_that_nobody_catches_but_one():
+  lines = [
+    'class Gone:',
+    '  def __init__(self, text): self.text = text',
+    '  def __del__(self): raise RuntimeError(self.text)',
+  ]
+  body = '\n  '.join([*lines, "Gone('Event loop is closed')", "Gone('a bug')"])
+  errors = _program(body)().stderr
+  assert 'a bug' in errors
+  assert 'Event loop' not in errors
+
+
+def test_a_name_of_a_file_that_is_no_text():
+  done = _program(r"print('caf\udce9', os.path.basename('x'))")()
+  assert (done.returncode, done.stdout) == (0, 'caf\\udce9 x\n')

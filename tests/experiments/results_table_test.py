@@ -94,3 +94,19 @@ def test_a_full_disk_leaves_the_former_table(tmp_path):
     results_table.write_result(path, {**ROW, 'accuracy': 1.0})
   assert path.read_text() == before
   assert list(pathlib.Path(tmp_path).iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+  'place, message',
+  [
+    ('', 'is a folder; name a CSV file'),
+    ('file/results.csv', 'cannot write to the folder .*file'),
+    ('/proc/results.csv', 'cannot write to the folder /proc'),
+  ],
+)
+def test_a_place_that_cannot_be_written_to_is_found_first(
+  tmp_path, place, message
+):
+  (tmp_path / 'file').touch()
+  with pytest.raises((OSError, ValueError), match=message):
+    results_table.check_table(tmp_path / place)

@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from dynconv_jax.files import locked
 from dynconv_jax.training import inputs, workdir
 from dynconv_jax.training.config import (
   Config,
@@ -316,6 +317,10 @@ def test_errors_come_before_anything_runs(sweep):
     sweep()
   with pytest.raises(ValueError, match='results must be a folder, in which'):
     sweep(f'--results={sweep.table}')
+  taken = sweep.root / 'taken'
+  taken.touch()
+  with pytest.raises(ValueError, match='results must be a folder; .*taken is'):
+    sweep(f'--results={taken}')
   sweep.table.parent.mkdir(parents=True)
   sweep.table.write_text('run\na,b\n')
   with pytest.raises(ValueError, match='row 1: 2 cells for 1 columns'):
@@ -325,7 +330,7 @@ def test_errors_come_before_anything_runs(sweep):
 
 def test_one_sweep_a_workdir(sweep):
   with (
-    processes.locked(sweep.runs),
+    locked(sweep.runs, 'another sweep'),
     pytest.raises(OSError, match='another sweep'),
   ):
     sweep()

@@ -111,6 +111,11 @@ def test_the_flag_files_here_give_sound_configurations(path):
 def test_what_is_no_number_is_an_error():
   with pytest.raises(ValueError, match='milestones must be numbers.*0.5.*x'):
     _parse('--milestones=0.5,x')
+  with pytest.raises(ValueError, match='milestones must be numbers.*0.5,'):
+    _parse('--milestones=0.5,')
+  assert _parse('--classes=').data.classes == ()
+  # Which is refused where the classes of the data are known.
+  assert _parse('--classes=,').data.classes == ('', '')
   with pytest.raises(flags.IllegalFlagValueError, match='flag --epochs=many'):
     _parse('--epochs=many')
 
@@ -200,6 +205,7 @@ def test_only_our_own_progress_is_shown(absl_handler):
     assert shown(path, stdlib_logging.INFO) == (path in ours)
   # Its errors are raised as well; its warnings are of what is meant.
   assert not shown(orbax, stdlib_logging.ERROR)
+  assert not shown('/lib/asyncio/base_events.py', stdlib_logging.ERROR)
   logging.set_verbosity(logging.DEBUG)
   assert shown(theirs[0], stdlib_logging.INFO)
   assert shown(orbax, stdlib_logging.ERROR)

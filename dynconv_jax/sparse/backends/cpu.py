@@ -9,23 +9,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
 import pathlib
-import platform
-import shlex
-import subprocess
-import tempfile
 from typing import NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
-from absl import logging
 from flax import nnx
 
+from dynconv_jax import native
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import ExecutionMask
@@ -33,8 +26,7 @@ from dynconv_jax.methods.dynconv import Squeeze, average_pool
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.fold import FoldedConv
 
-_SOURCES = pathlib.Path(__file__).with_name('kernels')
-_FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
+_SOURCE = pathlib.Path(__file__).parent / 'kernels' / 'blocks.cc'
 # Positions of the images that a block computes at a time: about those whose
 # rows fit into a shared cache.
 _GROUP_POSITIONS = 3136
@@ -388,7 +380,7 @@ def _squares(kernel, bias):
   return jnp.stack(panels, axis=1)
 
 
-class _Library(NamedTuple):
+class _Kernels(NamedTuple):
   """Kernels that are compiled and registered.
 
   Attributes:
@@ -401,76 +393,11 @@ class _Library(NamedTuple):
 
 
 @functools.cache
-def _register(flags: tuple[str, ...] = ()) -> _Library | None:
+def _register(flags: tuple[str, ...] = ()) -> _Kernels | None:
   """Compiles and registers the kernels; returns None where that fails."""
-  try:
-    path = build(flags)
-    library = ctypes.CDLL(str(path))
-  except (OSError, subprocess.SubprocessError) as error:
-    logging.warning(
-      'gated blocks are left to XLA, which is slower: the kernels were not '
-      'compiled. %s',
-      getattr(error, 'stderr', None) or error,
-    )
+  names = ('block', 'convolution', 'max_pool', 'mask_logits')
+  library = native.register(_SOURCE, names, flags)
+  if library is None:
     return None
-  targets = {}
-  for name in ('block', 'convolution', 'max_pool', 'mask_logits'):
-    # Compiled programs are cached by name: each build has names of its own.
-    targets[name] = f'dynconv_{name}_{path.stem}'
-    handler = jax.ffi.pycapsule(getattr(library, f'dynconv_{name}'))
-    jax.ffi.register_ffi_target(targets[name], handler, platform='cpu')
-  width = ctypes.c_int.in_dll(library, 'dynconv_width').value
-  return _Library(targets, width)
-
-
-def build(flags: tuple[str, ...] = ()) -> pathlib.Path:
-  """Compiles the kernels, unless it was done before; returns the library.
-
-  The compiler is that of the environment variable CXX, or c++. Libraries are
-  kept in ~/.cache/dynconv_jax/kernels.
-
-  Args:
-    flags: of the compiler, after the usual ones.
-
-  Raises:
-    OSError: there is no compiler, or the library cannot be written.
-    subprocess.CalledProcessError: the compiler's error.
-  """
-  compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
-  command = [*compiler, *_FLAGS, *flags, f'-I{jax.ffi.include_dir()}']
-  version = subprocess.run(
-    [*compiler, '--version'], capture_output=True, text=True, check=True
-  ).stdout
-  # The headers are jaxlib's, which may be upgraded in place.
-  parts = (
-    *(path.read_text() for path in sorted(_SOURCES.iterdir())),
-    str(command),
-    version,
-    jaxlib.__version__,
-    _processor(),
-  )
-  digest = hashlib.sha256('\0'.join(parts).encode()).hexdigest()[:16]
-  folder = pathlib.Path('~/.cache/dynconv_jax/kernels').expanduser()
-  path = folder / f'{digest}.so'
-  if not path.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-      library = pathlib.Path(temporary) / path.name
-      subprocess.run(
-        [*command, str(_SOURCES / 'blocks.cc'), '-o', str(library)],
-        capture_output=True,
-        text=True,
-        check=True,
-      )
-      library.replace(path)  # Atomic: others may be doing the same.
-  return path
-
-
-def _processor() -> str:
-  """What -march=native depends on: a home may be shared by machines."""
-  try:
-    lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-  except OSError:
-    return platform.platform() + platform.processor()
-  kept = ('model name', 'flags', 'Features', 'CPU part')
-  return '\n'.join(sorted({x for x in lines if x.startswith(kept)}))
+  width = ctypes.c_int.in_dll(library.handle, 'dynconv_width').value
+  return _Kernels(library.targets, width)

@@ -213,7 +213,11 @@ def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
 
 
 def _is_unit(gate: nnx.Module | None) -> bool:
-  return type(gate) is MaskUnit and type(gate.maskconv) is Squeeze
+  return (
+    type(gate) is MaskUnit
+    and type(gate.maskconv) is Squeeze
+    and gate.norm is None
+  )
 
 
 class ColumnSqueeze(nnx.Module):

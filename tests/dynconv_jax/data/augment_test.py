@@ -11,6 +11,7 @@ from dynconv_jax.data.augment import Augmentation
 
 PLAIN = dict(crop='none', flip=False)
 CLASSES = 5
+MEAN, STD = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 
 def batch_of(n=16, size=12, seed=0):
@@ -35,11 +36,29 @@ STATIC = ('augmentation', 'num_classes')
 
 def to_uint8(images):
   """Undoes the normalization; rounding takes what XLA's fusions differ by."""
-  pixels = images * np.array(augment.STD) + np.array(augment.MEAN)
+  pixels = images * STD + MEAN
   return np.round(255 * pixels).astype(np.uint8)
 
 
 class NormalizeTest(parameterized.TestCase):
+  def test_inception_is_that_of_tensorflow(self):
+    pixels = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    expected = (pixels.astype(np.float32) - 127) / 128
+    actual = augment.normalize(pixels, 'inception')
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+    np.testing.assert_array_equal(
+      augment.denormalize(actual, 'inception'), pixels
+    )
+    batch = augment.augment(
+      jax.random.key(0),
+      pixels[None],
+      np.zeros(1, np.int32),
+      augmentation=Augmentation(**PLAIN),
+      num_classes=CLASSES,
+      normalization='inception',
+    )
+    np.testing.assert_allclose(batch['image'][0], expected, atol=1e-6)
+
   def test_hand_computed(self):
     images = np.array([[[[0, 128, 255]]]], np.uint8)
     expected = [-0.485 / 0.229, (128 / 255 - 0.456) / 0.224, 0.594 / 0.225]
@@ -104,7 +123,7 @@ class AugmentTest(parameterized.TestCase):
     image = rng.uniform(0.3, 0.7, (1, 8, 8, 3)).astype(np.float32)
     images = np.repeat(image, 100, axis=0)
     actual, _ = run(images, np.zeros(100, int), color_jitter=0.1)
-    pixels = actual * np.array(augment.STD) + np.array(augment.MEAN)
+    pixels = actual * STD + MEAN
     self.assertTrue(np.all((pixels > -1e-5) & (pixels < 1 + 1e-5)))
     means = pixels.mean(axis=(1, 2, 3)) - image.mean()
     # Of the four, brightness alone moves the mean by more than a trifle.

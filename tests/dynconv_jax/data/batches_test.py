@@ -77,7 +77,7 @@ def take(iterator, n):
 
 def indices(batch):
   """Reads the examples' indices off the red channel."""
-  red = batch['image'][:, 0, 0, 0] * augment.STD[0] + augment.MEAN[0]
+  red = batch['image'][:, 0, 0, 0] * 0.229 + 0.485
   return np.round(255 * np.asarray(red)).astype(int).tolist()
 
 
@@ -230,7 +230,7 @@ class TrainBatchesTest(parameterized.TestCase):
 
     means = {
       cache: np.array([
-        b['image'][..., 0].mean() * augment.STD[0] + augment.MEAN[0]
+        b['image'][..., 0].mean() * 0.229 + 0.485
         for b in take(train(Gradient(1), cache=cache, **options), 300)
       ])
       for cache in CACHES
@@ -370,7 +370,7 @@ class EvalBatchesTest(parameterized.TestCase):
       mask = np.asarray(batch['object_mask'])
       chex.assert_shape(mask, (4, 24, 24))
       self.assertEqual(mask.dtype, bool)
-      red = batch['image'][..., 0] * augment.STD[0] + augment.MEAN[0]
+      red = batch['image'][..., 0] * 0.229 + 0.485
       self.assertTrue(mask[np.asarray(red) > 0.999].all())
       self.assertFalse(mask[np.asarray(red) < 0.001].any())
       self.assertBetween(mask.mean(), 0.6, 1.0)
@@ -407,6 +407,7 @@ jax.config.update('jax_num_cpu_devices', 4)
 jax.config.update('jax_disable_most_optimizations', True)
 import chex, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from dynconv_jax.data.scenes import Scenes
 spec = importlib.util.spec_from_file_location('batches_test', sys.argv[1])
 t = sys.modules['batches_test'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(t)
@@ -414,9 +415,11 @@ mesh = jax.make_mesh((4,), ('data',), axis_types=(AxisType.Auto,))
 split = NamedSharding(mesh, P('data'))
 source = t.FakeSource(21, noise=True)
 for cache in t.CACHES:
-  # Mixup, which reaches over devices, is the same program for both caches.
+  # Mixup and scenes are the same program for both caches.
   augmentation = t.Augmentation(mixup=0.2 * (cache == 'none'))
-  options = dict(batch_size=8, cache=cache, augmentation=augmentation)
+  scenes = Scenes((12,), (6, 8)) if cache == 'none' else None
+  options = dict(
+    batch_size=8, cache=cache, augmentation=augmentation, scenes=scenes)
   one, four = t.train(source, **options), t.train(
     source, sharding=split, **options)
   for _ in range(3):
@@ -426,8 +429,9 @@ for cache in t.CACHES:
     chex.assert_trees_all_close(
       jax.device_get(batch), jax.device_get(next(one)), atol=1e-5)
   for batch, other in zip(
-    t.evaluate(source, batch_size=8, cache=cache, sharding=split),
-    t.evaluate(source, batch_size=8, cache=cache), strict=True):
+    t.evaluate(
+      source, batch_size=8, cache=cache, scenes=scenes, sharding=split),
+    t.evaluate(source, batch_size=8, cache=cache, scenes=scenes), strict=True):
     for value in batch.values():
       assert value.sharding.is_equivalent_to(split, value.ndim), value.sharding
     chex.assert_trees_all_close(

@@ -111,6 +111,19 @@ def test_a_truncated_file_of_pytorchs(tmp_path, torch):
     read_state_dict(path)
 
 
+def test_a_flipped_bit_in_a_file_of_pytorchs(tmp_path, torch):
+  path = tmp_path / 'w.pth'
+  weights = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+  torch.save({'x': torch.from_numpy(weights)}, path)
+  content = bytearray(path.read_bytes())
+  content[content.index(weights.tobytes()) + 402] ^= 1
+  path.write_bytes(content)
+  # PyTorch does not notice.
+  assert (torch.load(path)['x'].numpy() != weights).sum() == 1
+  with pytest.raises(ValueError, match=r'w\.pth is damaged: w/data/0 differs'):
+    read_state_dict(path)
+
+
 @pytest.mark.parametrize('suffix', ['pth', 'pt', 'pth.tar'])
 @pytest.mark.parametrize('legacy', [False, True])
 def test_checkpoints_of_pytorch(tmp_path, torch, suffix, legacy):

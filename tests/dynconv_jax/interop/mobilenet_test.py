@@ -18,6 +18,7 @@ from torch_mobilenet import (  # noqa: E402
   noise,
 )
 
+from dynconv_jax.data.augment import NORMALIZATIONS, normalize  # noqa: E402
 from dynconv_jax.interop import (  # noqa: E402
   check_pretrained,
   find_pretrained,
@@ -194,6 +195,9 @@ def test_pretrained_weights_start_a_gated_network():
 )
 def test_padding_of_sources(source, padding):
   assert mobilenet.source_padding(source) == padding
+  normalization = mobilenet.source_normalization(source)
+  assert normalization in (*NORMALIZATIONS, None)
+  assert (normalization == 'inception') == (padding == 'same')
   for given in ('same', 'symmetric'):
     model = make('efficientnet_lite0', padding=given)
     if padding in (given, None):
@@ -258,8 +262,8 @@ def test_real_weights_on_real_photographs():
   state_dict = read_state_dict(path)
   theirs.load_state_dict(state_dict)
   theirs.eval()
-  mean, std = mobilenet.source_normalization(source)
-  images = (photographs(224, 64) - np.array(mean)) / np.array(std)
+  normalization = mobilenet.source_normalization(source)
+  images = np.asarray(normalize(photographs(224, 64), normalization))
   images = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
   with torch.no_grad():
     expected = theirs(images).numpy()

@@ -30,7 +30,8 @@ def _network(method='dense', seed=0, name='cifar_resnet8', **kwargs):
   return nnx.merge(
     graphdef,
     jax.tree.map(
-      lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
+      # Some are variances.
+      lambda a: jnp.asarray(rng.exponential(size=a.shape), a.dtype),
       nnx.as_pure(state),
     ),
   )
@@ -276,6 +277,43 @@ def test_one_error_lists_all_and_changes_nothing(load):
   _assert_same(model, before)
 
 
+@pytest.mark.parametrize(
+  'load', [interop.load_torch_state_dict, interop.load_pretrained]
+)
+def test_values_that_no_network_has_are_named(load):
+  state_dict = interop.to_torch_state_dict(_network())
+  state_dict['conv1.weight'][0, 1, 2, :] = [np.nan, np.inf, -np.inf]
+  state_dict['layer1.0.bn1.running_var'][2] = -1e-9
+  # Beyond float32.
+  state_dict['bn1.bias'] = state_dict['bn1.bias'] + np.array([0, 0, 1e39, 0])
+  # A mean may be negative.
+  state_dict['layer1.0.bn1.running_mean'][2] = -1
+  model, before = _network(seed=1), _network(seed=1)
+  with pytest.raises(ValueError) as error:
+    load(model, state_dict)
+  assert str(error.value) == (
+    'the state_dict does not fit the network; misfitting: '
+    'bn1.bias holds NaN or infinity (1 of 4 values), '
+    'conv1.weight holds NaN or infinity (3 of 108 values), '
+    'layer1.0.bn1.running_var is negative (1 of 4 variances)'
+  )
+  _assert_same(model, before)
+
+
+@pytest.mark.parametrize('kind', ['meta', 'sparse'])
+def test_tensors_without_values_are_named(kind):
+  torch = pytest.importorskip('torch', reason='PyTorch is not installed')
+  state_dict = interop.to_torch_state_dict(_network())
+  tensor = torch.from_numpy(state_dict['fc.weight'])
+  state_dict['fc.weight'] = (
+    tensor.to('meta') if kind == 'meta' else tensor.to_sparse()
+  )
+  with pytest.raises(
+    ValueError, match=r'misfitting: fc\.weight has no values that can be read'
+  ):
+    interop.load_torch_state_dict(_network(seed=1), state_dict)
+
+
 def test_dense_weights_in_a_gated_network_are_told_apart():
   state_dict = interop.to_torch_state_dict(_network())
   with pytest.raises(
@@ -325,7 +363,8 @@ def test_pretrained_dense_weights_leave_gates_and_another_head(method):
   assert len(trunk) == len(_own(dense)) - 2
   names = names_lib.torch_names(model, names_lib.TORCHVISION)
   assert set(fresh) == set(names) - trunk
-  assert (method == 'dense') == (len(fresh) == 2)
+  # The control of dropped blocks has no weights of its own.
+  assert (method in ('dense', 'drop')) == (len(fresh) == 2)
   after, before = _weights(model), _weights(before)
   for name, weight in names.items():
     expected = before[weight.path]

@@ -7,7 +7,7 @@ from absl.testing import absltest, parameterized
 onnx = pytest.importorskip('onnx', reason='onnx is not installed')
 
 from onnx import TensorProto, helper  # noqa: E402
-from onnx_models import exported, model_of, one, ones, value  # noqa: E402
+from onnx_models import model_of, one, ones, value  # noqa: E402
 
 from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.onnx import count_macs  # noqa: E402
@@ -341,38 +341,6 @@ class ExpansionTest(parameterized.TestCase):
     report = count_macs(model)
     self.assertEqual(report.by_layer['layer'].macs, 25 * 6 * 36)
     self.assertEqual(report.by_layer['after'].macs, 25 * 6 * 2)
-
-
-class OptimizedTest(absltest.TestCase):
-  def test_onnx_runtime_optimizes_a_network_to_the_same_count(self):
-    runtime = pytest.importorskip('onnxruntime', reason='not installed')
-    torch = pytest.importorskip('torch', reason='PyTorch is not installed')
-
-    class Network(torch.nn.Module):
-      def __init__(self):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(3, 16, 3, padding=1)
-        self.block = torch.nn.TransformerEncoderLayer(
-          16, 2, 32, batch_first=True, activation='gelu', norm_first=True
-        )
-
-      def forward(self, x):
-        return self.block(self.conv(x).relu().flatten(2).transpose(1, 2))
-
-    model = exported(Network(), torch.zeros(2, 3, 4, 5))
-    path = self.create_tempfile('optimized.onnx').full_path
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3
-    options.optimized_model_filepath = path
-    options.graph_optimization_level = (
-      runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    )
-    runtime.InferenceSession(model.SerializeToString(), options)
-    fused = {node.op_type for node in onnx.load(path).graph.node}
-    self.assertContainsSubset({'FusedConv', 'FusedMatMul', 'Gelu'}, fused)
-    report, expected = count_macs(path), count_macs(model)
-    self.assertEqual(report.total, expected.total)
-    self.assertEmpty(report.uncounted)
 
 
 class UnknownTest(parameterized.TestCase):

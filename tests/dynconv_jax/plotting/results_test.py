@@ -218,6 +218,7 @@ def test_rows_without_x_are_left_out():
       "row 2, column 'accuracy': 'good' is not a finite number",
     ),
     ([_row(0.5, 'nan')], {}, "row 1, column 'gmacs_mean': 'nan' is not"),
+    ([_row(0.5, -1)], {}, 'row 1: gmacs_mean must be >= 0; got -1'),
     ([_row('', 1)], {}, "row 1, column 'accuracy': '' is not"),
     ([_row(0.5, 1, budget='half')], {}, "column 'budget': 'half' is not"),
     ([_row(69.9, 1)], {}, r'must be in \[0, 1\]; got 69.9'),

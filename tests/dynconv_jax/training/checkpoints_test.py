@@ -1,9 +1,11 @@
 """Checkpoints of a small state: what is kept, what is fallen back to."""
 
+import binascii
 import pathlib
 import shutil
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -135,6 +137,69 @@ def test_no_missing_file_gives_wrong_values(three, tmp_path):
   assert fell_back >= 3
 
 
+def _flip(path: pathlib.Path, bit: int):
+  content = bytearray(path.read_bytes())
+  content[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(content)
+
+
+def test_no_flipped_bit_gives_wrong_values(tmp_path):
+  rng = np.random.default_rng(0)
+  weights = [rng.normal(size=(40, 10)).astype(np.float32) for _ in range(2)]
+  like = {'a': jnp.zeros((40, 10)), 'key': jax.random.key(0)}
+  original = tmp_path / 'original'
+  with checkpoints.open_manager(original) as manager:
+    for step, a in enumerate(weights):
+      state = {'a': jnp.asarray(a), 'key': jax.random.key(step)}
+      info = {'class_names': ['x', 'y'], 'batches': {'step': step}}
+      checkpoints.save(manager, step, state, info, 0.25)
+  newest = original / 'checkpoints' / '1'
+  files = [p.relative_to(original) for p in newest.rglob('*') if p.is_file()]
+  # Those with the arrays, and that with the position in the data.
+  files = [p for p in files if 'd' in p.parts[:-1] or 'info' in p.parts]
+  outcomes = []
+  for i in range(24):
+    workdir = tmp_path / str(i)
+    shutil.copytree(original, workdir)
+    path = workdir / files[i % len(files)]
+    _flip(path, int(rng.integers(8 * path.stat().st_size)))
+    with checkpoints.open_manager(workdir, read_only=True) as manager:
+      read = checkpoints.read_info(manager)
+      state, info, step = checkpoints.restore(manager, checkpoints.like(like))
+    np.testing.assert_array_equal(state['a'], weights[step])
+    assert jnp.array_equal(
+      jax.random.key_data(state['key']),
+      jax.random.key_data(jax.random.key(step)),
+    )
+    assert info['batches'] == {'step': step}
+    assert read['batches']['step'] in (0, 1)
+    assert read['class_names'] == info['class_names'] == ['x', 'y']
+    outcomes.append(step)
+  assert outcomes.count(0) >= 4
+
+
+def test_what_differs_from_its_checksum_is_named(three):
+  state, info, _ = _restore(three)
+  saved = {'state': state, 'info': info}
+  checkpoints._verify(saved)
+  # By another implementation of the same sum.
+  content = np.full((3, 2), 50, np.float32).tobytes()
+  assert saved['info']['checksums']['a'] == f'{binascii.crc32(content):08x}'
+  saved['state']['b']['c'] = np.int32(51)
+  saved['info']['batches'] = {'step': 51}
+  with pytest.raises(ValueError, match='from its checksum: info, b.c$'):
+    checkpoints._verify(saved)
+  del saved['info']['class_names']
+  with pytest.raises(ValueError, match='lacks class_names'):
+    checkpoints._verify(saved)
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(tmp_path):
+  with mock.patch.object(checkpoints, '_checksums', return_value=None):
+    _save_all(tmp_path, [0.5])
+  assert _restore(tmp_path)[2] == 10
+
+
 def test_a_damaged_best_falls_back_to_the_latest(three, tmp_path):
   workdir = tmp_path / 'copy'
   shutil.copytree(three, workdir)
@@ -208,7 +273,18 @@ def test_a_state_of_another_shape_is_an_error(three):
     checkpoints.restore(manager, target)
 
 
-@pytest.mark.parametrize('damage', [_truncate, _garble, _empty])
+def _other_value(folder: pathlib.Path):
+  path = folder / 'metrics'
+  path.write_text(path.read_text().replace('0.9', '0.1'))
+
+
+def _nothing(folder: pathlib.Path):
+  (folder / 'metrics').write_text('{}')
+
+
+@pytest.mark.parametrize(
+  'damage', [_truncate, _garble, _empty, _other_value, _nothing]
+)
 def test_damaged_metrics_only_cost_the_choice(three, tmp_path, damage):
   workdir = tmp_path / 'copy'
   shutil.copytree(three, workdir)

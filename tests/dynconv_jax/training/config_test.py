@@ -29,6 +29,8 @@ VALUES = dict(
   cache_size=96,
   num_workers=2,
   skip_corrupt=True,
+  scene_size=(192,),
+  object_size=(64, 96),
   crop='pad',
   crop_scale=(0.08, 0.9),
   crop_padding=2,
@@ -38,6 +40,7 @@ VALUES = dict(
   cutmix=1.0,
   random_erasing=0.25,
   label_smoothing=0.1,
+  normalization='inception',
   model='resnet18',
   method='dense',
   width_multiplier=0.5,
@@ -47,6 +50,11 @@ VALUES = dict(
   mask_granularity=(4, 4, 2, 1),
   compute_dtype='bfloat16',
   init_from='runs/dense',
+  dropped_blocks=('layer1.0',),
+  frozen=('conv1', 'layer1.*'),
+  frozen_statistics=('*',),
+  learning_rate_factors=('*.bias:2',),
+  mask_norm=True,
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
   distill_from='runs/teacher',
@@ -146,6 +154,15 @@ class FlagsTest(parameterized.TestCase):
           if not line.startswith(('--dataset', '--sparsity_', '--epochs'))
         )
       )
+    # A list that is empty by default may be newer than the run.
+    older = text.replace('--scene_size=\n', '')
+    self.assertNotEqual(older, text)
+    self.assertEqual(Config.from_flags(older), Config())
+    # Runs that are older than this option normalized by ImageNet's statistics.
+    old = '\n'.join(line for line in lines if '--normalization' not in line)
+    self.assertEqual(
+      Config.from_flags(old), Config.make(normalization='imagenet')
+    )
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])
@@ -264,20 +281,33 @@ class CheckTest(parameterized.TestCase):
         'checkpoint_every_epochs',
         'keep_checkpoints',
         'log_every_steps',
-        'width_multiplier',
       )
     ),
     *(
       ({name: -1}, f'{name} must be >= 0; got -1')
       for name in (
         'cache_size',
-        'num_workers',
         'sparsity_weight',
         'weight_decay',
         'warmup_epochs',
         'gradient_clip',
-        'seed',
       )
+    ),
+    *(
+      ({name: value}, rf'{name} must be in \[.*\]; got {value}')
+      for name, value in (
+        ('width_multiplier', 0),
+        ('width_multiplier', 1e6),
+        ('image_size', 1000000),
+        ('num_workers', -1),
+        ('num_workers', 10**6),
+        ('seed', -1),
+        ('seed', 2**63),
+      )
+    ),
+    (
+      {'method': 'dynconv', 'mask_granularity': (100000,)},
+      r'mask_granularity must be .* in \[1, 1024\]; got 100000',
     ),
     *(
       ({name: value}, rf'{name} must be in \[0, 1\]; got {value}')

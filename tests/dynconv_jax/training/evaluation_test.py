@@ -198,6 +198,20 @@ class EvaluateTest(parameterized.TestCase):
     self.assertEqual(summary['gmacs_mean'], 2.0)
     self.assertEqual(summary['gmacs_p95'], 2.0)
 
+  def test_a_loss_that_is_not_finite_is_an_error(self):
+    def predict(images):
+      # Of examples 0 and 1 the losses are NaN and infinite; padding is NaN.
+      scale = jnp.where(images[:, 0, 0, 0] > 1, 1.0, jnp.nan)
+      scale = jnp.where(images[:, 0, 0, 0] == 1, jnp.inf, scale)
+      return _logits(images) * scale[:, None], []
+
+    with self.assertRaisesRegex(
+      FloatingPointError, '^the loss of 2 of 13 examples is not finite'
+    ):
+      evaluation.evaluate(predict, _batches(5))
+    rest = list(_batches(5))[1:]
+    assert len(evaluation.evaluate(predict, rest).correct) == 8
+
   def test_no_example_is_an_error(self):
     with self.assertRaisesRegex(ValueError, 'no example to evaluate on'):
       evaluation.evaluate(lambda images: (_logits(images), []), [])

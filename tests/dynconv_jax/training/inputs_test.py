@@ -165,6 +165,44 @@ def test_eval_batches_hold_each_image_once(config):
     assert labels[i] == label
 
 
+def test_scenes_reach_training_and_evaluation(config):
+  config = config.replace(scene_size=(40,), object_size=(8, 16))
+  source = inputs.open_split(config.data, 'test')
+  batches = inputs.train_batches(config, source)
+  assert next(batches)['image'].shape == (4, 24, 24, 3)
+  batches.close()
+  for batch in _eval_batches(config, source):
+    # The photograph's rectangle, not what the source says is in it.
+    masks = np.asarray(batch['object_mask'])[np.asarray(batch['weight']) > 0]
+    sides = masks.any(2).sum(1)
+    np.testing.assert_array_equal(
+      masks.sum((1, 2)), sides * masks.any(1).sum(1)
+    )
+    assert sides.min() >= 4 and sides.max() <= 10
+  (some,) = inputs.eval_batches(
+    config.data, source, image_size=24, indices=[9, 2]
+  )
+  everything = list(_eval_batches(config, source))
+  for i, (number, row) in enumerate([(2, 1), (0, 2)]):
+    np.testing.assert_array_equal(
+      some['image'][i], everything[number]['image'][row]
+    )
+
+
+def test_batches_are_normalized_as_the_config_says(config):
+  config = config.replace(normalization='inception', flip=False)
+  source = inputs.open_split(config.data, 'test[:40%]')
+  (batch,) = _eval_batches(config, source)
+  (number,) = {name[-6:] for name in _names(source)[:1]}
+  image, _, _ = spots.draw(spots.Options(24), 'test', int(number))
+  expected = (image.astype(np.float32) - 127) / 128
+  np.testing.assert_allclose(batch['image'][0], expected, atol=1e-5)
+  batches = inputs.train_batches(config, source)
+  images = next(batches)['image']
+  batches.close()
+  assert np.abs(images - expected).max((1, 2, 3)).min() < 1e-5
+
+
 @pytest.mark.parametrize(
   'eval_batch_size, devices, expected',
   [(4, 1, 4), (250, 1, 10), (250, 4, 12), (4, 3, 6), (1, 2, 2)],

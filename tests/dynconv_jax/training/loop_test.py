@@ -23,6 +23,7 @@ from PIL import Image
 
 from dynconv_jax.data import spots
 from dynconv_jax.data.decode import CorruptImageError
+from dynconv_jax.files import locked
 from dynconv_jax.models.resnet import ARCHITECTURES
 from dynconv_jax.training import checkpoints, loop, records, workdir
 from dynconv_jax.training.state import CHECKED
@@ -62,7 +63,10 @@ def _assert_same_run(folder, expected, step=14):
 
 
 def _untimed(values):
-  return {name: v for name, v in values.items() if name != 'seconds'}
+  values = {name: v for name, v in values.items() if name != 'seconds'}
+  if 'checksums' in values:  # That of the info is of its seconds, too.
+    values['checksums'] = {**values['checksums'], 'info': ''}
+  return values
 
 
 def _interrupt_at(step, number=signal.SIGTERM):
@@ -112,6 +116,23 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
   assert summary['best_accuracy'] == max(accuracies.values())
   assert accuracies[summary['best_step']] == summary['best_accuracy']
   assert workdir.read_metrics(finished) == rows
+
+
+@pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows')
+def test_hanging_up_saves_unless_it_is_ignored():
+  old = signal.getsignal(signal.SIGHUP)
+  try:
+    for before, expected in (
+      (signal.SIG_DFL, [signal.SIGHUP]),
+      (signal.SIG_IGN, []),  # As under nohup.
+    ):
+      signal.signal(signal.SIGHUP, before)
+      with loop._signals() as received:
+        os.kill(os.getpid(), signal.SIGHUP)
+      assert received == expected
+      assert signal.getsignal(signal.SIGHUP) == before
+  finally:
+    signal.signal(signal.SIGHUP, old)
 
 
 def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
@@ -180,6 +201,27 @@ def test_another_configuration_is_refused(config, finished):
   assert 'budget: 0.25, not 0.5; batch_size: 16, not 8' in str(error.value)
   assert 'keep_checkpoints' not in str(error.value)
   assert _contents(finished) == before
+
+
+def test_a_run_is_refused_before_there_is_any_work(
+  config, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(loop.inputs, 'open_splits', None)
+  with (
+    locked(tmp_path / 'held', 'training'),
+    pytest.raises(
+      OSError, match=rf'held is in use by process {os.getpid()} on .*training'
+    ),
+  ):
+    loop.train(config, tmp_path / 'held')
+  (tmp_path / 'file').write_text('')
+  for place in (tmp_path / 'file', pathlib.Path('/proc/run')):
+    with pytest.raises(OSError, match=f'cannot write to the folder {place}'):
+      loop.train(config, place)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ValueError, match='one JAX process; .* has started 2'):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_a_damaged_checkpoint_is_trained_again(config, finished, tmp_path):
@@ -416,7 +458,7 @@ def test_a_run_needs_examples_to_train_on(config, tmp_path):
   config = config.replace(train_split='none')
   with pytest.raises(ValueError, match='train_split must name examples'):
     loop.train(config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['.lock']
 
 
 _PARALLEL = """

@@ -83,8 +83,11 @@ def test_masks_are_shown_beside_the_images(tmp_path):
   with records.Records(tmp_path, 0) as record:
     record.show_masks(7, normalize(jnp.asarray(pixels)), masks)
     record.show_masks(8, normalize(jnp.asarray(pixels)), [])
+    other = normalize(jnp.asarray(pixels), 'inception')
+    record.show_masks(9, other, masks, 'inception')
   shown = _values(tmp_path)
-  assert list(shown) == [('masks', 7)]
+  assert list(shown) == [('masks', 7), ('masks', 9)]
+  assert shown['masks', 7].image == shown['masks', 9].image
   image = np.array(
     Image.open(io.BytesIO(shown['masks', 7].image.encoded_image_string))
   )
@@ -115,6 +118,15 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
   assert [p.name for p in tmp_path.glob('*.partial')] == []
   starts = [e.step for e in _events(tmp_path) if e.HasField('session_log')]
   assert starts == [15]  # TensorBoard purges from there on.
+
+
+def test_no_row_holds_what_json_has_not(tmp_path):
+  with (
+    records.Records(tmp_path, 0) as record,
+    pytest.raises(ValueError, match='not JSON compliant'),
+  ):
+    record.write({**_ROWS[0], 'loss': float('nan')})
+  assert workdir.read_metrics(tmp_path) == []
 
 
 def test_a_full_disk_is_one_error(tmp_path):

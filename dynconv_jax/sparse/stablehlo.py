@@ -1,0 +1,116 @@
+"""Networks as StableHLO, which runs wherever JAX or another XLA runs.
+
+The dense form: gates decide, branches run everywhere, masks multiply them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export
+
+from dynconv_jax.checks import check_choice
+from dynconv_jax.sparse.fold import check_evaluation
+
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+
+
+def export_stablehlo(
+  model: nnx.Module,
+  image_size: tuple[int, int],
+  *,
+  batch_size: int | None = None,
+  channels: int = 3,
+  platforms: Sequence[str] = ('cpu', 'cuda'),
+) -> export.Exported:
+  """Returns a network and its weights as one StableHLO module.
+
+  `Exported.serialize()` gives bytes, and JAX alone runs them:
+  `jax.export.deserialize(bytearray(data)).call(images)`. The input is
+  float32[N, H, W, channels], normalized. The outputs are a tuple: the logits,
+  and for a gated network the density, float32[N, blocks], the share of active
+  positions of each block.
+
+  Args:
+    model: the evaluation view of any network,
+      nnx.view(model, deterministic=True, use_running_average=True).
+    image_size: (H, W).
+    batch_size: N; None: any.
+    channels: of the images.
+    platforms: where it can run, some of PLATFORMS.
+
+  Raises:
+    ValueError: an argument is out of range, the model is not in evaluation, or
+      the network needs a batch size.
+  """
+  if not platforms:
+    raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}')
+  for platform in platforms:
+    check_choice('platform', platform, PLATFORMS)
+  images = image_type(image_size, batch_size, channels)
+  check_evaluation(model)
+  exporting = export.export(
+    jax.jit(inference_function(_portable(model))), platforms=tuple(platforms)
+  )
+  return for_any_batch(exporting, images)
+
+
+def _portable(model: nnx.Module) -> nnx.Module:
+  """Returns a copy whose convolutions call no kernels of this package."""
+  model = nnx.clone(model)
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, nnx.Conv):
+      module.conv_general_dilated = jax.lax.conv_general_dilated
+  return model
+
+
+def image_type(
+  image_size: tuple[int, int], batch_size: int | None, channels: int
+) -> jax.ShapeDtypeStruct:
+  """Returns float32[N, H, W, channels], N symbolic where it is None.
+
+  Raises:
+    ValueError: an argument is out of range.
+  """
+  if np.shape(image_size) != (2,) or min(image_size) < 1:
+    raise ValueError(f'image_size must be (height, width); got {image_size!r}')
+  if batch_size is not None and batch_size < 1:
+    raise ValueError(
+      f'batch_size must be at least 1, or None for any; got {batch_size}'
+    )
+  batch = batch_size or export.symbolic_shape('N')[0]
+  return jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.float32)
+
+
+def inference_function(model: nnx.Module) -> Callable[..., tuple]:
+  """Returns a function of images: logits, and densities if there are masks."""
+
+  def forward(images):
+    result = model(images)
+    logits, masks = result if isinstance(result, tuple) else (result, [])
+    if not masks:
+      return (logits,)
+    return logits, jnp.stack([mask.density() for mask in masks], axis=1)
+
+  return forward
+
+
+def for_any_batch(trace: Callable, images: jax.ShapeDtypeStruct):
+  """Returns `trace(images)`.
+
+  Raises:
+    ValueError: N is symbolic, and the network computes with it.
+  """
+  try:
+    return trace(images)
+  except (jax.errors.InconclusiveDimensionOperation, TypeError) as error:
+    if isinstance(error, TypeError) and '_DimExpr' not in str(error):
+      raise
+    raise ValueError(
+      'the network asks how many images there are: its export needs '
+      f'batch_size ({error})'
+    ) from error

@@ -1,0 +1,315 @@
+"""Kills, full disks, double starts, damaged files: what becomes of a run.
+
+python tests/campaign/campaign.py [--kills=20] [--flips=20] [--seed=0]
+
+Each line of the table is a kind of fault, how often it was made, and how often
+it ended as it should: the same bits in the end, or one line of error. Exits
+with status 1 unless all did. Takes about half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+_DATA = ('--spots_size=24', '--spots_train=64', '--spots_test=20')
+_RUN = (
+  *('--dataset=spots', *_DATA, '--image_size=16', '--crop=none'),
+  *('--model=cifar_resnet8', '--width_multiplier=0.25', '--batch_size=8'),
+  *('--epochs=6', '--eval_batch_size=8'),
+)
+_STEPS = 6 * 7
+
+
+class Campaign:
+  """A folder for runs, and the table of what became of them."""
+
+  def __init__(self, folder: pathlib.Path, seed: int):
+    self.folder, self.random = folder, random.Random(seed)
+    self.rows: dict[str, list[str]] = {}
+    self.environment = {**os.environ, 'XDG_CACHE_HOME': str(folder / 'cache')}
+
+  def note(self, fault: str, problem: str) -> None:
+    """Adds an outcome: '' where all is as it should be."""
+    self.rows.setdefault(fault, []).append(problem)
+    print(f'{fault}: {problem or "as it should be"}', flush=True)
+
+  def start(self, *command, limit: int = 0) -> subprocess.Popen:
+    """Starts a program; files can have `limit` KiB, 0: any size."""
+    command = [sys.executable, '-m', *map(str, command)]
+    if limit:
+      shell = f'ulimit -f {limit} && exec "$@"'
+      command = ['bash', '-c', shell, 'bash', *command]
+    return subprocess.Popen(
+      command,
+      cwd=ROOT,
+      env=self.environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  def call(self, *command, limit: int = 0) -> tuple[int, str]:
+    """Returns status and output of a program."""
+    process = self.start(*command, limit=limit)
+    output = process.communicate()[0]
+    return process.returncode, output
+
+  def train(self, workdir, data=None, **options):
+    data = data or self.folder / 'data'
+    return self.call(*_train(workdir, data), **options)
+
+  def refused(self, outcome: tuple[int, str], text: str) -> str:
+    """Returns '' for one line of error that has a text."""
+    status, output = outcome
+    last = output.strip().split('\n')[-1]
+    if status != 1 or 'Traceback' in output or not last.startswith('error: '):
+      return f'status {status}: {output[-500:]}'
+    return '' if text in last else f'another error: {last}'
+
+  def table(self) -> str:
+    lines = ['| Fault | Times | As it should be |', '|---|---|---|']
+    for fault, problems in self.rows.items():
+      lines.append(f'| {fault} | {len(problems)} | {problems.count("")} |')
+    return '\n'.join(lines)
+
+
+def _train(workdir, data):
+  places = f'--workdir={workdir}', f'--data_dir={data}'
+  return 'experiments.train', *_RUN, *places
+
+
+def result(workdir: pathlib.Path, step: int = _STEPS):
+  """Returns what two runs to the same bits have in common."""
+  info = workdir / 'checkpoints' / str(step) / 'info' / 'metadata'
+  sums = json.loads(info.read_text())['checksums']
+  sums.pop('info')  # That of the seconds that it took.
+  rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
+  return sums, [{**row, 'seconds': 0} for row in rows]
+
+
+def kills(campaign: Campaign, number: int, reference, seconds: float) -> None:
+  """Kills a training, which prepares its data, at moments drawn by lot."""
+  runs = max(1, number // 5)
+  for i in range(runs):
+    workdir, data = campaign.folder / f'kill{i}', campaign.folder / f'data{i}'
+    for _ in range(number // runs):
+      process = campaign.start(*_train(workdir, data))
+      time.sleep(campaign.random.uniform(0, 1.2 * seconds))
+      process.kill()
+      process.communicate()
+    status, output = campaign.train(workdir, data)
+    same = status == 0 and result(workdir) == reference
+    problem = '' if same else f'status {status}: {output[-500:]}'
+    for _ in range(number // runs):
+      campaign.note('kill -9 in training', problem)
+
+
+def kernels(campaign: Campaign, number: int) -> None:
+  """Kills compilations, and damages what they made."""
+  code = (
+    'from dynconv_jax.sparse.backends import library; print(library.build())'
+  )
+  command = [sys.executable, '-c', code]
+  shared = dict(cwd=ROOT, env=campaign.environment, text=True)
+
+  def build():
+    done = subprocess.run(command, **shared, capture_output=True)
+    path = pathlib.Path(done.stdout.strip())
+    left = {p.name for p in path.parent.iterdir()} - {'.lock', path.name}
+    return path, f'{done.stderr[-300:]} {left}' if left or not path.name else ''
+
+  for _ in range(number):
+    process = subprocess.Popen(command, **shared, stdout=subprocess.DEVNULL)
+    time.sleep(campaign.random.uniform(1, 8))
+    process.kill()
+    process.wait()
+    path, problem = build()
+    campaign.note('kill -9 in the compilation of kernels', problem)
+    path.unlink()
+  path, _ = build()
+  content = path.read_bytes()
+  for damaged in (b'', content[:100_000], b'garbage' * 1000):
+    path.write_bytes(damaged)
+    again, problem = build()
+    sound = again == path and path.stat().st_size > 100_000
+    campaign.note('damaged library of kernels', problem or '' * sound)
+
+
+def sweep(campaign: Campaign) -> None:
+  """Kills a sweep, whose child goes on, and starts it again."""
+  results = campaign.folder / 'results'
+  command = (
+    *('experiments.sweep', *_RUN, '--grid=method=dense,dynconv'),
+    *(f'--data_dir={campaign.folder / "data"}', '--latency_batch_size=0'),
+    *(f'--results={results}', f'--workdir={campaign.folder / "sweep"}'),
+  )
+  process = campaign.start(*command)
+  time.sleep(25)
+  process.kill()
+  refused = campaign.call(*command)
+  if refused[0]:
+    campaign.note(
+      'sweep whose child lives', campaign.refused(refused, 'in use')
+    )
+  while refused[0]:
+    time.sleep(5)
+    refused = campaign.call(*command)
+    if 'in use' not in refused[1]:
+      break
+  with (results / 'results.csv').open() as file:
+    rows = [row['run'] for row in csv.DictReader(file)]
+  complete = rows == ['dense', 'dynconv'] and refused[0] == 0
+  campaign.note('kill -9 of a sweep', '' if complete else refused[1][-500:])
+
+
+def full_disk(campaign: Campaign, reference) -> None:
+  """Lets files grow to some size only, in each program that writes."""
+  for limit in (1, 8, 24):
+    workdir = campaign.folder / f'full{limit}'
+    outcome = campaign.train(workdir, limit=limit)
+    campaign.note(
+      'full disk in training', campaign.refused(outcome, workdir.name)
+    )
+    status, output = campaign.train(workdir)
+    same = status == 0 and result(workdir) == reference
+    campaign.note('training after a full disk', '' if same else output[-500:])
+  run = f'--workdir={campaign.folder / "reference"}'
+  weights = f'--output={campaign.folder / "w.safetensors"}'
+  for command in (('evaluate', '--num_maps=4'), ('export_weights', weights)):
+    outcome = campaign.call(
+      f'experiments.{command[0]}', run, *command[1:], limit=1
+    )
+    campaign.note(f'full disk in {command[0]}', campaign.refused(outcome, ''))
+
+
+def double_start(campaign: Campaign) -> None:
+  """Starts a training where another is at work, and where none can be."""
+  workdir = campaign.folder / 'twice'
+  first = campaign.start(*_train(workdir, campaign.folder / 'data'))
+  while not (workdir / '.lock').exists():
+    time.sleep(0.1)
+  outcome = campaign.train(workdir)
+  text = f'in use by process {first.pid} on '
+  campaign.note('two trainings in one workdir', campaign.refused(outcome, text))
+  first.send_signal(signal.SIGHUP)
+  first.communicate()
+  for place in ('/proc/run', __file__):
+    outcome = campaign.train(place)
+    campaign.note(
+      'workdir that cannot be written to',
+      campaign.refused(outcome, f'cannot write to the folder {place}'),
+    )
+
+
+def flips(campaign: Campaign, number: int) -> None:
+  """Flips bits in checkpoints; weights are the same, the others', or none."""
+  code = (
+    'import sys\n'
+    'from dynconv_jax import interop\n'
+    'from dynconv_jax.training import checkpoints, workdir\n'
+    'import zlib\n'
+    'for path in sys.argv[1:]:\n'
+    '  try:\n'
+    '    run = workdir.load_run(path, best=False)\n'
+    '  except checkpoints.CheckpointError:\n'
+    '    print("none")\n'
+    '    continue\n'
+    '  arrays = interop.to_torch_state_dict(run.model).items()\n'
+    '  text = b"".join(k.encode() + v.tobytes() for k, v in sorted(arrays))\n'
+    '  print(run.step, zlib.crc32(text), *run.class_names)\n'
+  )
+  original = campaign.folder / 'reference'
+  older = campaign.folder / 'older'
+  shutil.copytree(original, older)
+  shutil.rmtree(older / 'checkpoints' / str(_STEPS))
+  copies = [original, older]
+  for i in range(number):
+    copies.append(campaign.folder / f'flip{i}')
+    shutil.copytree(original, copies[-1])
+    newest = copies[-1] / 'checkpoints' / str(_STEPS)
+    path = campaign.random.choice(
+      [p for p in newest.rglob('*') if p.is_file() and p.stat().st_size]
+    )
+    content = bytearray(path.read_bytes())
+    bit = campaign.random.randrange(8 * len(content))
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+  done = subprocess.run(
+    [sys.executable, '-c', code, *map(str, copies)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  newest, older, *outcomes = done.stdout.splitlines()
+  for outcome in outcomes:
+    sound = outcome in (newest, older)
+    campaign.note('flipped bit in a checkpoint', '' if sound else outcome)
+
+
+def damaged_files(campaign: Campaign) -> None:
+  """Damages each file of a workdir that programs read."""
+  original = campaign.folder / 'reference'
+  cut = (original / 'flags.txt').read_text()[:300].rpartition('\n')[0]
+  cases = {
+    'flags.txt': (b'', b'\xff\xfe\0', cut.encode(), b'no flags'),
+    'metrics.jsonl': (b'5\n{}\n[1, 2]\n', b'\xff\xfe\0'),
+    'results.csv': (b'', b'run\na,b\n', b'\xff\xfe\0'),
+  }
+  programs = {
+    'flags.txt': ('evaluate', '--num_maps=0'),
+    'metrics.jsonl': ('plot',),
+    'results.csv': ('evaluate', '--num_maps=0', '--results={}/results.csv'),
+  }
+  for name, contents in cases.items():
+    for i, content in enumerate(contents):
+      workdir = campaign.folder / f'{name}{i}'
+      shutil.copytree(original, workdir)
+      (workdir / name).write_bytes(content)
+      program, *arguments = (a.format(workdir) for a in programs[name])
+      outcome = campaign.call(
+        f'experiments.{program}', f'--workdir={workdir}', *arguments
+      )
+      campaign.note(f'damaged {name}', campaign.refused(outcome, name))
+
+
+def main() -> None:
+  """Runs the campaign, and prints its table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  for name, default in (('kills', 20), ('flips', 20), ('seed', 0)):
+    parser.add_argument(f'--{name}', type=int, default=default)
+  given = parser.parse_args()
+  with tempfile.TemporaryDirectory(prefix='campaign_') as folder:
+    campaign = Campaign(pathlib.Path(folder), given.seed)
+    reference = campaign.folder / 'reference'
+    campaign.train(campaign.folder / 'warm')  # Prepares the data, too.
+    start = time.monotonic()
+    status, output = campaign.train(reference)
+    seconds = time.monotonic() - start
+    if status:
+      sys.exit(output)
+    expected = result(reference)
+    flips(campaign, given.flips)
+    damaged_files(campaign)
+    double_start(campaign)
+    full_disk(campaign, expected)
+    kernels(campaign, max(1, given.kills // 4))
+    sweep(campaign)
+    kills(campaign, given.kills, expected, seconds)
+  print(campaign.table())
+  sys.exit(any(any(problems) for problems in campaign.rows.values()))
+
+
+if __name__ == '__main__':
+  main()
