@@ -30,12 +30,12 @@ def count_macs(
   padding: bool = True,
   trip_counts: int | Mapping[str, int] | None = None,
   branch: str = 'max',
+  constants: bool = False,
 ) -> report.Report:
   """Returns what an ONNX model costs.
 
   A `Scan` and a `Loop` count times their number of steps. Layers have the
-  names of the modules that an exporter noted, else of the nodes. What is
-  computed from constants alone is not in the total; a note lists it.
+  names of the modules that an exporter noted, else of the nodes.
 
   Args:
     model: a file, or a loaded model. Weights in files of their own need not be
@@ -49,6 +49,8 @@ def count_macs(
       left out with a warning.
     branch: which branch of an `If` counts, where its condition is not known:
       'max' or 'min' for the dearer or cheaper, 'then' or 'else'.
+    constants: whether work on constants alone counts, which a runtime does once
+      and PyTorch at each call. A note lists it where it does not.
 
   Raises:
     FileNotFoundError: if there is no such file.
@@ -71,7 +73,9 @@ def count_macs(
   inputs = _inputs(model.graph, dimensions)
   opsets = {opset.domain: opset.version for opset in model.opset_import}
   opsets[''] = opsets.get('', opsets.get('ai.onnx', 1))
-  counter = onnx_graph.Counter(opsets, convention, trip_counts, branch, folder)
+  counter = onnx_graph.Counter(
+    opsets, convention, trip_counts, branch, folder, constants
+  )
   graph = _inlined(model)
   noted = onnx_graph.noted_types(graph, dimensions)
   counter.graph(graph, onnx_graph.Scope(inputs, noted), model.graph.initializer)

@@ -71,6 +71,7 @@ class Counter:
     trip_counts: how often loops run.
     branch: which branch of an `If` counts.
     folder: where the model lies; None if it is not a file.
+    constants: whether work on constants alone counts.
   """
 
   def __init__(
@@ -80,6 +81,7 @@ class Counter:
     trip_counts: int | Mapping[str, int] | None,
     branch: str,
     folder: pathlib.Path | None,
+    constants: bool = False,
   ):
     self.inference = onnx_values.Inference(opsets)
     self._newest = onnx_values.Inference({'': onnx.defs.onnx_opset_version()})
@@ -87,6 +89,7 @@ class Counter:
     self.trip_counts = trip_counts
     self.branch = branch
     self._folder = folder
+    self._constants = constants
     self.records: list[_Record] = []
     self.uncounted: dict[report.Uncounted, str] = {}
     self.loops: dict[str, None] = {}
@@ -314,7 +317,7 @@ class Counter:
       )
     seen: set[str] = set()
     for record in self.records:
-      if record.constant:
+      if record.constant and not self._constants:
         continue
       new = {w: n for w, n in record.weights.items() if w not in seen}
       if self._convention(record.work) > 0:
@@ -331,7 +334,9 @@ class Counter:
       builder.note(note)
 
   def _constant_work(self) -> str:
-    """Returns what is done on constants alone, '' if there is nothing."""
+    """Returns what is left out as done on constants alone, '' if nothing is."""
+    if self._constants:
+      return ''
     prices: dict[str, int] = {}
     for record in self.records:
       price = self._convention(record.work) if record.constant else 0
@@ -345,7 +350,8 @@ class Counter:
     parts = [f'{name} {price:,}' for name, price in prices.items()]
     return (
       f'Not in the total, because it depends on constants alone'
-      f' ({self._convention.unit}): {", ".join(parts)}.'
+      f' ({self._convention.unit}): {", ".join(parts)}; in all'
+      f' {sum(prices.values()):,}, which constants=True counts.'
     )
 
 

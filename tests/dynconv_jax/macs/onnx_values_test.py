@@ -107,13 +107,18 @@ class ConstantsTest(parameterized.TestCase):
       report.notes,
       (
         'Not in the total, because it depends on constants alone (MACs):'
-        ' Conv in position 480, MatMul in square 250.',
+        ' Conv in position 480, MatMul in square 250; in all 730, which'
+        ' constants=True counts.',
       ),
     )
     self.assertIn('Conv in position 480', str(report))
     report = count_macs(model, convention='flops')
     self.assertEqual(report.total, 6 * 4 * 5)
     self.assertIn('other operators 120', report.notes[0])
+    report = count_macs(model, constants=True)
+    self.assertEqual(report.total, 480 + 250)
+    self.assertEqual(report.by_layer['position'].macs, 480)
+    self.assertEmpty(report.notes)
     self.assertEmpty(count_macs(self.reshaped()).notes)
 
 
