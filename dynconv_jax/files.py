@@ -104,12 +104,12 @@ def locked(
 
   folder = pathlib.Path(folder)
   check_folder(folder)
-  with (folder / '.lock').open('a+') as file:
+  with (folder / '.lock').open('ab+', buffering=0) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
       file.seek(0)
-      holder = file.read().strip() or 'another process'
+      holder = file.read().decode().strip() or 'another process'
       raise OSError(
         f'{folder} is in use by {holder}, or by a process that it started'
       ) from None
@@ -118,6 +118,7 @@ def locked(
         raise
       logging.warning('%s is not locked: %s', folder, error.strerror)
     file.truncate(0)
-    file.write(f'process {os.getpid()} on {socket.gethostname()} ({work})\n')
-    file.flush()
+    holder = f'process {os.getpid()} on {socket.gethostname()} ({work})\n'
+    with contextlib.suppress(OSError):  # It is held on a full disk, too.
+      file.write(holder.encode())
     yield file.fileno()
