@@ -38,7 +38,7 @@ from experiments import program
 _RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
 _GAINS = flags.DEFINE_string('gains', None, 'A table of gains to draw.')
 _AGAINST = flags.DEFINE_string(
-  'against', '', 'What the gains are over, for the axis of --gains.'
+  'against', '', 'What the gains are over, for the title of --gains.'
 )
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
 _OUTPUT = flags.DEFINE_string(

@@ -34,7 +34,7 @@ def plot_gains(
     rows: cells as text or numbers: 'share' of the image that the object covers,
       in (0, 1]; 'difference', 'low', and 'high' in points; optionally 'label'.
     path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    against: what the difference is from, for the vertical axis.
+    against: what the difference is from, for the title.
 
   Returns:
     The figure; the containers of its axes are the curves, in order of the rows.
@@ -75,8 +75,9 @@ def plot_gains(
   ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:.3g}'))
   ax.yaxis.set_major_formatter(FuncFormatter(_signed))
   ax.set_xlabel("object's share of the image (%)")
-  suffix = f' over {against}' if against else ''
-  ax.set_ylabel(f'gain in accuracy{suffix} (points)')
+  ax.set_ylabel('difference in accuracy (points)')
+  if against:
+    ax.set_title(f'against {against}')
   if any(curves):
     ax.legend(loc='best')
   style.footnote(figure, 'bars and band: 95 % interval of a paired bootstrap')

@@ -240,7 +240,7 @@ def test_grid_shows_each_image_beside_its_map(tmp_path):
   titles = [ax.get_title('left') for ax in axes[::2]]
   assert titles == ['a', 'b\nnot d', 'c']
   labels = [ax.get_title('right') for ax in axes[1::2]]
-  assert labels == ['0.081 GMACs', '0.100 GMACs', '4.200 GMACs']
+  assert labels == ['0.08 GMACs', '0.10 GMACs', '4.20 GMACs']
   assert bar.get_ylabel() == 'share'
   # Nothing overlaps: pairs, their titles, and the bar.
   figure.canvas.draw()
