@@ -244,7 +244,7 @@ def _draw_maps(
     titles,
     path,
     object_masks=batch.get('object_mask'),
-    label='MACs executed of the gated blocks (%)',
+    label='executed MACs of the gated blocks (%)',
   )
 
 

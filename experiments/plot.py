@@ -9,6 +9,10 @@ One figure, accuracy against GMACs or against another column:
 python -m experiments.plot --results=results/NAME/results.csv --output=FIG.png \
   [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
 
+Gains of experiments.compare against the share of the image that the object
+covers:
+python -m experiments.plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
+
 The learning curves of a run:
 python -m experiments.plot --workdir=DIR [--output=FIG.png]
 """
@@ -22,6 +26,7 @@ from absl import flags
 
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.curves import plot_learning_curves
+from dynconv_jax.plotting.gains import plot_gains
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import (
   plot_accuracy_against_macs,
@@ -31,11 +36,15 @@ from dynconv_jax.training import workdir
 from experiments import program
 
 _RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
+_GAINS = flags.DEFINE_string('gains', None, 'A table of gains to draw.')
+_AGAINST = flags.DEFINE_string(
+  'against', '', 'What the gains are over, for the title of --gains.'
+)
 _WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'The figure, written as .png and .svg; by default, beside the table or in '
+  'The figure, written as .png and .svg; by default beside the table or in '
   'the folder of the run.',
 )
 _X = flags.DEFINE_string(
@@ -53,8 +62,17 @@ def main(argv: Sequence[str]) -> None:
   """Draws one figure and names its files."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  if (_RESULTS.value is None) == (_WORKDIR.value is None):
-    raise ValueError('give one of --results=FILE.csv and --workdir=DIR')
+  given = [_RESULTS.value, _GAINS.value, _WORKDIR.value]
+  if given.count(None) != 2:
+    raise ValueError(
+      'give one of --results=FILE.csv, --gains=FILE.csv, and --workdir=DIR'
+    )
+  if _AGAINST.value and _GAINS.value is None:
+    raise ValueError('--against belongs to --gains')
+  if _RESULTS.value is None:
+    for name in ('x', 'series', 'chance'):
+      if flags.FLAGS[name].present:
+        raise ValueError(f'--{name} belongs to --results')
   if _RESULTS.value is not None:
     results = pathlib.Path(_RESULTS.value).expanduser()
     if _OUTPUT.value is None:
@@ -71,10 +89,13 @@ def main(argv: Sequence[str]) -> None:
     plot_accuracy_against_macs(
       read_results(results), output, _X.value, _SERIES.value, _CHANCE.value
     )
+  elif _GAINS.value is not None:
+    table = pathlib.Path(_GAINS.value).expanduser()
+    output = table.with_suffix('.png')
+    if _OUTPUT.value is not None:
+      output = pathlib.Path(_OUTPUT.value).expanduser()
+    plot_gains(read_results(table), output, against=_AGAINST.value)
   else:
-    for name in ('x', 'series', 'chance'):
-      if flags.FLAGS[name].present:
-        raise ValueError(f'--{name} belongs to --results, not to --workdir')
     folder = pathlib.Path(_WORKDIR.value).expanduser()
     output = folder / 'learning_curves.png'
     if _OUTPUT.value is not None:

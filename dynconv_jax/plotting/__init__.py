@@ -7,6 +7,7 @@ from dynconv_jax import extras
 extras.require('train', 'matplotlib', 'PIL')
 
 from dynconv_jax.plotting.curves import plot_block_density, plot_learning_curves
+from dynconv_jax.plotting.gains import plot_gains
 from dynconv_jax.plotting.ponder import (
   overlay_ponder_map,
   plot_ponder_grid,
@@ -24,6 +25,7 @@ __all__ = [
   'overlay_ponder_map',
   'plot_accuracy_against_macs',
   'plot_block_density',
+  'plot_gains',
   'plot_learning_curves',
   'plot_ponder_grid',
   'plot_results',

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from dynconv_jax.plotting import style
 
 # Its lightness rises strictly with the value, in grey print too.
 _COLORMAP = 'inferno'
-# Where the colour map starts: its first shades are black and would hide the
-# image where nothing was executed.
-_FIRST_COLOR = 0.15
+# The part of the color map that is used: its first shades are black and would
+# hide the image where nothing was executed, its last are as pale as paper.
+_FIRST_COLOR, _LAST_COLOR = 0.15, 0.93
 # Share of a colour that is left on a black pixel: less, and the map is lost in
 # dark images; more, and the image is lost in the map.
 _OPACITY = 0.35
@@ -37,6 +38,8 @@ _BAR_GREY = 190
 _UNSEEN = 0.2
 # Side of an image of the grid, in inches.
 _CELL = 1.25
+# Characters of a title beside the GMACs.
+_TITLE_WIDTH = 24
 # Of an image that are overlaid at a time.
 _ROWS = 64
 # Rec. 601 luma, the weights of Pillow's conversion to grey.
@@ -157,8 +160,8 @@ def _overlay(image, cost, low: float, high: float) -> np.ndarray:
   level = np.clip((np.where(unseen, low, cost) - low) / (high - low), 0, 1)
   grey = (image @ _LUMA)[..., None]
   shade = _OPACITY + (1 - _OPACITY) * grey / 255
-  start = _FIRST_COLOR + (1 - _FIRST_COLOR) * level
-  color = 255 * matplotlib.colormaps[_COLORMAP](start)[..., :3]
+  hue = _FIRST_COLOR + (_LAST_COLOR - _FIRST_COLOR) * level
+  color = 255 * matplotlib.colormaps[_COLORMAP](hue)[..., :3]
   overlay = _GREY_SHARE * grey + (1 - _GREY_SHARE) * shade * color
   seen_or_dim = np.where(unseen[..., None], _UNSEEN * grey, overlay)
   return np.rint(seen_or_dim).astype(np.uint8)
@@ -254,11 +257,22 @@ def plot_ponder_grid(
   limits = _shared_limits(cost_maps)
   rows = math.ceil(len(images) / columns)
   columns = math.ceil(len(images) / rows)
-  lines = 1 + max(title.count('\n') for title in titles)
-  # Inches: two images, the gap to the next pair, and room for the titles.
-  width, height = 2 * _CELL + 0.2, _CELL + 0.06 + 0.16 * lines
-  left, bar_width = 0.05, 0.75
-  total = (left + columns * width + bar_width, rows * height + 0.05)
+  titles = [
+    '\n'.join(textwrap.fill(line, _TITLE_WIDTH) for line in title.split('\n'))
+    for title in titles
+  ]
+  lines = [1 + title.count('\n') for title in titles]
+  # Inches: room for the titles of a row, its images, and the gap to the next.
+  rooms = [
+    0.1 + 0.14 * max(lines[row * columns : (row + 1) * columns])
+    for row in range(rows)
+  ]
+  tops = np.cumsum(rooms) + _CELL * np.arange(rows)
+  # Two images and the gap to the next pair.
+  width, left, bar_width = 2 * _CELL + 0.2, 0.05, 0.75
+  bottom = tops[-1] + _CELL
+  total = (left + columns * width + bar_width, bottom + 0.05)
+  decimals = max(0, 2 - math.floor(math.log10(max([*gmacs, 1e-6]))))
   figure = style.new_figure(*total)
   figure.set_layout_engine('none')
 
@@ -273,7 +287,7 @@ def plot_ponder_grid(
     zip(*sequences, strict=True)
   ):
     row, column = divmod(i, columns)
-    x, y = left + column * width, (row + 1) * height - _CELL
+    x, y = left + column * width, tops[row]
     plain, lit = (
       place(x + j * (_CELL + 0.04), y, _CELL, _CELL) for j in (0, 1)
     )
@@ -282,16 +296,19 @@ def plot_ponder_grid(
     _draw_box(lit, np.asarray(mask, bool))
     plain.set_title(title, loc='left', fontsize=9, pad=3, linespacing=1.05)
     lit.set_title(
-      f'{macs:.3f} GMACs', loc='right', fontsize=8, pad=3, color=style.GREY
+      f'{macs:.{decimals}f} GMACs',
+      loc='right',
+      fontsize=8,
+      pad=3,
+      color=style.GREY,
     )
     for ax in (plain, lit):
       ax.set(xticks=[], yticks=[])
       ax.spines[:].set_visible(False)
       ax.grid(False)
-  top = height - _CELL
   bar = figure.colorbar(
     ScalarMappable(Normalize(*limits), _overlay_colors()),
-    cax=place(left + columns * width, top, 0.12, rows * height - top),
+    cax=place(left + columns * width, tops[0], 0.12, bottom - tops[0]),
     format=lambda value, _: f'{100 * value:.3g}',
     ticks=MaxNLocator(5),
   )

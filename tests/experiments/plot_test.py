@@ -51,11 +51,13 @@ def test_workdirs_and_errors(tmp_path):
   empty.touch()
   bad = tmp_path / 'bad.csv'
   bad.write_text(_HEADER + 'resnet18,dynconv,0.5,0,high,0.08\n')
+  gains = tmp_path / 'gains.csv'
+  gains.write_text('share,difference,low,high\n0.1,2,1,3\n')
   output = f'--output={tmp_path / "fig.png"}'
   curves = run / 'learning_curves'
   cases = [
     ([f'--workdir={run}'], f'wrote {curves}.png and {curves}.svg'),
-    ([], 'give one of --results=FILE.csv and --workdir=DIR'),
+    ([], 'give one of --results=FILE.csv, --gains=FILE.csv, and'),
     ([f'--results={bad}', f'--workdir={run}'], 'give one of --results'),
     ([f'--results={bad}', '--x=ms'], '--x needs --output=FIG.png'),
     ([f'--results={bad}'], "row 1, column 'accuracy': 'high' is not"),
@@ -65,6 +67,10 @@ def test_workdirs_and_errors(tmp_path):
     ([f'--results={bad}', '--output=fig.pdf'], 'written as .png and .svg'),
     ([f'--workdir={tmp_path}'], 'is no workdir of a run'),
     ([f'--workdir={run}', '--x=ms'], '--x belongs to --results'),
+    ([f'--gains={gains}'], f'wrote {gains.with_suffix(".png")} and'),
+    ([f'--gains={bad}'], 'gains need the columns share, difference, low'),
+    ([f'--gains={gains}', '--chance=0.1'], '--chance belongs to --results'),
+    ([f'--workdir={run}', '--against=dense'], '--against belongs to --gains'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
   # One process runs them all: importing the package takes seconds.
@@ -74,7 +80,7 @@ def test_workdirs_and_errors(tmp_path):
     'from experiments import plot\n'
     'for arguments in json.loads(sys.argv[1]):\n'
     '  flags.FLAGS.unparse_flags()\n'
-    '  for name in ("results", "workdir", "output", "x"):\n'
+    '  for name in ("results", "gains", "workdir", "output", "x", "chance"):\n'
     '    flags.FLAGS[name].unparse()\n'
     '  try:\n'
     '    plot.main(flags.FLAGS(["plot", *arguments]))\n'

@@ -212,30 +212,61 @@ def test_bad_saved_overlay(tmp_path, name, cost, box, message):
   assert not any(tmp_path.iterdir())
 
 
-def test_grid_shows_each_image_above_its_map(tmp_path):
+def test_grid_shows_each_image_beside_its_map(tmp_path):
   rng = np.random.default_rng(1)
   images = rng.integers(0, 256, (3, 8, 8, 3), np.uint8)
   costs = rng.uniform(0.2, 0.7, (3, 8, 8))
   figure = plot_ponder_grid(
-    images, costs, [0.0806, 0.1, 4.2], ['a', 'b', 'c'], tmp_path / 'grid', 2
+    images,
+    costs,
+    [0.0806, 0.1, 4.2],
+    ['a', 'b\nnot d', 'c'],
+    tmp_path / 'grid',
+    2,
+    label='share',
   )
   *axes, bar = figure.axes
   limits = costs.min(), costs.max()
-  for i, (above, below) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
-    np.testing.assert_array_equal(above.images[0].get_array(), images[i])
+  for i, (plain, lit) in enumerate(zip(axes[::2], axes[1::2], strict=True)):
+    np.testing.assert_array_equal(plain.images[0].get_array(), images[i])
     np.testing.assert_array_equal(
-      below.images[0].get_array(),
+      lit.images[0].get_array(),
       overlay_ponder_map(images[i], costs[i], limits),
     )
-    upper, lower = above.get_position(), below.get_position()
-    assert upper.y0 > lower.y0
-    assert upper.x0 == pytest.approx(lower.x0)
-  assert [ax.get_title() for ax in axes[::2]] == ['a', 'b', 'c']
-  labels = [ax.get_xlabel() for ax in axes[1::2]]
-  assert labels == ['0.081 GMAC', '0.100 GMAC', '4.200 GMAC']
+    left, right = plain.get_position(), lit.get_position()
+    assert left.x1 < right.x0
+    assert left.y0 == right.y0
+    assert not lit.patches
+  titles = [ax.get_title('left') for ax in axes[::2]]
+  assert titles == ['a', 'b\nnot d', 'c']
+  labels = [ax.get_title('right') for ax in axes[1::2]]
+  assert labels == ['0.08 GMACs', '0.10 GMACs', '4.20 GMACs']
+  assert bar.get_ylabel() == 'share'
+  # Nothing overlaps: pairs, their titles, and the bar.
+  figure.canvas.draw()
+  boxes = [ax.get_tightbbox() for ax in figure.axes]
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    assert figure.bbox.padded(1).count_contains(box.corners()) == 4
   assert bar.get_ylim() == pytest.approx(limits)
   assert (tmp_path / 'grid.png').exists()
   assert (tmp_path / 'grid.svg').exists()
+
+
+def test_grid_outlines_objects(tmp_path, monkeypatch):
+  monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
+  images = np.zeros((3, 6, 6, 3), np.uint8)
+  objects = np.zeros((3, 6, 6), bool)
+  objects[0, [1, 3], [2, 4]] = True  # Rows 1 to 3, columns 2 to 4.
+  objects[2] = True
+  figure = plot_ponder_grid(
+    *(images, np.ones((3, 6, 6)), [1] * 3, ['a'] * 3, tmp_path / 'grid'),
+    object_masks=objects,
+  )
+  first, empty, whole = (ax.patches for ax in figure.axes[1:6:2])
+  assert {patch.get_bbox().bounds for patch in first} == {(1.5, 0.5, 3, 3)}
+  assert not empty
+  assert not whole
 
 
 def test_grid_of_equal_costs_has_a_scale(tmp_path, monkeypatch):
@@ -250,9 +281,9 @@ def test_grid_of_equal_costs_has_a_scale(tmp_path, monkeypatch):
 def test_grid_sequences_must_match(tmp_path):
   images = np.zeros((2, 4, 4, 3), np.uint8)
   costs = np.zeros((2, 4, 4))
-  with pytest.raises(ValueError, match=r'at least 1; got \[2, 2, 1, 2\]'):
+  with pytest.raises(ValueError, match=r'at least 1; got \[2, 2, 1, 2, 2\]'):
     plot_ponder_grid(images, costs, [1.0], ['a', 'b'], tmp_path / 'grid')
-  with pytest.raises(ValueError, match=r'got \[0, 0, 0, 0\]'):
+  with pytest.raises(ValueError, match=r'got \[0, 0, 0, 0, 0\]'):
     plot_ponder_grid([], [], [], [], tmp_path / 'grid')
   with pytest.raises(ValueError, match='columns must be at least 1; got 0'):
     plot_ponder_grid(images, costs, [1, 1], ['a', 'b'], tmp_path / 'grid', 0)

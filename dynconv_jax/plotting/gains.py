@@ -1,0 +1,120 @@
+"""The figure of a gain in accuracy against the size of the object."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+from dynconv_jax.plotting import style
+
+_COLUMNS = ('share', 'difference', 'low', 'high')
+_COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
+_MARKERS = 'osD^v'
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+
+
+@style.styled()
+def plot_gains(
+  rows: Sequence[Mapping[str, object]],
+  path: str | os.PathLike,
+  *,
+  against: str = '',
+) -> Figure:
+  """Draws a difference in accuracy against the object's share of the image.
+
+  One curve a label, with the 95 % interval of each point as a bar and between
+  points as a band; a line at zero. The horizontal axis is logarithmic.
+
+  Args:
+    rows: cells as text or numbers: 'share' of the image that the object covers,
+      in (0, 1]; 'difference', 'low', and 'high' in points; optionally 'label'.
+    path: the figure is written as PNG and SVG; see `style.figure_paths`.
+    against: what the difference is from, for the title.
+
+  Returns:
+    The figure; the containers of its axes are the curves, in order of the rows.
+
+  Raises:
+    ValueError: there are no rows, columns are missing, a cell is not a number,
+      a share is outside (0, 1], a difference lies outside its interval, or two
+      rows of a label are of one share.
+  """
+  curves = _read_curves(rows)
+  figure = style.new_figure(5.4, 3.4)
+  ax = figure.add_subplot()
+  ax.axhline(0, color=style.INK, linewidth=0.8)
+  marks = itertools.cycle(zip(_COLORS, _MARKERS, strict=True))
+  for (label, points), (color, marker) in zip(
+    curves.items(), marks, strict=False
+  ):
+    shares, values, low, high = zip(*sorted(points), strict=True)
+    ax.fill_between(shares, low, high, color=color, alpha=0.12, linewidth=0)
+    below = [value - end for value, end in zip(values, low, strict=True)]
+    above = [end - value for value, end in zip(values, high, strict=True)]
+    ax.errorbar(
+      shares,
+      values,
+      yerr=(below, above),
+      color=color,
+      marker=marker,
+      elinewidth=1,
+      capsize=2.5,
+      label=label,
+    )
+  ax.set_xscale('log')
+  ax.xaxis.set_minor_locator(NullLocator())
+  shares = [point[0] for points in curves.values() for point in points]
+  ax.set_xlim(min(shares) / 1.15, max(shares) * 1.15)
+  ticks = [tick for tick in _TICKS if min(shares) / 1.15 <= tick]
+  ax.set_xticks([tick for tick in ticks if tick <= max(shares) * 1.15])
+  ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{100 * v:.3g}'))
+  ax.yaxis.set_major_formatter(FuncFormatter(_signed))
+  ax.set_xlabel("object's share of the image (%)")
+  ax.set_ylabel('difference in accuracy (points)')
+  if against:
+    ax.set_title(f'against {against}')
+  if any(curves):
+    ax.legend(loc='best')
+  style.footnote(figure, 'bars and band: 95 % interval of a paired bootstrap')
+  style.save_figure(figure, path)
+  return figure
+
+
+def _signed(value: float, _) -> str:
+  text = f'{value:+.3g}' if value else '0'
+  return text.replace('-', '\N{MINUS SIGN}')
+
+
+def _read_curves(rows) -> dict[str, list[tuple[float, ...]]]:
+  """Returns (share, difference, low, high) of each point, by label."""
+  if not rows:
+    raise ValueError('there are no gains to plot: not a single row')
+  if missing := [name for name in _COLUMNS if name not in rows[0]]:
+    raise ValueError(
+      f'gains need the columns {", ".join(_COLUMNS)}; missing: '
+      f'{", ".join(missing)}; given: {", ".join(rows[0])}'
+    )
+  curves = {}
+  for number, row in enumerate(rows, 1):
+    try:
+      point = tuple(float(row[name]) for name in _COLUMNS)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'row {number}: {error}') from error
+    share, value, low, high = point
+    if not 0 < share <= 1:
+      raise ValueError(f'row {number}: share must be in (0, 1]; got {share:g}')
+    if not (low <= value <= high and math.isfinite(high - low)):
+      raise ValueError(
+        f'row {number}: difference {value:g} must lie in its interval, '
+        f'{low:g} to {high:g}'
+      )
+    points = curves.setdefault(str(row.get('label', '')), [])
+    if share in [other[0] for other in points]:
+      raise ValueError(f'row {number}: its label has the share {share:g} twice')
+    points.append(point)
+  return curves
