@@ -2,6 +2,8 @@
 
 python -m benchmarks.training --model=resnet18 --image_size=64 \
   --batch_size=64
+python -m benchmarks.training --model=efficientnet_lite0 --image_size=160 \
+  --batch_size=32
 
 Each runs in a process of its own, because the thread pools of two frameworks in
 one process spoil each other's times. The processes take turns, and medians and
@@ -23,11 +25,11 @@ from absl import flags
 
 from benchmarks import turns
 from dynconv_jax.checks import check_choice
-from dynconv_jax.models.resnet import ARCHITECTURES
+from dynconv_jax.models import registry
 from experiments import program
 
 _MODEL = flags.DEFINE_string(
-  'model', 'resnet18', f'One of {", ".join(ARCHITECTURES)}.'
+  'model', 'resnet18', f'One of {", ".join(registry.architectures())}.'
 )
 _IMAGE_SIZE = flags.DEFINE_integer('image_size', 64, 'Pixels.', lower_bound=1)
 _BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images.', lower_bound=1)
@@ -44,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
   """Times the steps and prints a table, then JSON."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  check_choice('model', _MODEL.value, ARCHITECTURES)
+  check_choice('model', _MODEL.value, registry.architectures())
   if _WORKER.value:
     step = _WORKERS[_WORKER.value]()
     turns.serve(lambda _: turns.seconds(step, _STEPS.value))
@@ -99,6 +101,7 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   from dynconv_jax.training import schedules, state, workdir
   from dynconv_jax.training.config import Config
 
+  program.keep_memory()  # As training does.
   program.share_cpu(devices, _BATCH_SIZE.value)
   mesh = jax.make_mesh(
     (jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,)
@@ -135,10 +138,10 @@ def _torch_step(channels_last: bool) -> Callable[[], None]:
   import torch
   from torch.nn import functional
 
-  from benchmarks import torch_resnet
+  from benchmarks import torch_networks
 
-  torch_resnet.use_all_cores()
-  model = torch_resnet.ResNet(_MODEL.value, _CLASSES)
+  torch_networks.use_all_cores()
+  model = torch_networks.create(_MODEL.value, _CLASSES)
   images, labels = _inputs()
   images = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
   if channels_last:

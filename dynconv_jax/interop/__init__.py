@@ -1,7 +1,13 @@
 """Weights in and out of PyTorch, by the names of published checkpoints."""
 
 from dynconv_jax.interop.files import read_state_dict, write_safetensors
-from dynconv_jax.interop.mobilenet import check_source, source_normalization
+from dynconv_jax.interop.mobilenet import (
+  check_padding,
+  check_source,
+  source_model,
+  source_normalization,
+  source_padding,
+)
 from dynconv_jax.interop.pretrained import check_pretrained, find_pretrained
 from dynconv_jax.interop.state_dict import (
   load_pretrained,
@@ -11,6 +17,7 @@ from dynconv_jax.interop.state_dict import (
 )
 
 __all__ = [
+  'check_padding',
   'check_pretrained',
   'check_source',
   'find_pretrained',
@@ -18,7 +25,9 @@ __all__ = [
   'load_torch_state_dict',
   'num_classes',
   'read_state_dict',
+  'source_model',
   'source_normalization',
+  'source_padding',
   'to_torch_state_dict',
   'write_safetensors',
 ]

