@@ -401,7 +401,9 @@ def _markdown(rows, baseline: str, num_examples: int) -> str:
       *lines,
       '',
       f'{num_examples} examples; in brackets 95 % intervals of a paired '
-      f'bootstrap, {_RESAMPLES.value} resamples of examples and seeds.',
+      f'bootstrap, {_RESAMPLES.value} resamples of examples and seeds. Those '
+      'of a single run hold for that network alone. p is not corrected for '
+      'the number of rows.',
       '',
     ]
   )
