@@ -1,112 +1,42 @@
-"""Counts public PyTorch models by this counter and by others.
+"""Counts public models by this counter and by others.
 
   pip install -e '.[counters]'
-  python -m benchmarks.counters [NAME...]
+  python -m benchmarks.counters [--frontend=torch|onnx|jax] [NAME...]
 
-prints the table of docs/macs.md in Markdown: billions of multiply-accumulates
-of one image or of one sequence of 128 tokens, by `conv+linear`. Nothing is
+prints a table of docs/macs.md in Markdown: billions of multiply-accumulates of
+one image or of one sequence of 128 tokens, by `conv+linear`. Nothing is
 downloaded: the models have random weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import inspect
 import io
 import logging
 import multiprocessing
+import os
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.utils import flop_counter
 
+from benchmarks import public_models
+from dynconv_jax.macs import onnx as onnx_front_end
 from dynconv_jax.macs.torch import count_macs
-
-_TORCHVISION = """
-  alexnet vgg16 googlenet inception_v3 resnet50 resnext50_32x4d
-  wide_resnet50_2 densenet121 squeezenet1_0 mobilenet_v2 mobilenet_v3_large
-  mnasnet1_0 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s
-  regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t
-"""
-
-_TIMM = """
-  resnetv2_50 tf_efficientnet_lite0 mixer_b16_224 resmlp_12_224
-  deit_tiny_patch16_224 xcit_nano_12_p16_224 edgenext_small coatnet_0_rw_224
-  dm_nfnet_f0 pvt_v2_b0 levit_128s poolformer_s12 gmlp_s16_224
-  mobilevit_xs eva02_tiny_patch14_224 hrnet_w18_small repvgg_a0
-  beit_base_patch16_224
-"""
-
-_TRANSFORMERS = """
-  Bert DistilBert GPT2 T5 Llama Mixtral Whisper
-"""
-
-_SMALL = {'hidden_size': 256, 'intermediate_size': 512, 'num_hidden_layers': 2}
-
-
-def models() -> dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]]:
-  """Returns {name: (what makes the model, its inputs by name)}."""
-  import timm
-  import torchvision
-
-  image = torch.zeros(1, 3, 224, 224)
-  found = {}
-  for name in _TORCHVISION.split():
-    make = getattr(torchvision.models, name)
-    (size,) = _weights(name).transforms().crop_size
-    options = (
-      {'init_weights': False} if name in ('googlenet', 'inception_v3') else {}
-    )
-    found[f'torchvision {name}'] = (
-      lambda make=make, options=options: make(**options),
-      torch.zeros(1, 3, size, size),
-    )
-  for name in _TIMM.split():
-    found[f'timm {name}'] = (
-      lambda name=name: timm.create_model(name, pretrained=False),
-      image,
-    )
-  return found | _transformers()
-
-
-def _transformers():
-  import transformers
-
-  tokens = torch.ones(1, 128, dtype=torch.int64)
-  found = {}
-  for name in _TRANSFORMERS.split():
-    config = getattr(transformers, f'{name}Config')
-    options = _SMALL if name in ('Llama', 'Mixtral') else {}
-    inputs = {'input_ids': tokens}
-    if name == 'T5':
-      inputs = inputs | {'decoder_input_ids': tokens}
-    if name == 'Whisper':
-      inputs = {
-        'input_features': torch.zeros(1, 80, 3000),
-        'decoder_input_ids': tokens,
-      }
-    found[f'transformers {name}'] = (
-      lambda name=name, config=config, options=options: getattr(
-        transformers, f'{name}Model'
-      )(config(**options)),
-      inputs,
-    )
-  return found
 
 
 def by_ours(model, inputs) -> float:
   args, kwargs = _split(inputs)
-  with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter('always')
-    report = count_macs(model, *args, kwargs=kwargs, convention='conv+linear')
-  del caught
-  return report.total
+  return count_macs(model, *args, kwargs=kwargs).total
 
 
 def by_torch(model, inputs) -> float:
@@ -215,49 +145,10 @@ def _named(model, inputs):
   return {name: inputs}
 
 
-def _weights(name: str):
-  """Returns torchvision's first weights of a model, which are not read."""
-  import torchvision
-
-  return next(iter(torchvision.models.get_model_weights(name)))
-
-
-def published(name: str) -> float | None:
-  """Returns what torchvision states for a model; other libraries do not."""
-  library, _, model = name.partition(' ')
-  return _weights(model).meta['_ops'] if library == 'torchvision' else None
-
-
-def by_hand(name: str) -> float | None:
-  """Returns the MACs of some transformers, from their sizes alone.
-
-  A layer has its projections, two products of attention with all pairs of
-  tokens, and what follows; Mixtral routes a token to two of eight experts.
-  """
-  n = 128
-
-  def layers(number, size, projections, hidden, matrices):
-    each = projections * size**2 + matrices * size * hidden
-    return number * (n * each + 2 * n**2 * size)
-
-  small = _SMALL['hidden_size'], _SMALL['intermediate_size']
-  of_name = {
-    'Bert': layers(12, 768, 4, 3072, 2) + 768**2,
-    'DistilBert': layers(6, 768, 4, 3072, 2),
-    'GPT2': layers(12, 768, 4, 3072, 2),
-    'Llama': layers(2, small[0], 4, small[1], 3),
-    # Eight of 32 heads for keys and values; the router.
-    'Mixtral': layers(2, small[0], 2.5, small[1], 2 * 3) + 2 * n * small[0] * 8,
-  }
-  return of_name.get(name.split()[1])
-
-
-def row(name: str) -> None:
-  """Prints a model's row of the table."""
-  logging.disable(logging.WARNING)
-  make, inputs = models()[name]
-  model = make().eval()
-  cells, seconds = [], 0.0
+def of_pytorch(name: str) -> list[str]:
+  """Returns the cells of a PyTorch model: known, by each counter, seconds."""
+  model, inputs = _made(name)
+  cells, seconds = [_billions(public_models.known(name))], 0.0
   for counter, count in COUNTERS.items():
     start = time.process_time()
     try:
@@ -269,31 +160,144 @@ def row(name: str) -> None:
       ):
         warnings.simplefilter('ignore')
         macs = count(copy.deepcopy(model), copy.deepcopy(inputs))
-      cells.append(f'{macs / 1e9:.3f}')
+      cells.append(_billions(macs / 1e9))
     except Exception as error:  # Any counter may fail in any way.
       cells.append('fails')
       print(f'{name}, {counter}: {error!r:.300}', file=sys.stderr)
     if counter == 'ours':
       seconds = time.process_time() - start
-  known, hand = published(name), by_hand(name)
-  if known is None and hand is not None:
-    known = hand / 1e9
-  cells = ['' if known is None else f'{known:.3f}', *cells]
-  print(f'| {name} | ' + ' | '.join(cells) + f' | {seconds:.1f} |', flush=True)
+  return [*cells, f'{seconds:.1f}']
 
 
-def main(argv) -> None:
+def of_onnx(name: str) -> list[str]:
+  """Returns the cells of a PyTorch model exported to ONNX by each exporter."""
+  model, inputs = _made(name)
+  args, kwargs = _split(inputs)
+  cells = [_billions(by_ours(model, inputs) / 1e9)]
+  for dynamo in (False, True):
+    with tempfile.TemporaryDirectory() as folder:
+      path = os.path.join(folder, 'model.onnx')
+      try:
+        with contextlib.redirect_stdout(io.StringIO()):
+          torch.onnx.export(
+            model,
+            args,
+            path,
+            kwargs=kwargs,
+            dynamo=dynamo,
+            opset_version=18 if dynamo else 17,
+            verbose=False,
+          )
+      except Exception as error:
+        print(f'{name}, dynamo={dynamo}: {error!r:.300}', file=sys.stderr)
+        cells += ['not exported', '', '']
+        continue
+      start = time.process_time()
+      report = onnx_front_end.count_macs(path)
+      seconds = time.process_time() - start
+      whole = onnx_front_end.count_macs(path, constants=True)
+    missing = f' ({len(report.uncounted)} missing)' if report.uncounted else ''
+    cells.append(_billions(report.total / 1e9) + missing)
+    cells += [_billions(whole.total / 1e9), f'{seconds:.1f}']
+  return cells
+
+
+def of_jax(name: str) -> list[str]:
+  """Returns the cells of a JAX model: known, ours, XLA's estimate, seconds."""
+  import jax
+
+  from benchmarks import jax_models
+  from dynconv_jax.macs import count_macs as count_jax
+
+  function, args, known = jax_models.models()[name]()
+  start = time.process_time()
+  report = count_jax(function, *args)
+  seconds = time.process_time() - start
+  leaves, tree = jax.tree.flatten(args)
+  arrays = [i for i, x in enumerate(leaves) if hasattr(x, 'shape')]
+
+  def on_arrays(*values):
+    whole = list(leaves)
+    for i, value in zip(arrays, values, strict=True):
+      whole[i] = value
+    return function(*jax.tree.unflatten(tree, whole))
+
+  lowered = jax.jit(on_arrays).lower(*(leaves[i] for i in arrays))
+  macs = [known, report.total / 1e9, lowered.cost_analysis()['flops'] / 2e9]
+  return [*map(_billions, macs), f'{seconds:.1f}']
+
+
+class _Table(NamedTuple):
+  """How a front end's models are counted: a cell for each column."""
+
+  columns: Sequence[str]
+  cells: Callable[[str], list[str]]
+
+
+TABLES = {
+  'torch': _Table(('known', *COUNTERS, 'seconds'), of_pytorch),
+  'onnx': _Table(
+    (
+      'PyTorch',
+      *('traced', 'with constants', 'seconds'),
+      *('dynamo', 'with constants', 'seconds'),
+    ),
+    of_onnx,
+  ),
+  'jax': _Table(('known', 'ours', 'XLA', 'seconds'), of_jax),
+}
+
+
+def _made(name: str) -> tuple[nn.Module, Any]:
+  make, inputs = public_models.models()[name]
+  torch.manual_seed(0)
+  return make().eval(), inputs
+
+
+def _billions(macs: float | None) -> str:
+  return '' if macs is None else f'{macs:.3f}'
+
+
+def row(front_end: str, name: str) -> None:
+  """Prints a model's row of the table."""
+  logging.disable(logging.WARNING)
+  with warnings.catch_warnings():
+    warnings.simplefilter('ignore')
+    cells = TABLES[front_end].cells(name)
+  print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
+
+
+def main() -> None:
   """Prints the table of the models named, or of all."""
-  chosen = [n for n in models() if not argv[1:] or n.split()[1] in argv[1:]]
-  print('| model | known | ' + ' | '.join(COUNTERS) + ' | seconds |')
-  print('|---|' + '---:|' * (len(COUNTERS) + 2), flush=True)
+  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser.add_argument('--frontend', choices=TABLES, default='torch')
+  parser.add_argument('names', nargs='*', metavar='NAME')
+  options = parser.parse_args()
+  table = TABLES[options.frontend]
+  # JAX is not to be imported before a fork.
+  context = multiprocessing.get_context('fork')
+  with context.Pool(1) as pool:
+    models = pool.apply(_names, (options.frontend,))
+  if unknown := set(options.names) - {name.split()[1] for name in models}:
+    parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
+  print(f'| model | {" | ".join(table.columns)} |')
+  print('|---|' + '---:|' * len(table.columns), flush=True)
   # A process each: some counters leave PyTorch patched.
-  processes = multiprocessing.get_context('fork')
-  for name in chosen:
-    process = processes.Process(target=row, args=(name,))
-    process.start()
-    process.join()
+  for name in models:
+    if not options.names or name.split()[1] in options.names:
+      process = context.Process(target=row, args=(options.frontend, name))
+      process.start()
+      process.join()
+
+
+def _names(front_end: str) -> list[str]:
+  """Returns the names of a front end's models."""
+  if front_end == 'jax':
+    from benchmarks import jax_models
+
+    return list(jax_models.models())
+  return list(public_models.models())
 
 
 if __name__ == '__main__':
-  main(sys.argv)
+  main()
