@@ -10,11 +10,12 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from benchmarks import turns
-from dynconv_jax.models.resnet import ARCHITECTURES
 
 
 class Peer(NamedTuple):
@@ -24,33 +25,32 @@ class Peer(NamedTuple):
     worker: the process that runs it, a key of `workers.WORKERS`.
     packages: that it needs.
     dense: whether it computes everywhere.
-    models: those that it has; None: all of them.
   """
 
   worker: str
   packages: tuple[str, ...]
   dense: bool = True
-  models: Collection[str] | None = None
 
 
 PEERS = {
-  'torch': Peer('torch', ('torch',), models=ARCHITECTURES),
-  'torch_compiled': Peer('torch_compiled', ('torch',), models=ARCHITECTURES),
-  'torch_index': Peer('torch', ('torch',), False, ARCHITECTURES),
+  'torch': Peer('torch', ('torch',)),
+  'torch_compiled': Peer('torch_compiled', ('torch',)),
+  'torch_index': Peer('torch', ('torch',), dense=False),
   'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
+  'openvino': Peer('openvino', ('onnx', 'openvino')),
+  'litert': Peer('litert', ('ai_edge_litert', 'litert_converter')),
   # The sparse network, exported by dynconv_jax.sparse.onnx.
   'onnx_sparse': Peer('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
 }
+# How far a peer's logits may be from JAX's, of the largest.
+_TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
 
 
-def available_peers(
-  wanted: Sequence[str], model: str, trained: bool
-) -> list[str]:
+def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
   """Returns the peers that can run here; says which are left out, and why.
 
   Args:
     wanted: keys of PEERS.
-    model: of the network.
     trained: whether it is a trained one, which decides by itself.
   """
   available = []
@@ -59,8 +59,6 @@ def available_peers(
     missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
     if missing:
       print(f'{name} is left out: {", ".join(missing)} not installed')
-    elif peer.models is not None and model not in peer.models:
-      print(f'{name} is left out: it has no {model}')
     elif not (trained and name == 'torch_index'):
       available.append(name)
   return available
@@ -102,10 +100,23 @@ def time_case(
     peers: keys of PEERS.
     rounds: turns of each.
     per_block: whether each block is timed as well.
+
+  Raises:
+    ValueError: a peer computes something else than JAX.
   """
   info = workers['jax'].ask(kind='prepare', **case)
   kinds = dict.fromkeys(info.pop('kinds'), 'jax')
-  kinds |= {peer: PEERS[peer].worker for peer in peers}
+  tolerance = _TOLERANCES[info.pop('compute_dtype')]
+  for peer in peers:
+    kinds[peer] = PEERS[peer].worker
+    ours = 'dense' if PEERS[peer].dense else 'sparse'
+    check_equal(
+      peer,
+      workers[kinds[peer]].ask(kind='logits', of=peer, **case),
+      workers['jax'].ask(kind='logits', of=ours, **case),
+      # Gates of a trained network may take a tie otherwise.
+      0.1 if ours == 'sparse' and case['density'] is None else tolerance,
+    )
   times = turns.medians(
     {
       kind: functools.partial(workers[worker].ask, kind=kind, **case)
@@ -129,6 +140,7 @@ def time_case(
   result |= {
     'sparse_over_dense': sparse / times['dense'],
     'sparse_over_fastest_dense': sparse / times[fastest],
+    'sparse_over_proportional': sparse / (times[fastest] * result['mac_ideal']),
   }
   if 'native_dense' in times:
     result['sparse_over_native_dense'] = sparse / times['native_dense']
@@ -141,10 +153,37 @@ def time_case(
   return result
 
 
+def check_equal(
+  name: str, logits: Any, expected: Any, tolerance: float
+) -> None:
+  """Raises ValueError if a peer's logits are not those of JAX.
+
+  Args:
+    name: of the peer.
+    logits: float[N, classes].
+    expected: likewise.
+    tolerance: of the largest difference, over the largest logit.
+  """
+  logits, expected = np.asarray(logits), np.asarray(expected)
+  if logits.shape != expected.shape:
+    raise ValueError(
+      f'{name} gives logits {logits.shape}, JAX {expected.shape}'
+    )
+  difference = np.abs(logits - expected).max() / np.abs(expected).max()
+  if not difference <= tolerance:
+    raise ValueError(
+      f'{name} computes something else than JAX: its logits differ by '
+      f'{difference:.2g} of the largest; allowed: {tolerance:g}'
+    )
+
+
 def describe_machine() -> dict[str, Any]:
   """Returns the processor, and versions of what is timed."""
   versions = {'python': platform.python_version()}
-  for name in ('jax', 'flax', 'torch', 'onnxruntime'):
+  for name in (
+    *('jax', 'flax', 'torch', 'onnxruntime', 'openvino'),
+    *('ai-edge-litert', 'litert-converter'),
+  ):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       versions[name] = importlib.metadata.version(name)
   return {'cpu': _cpu(), 'versions': versions}

@@ -16,7 +16,7 @@ from absl import app, flags
 from torch import nn
 from torch.utils import flop_counter
 
-from benchmarks.torch_resnet import ResNet
+from benchmarks import torch_networks
 from dynconv_jax.macs import conventions
 from dynconv_jax.macs.torch import count_macs
 
@@ -25,19 +25,19 @@ _IMAGE_SIZE = flags.DEFINE_integer(
 )
 
 
-def resnet18() -> ResNet:
+def resnet18() -> nn.Module:
   """Returns ResNet-18."""
-  return ResNet('resnet18', 1000)
+  return torch_networks.create('resnet18', 1000)
 
 
-def resnet50() -> ResNet:
+def resnet50() -> nn.Module:
   """Returns ResNet-50."""
-  return ResNet('resnet50', 1000)
+  return torch_networks.create('resnet50', 1000)
 
 
-def resnet101() -> ResNet:
+def resnet101() -> nn.Module:
   """Returns ResNet-101."""
-  return ResNet('resnet101', 1000)
+  return torch_networks.create('resnet101', 1000)
 
 
 def depthwise() -> nn.Module:

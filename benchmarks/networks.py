@@ -10,12 +10,16 @@ from flax import nnx
 from jax import numpy as jnp
 
 from dynconv_jax import create_model
+from dynconv_jax.layers import BatchNorm
 from dynconv_jax.models.gated import gated_blocks
+from dynconv_jax.options import values_of
 from dynconv_jax.sparse.calibrate import clustered_masks
 from dynconv_jax.sparse.sparsify import trace_blocks
 from dynconv_jax.training import inputs, workdir
 
-_MASK_SEED = 1  # The same masks in every process.
+_WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
+# The same in every process.
+_MASK_SEED, _NORM_SEED = 1, 2
 
 
 class Networks:
@@ -24,12 +28,14 @@ class Networks:
   Attributes:
     settings: flags of experiments.benchmark, with those of the trained run.
     trained: the run, or None.
+    options: of the network, such as `gated_blocks`, by name.
     method: of the gated network; 'dense' where the trained one has no gates.
   """
 
   def __init__(self, settings: Mapping[str, Any]):
     self.settings = {**settings, 'width_multiplier': 1.0}
     self.trained = None
+    self.options = dict(settings.get('options') or {})
     if settings['workdir']:
       self.trained = workdir.load_run(
         settings['workdir'], best=settings['checkpoint'] == 'best'
@@ -39,11 +45,14 @@ class Networks:
       self.settings['method'] = network.method.method
       for name in ('model', 'image_size', 'compute_dtype', 'width_multiplier'):
         self.settings[name] = getattr(network.model, name)
+      self.options = values_of(network.model.options)
     self.method = self.settings['method']
     self._models: dict[tuple[str, str], nnx.Module] = {}
 
   def model(self, method: str, mask_granularity: str = '1') -> nnx.Module:
     """Returns the evaluation view of the network of a method.
+
+    Networks of random weights have the same, but for those of gates.
 
     Args:
       method: a trained run's own gives the trained network.
@@ -61,7 +70,11 @@ class Networks:
         width_multiplier=self.settings['width_multiplier'],
         dtype=jnp.dtype(self.settings['compute_dtype']),
         rngs=nnx.Rngs(0),
+        **self.options,
       )
+      _randomize(model)
+      if method != 'dense':  # The same but for the gates.
+        nnx.update(model, nnx.state(self.model('dense'), _WEIGHTS))
       self._models[key] = nnx.view(
         model, deterministic=True, use_running_average=True
       )
@@ -89,6 +102,19 @@ class Networks:
     )
     count = min(self.settings['num_batches'], len(source) // batch_size)
     return [np.asarray(next(batches)['image']) for _ in range(max(1, count))]
+
+
+def _randomize(model: nnx.Module) -> None:
+  """Sets batch norms so that a runtime that folds them wrongly is found."""
+  rng = np.random.default_rng(_NORM_SEED)
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, BatchNorm):
+      for variable, low, high in (
+        *((module.scale, 0.5, 1.5), (module.var, 0.5, 1.5)),
+        *((module.bias, -0.2, 0.2), (module.mean, -0.2, 0.2)),
+      ):
+        value = rng.uniform(low, high, variable.shape)
+        variable[...] = jnp.asarray(value, jnp.float32)
 
 
 def parse_sides(mask_granularity: str) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ import collections
 import functools
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +17,10 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from benchmarks import turns
+from benchmarks import peers, turns
 from benchmarks.forced import force_gates
 from benchmarks.networks import Networks, masks_of
 from dynconv_jax.macs import count_macs
-from dynconv_jax.masks import execution_mask
 from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.sparse.backend import get_backend
@@ -45,7 +43,7 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
   def answer(request):
     request = dict(request)
     kind = request.pop('kind')
-    if kind in ('prepare', 'blocks'):
+    if kind in ('prepare', 'blocks', 'logits'):
       return getattr(framework, kind)(**request)
     step = framework.step(kind, **request)
     step()  # Caches and thread pools are someone else's after a turn.
@@ -86,11 +84,19 @@ class Jax:
       model = self.networks.model(self.networks.method, mask_granularity)
       functions |= self._gated(model, shape, density)
       info = self._executed(model, dense, functions['sparse'])
+    self.functions = functions
     self.steps = {
       kind: _cycle(function, self.batches, self.calls)
       for kind, function in functions.items()
     }
+    info['compute_dtype'] = self.settings['compute_dtype']
     return {**info, 'kinds': list(functions)}
+
+  def logits(self, of, **case):
+    """Returns what one of the kinds computes of the first batch."""
+    assert self.case == tuple(case.values())
+    logits, _ = self.functions[of](self.batches[0])
+    return np.asarray(logits, np.float32).tolist()
 
   def _fast_backend(self, dense):
     """What executes most blocks, if it is a match for XLA's dense form."""
@@ -184,125 +190,13 @@ class Jax:
     return rows
 
 
-class _Peer:
-  """Another framework; subclasses make the steps.
-
-  Attributes:
-    masked: the kinds of steps that masks are for.
-  """
-
-  masked = ()
-
-  def __init__(self, settings):
-    self.networks = Networks(settings)
-    self.settings = self.networks.settings
-    self.steps = {}
-
-  def step(self, kind, batch_size, mask_granularity, density):
-    case = (mask_granularity, density) if kind in self.masked else ()
-    key = (kind, batch_size, *case)
-    if key not in self.steps:
-      self.steps[key] = self.make(self.networks.batches(batch_size), *case)
-    return self.steps[key]
-
-  def make(self, batches, mask_granularity=None, density=None) -> Step:
-    """Returns the step of a case; masked, if there is a granularity."""
-    raise NotImplementedError
-
-
-class Torch(_Peer):
-  """PyTorch, channels-last, batch norm folded."""
-
-  masked = ('torch_index',)
-
-  def __init__(self, settings, compiled=False):
-    import torch
-
-    from benchmarks import torch_resnet
-
-    super().__init__(settings)
-    torch_resnet.use_all_cores()
-    self.dtype = getattr(torch, self.settings['compute_dtype'])
-    self.network = torch_resnet.ResNet(
-      *(self.settings['model'], self.settings['num_classes']),
-      self.settings['width_multiplier'],
-    ).fold()
-    self.network.to(dtype=self.dtype, memory_format=torch.channels_last)
-    if compiled:
-      import torch._inductor.config
-
-      torch._inductor.config.freezing = True
-      self.network = torch.compile(self.network)
-
-  def make(self, batches, mask_granularity=None, density=None):
-    import torch
-
-    images = torch.from_numpy(batches[0])
-    images = images.to(self.dtype).permute(0, 3, 1, 2)  # Channels-last.
-    masks = None
-    if mask_granularity is not None:
-      masks = self._maps(batches[0].shape, mask_granularity, density)
-
-    def step():
-      with torch.no_grad():
-        self.network(images, masks)
-
-    return step
-
-  def _maps(self, shape, mask_granularity, density):
-    """The masks of the JAX process, bool[N, h, w] of each level."""
-    import torch
-
-    model = self.networks.model(self.networks.method, mask_granularity)
-    masks, maps = masks_of(model, shape, density), {}
-    blocks = {block.name: block for block in gated_blocks(model)}
-    for trace in trace_blocks(model, shape):
-      mask = execution_mask(
-        blocks[trace.name].branch,
-        jnp.asarray(masks[trace.name]),
-        trace.shape[1:3],
-        name=trace.name,
-      )
-      maps[trace.name] = [torch.from_numpy(np.array(m) > 0) for m in mask.maps]
-    return maps
-
-
-class OnnxRuntime(_Peer):
-  """ONNX Runtime, on the dense network and on the sparse one."""
-
-  masked = ('onnx_sparse',)
-
-  def make(self, batches, mask_granularity=None, density=None):
-    import onnxruntime
-
-    from dynconv_jax.sparse.onnx import export_onnx
-
-    model = self.networks.model('dense')
-    if mask_granularity is not None:
-      model = self.networks.model(self.networks.method, mask_granularity)
-    feeds = [{'images': batch} for batch in batches]
-    if density is not None:
-      masks = masks_of(model, batches[0].shape, density)
-      model = force_gates(model, masks)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    # Its threads would go on spinning in the turns of the others.
-    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    exported = export_onnx(
-      model, batches[0].shape[1:3], batch_size=len(batches[0])
-    )
-    session = onnxruntime.InferenceSession(
-      exported.SerializeToString(), options
-    )
-    following = itertools.cycle(feeds)
-    return lambda: session.run(None, next(following))
-
-
 WORKERS = {
   'jax': Jax,
-  'torch': Torch,
-  'torch_compiled': functools.partial(Torch, compiled=True),
-  'onnxruntime': OnnxRuntime,
+  'torch': peers.Torch,
+  'torch_compiled': functools.partial(peers.Torch, compiled=True),
+  'onnxruntime': peers.OnnxRuntime,
+  'openvino': peers.OpenVino,
+  'litert': peers.LiteRt,
 }
 
 

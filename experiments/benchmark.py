@@ -9,10 +9,11 @@ trained network's own masks of real images. Several --density, --batch_size and
 --mask_granularity are crossed.
 
 Each framework runs in a process of its own; the processes take turns, and
-medians are given. PyTorch and ONNX Runtime are measured where they are
-installed (pip install -e .[benchmark]). The last line is JSON; --output=DIR
-writes it to a file as well, with a figure. Needs a checkout: what it times with
-lies in benchmarks/.
+medians are given. PyTorch, ONNX Runtime, OpenVINO and LiteRT are measured where
+they are installed (pip install -e .[benchmark]), once their logits are found to
+be those of JAX. Options of the network are flags, such as --gated_blocks=all.
+The last line is JSON; --output=DIR writes it to a file as well, with a figure.
+Needs a checkout: what it times with lies in benchmarks/.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.files import write_atomic
 from dynconv_jax.methods.method import METHODS
 from dynconv_jax.models import registry
+from dynconv_jax.options import options_of
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.executor import MODES
 from dynconv_jax.training.workdir import read_config
@@ -52,6 +54,13 @@ _GRANULARITY = flags.DEFINE_string(
   "Side of DynConv's patches, positions: one for all stages, or one a stage "
   "(4,4,2,1); several are separated by ';'.",
 )
+_OPTIONS = {
+  name: option
+  for factory in registry.architectures().values()
+  for name, option in options_of(registry.options_type(factory)).items()
+}
+for _name in _OPTIONS:
+  flags.DEFINE_string(_name, None, 'Of the network, if it has this option.')
 flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
 _MODE = flags.DEFINE_string('mode', 'auto', 'Of the executor.')
@@ -106,7 +115,8 @@ def main(argv: Sequence[str]) -> None:
   if output:
     output.mkdir(parents=True, exist_ok=True)
   results = []
-  with cases.start_workers(peers, _values(_SETTINGS)) as workers:
+  settings = {**_values(_SETTINGS), 'options': _options()}
+  with cases.start_workers(peers, settings) as workers:
     for case in wanted:
       results.append(
         cases.time_case(
@@ -158,7 +168,11 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     sizes = tuple(int(side) for side in text.split(','))
     nnx.eval_shape(
       lambda: create_model(
-        _MODEL.value, mask_granularity=sizes, method='dynconv', rngs=nnx.Rngs(0)
+        _MODEL.value,
+        mask_granularity=sizes,
+        method='dynconv',
+        rngs=nnx.Rngs(0),
+        **_options(),
       )
     )
 
@@ -197,14 +211,12 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     )
   if errors:
     raise ValueError('; '.join(errors))
-  model = _MODEL.value
-  if _WORKDIR.value:
-    # A trained network has its own masks.
-    model, granularities, densities = _config().model.model, [''], [None]
+  if _WORKDIR.value:  # A trained network has its own masks.
+    granularities, densities = [''], [None]
   wanted = itertools.product(batch_sizes, granularities, densities)
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
-  ], cases.available_peers(peers, model, bool(_WORKDIR.value))
+  ], cases.available_peers(peers, bool(_WORKDIR.value))
 
 
 def _print(result) -> None:
@@ -225,7 +237,8 @@ def _print(result) -> None:
   if 'sparse_ms' in result:
     print(
       f'  sparse is {result["sparse_over_fastest_dense"]:.3f} of the fastest '
-      f'dense, {result["fastest_dense"]}'
+      f'dense, {result["fastest_dense"]}; over (that * executed MACs): '
+      f'{result["sparse_over_proportional"]:.3f}'
     )
   for block in result.get('blocks', ()):
     print(
@@ -239,13 +252,19 @@ def _values(names) -> dict[str, Any]:
   return {name: flags.FLAGS[name].value for name in names}
 
 
+def _options() -> dict[str, Any]:
+  """Returns the options of the network that are given."""
+  given = {k: flags.FLAGS[k].value for k in _OPTIONS}
+  return {k: _OPTIONS[k].parse(v) for k, v in given.items() if v is not None}
+
+
 def _config():
   return read_config(pathlib.Path(_WORKDIR.value).expanduser())
 
 
 def _summary(results) -> dict[str, Any]:
   """Returns settings, machine and times."""
-  settings = _values(_SUMMARY)
+  settings = _values(_SUMMARY) | _options()
   if _WORKDIR.value:
     settings |= _values(_OF_RUNS)
     settings['workdir'] = pathlib.Path(_WORKDIR.value).name

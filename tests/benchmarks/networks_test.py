@@ -75,3 +75,29 @@ def test_forced_gates_give_what_masks_do_and_are_paid_for(method, share):
   assert macs > dense
   # Two operations a product.
   assert cost - cheaper > 0.9 * 2 * _SHAPE[0] * (macs - dense)
+
+
+def test_a_gated_network_has_the_weights_of_the_dense_one():
+  settings = {
+    'workdir': None,
+    'model': 'mobilenet_v2',
+    'method': 'dynconv',
+    'num_classes': 5,
+    'image_size': 64,
+    'compute_dtype': 'float32',
+    'options': {'gated_blocks': 'all'},
+  }
+  own = networks.Networks(settings)
+  dense, gated = own.model('dense'), own.model('dynconv')
+  assert all(block.masker is not None for block in gated_blocks(gated))
+  weights = {
+    path: value
+    for path, value in nnx.to_flat_state(nnx.state(gated, nnx.Param))
+    if 'masker' not in path
+  }
+  expected = dict(nnx.to_flat_state(nnx.state(dense, nnx.Param)))
+  assert weights.keys() == expected.keys()
+  for path, value in weights.items():
+    np.testing.assert_array_equal(value[...], expected[path][...])
+  # Folding a batch norm has something to fold.
+  assert np.ptp(dense.bn1.mean[...]) > 0.1

@@ -1,12 +1,13 @@
 """Tests of the benchmark of sparse execution."""
 
-import importlib.util
 import json
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
 
-from benchmarks.cases import available_peers
+from benchmarks import cases, workers
 from benchmarks.networks import Networks
 from dynconv_jax.training.workdir import load_run, read_config
 
@@ -119,12 +120,44 @@ def test_a_trained_network_and_its_images_are_read(dynconv_run):
   assert dense.fc.out_features == len(run.class_names)
 
 
-def test_peers_that_lack_a_network_are_left_out(capsys):
-  wanted = ['torch', 'onnxruntime']
-  assert 'torch' not in available_peers(wanted, 'efficientnet_lite0', False)
-  if importlib.util.find_spec('torch'):
-    assert 'torch is left out: it has no' in capsys.readouterr().out
-    assert 'torch' in available_peers(wanted, 'resnet50', False)
+def test_peers_that_are_not_installed_are_left_out(capsys):
+  missing = cases.Peer('torch', ('torch', 'no_such_package'))
+  with mock.patch.dict(cases.PEERS, torch=missing, litert=cases.Peer('', ())):
+    assert cases.available_peers(['torch', 'litert'], False) == ['litert']
+  assert 'torch is left out: no_such_package' in capsys.readouterr().out
+
+
+def test_peers_that_compute_something_else_are_errors():
+  expected = [[1.0, -2.0], [3.0, 4.0]]
+  cases.check_equal('own', [[1.0, -2.0], [3.0, 4.0003]], expected, 1e-4)
+  with pytest.raises(ValueError, match='own computes something else .* 0.005'):
+    cases.check_equal('own', [[1.0, -2.02], [3.0, 4.0]], expected, 1e-4)
+  with pytest.raises(ValueError, match='something else'):
+    cases.check_equal('own', [[1.0, np.nan], [3.0, 4.0]], expected, 1e-4)
+  with pytest.raises(ValueError, match=r'logits \(2,\), JAX \(2, 2\)'):
+    cases.check_equal('own', [1.0, 2.0], expected, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('peer', ['openvino', 'litert'])
+def test_other_runtimes_compute_the_same(peer):
+  for package in cases.PEERS[peer].packages:
+    pytest.importorskip(package, reason='pip install -e .[benchmark]')
+  settings = {
+    'workdir': None,
+    'model': 'mobilenet_v2',
+    'method': 'dynconv',
+    'num_classes': 5,
+    'image_size': 64,
+    'compute_dtype': 'float32',
+    'options': {'padding': 'same', 'gated_blocks': 'all'},
+  }
+  timed = workers.WORKERS[peer](settings)
+  case = {'batch_size': 2, 'mask_granularity': '1', 'density': 0.3}
+  networks = timed.networks
+  expected, _ = jax.jit(networks.model('dense'))(networks.batches(2)[0])
+  assert np.ptp(expected) > 0.1 * np.abs(expected).max()
+  cases.check_equal(peer, timed.logits(of=peer, **case), expected, 1e-4)
 
 
 @pytest.mark.slow
@@ -177,6 +210,7 @@ def test_the_exported_network_is_timed_too(program, tmp_path):
       ],
     ),
     (['--peers=tensorflow'], ['peers must be auto, none or some of torch']),
+    (['--model=efficientnet_lite0', '--gated_blocks=some'], ['gated_blocks']),
     (['--image_size=16'], ['image_size must be at least']),
     (['--mask_granularity=4,2'], ['mask_granularity must be 1 or 4 integers']),
     (['--mask_granularity=1;x'], ["must be integers; got 'x'"]),

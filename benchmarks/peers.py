@@ -1,0 +1,231 @@
+"""Other runtimes that experiments.benchmark times, one a process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.forced import force_gates
+from benchmarks.networks import Networks, masks_of
+from dynconv_jax.masks import execution_mask
+from dynconv_jax.models.gated import gated_blocks
+from dynconv_jax.sparse.sparsify import trace_blocks
+
+_CORES = len(os.sched_getaffinity(0))
+
+Run = Callable[[np.ndarray], np.ndarray]
+
+
+class Peer:
+  """Another runtime; subclasses make what runs the network.
+
+  Attributes:
+    masked: the kinds of steps that masks are for.
+  """
+
+  masked: tuple[str, ...] = ()
+
+  def __init__(self, settings):
+    self.networks = Networks(settings)
+    self.settings = self.networks.settings
+    self._made = {}
+
+  def step(self, kind, **case) -> Callable[[], None]:
+    """Returns a function that computes the next batch."""
+    run, batches = self._run(kind, **case)
+    following = itertools.cycle(batches)
+    return lambda: run(next(following))
+
+  def logits(self, of, **case):
+    """Returns what a kind of step computes of the first batch."""
+    run, batches = self._run(of, **case)
+    return np.asarray(run(batches[0]), np.float32).tolist()
+
+  def _run(self, kind, batch_size, mask_granularity, density):
+    case = (mask_granularity, density) if kind in self.masked else ()
+    key = (kind, batch_size, *case)
+    if key not in self._made:
+      batches = self.networks.batches(batch_size)
+      run = self.make(batches[0].shape, *case)
+      self._made[key] = run, list(map(self.convert, batches))
+    return self._made[key]
+
+  def make(
+    self,
+    shape: Sequence[int],
+    mask_granularity: str | None = None,
+    density: float | None = None,
+  ) -> Run:
+    """Returns a function of a batch; masked, if there is a granularity.
+
+    Args:
+      shape: of the batch, (N, H, W, C).
+      mask_granularity: of the masks.
+      density: of the masks; None: those of a trained network.
+    """
+    raise NotImplementedError
+
+  def convert(self, batch: np.ndarray):
+    """Returns a batch as the function takes it; is not timed."""
+    return batch
+
+
+class Torch(Peer):
+  """PyTorch, channels-last, batch norm folded."""
+
+  masked = ('torch_index',)
+
+  def __init__(self, settings, compiled=False):
+    import torch
+
+    from benchmarks import torch_networks
+
+    super().__init__(settings)
+    torch_networks.use_all_cores()
+    self.torch = torch
+    self.dtype = getattr(torch, self.settings['compute_dtype'])
+    dense = self.networks.model('dense')
+    self.network = torch_networks.Network(dense).load(dense).fold()
+    self.network.to(dtype=self.dtype, memory_format=torch.channels_last)
+    if compiled:
+      import torch._inductor.config
+
+      torch._inductor.config.freezing = True
+      self.network = torch.compile(self.network)
+
+  def make(self, shape, mask_granularity=None, density=None):
+    masks = None
+    if mask_granularity is not None:
+      masks = self._maps(shape, mask_granularity, density)
+
+    def run(images):
+      with self.torch.no_grad():
+        return self.network(images, masks).float()
+
+    return run
+
+  def convert(self, batch):
+    # A view, which is channels-last.
+    return self.torch.from_numpy(batch).to(self.dtype).permute(0, 3, 1, 2)
+
+  def _maps(self, shape, mask_granularity, density):
+    """The masks of the JAX process, bool[N, h, w] of each level."""
+    model = self.networks.model(self.networks.method, mask_granularity)
+    masks, maps = masks_of(model, shape, density), {}
+    blocks = {block.name: block for block in gated_blocks(model)}
+    for trace in trace_blocks(model, shape):
+      mask = execution_mask(
+        blocks[trace.name].branch,
+        jnp.asarray(masks[trace.name]),
+        trace.shape[1:3],
+        name=trace.name,
+      )
+      maps[trace.name] = [
+        self.torch.from_numpy(np.array(level) > 0) for level in mask.maps
+      ]
+    return maps
+
+
+class OnnxRuntime(Peer):
+  """ONNX Runtime, on the dense network and on the sparse one."""
+
+  masked = ('onnx_sparse',)
+
+  def make(self, shape, mask_granularity=None, density=None):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = _CORES
+    # Its threads would go on spinning in the turns of the others.
+    options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    model = self.networks.model('dense')
+    if mask_granularity is not None:
+      model = self.networks.model(self.networks.method, mask_granularity)
+    if density is not None:
+      model = force_gates(model, masks_of(model, shape, density))
+    session = onnxruntime.InferenceSession(_onnx(model, shape), options)
+    return lambda images: session.run(['logits'], {'images': images})[0]
+
+
+class OpenVino(Peer):
+  """OpenVINO, on the dense network as ONNX."""
+
+  def make(self, shape, mask_granularity=None, density=None):
+    # It would send usage statistics from a process of its own; OpenVINO goes
+    # without it where it cannot be imported.
+    sys.modules['openvino_telemetry'] = None
+    import openvino
+
+    compiled = openvino.compile_model(
+      openvino.Core().read_model(_onnx(self.networks.model('dense'), shape)),
+      'CPU',
+      {
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_NUM_THREADS': _CORES,
+        'INFERENCE_PRECISION_HINT': 'f32',
+      },
+    )
+    return lambda images: compiled(images, share_inputs=True)[0]
+
+
+class LiteRt(Peer):
+  """LiteRT with XNNPACK, on the dense network as StableHLO."""
+
+  def make(self, shape, mask_granularity=None, density=None):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(
+      model_content=to_tflite(self.networks.model('dense'), shape),
+      num_threads=_CORES,
+    )
+    interpreter.allocate_tensors()
+    (images_at,) = (d['index'] for d in interpreter.get_input_details())
+    (logits_at,) = (d['index'] for d in interpreter.get_output_details())
+
+    def run(images):
+      interpreter.set_tensor(images_at, images)
+      interpreter.invoke()
+      return interpreter.get_tensor(logits_at)
+
+    return run
+
+
+def to_tflite(model: nnx.Module, shape: Sequence[int]) -> bytes:
+  """Returns a network as a LiteRT file; its converter folds batch norm.
+
+  Args:
+    model: in evaluation, without gates.
+    shape: of the images, (N, H, W, C).
+  """
+  from litert_converter import converter_api_ext as converter
+  from litert_converter.mlir import ir, passmanager
+
+  from dynconv_jax.sparse.stablehlo import export_stablehlo
+
+  exported = export_stablehlo(
+    model, shape[1:3], batch_size=shape[0], platforms=['cpu']
+  )
+  context = ir.Context()
+  converter.prepare_mlir_context(context)
+  with context:
+    module = ir.Module.parse(exported.mlir_module())
+    converter.set_signature(
+      module.operation, 'serving_default', ['images'], ['logits']
+    )
+    converter.run_convert_to_tfl_passes(
+      module, passmanager.PassManager(), converter.ConvertToTFLConfig()
+    )
+    return converter.export_flatbuffer_to_bytes(module.operation)
+
+
+def _onnx(model, shape):
+  from dynconv_jax.sparse.onnx import export_onnx
+
+  exported = export_onnx(model, shape[1:3], batch_size=shape[0])
+  return exported.SerializeToString()
