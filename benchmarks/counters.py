@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import inspect
 import io
 import logging
@@ -22,7 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -145,11 +146,11 @@ def _named(model, inputs):
   return {name: inputs}
 
 
-def of_pytorch(name: str) -> list[str]:
+def of_pytorch(name: str, counters: Sequence[str]) -> list[str]:
   """Returns the cells of a PyTorch model: known, by each counter, seconds."""
   model, inputs = _made(name)
   cells, seconds = [_billions(public_models.known(name))], 0.0
-  for counter, count in COUNTERS.items():
+  for counter in counters:
     start = time.process_time()
     try:
       silent = io.StringIO()
@@ -159,7 +160,7 @@ def of_pytorch(name: str) -> list[str]:
         warnings.catch_warnings(),
       ):
         warnings.simplefilter('ignore')
-        macs = count(copy.deepcopy(model), copy.deepcopy(inputs))
+        macs = COUNTERS[counter](copy.deepcopy(model), copy.deepcopy(inputs))
       cells.append(_billions(macs / 1e9))
     except Exception as error:  # Any counter may fail in any way.
       cells.append('fails')
@@ -203,9 +204,7 @@ def of_onnx(name: str) -> list[str]:
 
 
 def of_jax(name: str) -> list[str]:
-  """Returns the cells of a JAX model: known, ours, XLA's estimate, seconds."""
-  import jax
-
+  """Returns the cells of a JAX model: known, ours, seconds."""
   from benchmarks import jax_models
   from dynconv_jax.macs import count_macs as count_jax
 
@@ -213,18 +212,7 @@ def of_jax(name: str) -> list[str]:
   start = time.process_time()
   report = count_jax(function, *args)
   seconds = time.process_time() - start
-  leaves, tree = jax.tree.flatten(args)
-  arrays = [i for i, x in enumerate(leaves) if hasattr(x, 'shape')]
-
-  def on_arrays(*values):
-    whole = list(leaves)
-    for i, value in zip(arrays, values, strict=True):
-      whole[i] = value
-    return function(*jax.tree.unflatten(tree, whole))
-
-  lowered = jax.jit(on_arrays).lower(*(leaves[i] for i in arrays))
-  macs = [known, report.total / 1e9, lowered.cost_analysis()['flops'] / 2e9]
-  return [*map(_billions, macs), f'{seconds:.1f}']
+  return [_billions(known), _billions(report.total / 1e9), f'{seconds:.1f}']
 
 
 class _Table(NamedTuple):
@@ -234,18 +222,21 @@ class _Table(NamedTuple):
   cells: Callable[[str], list[str]]
 
 
-TABLES = {
-  'torch': _Table(('known', *COUNTERS, 'seconds'), of_pytorch),
-  'onnx': _Table(
-    (
-      'PyTorch',
-      *('traced', 'with constants', 'seconds'),
-      *('dynamo', 'with constants', 'seconds'),
+def tables(counters: Sequence[str]) -> dict[str, _Table]:
+  """Returns the table of each front end."""
+  exporters = [
+    column
+    for exporter in ('traced', 'dynamo')
+    for column in (exporter, 'with constants', 'seconds')
+  ]
+  return {
+    'torch': _Table(
+      ('known', *counters, 'seconds'),
+      functools.partial(of_pytorch, counters=counters),
     ),
-    of_onnx,
-  ),
-  'jax': _Table(('known', 'ours', 'XLA', 'seconds'), of_jax),
-}
+    'onnx': _Table(('PyTorch', *exporters), of_onnx),
+    'jax': _Table(('known', 'ours', 'seconds'), of_jax),
+  }
 
 
 def _made(name: str) -> tuple[nn.Module, Any]:
@@ -258,45 +249,52 @@ def _billions(macs: float | None) -> str:
   return '' if macs is None else f'{macs:.3f}'
 
 
-def row(front_end: str, name: str) -> None:
+def row(table: _Table, name: str) -> None:
   """Prints a model's row of the table."""
   logging.disable(logging.WARNING)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    cells = TABLES[front_end].cells(name)
+    cells = table.cells(name)
   print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
 
 
 def main() -> None:
   """Prints the table of the models named, or of all."""
   parser = argparse.ArgumentParser(description=main.__doc__)
-  parser.add_argument('--frontend', choices=TABLES, default='torch')
+  parser.add_argument('--frontend', choices=tables(()), default='torch')
+  parser.add_argument('--counters', default=','.join(COUNTERS))
   parser.add_argument('names', nargs='*', metavar='NAME')
   options = parser.parse_args()
-  table = TABLES[options.frontend]
-  # JAX is not to be imported before a fork.
-  context = multiprocessing.get_context('fork')
-  with context.Pool(1) as pool:
-    models = pool.apply(_names, (options.frontend,))
+  counters = options.counters.split(',')
+  if unknown := set(counters) - COUNTERS.keys():
+    parser.error(f'unknown counters: {sorted(unknown)}')
+  table = tables(counters)[options.frontend]
+  models = _models(options.frontend)
   if unknown := set(options.names) - {name.split()[1] for name in models}:
-    parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
+    parser.error(f'unknown models: {sorted(unknown)}; there are {list(models)}')
   print(f'| model | {" | ".join(table.columns)} |')
   print('|---|' + '---:|' * len(table.columns), flush=True)
-  # A process each: some counters leave PyTorch patched.
   for name in models:
-    if not options.names or name.split()[1] in options.names:
-      process = context.Process(target=row, args=(options.frontend, name))
-      process.start()
-      process.join()
+    if options.names and name.split()[1] not in options.names:
+      continue
+    if options.frontend == 'jax':
+      row(table, name)
+      continue
+    # A process each: some counters leave PyTorch patched.
+    process = multiprocessing.get_context('fork').Process(
+      target=row, args=(table, name)
+    )
+    process.start()
+    process.join()
 
 
-def _names(front_end: str) -> list[str]:
-  """Returns the names of a front end's models."""
-  if front_end == 'jax':
-    from benchmarks import jax_models
+def _models(front_end: str) -> Mapping[str, Any]:
+  """Returns the models of a front end by name."""
+  if front_end != 'jax':
+    return public_models.models()
+  from benchmarks import jax_models
 
-    return list(jax_models.models())
-  return list(public_models.models())
+  return jax_models.models()
 
 
 if __name__ == '__main__':
