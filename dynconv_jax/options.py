@@ -187,12 +187,16 @@ def errors_of(options: Any) -> list[str]:
 
 
 def errors(checks: Iterable[Callable[[], Any]]) -> list[str]:
-  """Returns the messages of those checks that raise ValueError."""
+  """Returns the messages of those checks that find something wrong.
+
+  Args:
+    checks: raise ValueError, or FileNotFoundError, where something is wrong.
+  """
   messages = []
   for check in checks:
     try:
       check()
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
       messages.append(str(error))
   return messages
 

@@ -50,12 +50,12 @@ def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   config = config_flags.read()
-  config.check()
   if config.optimization.init_from or config.optimization.pretrained:
     raise ValueError(
       'the weights come from --from_torch alone; leave out --init_from and '
       '--pretrained'
     )
+  config.check()
   state_dict = interop.read_state_dict(_FROM_TORCH.value)
   num_classes = interop.num_classes(state_dict)
   if _NUM_CLASSES.value not in (None, num_classes):

@@ -33,8 +33,9 @@ from dynconv_jax.data.decode import (
 from dynconv_jax.macs import count_macs
 from dynconv_jax.plotting.ponder import ponder_cost_map, save_overlay
 from dynconv_jax.training.evaluation import make_predict
+from dynconv_jax.training.published import load_published
 from dynconv_jax.training.state import split as split_model
-from dynconv_jax.training.workdir import load_published, load_run
+from dynconv_jax.training.workdir import load_run
 from experiments import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the trained run.')
@@ -88,9 +89,7 @@ def main(argv: Sequence[str]) -> None:
   results, failed, names = [], 0, set()
   for path in paths:
     try:
-      if path.exists() and not path.is_file():  # A pipe may never end.
-        raise OSError(f'{path} is no file')
-      image = decode_image(path.read_bytes(), str(path))
+      image = _read(path)
     except (CorruptImageError, OSError) as error:
       print(f'error: {error}', file=sys.stderr)
       failed += 1
@@ -142,6 +141,17 @@ def _expand(argument: str) -> list[pathlib.Path]:
   if not found:
     raise ValueError(f'{argument} has no image {wanted}')
   return sorted(found)
+
+
+def _read(path: pathlib.Path) -> np.ndarray:
+  """Returns uint8[H, W, 3]; a file that is no image is an error."""
+  try:
+    str(path).encode()
+  except UnicodeEncodeError:
+    raise OSError(f'the name {ascii(str(path))} is not UTF-8') from None
+  if path.exists() and not path.is_file():  # A pipe may never end.
+    raise OSError(f'{path} is no file')
+  return decode_image(path.read_bytes(), str(path))
 
 
 def _seen_box(image, size: int, ratio: float) -> tuple[int, int, int, int]:

@@ -2,13 +2,18 @@
 
 from dynconv_jax.interop.files import read_state_dict, write_safetensors
 from dynconv_jax.interop.mobilenet import (
+  check_model,
   check_padding,
   check_source,
   source_model,
   source_normalization,
   source_padding,
 )
-from dynconv_jax.interop.pretrained import check_pretrained, find_pretrained
+from dynconv_jax.interop.pretrained import (
+  check_found,
+  check_pretrained,
+  find_pretrained,
+)
 from dynconv_jax.interop.state_dict import (
   load_pretrained,
   load_torch_state_dict,
@@ -17,6 +22,8 @@ from dynconv_jax.interop.state_dict import (
 )
 
 __all__ = [
+  'check_found',
+  'check_model',
   'check_padding',
   'check_pretrained',
   'check_source',

@@ -167,6 +167,21 @@ def check_source(model: MobileNet, source: str) -> None:
     check_padding(model.padding, source)
 
 
+def check_model(model: str, source: str) -> None:
+  """Raises ValueError where published weights are those of another network.
+
+  Args:
+    model: name of the network; one from outside the package passes.
+    source: of the weights; one that is not known passes.
+  """
+  expected = source_model(source)
+  if expected not in (None, model) and ':' not in model:
+    raise ValueError(
+      f'the weights of {source} are those of {expected}; the network is '
+      f'{model}: set model={expected}'
+    )
+
+
 def check_padding(padding: str, source: str) -> None:
   """Raises ValueError where a padding is not what published weights expect.
 

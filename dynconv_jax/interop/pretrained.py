@@ -31,6 +31,20 @@ def check_pretrained(source: str) -> None:
     )
 
 
+def check_found(source: str) -> None:
+  """Raises an error where weights that need no download are not there.
+
+  Args:
+    source: as in `check_pretrained`.
+
+  Raises:
+    ValueError, FileNotFoundError: as `find_pretrained`.
+  """
+  check_pretrained(source)
+  if not source.startswith(_HUB):
+    find_pretrained(source)
+
+
 def find_pretrained(
   source: str, folder: str | os.PathLike = '~/.cache/dynconv_jax'
 ) -> pathlib.Path:

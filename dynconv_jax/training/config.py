@@ -401,12 +401,14 @@ class Config:
     num_devices: int = 1,
     *,
     factory: registry.Factory | None = None,
+    resumed: bool = False,
   ) -> None:
     """Raises ValueError naming every option that is out of range.
 
     Args:
       num_devices: local devices that share a batch.
       factory: of the network, where it is not found by name.
+      resumed: whether the run goes on, and needs no pretrained weights.
     """
     optimization = self.optimization
     errors = options_lib.errors(
@@ -429,12 +431,13 @@ class Config:
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
     if optimization.pretrained:
-      errors += options_lib.errors(
-        [
-          lambda: interop.check_pretrained(optimization.pretrained),
-          self._check_padding,
-        ]
-      )
+      source = optimization.pretrained
+      checks = [lambda: interop.check_pretrained(source), self._check_padding]
+      if factory is None:
+        checks.append(lambda: interop.check_model(self.model.model, source))
+      if not resumed:
+        checks.append(lambda: interop.check_found(source))
+      errors += options_lib.errors(checks)
       if optimization.init_from:
         errors.append(
           'init_from and pretrained exclude each other; got '

@@ -80,7 +80,9 @@ def train(
       'training runs in one JAX process; jax.distributed has started '
       f'{jax.process_count()}'
     )
-  config.check(len(jax.local_devices()), factory=model)
+  config.check(
+    len(jax.local_devices()), factory=model, resumed=checkpoints.exists(workdir)
+  )
   config = workdir_lib.resolve(config, workdir)
   workdir_lib.check_flags(workdir, config)
   with locked(workdir, 'training'):

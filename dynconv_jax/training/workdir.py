@@ -16,8 +16,7 @@ from flax import nnx
 
 from dynconv_jax import interop
 from dynconv_jax import options as options_lib
-from dynconv_jax.data import imagenet
-from dynconv_jax.data.decode import RESIZE_RATIO, resize_ratio_of
+from dynconv_jax.data.decode import resize_ratio_of
 from dynconv_jax.files import locked, write_atomic
 from dynconv_jax.interop.names import HEADS
 from dynconv_jax.methods.gate import Gate
@@ -381,51 +380,6 @@ def load_run(
     step,
     resize_ratio_of(texts.get('crop', '')),
     _normalization(texts),
-  )
-
-
-def load_published(source: str, model: str | None = None) -> Run:
-  """Returns a dense network of published weights, with no training.
-
-  Args:
-    source: see `interop.find_pretrained`.
-    model: name of the network; None: that which the source is known for.
-
-  Raises:
-    FileNotFoundError: there are no such weights, or a package is missing.
-    ValueError: the source is of no known form, or its network is not known;
-      or the weights are of another one.
-  """
-  interop.check_pretrained(source)
-  model = model or interop.source_model(source)
-  if model is None:
-    raise ValueError(f'{source} does not say which network it is for: name it')
-  factory = registry.load_factory(model)
-  state_dict = interop.read_state_dict(interop.find_pretrained(source))
-  values = {'model': model, 'method': 'dense'}
-  padding = interop.source_padding(source)
-  if padding is not None and 'padding' in options_lib.options_of(
-    registry.options_type(factory)
-  ):
-    values['padding'] = padding
-  values['image_size'] = getattr(factory, 'image_size', 224)
-  network = Network(
-    config_lib.make_part(ModelConfig, values),
-    config_lib.make_part(MethodConfig, values),
-  )
-  classes = interop.num_classes(state_dict)
-  view = build_model(network, classes)
-  interop.load_pretrained(view, state_dict)
-  names = imagenet.class_names()
-  if classes != len(names):
-    names = tuple(f'class {i}' for i in range(classes))
-  return Run(
-    network,
-    nnx.view(view, deterministic=True, use_running_average=True),
-    names,
-    0,
-    RESIZE_RATIO,
-    interop.source_normalization(source) or 'imagenet',
   )
 
 

