@@ -385,7 +385,7 @@ class ErrorsTest(parameterized.TestCase):
     ({'name': 'resnet52'}, r"unknown model 'resnet52' \(did you mean 'resn"),
     ({'name': 'vgg'}, r"unknown model 'vgg'; allowed: resnet18, resnet34"),
     ({'method': 'dynconf'}, r"'dynconf' \(did you mean 'dynconv'\?\)"),
-    ({'method': None}, 'unknown method None; allowed: dense, dynconv'),
+    ({'method': None}, 'unknown method None; allowed: dense, drop, dynconv'),
     ({'bugdet': 0.5}, 'unknown options bugdet; dense has none'),
     ({'method': 'act', 'bugdet': 0.5}, 'bugdet; act has ponder_weight'),
     ({'num_classes': 0}, 'num_classes must be at least 1; got 0'),
