@@ -14,16 +14,13 @@ import jax.numpy as jnp
 _KERAS = """
   VGG16 VGG19 ResNet50 ResNet101 ResNet50V2 ResNet152V2 DenseNet121
   DenseNet201 InceptionV3 InceptionResNetV2 Xception MobileNet MobileNetV2
-  MobileNetV3Small MobileNetV3Large NASNetMobile EfficientNetB0 EfficientNetB4
+  MobileNetV3Small NASNetMobile EfficientNetB0 EfficientNetB4
   EfficientNetV2S ConvNeXtTiny
 """
 
 # What torchvision states of networks that are the same.
 _HAIKU = {
   'ResNet18': 1.814,
-  'ResNet34': 3.664,
-  'ResNet50': 4.089,
-  'ResNet101': 7.801,
 }
 
 _EQUIMO = {
