@@ -12,7 +12,7 @@ from torch import _higher_order_ops as control  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention.flex_attention import flex_attention  # noqa: E402
 
-from benchmarks import compare_counters  # noqa: E402
+from benchmarks import torch_networks  # noqa: E402
 from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.torch import count_macs  # noqa: E402
 
@@ -204,7 +204,7 @@ class ExportTest(parameterized.TestCase):
 class GradientTest(parameterized.TestCase):
   def test_resnet152(self):
     with torch.device('meta'):
-      module = compare_counters.ResNet('resnet152', 1000)
+      module = torch_networks.create('resnet152', 1000)
     report = count_macs(module, (1, 3, 224, 224), backward=True)
     # As JAX counts it: all three times, but for the gradient of the images.
     self.assertEqual(report.total, 34_422_865_920)
