@@ -15,8 +15,9 @@ _TORCHVISION = """
   regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t
 """
 
-# Torchvision's figures are of trained weights on noise: all proposals, but
-# those with a threshold for them have none, and nothing is detected.
+# Torchvision does not say how many boxes its figures are of. These options are
+# meant to give 1,000 proposals, or none, and no detections, as the figures
+# suggest; random weights alone give another number at each draw.
 _DETECTION = {
   'retinanet_resnet50_fpn': {},
   'fcos_resnet50_fpn': {},
