@@ -106,7 +106,9 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
     np.testing.assert_allclose(row['learning_rate'], expected, rtol=1e-5)
   assert rows[1]['num_examples'] == 6
   assert _steps(finished) == [7, 14]
-  assert workdir.read_config(finished) == config.replace(normalization='imagenet')
+  assert workdir.read_config(finished) == config.replace(
+    normalization='imagenet'
+  )
   # A finished run has nothing to do again, and says the same.
   summary = loop.train(config, finished)
   assert summary['step'] == 14
@@ -165,7 +167,9 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   other = config.replace(keep_checkpoints=3, log_every_steps=5)
   loop.train(other, tmp_path)
   _assert_same_run(tmp_path, finished)
-  assert workdir.read_config(tmp_path) == other.replace(normalization='imagenet')
+  assert workdir.read_config(tmp_path) == other.replace(
+    normalization='imagenet'
+  )
   assert handlers == [
     signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)
   ]
