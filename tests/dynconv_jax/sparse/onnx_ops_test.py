@@ -325,7 +325,7 @@ def test_a_network_that_asks_for_the_batch():
   def function(x):
     return x if x.shape[0] > 2 else 2 * x
 
-  with pytest.raises(ValueError, match='ONNX export needs batch_size'):
+  with pytest.raises(ValueError, match='export needs batch_size'):
     export(function)
   check(function, batch_size=3)
 
