@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from dynconv_jax import extras
-from dynconv_jax.data.augment import MEAN, STD
+from dynconv_jax.data.augment import NORMALIZATIONS
 from dynconv_jax.files import write_atomic
 from dynconv_jax.sparse.stablehlo import PLATFORMS, export_stablehlo
 from dynconv_jax.training.workdir import load_run
@@ -51,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     run.model, (run.image_size,) * 2, platforms=_PLATFORMS.value
   )
   write_atomic(output, bytes(exported.serialize()))
-  normalization = json.dumps({'mean': MEAN, 'std': STD})
+  mean, std = NORMALIZATIONS[run.normalization]
+  normalization = json.dumps({'mean': mean, 'std': std})
   print(f'wrote {output}, step {run.step}, normalization {normalization}')
 
 

@@ -107,7 +107,7 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
   )
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
     assert workdir.read_metrics(tmp_path) == rows
-  assert 'left out a damaged line' in logs.output[0]
+  assert 'left out 1 damaged lines' in logs.output[0]
   with records.Records(tmp_path, 14) as record:
     record.write({'step': 21, 'split': 'train', 'loss': 2.0})
   assert path.read_text().splitlines() == [
