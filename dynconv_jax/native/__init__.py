@@ -40,10 +40,12 @@ def register(
     path = build(source, flags)
     library = ctypes.CDLL(str(path))
   except (OSError, subprocess.SubprocessError) as error:
+    # Of templates' errors the rest fills pages.
+    told = getattr(error, 'stderr', None) or str(error)
     logging.warning(
       'XLA computes what kernels of this package would compute faster: they '
       'were not compiled. %s',
-      getattr(error, 'stderr', None) or error,
+      next((line for line in told.splitlines() if 'error:' in line), told),
     )
     return None
   targets = {}
