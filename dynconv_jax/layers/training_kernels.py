@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -47,7 +48,10 @@ def call(
   combine: Callable[[list[jax.Array], Any], list[jax.Array]] | None = None,
   **attributes: Any,
 ) -> list[jax.Array]:
-  """Returns the results of a kernel; a batch over devices stays there.
+  """Returns the results of a kernel.
+
+  A batch that is split over devices stays there. Under `vmap` one call follows
+  another.
 
   Args:
     name: of the kernel.
@@ -77,7 +81,7 @@ def call(
     return jax.ffi.ffi_call(target, results)(*args, **attributes)
 
   if jax.local_device_count() == 1:
-    return run(*args)
+    return sequential_vmap(run)(*args)
 
   def partition(mesh, arguments, results):
     del results
@@ -104,7 +108,7 @@ def call(
       for terms in (before, after)
     ),
   )
-  return partitioned(*args)
+  return sequential_vmap(partitioned)(*args)
 
 
 @functools.cache

@@ -431,10 +431,11 @@ class Config:
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
     if optimization.pretrained:
-      source = optimization.pretrained
-      checks = [lambda: interop.check_pretrained(source), self._check_padding]
-      if factory is None:
-        checks.append(lambda: interop.check_model(self.model.model, source))
+      source, network = optimization.pretrained, self.model
+      checks = [
+        lambda: interop.check_pretrained(source),
+        lambda: interop.check_source(source, network.model, network.options),
+      ]
       if not resumed:
         checks.append(lambda: interop.check_found(source))
       errors += options_lib.errors(checks)
@@ -455,11 +456,6 @@ class Config:
       )
     if errors:
       raise ValueError('; '.join(dict.fromkeys(errors)))
-
-  def _check_padding(self) -> None:
-    padding = getattr(self.model.options, 'padding', None)
-    if padding is not None:
-      interop.check_padding(padding, self.optimization.pretrained)
 
   def check_network(self, factory: registry.Factory | None = None) -> None:
     """Raises ValueError unless input and gates fit the network.

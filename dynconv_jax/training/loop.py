@@ -140,7 +140,6 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     source = workdir_lib.load_run(start_from.init_from, factory=model)
     workdir_lib.initialize_from(network, source.model)
   if start_from.pretrained and not resumed:
-    interop.check_source(network, start_from.pretrained)
     path = interop.find_pretrained(start_from.pretrained, config.data.data_dir)
     interop.load_pretrained(network, interop.read_state_dict(path))
   workdir_lib.start_gates(network, method)

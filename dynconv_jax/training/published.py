@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flax import nnx
 
-from dynconv_jax import interop, options
+from dynconv_jax import interop
 from dynconv_jax.data import imagenet
 from dynconv_jax.data.decode import RESIZE_RATIO
 from dynconv_jax.models import registry
@@ -31,14 +31,11 @@ def load_published(source: str, model: str | None = None) -> Run:
       f'{source} does not say which network it is for: set model, such as '
       'model=resnet50'
     )
-  interop.check_model(model, source)
   factory = registry.load_factory(model)
   values = {'model': model, 'method': 'dense'}
   values['image_size'] = getattr(factory, 'image_size', 224)
-  padding = interop.source_padding(source)
-  known = options.options_of(registry.options_type(factory))
-  if padding is not None and 'padding' in known:
-    values['padding'] = padding
+  values |= interop.source_options(source)  # Those of other networks pass.
+  interop.check_source(source, model, None)
   network = Network(
     make_part(ModelConfig, values), make_part(MethodConfig, values)
   )

