@@ -13,7 +13,7 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from experiments import config_flags
+from dynconv_jax.cli import config_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()

@@ -1,6 +1,6 @@
-"""Writes a trained network as an ONNX model that computes where it matters.
+r"""Writes a trained network as an ONNX model that computes where it matters.
 
-python -m experiments.export_onnx --workdir=workdir/spots_dynconv \
+dynconv export onnx --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.onnx [--form=dense]
 
 Networks of every method. The model's input 'images' is float32[N, H, W, 3], of
@@ -13,22 +13,15 @@ from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
+from dynconv_jax import extras
+from dynconv_jax.cli import program
 from dynconv_jax.data.augment import NORMALIZATIONS
 from dynconv_jax.files import replacing
 from dynconv_jax.training.workdir import load_run
-from experiments import program
-
-try:
-  import onnx
-
-  from dynconv_jax.sparse.onnx import FORMS, export_onnx
-except ImportError as error:
-  sys.exit(f"error: {error}: pip install 'dynconv-jax[onnx]' installs it")
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
@@ -42,7 +35,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 _FORM = flags.DEFINE_enum(
   'form',
   'sparse',
-  FORMS,
+  ['sparse', 'dense'],
   'Of gated blocks: at active positions only, or everywhere and masked.',
 )
 
@@ -51,6 +44,11 @@ def main(argv: Sequence[str]) -> None:
   """Reads the weights and writes the file."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  extras.require('onnx', 'onnx')
+  import onnx
+
+  from dynconv_jax.sparse.onnx import export_onnx
+
   output = pathlib.Path(_OUTPUT.value).expanduser()
   if output.suffix != '.onnx':
     raise ValueError(f'output must end in .onnx; got {output}')

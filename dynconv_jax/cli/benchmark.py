@@ -1,6 +1,6 @@
-"""Times sparse execution against dense execution.
+r"""Times sparse execution against dense execution.
 
-python -m experiments.benchmark --model=resnet50 --method=dynconv \
+dynconv benchmark --model=resnet50 --method=dynconv \
   --density=0.5 --batch_size=8 --image_size=224
 
 On synthetic clustered masks of one or more densities, which the network obeys
@@ -28,16 +28,16 @@ from absl import flags
 from flax import nnx
 
 from benchmarks import cases
-from dynconv_jax import create_model
 from dynconv_jax.checks import check_choice
+from dynconv_jax.cli import program
 from dynconv_jax.files import write_atomic
 from dynconv_jax.methods.method import METHODS
 from dynconv_jax.models import registry
+from dynconv_jax.models.create import create_model
 from dynconv_jax.options import options_of
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.executor import MODES
 from dynconv_jax.training.workdir import read_config
-from experiments import program
 
 _MODEL = flags.DEFINE_string(
   'model', 'resnet50', 'Such as resnet50 or efficientnet_lite0.'

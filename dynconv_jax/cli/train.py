@@ -1,6 +1,6 @@
-"""Trains a network.
+r"""Trains a network.
 
-python -m experiments.train --flagfile=experiments/flags/spots_dynconv.flags \
+dynconv train --flagfile=spots_dynconv \
   --workdir=workdir/spots_dynconv [any flag again, later wins]
 
 Started again with the same workdir it goes on from the last checkpoint.
@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
+from dynconv_jax.cli import config_flags, program
 from dynconv_jax.plotting.curves import plot_learning_curves
 from dynconv_jax.training import loop, workdir
-from experiments import config_flags, program
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of this run; holds all about it.', required=True

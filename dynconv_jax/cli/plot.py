@@ -1,20 +1,20 @@
-"""Draws figures from what was measured.
+r"""Draws figures from what was measured.
 
 Accuracy against GMACs, and against latency where it was measured, beside the
-table, as experiments.sweep draws them:
-python -m experiments.plot --results=results/NAME/results.csv \
+table, as `dynconv sweep` draws them:
+dynconv plot --results=results/NAME/results.csv \
   [--series=recipe] [--chance=0.167]
 
 One figure, accuracy against GMACs or against another column:
-python -m experiments.plot --results=results/NAME/results.csv --output=FIG.png \
+dynconv plot --results=results/NAME/results.csv --output=FIG.png \
   [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
 
-Gains of experiments.compare against the share of the image that the object
+Gains of `dynconv compare` against the share of the image that the object
 covers:
-python -m experiments.plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
+dynconv plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
 
 The learning curves of a run:
-python -m experiments.plot --workdir=DIR [--output=FIG.png]
+dynconv plot --workdir=DIR [--output=FIG.png]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dynconv_jax.cli import program
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.curves import plot_learning_curves
 from dynconv_jax.plotting.gains import plot_gains
@@ -33,7 +34,6 @@ from dynconv_jax.plotting.tradeoff import (
   plot_results,
 )
 from dynconv_jax.training import workdir
-from experiments import program
 
 _RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
 _GAINS = flags.DEFINE_string('gains', None, 'A table of gains to draw.')

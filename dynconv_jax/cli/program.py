@@ -6,6 +6,7 @@ import ctypes
 import logging as stdlib_logging
 import os
 import pathlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,12 +14,11 @@ from collections.abc import Callable, Sequence
 from absl import app, flags, logging
 
 import dynconv_jax
+from dynconv_jax import extras
+from dynconv_jax.cli import command, flag_help
 
 # Ours; through other libraries' progress nobody would find it.
-_PACKAGES = tuple(
-  f'{pathlib.Path(package.__path__[0]).resolve()}{os.sep}'
-  for package in (dynconv_jax, sys.modules[__package__])
-)
+_PACKAGE = f'{pathlib.Path(dynconv_jax.__path__[0]).resolve()}{os.sep}'
 
 _RAISED_HERE = ('orbax', 'asyncio')
 
@@ -39,7 +39,7 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
     return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
     record.pathname
-  ).startswith(_PACKAGES)
+  ).startswith(_PACKAGE)
 
 
 def user_errors() -> tuple[type[Exception], ...]:
@@ -47,17 +47,44 @@ def user_errors() -> tuple[type[Exception], ...]:
 
   Anything else is a bug and its traceback is wanted.
   """
-  errors = (FloatingPointError, OSError, ValueError)
+  errors = (FloatingPointError, OSError, ValueError, extras.MissingError)
   # A program that has no checkpoints does not import what they need.
   checkpoints = sys.modules.get('dynconv_jax.training.checkpoints')
   return (*errors, checkpoints.CheckpointError) if checkpoints else errors
+
+
+def parse(argv: Sequence[str], doc: str) -> list[str]:
+  """Returns what is left of a command line after its flags.
+
+  A flag that is wrong ends the program with one line and status 2; one that
+  asks for help, with all flags.
+
+  Args:
+    argv: of the program.
+    doc: of its module.
+  """
+  if any(argument in command.HELP for argument in argv[1:]):
+    print(flag_help.text(doc), end='')
+    sys.exit(0)
+  try:
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    name = f'--{error.flagname}'
+    command.fail(f'unknown flag {name}', name, [f'--{n}' for n in flags.FLAGS])
+  except flags.Error as error:
+    required = re.sub(
+      r'flag --(\w+)=None: .* other than None\.',
+      r'--\1 is required',
+      str(error),
+    )
+    command.fail(required, '', ())
 
 
 def check_given(name: str) -> None:
   """Raises ValueError for a flag of a program that is given without a value.
 
   Args:
-    name: of the program's module, as absl has it: `sys.argv[0]`.
+    name: of the program's module, as absl has it.
   """
   empty = [
     f'--{flag.name}'
@@ -130,12 +157,15 @@ def show_unraisable(unraisable) -> None:
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs a program; an error of the user's ends it with status 1 and a line."""
+  module = sys.modules[main.__module__]
+  # absl knows the main module by this name.
+  name = sys.argv[0] if module.__name__ == '__main__' else module.__name__
 
   def guarded(argv: Sequence[str]) -> None:
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(is_wanted)
     try:
-      check_given(argv[0])
+      check_given(name)
       main(argv)
     except KeyboardInterrupt:
       print('interrupted', file=sys.stderr)
@@ -156,4 +186,4 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   # Names of files may be no text.
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors='backslashreplace')
-  app.run(guarded)
+  app.run(guarded, flags_parser=lambda argv: parse(argv, module.__doc__ or ''))

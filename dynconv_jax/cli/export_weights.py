@@ -1,6 +1,6 @@
-"""Writes a network's weights for PyTorch, as a safetensors file.
+r"""Writes a network's weights for PyTorch, as a safetensors file.
 
-python -m experiments.export_weights --workdir=workdir/spots_dynconv \
+dynconv export weights --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.safetensors
 
 The names are torchvision's, or those of the public checkpoints of the method;
@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from absl import flags
 
 from dynconv_jax import interop
+from dynconv_jax.cli import program
 from dynconv_jax.training.workdir import load_run
-from experiments import program
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True

@@ -1,21 +1,21 @@
-"""Compares runs by a paired test over the examples of a split.
+r"""Compares runs by a paired test over the examples of a split.
 
 Evaluate each run first; that leaves predictions_SPLIT.csv in its workdir.
 
 Two settings, each of one run or of several seeds:
-python -m experiments.compare --split=test \
+dynconv compare --split=test \
   --runs='workdir/NAME/dynconv_b0.5_seed*' --against='workdir/NAME/dense_seed*'
 
 Prints the accuracy of both, their difference in points with its 95 % interval
 and p by a paired bootstrap over examples and seeds, for single runs McNemar's
 exact test as well, and on the last line JSON. Seeds are paired where both sides
 have the same. --gains=FILE.csv adds the difference to a table for
-experiments.plot, at the share of the image that the object covers; --bins=N
+`dynconv plot`, at the share of the image that the object covers; --bins=N
 splits the examples into N equal groups by that share.
 
 Many settings against one, as CSV and Markdown, p without correction for their
 number:
-python -m experiments.compare --split=test --baseline=dense --table=FILE.csv \
+dynconv compare --split=test --baseline=dense --table=FILE.csv \
   --groups='dense=workdir/NAME/dense_*;dynconv=workdir/NAME/dynconv_*'
 """
 
@@ -33,15 +33,15 @@ import numpy as np
 from absl import flags
 
 from dynconv_jax import statistics
-from dynconv_jax.files import write_atomic
-from dynconv_jax.plotting.results import read_results
-from dynconv_jax.training import workdir
-from experiments import program
-from experiments.predictions import (
+from dynconv_jax.cli import program
+from dynconv_jax.cli.predictions import (
   Predictions,
   predictions_file,
   read_predictions,
 )
+from dynconv_jax.files import write_atomic
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.training import workdir
 
 _RUNS = flags.DEFINE_list(
   'runs', None, 'Workdirs or files of predictions, of one setting; globs.'
@@ -333,8 +333,8 @@ def _files(pattern: str, split: str) -> list[pathlib.Path]:
       path /= predictions_file(split)
       if not path.exists():
         raise FileNotFoundError(
-          f'there is no {path}; write it by python -m experiments.evaluate '
-          f'--workdir={path.parent} --split={split}'
+          f'there is no {path}; write it by `dynconv evaluate '
+          f'--workdir={path.parent} --split={split}`'
         )
     paths.append(path)
   return paths

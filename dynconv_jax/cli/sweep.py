@@ -1,6 +1,6 @@
-"""Trains and evaluates a grid of runs: results.csv and its figures.
+r"""Trains and evaluates a grid of runs: results.csv and its figures.
 
-python -m experiments.sweep --flagfile=BASE.flags \
+dynconv sweep --flagfile=BASE.flags \
   --grid='method=dense,dynconv' --grid='budget=0.3,0.5,0.7' \
   --grid='seed=0,1,2' --results=results/NAME \
   [--workdir=workdir/NAME] [--parallel=N] [any flag of a training run]
@@ -21,28 +21,25 @@ trainings.
 
 Six classes of Food-101 (DIR: an unpacked Food-101), two cores, from the dense
 run workdir/food/dense, and narrower dense networks:
-python -m experiments.sweep --food101_dir=DIR \
-  --flagfile=experiments/flags/food101_6_resnet18_64px_from_dense.flags \
+dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px_from_dense \
   --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
   --grid=budget=0.3,0.5,0.7 --grid=skip_weight=0.3,0.6,1.2 \
   --grid=skipnet:budget_warmup=0.6 --grid=sact:ponder_weight=0.01,0.05,0.2 \
   --grid=act:ponder_weight=0.02,0.1,0.2 --grid=seed=0,1 --checkpoint=latest \
   --parallel=2 --results=results/food101_6_resnet18_64px
-python -m experiments.sweep --food101_dir=DIR --epochs=36 \
-  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+dynconv sweep --food101_dir=DIR --epochs=36 --flagfile=food101_6_resnet18_64px \
   --grid=method=dense --grid=width_multiplier=0.55,0.71 --grid=seed=0,1 \
   --checkpoint=latest --parallel=2 --results=results/food101_6_resnet18_64px
 
 The same from the same start, distilled from it:
-python -m experiments.sweep --food101_dir=DIR --recipe=distilled \
-  --flagfile=experiments/flags/food101_6_resnet18_64px_from_dense.flags \
+dynconv sweep --food101_dir=DIR --recipe=distilled \
+  --flagfile=food101_6_resnet18_64px_from_dense \
   --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 \
   --grid=distill_from=workdir/food/dense --grid=seed=0 --checkpoint=latest \
   --parallel=2 --results=results/food101_6_resnet18_64px
 
 At 224 pixels with ResNet-50, from scratch, on a GPU:
-python -m experiments.sweep --food101_dir=DIR \
-  --flagfile=experiments/flags/food101_6_resnet18_64px.flags \
+dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px \
   --model=resnet50 --image_size=224 --cache_size=256 \
   --compute_dtype=bfloat16 --epochs=100 \
   --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
@@ -52,15 +49,14 @@ python -m experiments.sweep --food101_dir=DIR \
   --grid=seed=0 --checkpoint=latest --results=results/food101_6_resnet50_224px
 
 The student project's experiment, whose MACs vary by the size of the input:
-python -m experiments.sweep --food101_dir=DIR --epochs=4 --cache_size=112 \
-  --flagfile=experiments/flags/food101_6_resnet18_64px_from_dense.flags \
+dynconv sweep --food101_dir=DIR --epochs=4 --cache_size=112 \
+  --flagfile=food101_6_resnet18_64px_from_dense \
   --budget=0.5 --grid=method=dense,dynconv --grid=image_size=64,80,96 \
   --grid=seed=0 --checkpoint=latest --parallel=2 --latency_batch_size=0 \
   --results=results/food101_6_input_size
 
 CIFAR-10, ResNet-32, by the published recipe (DIR: CIFAR-10's binary files):
-python -m experiments.sweep --cifar10_dir=DIR \
-  --flagfile=experiments/flags/cifar10_resnet32.flags \
+dynconv sweep --cifar10_dir=DIR --flagfile=cifar10_resnet32 \
   --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 \
   --grid=dense:width_multiplier=0.55,0.71,0.84,1 --grid=seed=0,1,2 \
   --checkpoint=latest --results=results/cifar10_resnet32
@@ -79,16 +75,16 @@ from typing import Any
 
 from absl import flags, logging
 
+from dynconv_jax.cli import config_flags, processes, program
+from dynconv_jax.cli.grid import Run, make_runs
+from dynconv_jax.cli.results_table import check_table, write_result
+from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.files import locked, write_atomic
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
 from dynconv_jax.training import inputs
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import operational_options, to_flags
-from experiments import config_flags, processes, program
-from experiments.grid import Run, make_runs
-from experiments.results_table import check_table, write_result
-from experiments.sweep_progress import Progress
 
 _GRID = flags.DEFINE_multi_string(
   'grid', None, '[METHOD:]FLAG=VALUE,VALUE,...; once a flag.', required=True
@@ -323,7 +319,7 @@ def _latency_commands(
 
 def _command(name: str, **values: Any) -> list[str]:
   flags_ = [f'--{flag}={value}' for flag, value in values.items()]
-  return [sys.executable, '-m', f'experiments.{name}', *flags_]
+  return [sys.executable, '-m', f'dynconv_jax.cli.{name}', *flags_]
 
 
 def _rows(table: pathlib.Path) -> dict[str, dict[str, str]]:

@@ -1,14 +1,12 @@
-"""Counts the multiply-accumulates of a network, layer by layer.
+r"""Counts the multiply-accumulates of a network, layer by layer.
 
-  python -m experiments.count_macs --model=resnet50 --image_size=224
-  python -m experiments.count_macs --model=resnet101 --method=dynconv --depth=2
-  python -m experiments.count_macs --jax=package.module:function \
-    --input_shape=1,224,224,3
-  python -m experiments.count_macs --torch=package.module:factory \
-    --input_shape=1,3,224,224
-  python -m experiments.count_macs --torch=package.module:bert \
+  dynconv count --model=resnet50 --image_size=224
+  dynconv count --model=resnet101 --method=dynconv --depth=2
+  dynconv count --jax=package.module:function --input_shape=1,224,224,3
+  dynconv count --torch=package.module:factory --input_shape=1,3,224,224
+  dynconv count --torch=package.module:bert \
     --input_shape=input_ids=1,128:int64 --input_shape=attention_mask=1,128:int64
-  python -m experiments.count_macs --onnx=FILE --dimension=batch=1
+  dynconv count --onnx=FILE --dimension=batch=1
 
 A table of one image, of one batch, or of what the shapes say. The last line is
 JSON: the total, and every layer's share of it by name.
@@ -26,8 +24,8 @@ from typing import Any
 
 from absl import flags
 
+from dynconv_jax.cli import program
 from dynconv_jax.macs import CONVENTIONS, Report
-from experiments import program
 
 _MODEL = flags.DEFINE_string('model', None, 'A network of ours: resnet50, ...')
 _METHOD = flags.DEFINE_string('method', 'dense', 'Its gating: dense, dynconv.')
@@ -139,8 +137,8 @@ def _count_ours(options: dict[str, Any]) -> Report:
   import jax.numpy as jnp
   from flax import nnx
 
-  from dynconv_jax import create_model
   from dynconv_jax.macs import count_macs
+  from dynconv_jax.models.create import create_model
 
   try:
     height, width = map(int, _IMAGE_SIZE.value * (3 - len(_IMAGE_SIZE.value)))

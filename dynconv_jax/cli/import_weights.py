@@ -1,6 +1,6 @@
-"""Makes a workdir of weights that were trained in PyTorch.
+r"""Makes a workdir of weights that were trained in PyTorch.
 
-python -m experiments.import_weights --from_torch=resnet50.pth \
+dynconv import --from_torch=resnet50.pth \
   --model=resnet50 --method=dense --image_size=224 --workdir=workdir/resnet50
 
 evaluate, predict and --init_from accept it like that of a run. Any flag of a
@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from absl import flags
 
 from dynconv_jax import interop
+from dynconv_jax.cli import config_flags, program
 from dynconv_jax.training import inputs
 from dynconv_jax.training.config import Config
 from dynconv_jax.training.workdir import build_model, write_network
-from experiments import config_flags, program
 
 _FROM_TORCH = flags.DEFINE_string(
   'from_torch',

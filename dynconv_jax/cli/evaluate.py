@@ -1,9 +1,9 @@
 """Evaluates a trained network on a split of its dataset.
 
-python -m experiments.evaluate --workdir=workdir/spots_dynconv --split=test
+dynconv evaluate --workdir=workdir/spots_dynconv --split=test
 
 Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json,
-predictions_SPLIT.csv with one row an example (experiments.compare reads it),
+predictions_SPLIT.csv with one row an example (`dynconv compare` reads it),
 the per-block density and a grid of ponder-cost maps into the workdir, and with
 --results the run's row into a table of runs.
 
@@ -29,6 +29,13 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from dynconv_jax.cli import config_flags, program
+from dynconv_jax.cli.predictions import (
+  predictions_file,
+  split_stem,
+  write_predictions,
+)
+from dynconv_jax.cli.results_table import check_table, write_result
 from dynconv_jax.data.augment import denormalize
 from dynconv_jax.files import check_folder, write_atomic
 from dynconv_jax.macs import count_macs
@@ -40,13 +47,6 @@ from dynconv_jax.training import inputs, workdir
 from dynconv_jax.training.config import DataConfig, MethodConfig
 from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
-from experiments import config_flags, program
-from experiments.predictions import (
-  predictions_file,
-  split_stem,
-  write_predictions,
-)
-from experiments.results_table import check_table, write_result
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run to evaluate.', required=True

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from absl import flags
 
+from dynconv_jax.cli.flag_help import GROUP
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.models import registry
+from dynconv_jax.options import Option, Range, options_of
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training.config import Config
 
@@ -29,8 +33,9 @@ def define(
     argv: of the program; by default `sys.argv`.
   """
   argv = sys.argv if argv is None else argv
+  outside = _outside(argv[1:])
   try:
-    options = config_lib.all_options(**_outside(argv[1:]))
+    options = config_lib.all_options(**outside)
   except ValueError as error:
     # Flags are defined before a program's own handling of errors.
     sys.exit(f'error: {error}')
@@ -47,7 +52,10 @@ def define(
     else:
       define_one = flags.DEFINE_list
       default = None if default is None else [str(v) for v in default]
-    define_one(name, default, option.help, flag_values=flag_values)
+    define_one(name, default, _help(option), flag_values=flag_values)
+  for title, names in _groups(**outside):
+    for name in names:
+      flag_values.register_flag_by_module(title, flag_values[name])
 
 
 def define_places(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
@@ -113,6 +121,47 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
     ValueError: as `values`.
   """
   return Config.make(**values(flag_values))
+
+
+def _help(option: Option) -> str:
+  """Returns what an option is, and which values are allowed."""
+  allowed = option.allowed
+  if isinstance(allowed, Range):
+    said, text = allowed.text.lower() in option.help.lower(), allowed.text
+  else:
+    said = all(name in option.help for name in allowed or ())
+    text = f'one of {", ".join(allowed or ())}'
+  return option.help if said else f'{option.help.removesuffix(".")}; {text}.'
+
+
+def _groups(
+  datasets: Sequence[str] = (),
+  models: Sequence[str] = (),
+  methods: Sequence[str] = (),
+) -> Iterator[tuple[str, list[str]]]:
+  """Yields titles, and the names of the options that they stand over.
+
+  Args:
+    datasets: names beside those of this package.
+    models: as `datasets`.
+    methods: as `datasets`.
+  """
+  for what, kind, choices in (
+    ('data', config_lib.DataConfig, [*config_lib.DATASETS, *datasets]),
+    ('model', config_lib.ModelConfig, [*registry.architectures(), *models]),
+    ('method', config_lib.MethodConfig, [*METHODS, *methods]),
+    ('optimization', config_lib.OptimizationConfig, []),
+    ('run', config_lib.RunConfig, []),
+  ):
+    yield f'{GROUP}the {what}', list(options_of(kind))
+    users = {}
+    for choice in choices:
+      for name in options_of(kind.options_type(choice)):
+        users.setdefault(name, []).append(choice)
+    titles = {}
+    for name, of in users.items():
+      titles.setdefault(f'{GROUP}{", ".join(of)}', []).append(name)
+    yield from titles.items()
 
 
 def _outside(arguments: Sequence[str]) -> dict[str, list[str]]:

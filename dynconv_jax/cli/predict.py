@@ -1,8 +1,8 @@
-"""Classifies images, and shows where the network computed.
+r"""Classifies images, and shows where the network computed.
 
-python -m experiments.predict --workdir=workdir/spots_dynconv photo.jpg \
+dynconv predict --workdir=workdir/spots_dynconv photo.jpg \
   --output_dir=workdir/predictions
-python -m experiments.predict --pretrained=pypi:efficientnet-lite0 photos/
+dynconv predict --pretrained=pypi:efficientnet-lite0 photos/
 
 Images are files, folders, or patterns such as 'photos/*.jpg'. Prints the five
 most probable classes and the GMACs of each; with --output_dir, writes a
@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 
+from dynconv_jax.cli import program
 from dynconv_jax.data.augment import normalize
 from dynconv_jax.data.decode import (
   CorruptImageError,
@@ -36,7 +37,6 @@ from dynconv_jax.training.evaluation import make_predict
 from dynconv_jax.training.published import load_published
 from dynconv_jax.training.state import split as split_model
 from dynconv_jax.training.workdir import load_run
-from experiments import program
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the trained run.')
 _PRETRAINED = flags.DEFINE_string(

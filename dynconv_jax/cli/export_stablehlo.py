@@ -1,6 +1,6 @@
-"""Writes a trained network as StableHLO, in its dense form, for JAX alone.
+r"""Writes a trained network as StableHLO, in its dense form, for JAX alone.
 
-python -m experiments.export_stablehlo --workdir=workdir/spots_dynconv \
+dynconv export stablehlo --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.stablehlo [--platforms=cpu,cuda]
 
 Elsewhere, with jax and flatbuffers installed and nothing of this package:
@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from dynconv_jax import extras
+from dynconv_jax.cli import program
 from dynconv_jax.data.augment import NORMALIZATIONS
 from dynconv_jax.files import write_atomic
 from dynconv_jax.sparse.stablehlo import PLATFORMS, export_stablehlo
 from dynconv_jax.training.workdir import load_run
-from experiments import program
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run.', required=True
