@@ -21,12 +21,12 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
+from dynconv_jax.cli import config_flags, program
 from dynconv_jax.macs import count_macs
 from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.statistics import paired_bootstrap
 from dynconv_jax.training import evaluation, inputs, workdir
 from dynconv_jax.training.config import DataConfig
-from experiments import config_flags, program
 
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Folder of the run to evaluate.', required=True
