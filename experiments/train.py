@@ -3,7 +3,8 @@
 python -m experiments.train --flagfile=experiments/flags/spots_dynconv.flags \
   --workdir=workdir/spots_dynconv [any flag again, later wins]
 
-Started again with the same workdir it goes on from the last checkpoint.
+Started again with the same workdir it goes on from the last checkpoint; with
+another --epochs, on the schedules of the new total.
 """
 
 from __future__ import annotations
