@@ -287,7 +287,11 @@ class OptimizationConfig:
   batch_size: int = option(
     64, 'Images a step, over all devices.', allowed=POSITIVE
   )
-  epochs: int = option(20, 'Passes over the training split.', allowed=POSITIVE)
+  epochs: int = option(
+    20,
+    'Passes over the training split; may change when a run is resumed.',
+    allowed=POSITIVE,
+  )
 
   @property
   def factors(self) -> dict[str, float]:
