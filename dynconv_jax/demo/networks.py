@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import pathlib
@@ -17,12 +18,17 @@ from flax import nnx
 from PIL import Image
 
 from dynconv_jax.data.augment import NORMALIZATIONS, normalize
-from dynconv_jax.data.decode import CorruptImageError, preprocess_image
+from dynconv_jax.data.decode import (
+  CorruptImageError,
+  preprocess_image,
+  resize_ratio_of,
+  to_png,
+)
 from dynconv_jax.macs import count_macs
 from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.sparse import SparseExecutor
-from dynconv_jax.training.config import DataConfig
-from dynconv_jax.training.inputs import open_split
+from dynconv_jax.training.config import DataConfig, ModelConfig
+from dynconv_jax.training.inputs import eval_batches, open_split
 from dynconv_jax.training.workdir import Run, load_run, read_part
 
 # Of a photograph: enough for any camera, and decoded within 200 MB.
@@ -222,15 +228,16 @@ def find_examples(given: str, workdir: str) -> list[tuple[str, bytes]]:
   """Returns names and contents of images for the page to offer.
 
   Args:
-    given: a folder of images; or a number, of test images of a run's data set.
-      Without that data there are none, and the log says so.
+    given: a folder of images; or a number, of test images of a run's data set,
+      as scenes if it was trained on scenes. Without that data there are none,
+      and the log says so.
     workdir: of the run.
 
   Raises:
     FileNotFoundError: the folder is none, or has no image.
   """
   if given.isdigit():
-    return _of_run(workdir, int(given))
+    return _of_run(workdir, int(given)) if int(given) else []
   folder = pathlib.Path(given).expanduser()
   paths = []
   if folder.is_dir():
@@ -244,10 +251,9 @@ def find_examples(given: str, workdir: str) -> list[tuple[str, bytes]]:
 
 
 def _of_run(workdir: str, number: int) -> list[tuple[str, bytes]]:
-  if not number:
-    return []
+  data = read_part(workdir, DataConfig)
   try:
-    split = open_split(read_part(workdir, DataConfig), 'test')
+    split = open_split(data, 'test')
   except (OSError, ValueError) as error:
     logging.warning('no example images: %s', error)
     return []
@@ -256,7 +262,21 @@ def _of_run(workdir: str, number: int) -> list[tuple[str, bytes]]:
   for label in range(len(split.class_names)):
     members = np.flatnonzero(split.labels == label)
     rank[members] = np.arange(len(members))
-  order = np.lexsort((split.labels, rank))[:number]
-  return [
-    (split.class_names[split.labels[i]], split[i]['image']) for i in order
-  ]
+  order = np.lexsort((split.labels, rank))[:number].tolist()
+  names = [split.class_names[split.labels[i]] for i in order]
+  if not data.scenes():
+    return [
+      (name, split[i]['image']) for name, i in zip(names, order, strict=True)
+    ]
+  # Around what the network will see.
+  size = read_part(workdir, ModelConfig).image_size
+  (batch,) = eval_batches(
+    dataclasses.replace(data, cache='none', num_workers=0),
+    split,
+    image_size=round(size * resize_ratio_of(data.crop)),
+    indices=order,
+  )
+  mean, std = NORMALIZATIONS[data.normalization]
+  images = np.asarray(batch['image']) * std + mean
+  images = np.rint(255 * images.clip(0, 1)).astype(np.uint8)
+  return list(zip(names, map(to_png, images), strict=True))

@@ -32,7 +32,7 @@ function showStatus(text) {
 /** Returns a list item: a bar with a label and a value. */
 function bar(label, value, share, accent) {
   const fill = element('span');
-  fill.style.width = percent(Math.min(1, share), 2);
+  fill.style.width = `${100 * Math.min(1, share)}%`;
   return element('li', {className: accent ? 'accent' : ''},
     element('span', {className: 'label', textContent: label, title: label}),
     element('span', {className: 'value', textContent: value}),
@@ -70,7 +70,7 @@ function showTimes(times) {
   const most = Math.max(sparse ?? 0, dense);
   const ms = value => `${significant(value)} ms`;
   $('speedup').textContent = network.gated
-    ? `${significant(dense / sparse)} times as fast as dense` : ms(dense);
+    ? `${significant(dense / sparse, 2)}× the speed of dense` : ms(dense);
   $('times').replaceChildren(
     ...network.gated ? [bar('Sparse', ms(sparse), sparse / most, true)] : [],
     bar('Dense', ms(dense), dense / most, !network.gated));
@@ -117,8 +117,8 @@ function showPicture() {
   } else if (view === 'photo') {
     text = 'The photograph. What the network does not see is dark.';
   } else if (view === 'all') {
-    text = `All ${network.blocks.length} gated blocks: a position runs ` +
-      `${percent(density(view))} of them on average.`;
+    text = `All ${network.blocks.length} gated blocks: on average, ` +
+      `${percent(density(view))} of them ran at a position.`;
   } else {
     text = `${block.name}, stage ${block.stage}: ran at ${percent(density(view))} of ` +
       `${block.size[0]} × ${block.size[1]} positions.`;
@@ -141,7 +141,7 @@ function showBlocks() {
   $('block-list').replaceChildren(...views.map(shown => {
     const canvas = element('canvas');
     draw(canvas, box, THUMB, THUMB, shown);
-    const names = {photo: 'Photograph', all: 'All blocks'};
+    const names = {photo: 'Photo', all: 'All blocks'};
     const name = names[shown] ?? network.blocks[shown].name;
     const input = element('input', {
       type: 'radio', name: 'view', value: shown, checked: shown === view});
@@ -173,6 +173,10 @@ async function predict() {
     $('result').hidden = false;
     $('result').classList.remove('stale');
     showStatus('');
+    // On a phone the result is below the fold.
+    if ($('result').getBoundingClientRect().top > innerHeight - 100) {
+      $('result').scrollIntoView();
+    }
     const times = await found.times;
     if (turn === turns && times) showTimes(times);
   } catch (error) {
@@ -231,10 +235,12 @@ function choose(chosen) {
     const name = words(chosen.knob);
     $('budget-name').textContent = name[0].toUpperCase() + name.slice(1);
     $('budget-value').textContent = chosen.knob_value;
+    $('budget-least').textContent = slider.min;
+    $('budget-most').textContent = slider.max;
     $('budget-ticks').replaceChildren(
       ...[...new Set(values)].map(value => element('option', {value})));
   }
-  const facts = [words(chosen.model), chosen.method,
+  const facts = [chosen.model, chosen.method,
     chosen.knob ? `${words(chosen.knob)} ${chosen.knob_value}` : '',
     `${chosen.image_size} × ${chosen.image_size} pixels`,
     `${chosen.class_names.length} classes: ${chosen.class_names.slice(0, 12).map(words).join(', ')}` +
