@@ -212,7 +212,10 @@ def check_size(data: bytes, name: str) -> None:
   """
   try:
     width, height = Image.open(io.BytesIO(data)).size
-  except Image.DecompressionBombError as error:
+  except (
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # Where warnings are errors.
+  ) as error:
     raise CorruptImageError(name, _too_large()) from error
   except Exception:
     return

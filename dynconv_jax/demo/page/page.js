@@ -165,6 +165,7 @@ async function predict() {
   }, 1500);
   try {
     const found = await backend.predict(network, photo);
+    clearTimeout(slow);
     if (turn !== turns) return;
     result = found;
     showBlocks();
