@@ -1,19 +1,27 @@
-"""Makes links that leave docs/ work on the site, as they do on a Git host.
+"""Makes the site show what a Git host shows: links that leave docs/, formulas.
 
 `results/` joins the site as it is. Any other file or folder of the repository
-that a page links to gets a page of its own below `source/`.
+that a page links to gets a page of its own below `source/`. Formulas become
+MathML, which needs no script and no server but the site's own.
 """
 
 from __future__ import annotations
 
+import html
+import logging
 import pathlib
 import posixpath
 import re
 
+from latex2mathml import converter
 from mkdocs.structure.files import File
 
+_log = logging.getLogger('mkdocs.hooks')
 ROOT = pathlib.Path(__file__).parents[1]
 _LINK = re.compile(r'(\]\()(?!\w+:|/|#)([^)\s#]+)(#[^)\s]*)?(\))')
+_FORMULA = re.compile(
+  r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL
+)
 _LANGUAGES = {'.py': 'python', '.cc': 'cpp', '.h': 'cpp', '.sh': 'bash'}
 
 
@@ -27,15 +35,11 @@ def on_files(files, config):
   for file in files.documentation_pages():
     if file.src_uri.endswith('.md'):
       text = pathlib.Path(file.abs_src_path).read_text()
-      linked |= {
-        _resolve(match[2], file.src_uri)
-        for match in _LINK.finditer(text)
-        if _site_uri(_resolve(match[2], file.src_uri)).startswith('source/')
-      }
+      linked |= {_resolve(m[2], file.src_uri) for m in _LINK.finditer(text)}
   for name in sorted(linked):
-    files.append(
-      File.generated(config, _site_uri(name), content=_source_page(name))
-    )
+    uri = _site_uri(name)
+    if (ROOT / name).exists() and uri.startswith('source/'):
+      files.append(File.generated(config, uri, content=_source_page(name)))
   return files
 
 
@@ -44,11 +48,28 @@ def on_page_markdown(markdown, page, config, files):
   del config, files
 
   def rewrite(match):
-    uri = _site_uri(_resolve(match[2], page.file.src_uri))
+    name = _resolve(match[2], page.file.src_uri)
+    if not (ROOT / name).exists():
+      return match[0]  # MkDocs warns of it, or it is code.
+    uri = _site_uri(name)
     uri = posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or '.')
     return f'{match[1]}{uri}{match[3] or ""}{match[4]}'
 
   return _LINK.sub(rewrite, markdown)
+
+
+def on_page_content(content, page, config, files):
+  """Replaces LaTeX by MathML."""
+  del config, files
+
+  def convert(match):
+    display = 'block' if match[1] == 'div' else 'inline'
+    formula = converter.convert(html.unescape(match[2]), display=display)
+    if '\\' in formula:  # A command that the converter does not know.
+      _log.warning('%s: cannot convert %s', page.file.src_uri, match[2])
+    return formula
+
+  return _FORMULA.sub(convert, content)
 
 
 def _resolve(link: str, uri: str) -> str:
@@ -62,8 +83,6 @@ def _site_uri(name: str) -> str:
   if name.startswith('docs/'):
     return name.removeprefix('docs/')
   path = ROOT / name
-  if not path.exists():
-    return name  # MkDocs warns of it.
   if name.startswith('results/') and path.suffix != '.flags' and path.is_file():
     return name
   return f'source/{name}.md'
