@@ -29,10 +29,12 @@ COMMANDS = {
   'plot': 'plot',
   'count': 'count_macs',
   'benchmark': 'benchmark',
+  'demo': 'demo',
   'import': 'import_weights',
   'export onnx': 'export_onnx',
   'export stablehlo': 'export_stablehlo',
   'export weights': 'export_weights',
+  'export web': 'export_web',
 }
 
 

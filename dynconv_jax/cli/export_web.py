@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dynconv_jax.cli import program
 from dynconv_jax.demo import export_web, load_networks
 from dynconv_jax.demo.networks import find_examples
 from dynconv_jax.demo.web import RUNTIME_VERSION, check_output, read_runtime
-from experiments import program
 
 try:
   import dynconv_jax.sparse.onnx  # noqa: F401  It needs onnx.

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dynconv_jax.cli import program
 from dynconv_jax.demo import Server, load_networks
 from dynconv_jax.demo.networks import find_examples
-from experiments import program
 
 _WORKDIR = flags.DEFINE_list(
   'workdir', None, 'Folder of the run; several, with commas.', required=True
