@@ -189,6 +189,15 @@ def _train(
 ) -> dict[str, str]:
   """Trains and evaluates what is not yet; returns the errors by run."""
   rows = _rows(table)
+  for run in runs:
+    folder, epochs = root / run.name, run.config.optimization.epochs
+    if (folder / _TRAINED).exists() and (
+      epochs != workdir_lib.read_config(folder).optimization.epochs
+    ):
+      (folder / _TRAINED).unlink()  # It goes on, to be measured anew.
+      if run.name in rows:
+        again = {'run': run.name, 'split': _SPLIT, 'latency_ms': ''}
+        write_result(table, again)
   left = [
     run
     for run in runs

@@ -3,7 +3,8 @@ r"""Trains a network.
 dynconv train --flagfile=spots_dynconv \
   --workdir=workdir/spots_dynconv [any flag again, later wins]
 
-Started again with the same workdir it goes on from the last checkpoint.
+Started again with the same workdir it goes on from the last checkpoint; with
+another --epochs, on the schedules of the new total.
 """
 
 from __future__ import annotations

@@ -19,6 +19,12 @@ _SPLIT_COLORS = {
   'validation': style.VERMILION,
   'test': style.GREEN,
 }
+# Terms of the training loss: what they are called, and their colors.
+_PARTS = {
+  'cross_entropy': ('cross-entropy', style.BLUE),
+  'distillation': ('distillation', style.ORANGE),
+  'gating': ('gating, unweighted', style.PURPLE),
+}
 _MOST_MARKERS = 40
 
 
@@ -26,7 +32,10 @@ _MOST_MARKERS = 40
 def plot_learning_curves(
   metrics: Sequence[Mapping], path: str | os.PathLike
 ) -> Figure:
-  """Draws loss, accuracy and executed fraction over the epochs of a run.
+  """Draws losses, accuracy and executed fraction over the epochs of a run.
+
+  Training's loss, with its terms, and the cross-entropy of other splits have
+  panels of their own.
 
   A quantity that a row lacks, or holds as None, is left out of its curve; a
   panel that no row has data for is left out of the figure, such as the executed
@@ -35,8 +44,9 @@ def plot_learning_curves(
 
   Args:
     metrics: the rows of a workdir's `metrics.jsonl`: 'split' ('train',
-      'validation' or 'test'), 'epoch' or 'step', and any of 'loss', 'accuracy',
-      'executed_fraction' and 'budget', the latter three in [0, 1].
+      'validation' or 'test'), 'epoch' or 'step', and any of 'loss', the terms
+      of training's, 'cross_entropy', 'distillation' and 'gating', and
+      'accuracy', 'executed_fraction' and 'budget', these in [0, 1].
     path: the figure is written as PNG and SVG; see `style.figure_paths`.
 
   Returns:
@@ -53,33 +63,45 @@ def plot_learning_curves(
     ),
     None,
   )
-  panels = [
-    key
-    for key in ('loss', 'accuracy', 'executed_fraction')
-    if any(_has(row, key) for row in metrics)
-  ]
+  training = [row for row in metrics if row.get('split', 'train') == 'train']
+  others = [row for row in metrics if row not in training]
+  # One loss a panel: training's has terms that validation's lacks.
+  panels = {
+    'training loss (nats)': (training, 'loss', _draw_parts),
+    'cross-entropy (nats)': (others, 'loss', None),
+    'accuracy (%)': (metrics, 'accuracy', _draw_best),
+    'executed MACs, masked layers (%)': (
+      metrics,
+      'executed_fraction',
+      _draw_budget,
+    ),
+  }
+  panels = {
+    label: panel
+    for label, panel in panels.items()
+    if any(_has(row, panel[1]) for row in panel[0])
+  }
   if x_key is None or not panels:
     raise ValueError(
       "metrics need 'epoch' or 'step' in every row, and 'loss', 'accuracy' or "
       f"'executed_fraction' in some; got the keys "
       f'{sorted({key for row in metrics for key in row})}'
     )
-  figure = style.new_figure(3.3 * len(panels), 2.7)
-  for i, key in enumerate(panels):
-    ax = figure.add_subplot(1, len(panels), i + 1)
+  columns = 2 if len(panels) == 4 else len(panels)
+  rows = -(-len(panels) // columns)
+  figure = style.new_figure(3.3 * columns, 2.7 * rows)
+  for i, (label, (data, key, decorate)) in enumerate(panels.items()):
+    ax = figure.add_subplot(rows, columns, i + 1)
     ax.set_xlabel(x_key)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _draw_splits(ax, metrics, x_key, key)
-    if key == 'accuracy':
-      _draw_best(ax, x_key)
-      _use_percent(ax, 'accuracy (%)')
-    elif key == 'loss':
-      ax.set_ylabel('loss (nats)')
-    else:
-      _draw_budget(ax, metrics, x_key)
-      ax.set_ylim(0, 1.02)
-      _use_percent(ax, 'executed MACs, masked layers (%)')
-  figure.axes[0].legend(loc='best')
+    _draw_splits(ax, data, x_key, key)
+    if decorate is not None:
+      decorate(ax, data, x_key)
+    ax.set_ylabel(label)
+    if label.endswith('(%)'):
+      ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
+    # Above the panel, where no curve is.
+    ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
   style.save_figure(figure, path)
   return figure
 
@@ -107,18 +129,30 @@ def _draw_splits(
     x, y = _series(rows, x_key, y_key)
     if not x:
       continue
-    ax.plot(
-      x,
-      y,
-      color=_SPLIT_COLORS.get(split, style.PURPLE),
-      marker='o' if len(x) <= _MOST_MARKERS else '',
-      markersize=2.5,
-      label=split,
-    )
+    _draw(ax, x, y, _SPLIT_COLORS.get(split, style.PURPLE), split)
 
 
-def _draw_best(ax: Axes, x_key: str) -> None:
+def _draw(
+  ax: Axes, x: list[float], y: list[float], color: str, label: str
+) -> None:
+  marker = 'o' if len(x) <= _MOST_MARKERS else ''
+  ax.plot(x, y, color=color, marker=marker, markersize=2.5, label=label)
+
+
+def _draw_parts(ax: Axes, rows: Sequence[Mapping], x_key: str) -> None:
+  """Draws the terms of the training loss, before they are weighted."""
+  (total,) = ax.lines
+  for key, (label, color) in _PARTS.items():
+    x, y = _series(rows, x_key, key)
+    # A term that plays no part is 0; one that is alone is the loss itself.
+    if any(y) and y != total.get_ydata().tolist():
+      total.set_label('total')
+      _draw(ax, x, y, color, label)
+
+
+def _draw_best(ax: Axes, rows: Sequence[Mapping], x_key: str) -> None:
   """Rings the best validation accuracy and names it."""
+  del rows
   for line in ax.lines:
     if line.get_label() != 'validation':
       continue
@@ -126,24 +160,20 @@ def _draw_best(ax: Axes, x_key: str) -> None:
     if np.all(np.isnan(y)):
       return
     best = int(np.nanargmax(y))
-    color = line.get_color()
     ax.plot(
-      x[best], y[best], 'o', mfc='none', mec=color, markersize=8, label='_best'
-    )
-    # Accuracy rises: the lower right corner is free.
-    ax.text(
-      0.98,
-      0.04,
-      f'best validation: {100 * y[best]:.1f} % in {x_key} {x[best]:g}',
-      transform=ax.transAxes,
-      ha='right',
-      fontsize=8,
-      color=color,
+      x[best],
+      y[best],
+      'o',
+      mfc='none',
+      mec=line.get_color(),
+      markersize=8,
+      label=f'best: {100 * y[best]:.1f} % in {x_key} {x[best]:g}',
     )
     return
 
 
 def _draw_budget(ax: Axes, metrics: Sequence[Mapping], x_key: str) -> None:
+  ax.set_ylim(0, 1.02)
   x, budgets = _series(metrics, x_key, 'budget')
   if not x:
     return

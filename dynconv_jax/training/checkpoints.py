@@ -173,10 +173,15 @@ def wait(manager: ocp.CheckpointManager) -> None:
     manager.wait_until_finished()
 
 
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  """Returns the steps of a workdir's checkpoints, damaged or not."""
+  path = workdir / 'checkpoints'
+  return ocp.utils.checkpoint_steps(path) if path.is_dir() else []
+
+
 def exists(workdir: pathlib.Path) -> bool:
   """Returns whether a workdir has a checkpoint, damaged or not."""
-  path = workdir / 'checkpoints'
-  return path.is_dir() and bool(ocp.utils.checkpoint_steps(path))
+  return bool(saved_steps(workdir))
 
 
 def drop_after(manager: ocp.CheckpointManager, step: int) -> None:

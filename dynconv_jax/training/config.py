@@ -287,7 +287,11 @@ class OptimizationConfig:
   batch_size: int = option(
     64, 'Images a step, over all devices.', allowed=POSITIVE
   )
-  epochs: int = option(20, 'Passes over the training split.', allowed=POSITIVE)
+  epochs: int = option(
+    20,
+    'Passes over the training split; may change when a run is resumed.',
+    allowed=POSITIVE,
+  )
 
   @property
   def factors(self) -> dict[str, float]:
@@ -430,6 +434,11 @@ class Config:
     )
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
+    start = optimization.init_from or optimization.pretrained
+    if chosen and not start:
+      option = self.method.record.needs_trained(self.method.options)
+      if option:
+        errors.append(f'{option} needs init_from or pretrained; both are empty')
     if optimization.pretrained:
       source, network = optimization.pretrained, self.model
       checks = [

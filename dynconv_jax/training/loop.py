@@ -64,7 +64,8 @@ def train(
 
   Raises:
     ValueError: an option is out of range, the workdir, or a run to start from,
-      is of another configuration, or there are several JAX processes.
+      is of another configuration, the workdir has done more epochs, or there
+      are several JAX processes.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.

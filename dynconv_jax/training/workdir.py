@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -95,11 +96,13 @@ def _normalization(texts: Mapping[str, str]) -> str:
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
   """Checks the configuration against that of an earlier start, if any.
 
-  More epochs than before are no difference: the run goes on.
+  Another number of epochs is no difference: the run goes on from its step, on
+  the schedules of the new total.
 
   Raises:
     ValueError: the workdir is of another configuration; names the options that
-      differ. Or it holds imported weights, with no training to go on with.
+      differ. Or it has done more epochs, or holds imported weights, with no
+      training to go on with.
   """
   if (workdir / IMPORT_FILE).exists():
     raise ValueError(
@@ -109,15 +112,33 @@ def check_flags(workdir: pathlib.Path, config: Config) -> None:
   if not (workdir / FLAGS_FILE).exists():
     return
   there, config = read_config(workdir), resolve(config, workdir)
-  if config.optimization.epochs > there.optimization.epochs:
-    # Training goes on, on the longer schedule.
-    there = there.replace(epochs=config.optimization.epochs)
-  differing = config.differing(there)
+  before, epochs = there.optimization.epochs, config.optimization.epochs
+  differing = config.differing(there.replace(epochs=epochs))
   if differing:
     raise ValueError(
       f'{workdir} is of another configuration; given, not there: '
       f'{"; ".join(differing)}. Choose another workdir, or the same options'
     )
+  if epochs != before:
+    if epochs < (done := _epochs_done(workdir)):
+      raise ValueError(
+        f'epochs must be at least {math.ceil(done)}, of which {workdir} has '
+        f'done {done:.4g}; got {epochs}'
+      )
+    logging.info(
+      '%s goes on with epochs=%d, before %d: schedules are those of the new '
+      'total from here on',
+      *(workdir, epochs, before),
+    )
+
+
+def _epochs_done(workdir: pathlib.Path) -> float:
+  """Returns how many epochs the latest checkpoint of a run has seen."""
+  rows = [row for row in read_metrics(workdir) if row.get('epoch')]
+  steps = checkpoints.saved_steps(workdir)
+  if not (rows and steps):
+    return 0.0  # The first epoch is under way.
+  return max(steps) * rows[0]['epoch'] / rows[0]['step']
 
 
 def write_flags(workdir: pathlib.Path, config: Config) -> None:

@@ -97,6 +97,7 @@ def test_errors(program, exported, tmp_path):
     assert not (tmp_path / 'imported').exists()
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_file(
   program, dynconv_run, exported, tmp_path, caplog
 ):

@@ -231,6 +231,16 @@ def test_only_what_is_missing_is_done(sweep):
   } == {'2'}
 
 
+def test_with_more_epochs_runs_go_on_and_are_measured_again(sweep):
+  sweep()
+  before, known = sweep.calls(), sweep.rows()
+  sweep('--epochs=30')
+  assert sweep.calls() == before
+  assert sweep.rows() == known
+  flags = workdir.read_config(sweep.runs / _NAMES[0])
+  assert flags.optimization.epochs == 30
+
+
 def test_a_failure_is_told_at_the_end_and_ends_nothing_else(sweep, capfd):
   (sweep.root / f'fail_train_{_NAMES[1]}').touch()
   (sweep.root / f'fail_benchmark_{_NAMES[2]}').touch()
@@ -308,12 +318,12 @@ def test_runs_wait_for_the_run_that_they_start_from(sweep):
 
 
 def test_errors_come_before_anything_runs(sweep):
-  workdir.write_flags(sweep.runs / _NAMES[0], Config.make(epochs=30))
+  workdir.write_flags(sweep.runs / _NAMES[0], Config.make(batch_size=30))
   with pytest.raises(ValueError) as error:
     sweep('--grid=bugdet=0.3', '--grid=dynconv:seed=a')
   for message in ("'bugdet' is no flag", "seed must be an integer; got 'a'"):
     assert message in str(error.value)
-  with pytest.raises(ValueError, match='epochs: 20, not 30'):
+  with pytest.raises(ValueError, match='batch_size: 64, not 30'):
     sweep()
   with pytest.raises(ValueError, match='results must be a folder, in which'):
     sweep(f'--results={sweep.table}')

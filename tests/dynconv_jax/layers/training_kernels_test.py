@@ -227,3 +227,27 @@ for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(step(*alone))):
   np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 """
   subprocess.run([sys.executable, '-c', program], check=True)
+
+
+@pytest.mark.parametrize('devices', (1, 2))
+def test_under_vmap(devices):
+  """Several models at once, as ensembles train, with their gradients."""
+  program = f"""
+import jax, jax.numpy as jnp, numpy as np
+jax.config.update('jax_num_cpu_devices', {devices})
+from dynconv_jax.layers import norm
+from dynconv_jax.layers.depthwise import depthwise
+rng = np.random.default_rng(0)
+args = [jnp.asarray(rng.normal(size=s), jnp.float32)
+        for s in ((3, 2, 5, 5, 8), (3, 3, 3, 1, 8), (3, 8))]
+def loss(x, w, s):
+  y = depthwise(x, w, 1, ((1, 1), (1, 1)))
+  return jnp.sum(jnp.sin(norm._batch_norm(y, s, s, 1e-5, 'relu')[0]))
+both = jax.value_and_grad(loss, (0, 1, 2))
+together = jax.jit(jax.vmap(both))(*args)
+for i in range(3):
+  alone = both(*(a[i] for a in args))
+  for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(alone)):
+    np.testing.assert_allclose(a[i], b, rtol=1e-5, atol=1e-5)
+"""
+  subprocess.run([sys.executable, '-c', program], check=True)

@@ -24,6 +24,9 @@ def _metrics():
         **common,
         'split': 'train',
         'loss': loss,
+        'cross_entropy': loss - 0.1,
+        'distillation': 0.0,
+        'gating': 0.01,
         'accuracy': accuracy + 0.1,
         'budget': 0.5,
         'learning_rate': 0.1,
@@ -46,25 +49,36 @@ def _line(ax, label):
   return line.get_xydata().tolist()
 
 
+def _legend(ax):
+  return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
 def _texts(ax):
   return [text.get_text() for text in ax.texts]
 
 
 def test_curves_hold_the_metrics(tmp_path):
   figure = plot_learning_curves(_metrics(), tmp_path / 'curves.png')
-  loss, accuracy, executed = figure.axes
-  assert _line(loss, 'train') == [[1, 1.5], [2, 1.1], [3, 0.9]]
+  training, validation, accuracy, executed = figure.axes
+  assert _line(training, 'total') == [[1, 1.5], [2, 1.1], [3, 0.9]]
   np.testing.assert_allclose(
-    _line(loss, 'validation'), [[1, 1.7], [2, 1.3], [3, 1.1]]
+    _line(training, 'cross-entropy'), [[1, 1.4], [2, 1.0], [3, 0.8]]
+  )
+  np.testing.assert_allclose(
+    _line(validation, 'validation'), [[1, 1.7], [2, 1.3], [3, 1.1]]
   )
   assert _line(accuracy, 'validation') == [[1, 0.3], [2, 0.6], [3, 0.5]]
   assert _line(executed, 'train') == [[1, 0.9], [2, 0.6], [3, 0.52]]
   assert _line(executed, 'budget') == [[1, 0.5], [2, 0.5], [3, 0.5]]
   assert 'budget 50 %' in _texts(executed)
-  assert 'best validation: 60.0 % in epoch 2' in _texts(accuracy)
-  assert loss.get_xlabel() == 'epoch'
-  labels = [text.get_text() for text in loss.get_legend().get_texts()]
-  assert labels == ['train', 'validation']
+  assert _line(accuracy, 'best: 60.0 % in epoch 2') == [[2, 0.6]]
+  assert training.get_xlabel() == 'epoch'
+  assert [_legend(ax) for ax in figure.axes] == [
+    ['total', 'cross-entropy', 'gating, unweighted'],
+    ['validation'],
+    ['train', 'validation', 'best: 60.0 % in epoch 2'],
+    ['train', 'validation', 'budget'],
+  ]
   assert sorted(path.name for path in tmp_path.iterdir()) == [
     'curves.png',
     'curves.svg',
@@ -77,8 +91,14 @@ def test_a_dense_run_has_no_executed_fraction(tmp_path):
   for row in rows:
     del row['executed_fraction']
     row.pop('budget', None)
+    if 'gating' in row:  # All terms but one are 0, and so that is the loss.
+      row |= {'gating': 0.0, 'cross_entropy': row['loss']}
   figure = plot_learning_curves(rows, tmp_path / 'curves')
-  assert len(figure.axes) == 2
+  assert [_legend(ax) for ax in figure.axes] == [
+    ['train'],
+    ['validation'],
+    ['train', 'validation', 'best: 60.0 % in epoch 2'],
+  ]
 
 
 @pytest.mark.usefixtures('unwritten')
@@ -126,7 +146,7 @@ def test_the_budget_is_named_off_the_curves(tmp_path, last, side):
   rows = _metrics()
   rows[-1]['executed_fraction'] = last
   figure = plot_learning_curves(rows, tmp_path / 'curves')
-  (text,) = figure.axes[2].texts
+  (text,) = figure.axes[3].texts
   assert text.get_verticalalignment() == side
 
 

@@ -175,6 +175,30 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   ]
 
 
+def test_with_more_epochs_a_run_goes_on_from_its_step(config, tmp_path):
+  # A rate that does not depend on the total: as if it had been so long.
+  config = config.replace(method='dense', schedule='step', milestones=())
+  loop.train(config.replace(epochs=1), tmp_path / 'parts')
+  loop.train(config.replace(epochs=2), tmp_path / 'parts')
+  loop.train(config.replace(epochs=2), tmp_path / 'whole')
+  _assert_same_run(tmp_path / 'parts', tmp_path / 'whole')
+  with pytest.raises(ValueError, match='epochs must be at least 2'):
+    loop.train(config.replace(epochs=1), tmp_path / 'parts')
+
+
+def test_schedules_are_those_of_the_new_total(config, finished, tmp_path):
+  shutil.copytree(finished, tmp_path / 'run')
+  loop.train(config.replace(epochs=3), tmp_path / 'run')
+  rows = workdir.read_metrics(tmp_path / 'run')
+  assert rows[:4] == workdir.read_metrics(finished)
+  # Cosine over 21 steps, at the step of index 20.
+  expected = config.optimization.learning_rate * (
+    (1 + np.cos(np.pi * 20 / 21)) / 2
+  )
+  np.testing.assert_allclose(rows[4]['learning_rate'], expected, rtol=1e-5)
+  assert (rows[4]['step'], rows[4]['epoch']) == (21, 3)
+
+
 def test_seconds_are_of_all_sessions(config, tmp_path):
   # A clock that each look moves on by one second.
   clock = mock.Mock(monotonic=mock.Mock(side_effect=itertools.count()))

@@ -180,6 +180,21 @@ def test_log_lines_where_there_is_no_terminal(config, clock):
   progress.close()
 
 
+def test_during_a_warm_up_the_target_of_the_step_is_shown(config, clock):
+  config = config.replace(budget_warmup=0.6)
+  with mock.patch.object(sys, 'stderr', io.StringIO()):
+    progress = records.Progress(config, steps_per_epoch=50, step=0)
+  case = absltest.TestCase()
+  # Half of the warm-up, from 1 to 0.5; its end; after it.
+  for step, shown in ((30, '0.75'), (60, '0.5'), (90, '0.5')):
+    clock.return_value += 40.0
+    with case.assertLogs(level='INFO') as logs:
+      progress.update(step, _METRICS)
+    line = logs.records[0].getMessage()
+    assert f'executed 0.625 of budget {shown}, ' in line
+  progress.close()
+
+
 def test_a_method_without_a_budget_shows_none(config, clock):
   config = config.replace(method='sact')
   with mock.patch.object(sys, 'stderr', io.StringIO()):

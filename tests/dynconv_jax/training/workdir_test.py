@@ -279,11 +279,26 @@ def test_imported_weights_say_how_images_are_normalized(tmp_path):
     assert known == ('inception', 'imagenet')[i]
 
 
-def test_a_longer_training_goes_on_a_shorter_one_is_another(tmp_path):
+def test_the_number_of_epochs_may_change_but_not_below_what_is_done(tmp_path):
   workdir.write_flags(tmp_path, _config(epochs=5))
-  workdir.check_flags(tmp_path, _config(epochs=6))
-  with pytest.raises(ValueError, match='epochs: 4, not 5'):
-    workdir.check_flags(tmp_path, _config(epochs=4))
+  for epochs in (6, 1):  # Nothing is done yet.
+    workdir.check_flags(tmp_path, _config(epochs=epochs))
+  # 2 1/7 epochs, of which one was logged.
+  row = {'step': 7, 'epoch': 1, 'split': 'train'}
+  (tmp_path / workdir.METRICS_FILE).write_text(json.dumps(row))
+  (tmp_path / 'checkpoints' / '15').mkdir(parents=True)
+  case = absltest.TestCase()
+  with case.assertNoLogs(level='INFO'):
+    workdir.check_flags(tmp_path, _config(epochs=5))
+  with case.assertLogs(level='INFO') as logs:
+    workdir.check_flags(tmp_path, _config(epochs=3))
+  assert 'goes on with epochs=3, before 5' in logs.records[0].getMessage()
+  with pytest.raises(
+    ValueError, match=r'at least 3, of which .* done 2\.143; got 2'
+  ):
+    workdir.check_flags(tmp_path, _config(epochs=2))
+  with pytest.raises(ValueError, match=r'there: budget: 0\.1, not 0\.5\.'):
+    workdir.check_flags(tmp_path, _config(epochs=6, budget=0.1))
 
 
 def _write(folder, config, model):
