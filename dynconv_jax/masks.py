@@ -98,7 +98,10 @@ class ExecutionMask:
 
   def __repr__(self) -> str:
     maps = ', '.join(f'{m.dtype}{list(m.shape)}' for m in self.maps)
-    return f'ExecutionMask({self.name!r}, maps=({maps}))'
+    text = f'ExecutionMask({self.name!r}, maps=({maps})'
+    if has_values(self.hard):
+      text += f', density={np.mean(self.hard):.3f}'
+    return f'{text})'
 
 
 def execution_mask(
@@ -202,6 +205,12 @@ def dilate(
   mask = functools.reduce(jnp.maximum, rows)
   columns = [mask[:, :, i : i + size[1]] for i in range(k)]
   return functools.reduce(jnp.maximum, columns)
+
+
+def has_values(array: jax.Array) -> bool:
+  """Returns whether an array is neither traced nor abstract."""
+  known = isinstance(array, np.ndarray | jax.Array)
+  return known and not isinstance(array, jax.core.Tracer)
 
 
 def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

@@ -69,8 +69,6 @@ def test_commands_name_programs_that_exist():
   for page in PAGES:
     for module in re.findall(r'python -m ([\w.]+)', page.read_text()):
       path = ROOT / f'{module.replace(".", "/")}.py'
-      if module.startswith('experiments.'):
-        path = PACKAGE / f'cli/{path.name}'
       if module.split('.')[0] in ('experiments', 'benchmarks', 'examples'):
         missing += [] if path.exists() else [f'{page.name}: {module}']
   assert not missing

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from dynconv_jax.cli import config_flags, program
-from dynconv_jax.plotting.curves import plot_learning_curves
 from dynconv_jax.training import loop, workdir
 
 _WORKDIR = flags.DEFINE_string(
@@ -46,6 +45,9 @@ def main(argv: Sequence[str]) -> None:
   except loop.Interrupted as interrupted:
     print(interrupted, file=sys.stderr)
     sys.exit(128 + interrupted.signal)
+  # Here: importing Matplotlib takes a while.
+  from dynconv_jax.plotting.curves import plot_learning_curves
+
   figure = folder / 'learning_curves.png'
   plot_learning_curves(workdir.read_metrics(folder), figure)
   print(_line(summary, config))

@@ -13,13 +13,17 @@ import dataclasses
 import math
 import os
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epy
 
 from dynconv_jax.data import augment, decode, readers
+
+# When it is used: importing it takes a while.
+with epy.lazy_imports():
+  import grain
 
 
 @dataclasses.dataclass(frozen=True)

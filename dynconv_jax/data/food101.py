@@ -11,11 +11,15 @@ import json
 import pathlib
 from collections.abc import Iterable
 
-import tensorflow_datasets as tfds
+from etils import epy
 
 from dynconv_jax.data import folders
 from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
+
+# When it is used: importing it takes a while.
+with epy.lazy_imports():
+  import tensorflow_datasets as tfds
 
 _OPTION = 'food101_dir'
 # TFDS's version whose examples carry their name.

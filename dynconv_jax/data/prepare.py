@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -22,14 +21,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import requests
-import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python import array_record_module
+from etils import epy
 
 from dynconv_jax import files
-from dynconv_jax.data import folders
 from dynconv_jax.data.source import Dataset
+
+# When they are used: all programs know the data sources, few open one.
+with epy.lazy_imports():
+  import requests
+  import tensorflow_datasets as tfds
+  from array_record.python import array_record_module
+
+  from dynconv_jax.data import builder as builder_lib
 
 FILE_FORMAT = 'array_record'
 
@@ -95,7 +99,9 @@ def prepare(
     }
     # TFDS reads both off the class.
     attributes = dict(name=name, VERSION=tfds.core.Version(version))
-    builder = type(name, (_Builder,), attributes, skip_registration=True)
+    builder = type(
+      name, (builder_lib.Builder,), attributes, skip_registration=True
+    )
     try:
       with _quiet():
         builder(
@@ -137,51 +143,6 @@ def download(
       f'cannot download {url}: {str(error).strip()}. Without a network, name a '
       f'local copy by {option}'
     ) from error
-
-
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Stores examples as they come, and reports images that two splits share."""
-
-  def __init__(self, examples, features, **kwargs):
-    self._examples, self._features = examples, features
-    self._first: dict[bytes, tuple[str, str]] = {}
-    self._shared: list[str] = []
-    super().__init__(**kwargs)
-
-  def _info(self):
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(self._features)
-    )
-
-  def _split_generators(self, dl_manager):
-    return {
-      split: self._generate_examples(split, examples)
-      for split, examples in self._examples(dl_manager).items()
-    }
-
-  def _generate_examples(self, split, examples):
-    for example in examples:
-      example = dict(example)
-      name, image = example.pop('name'), example['image']
-      if isinstance(image, os.PathLike):
-        image = pathlib.Path(image).read_bytes()
-      self._note(split, name, image)
-      yield name, example | {'id': name, 'image': image}
-
-  def _note(self, split: str, name: str, image: bytes) -> None:
-    digest = hashlib.blake2b(image, digest_size=16).digest()
-    first, twin = self._first.setdefault(digest, (split, name))
-    if first != split and image:
-      self._shared.append(f'{name} of {split} is {twin} of {first}')
-
-  def download_and_prepare(self, **kwargs):
-    super().download_and_prepare(**kwargs)
-    if self._shared:
-      logging.warning(
-        '%s: two splits hold the same images: %s',
-        self.name,
-        folders.some(self._shared),
-      )
 
 
 class _Records:

@@ -7,10 +7,14 @@ import functools
 import os
 from collections.abc import Callable, Sequence
 
-import grain
 import numpy as np
+from etils import epy
 
 from dynconv_jax.data import augment, decode, scenes
+
+# When it is used: importing it takes a while, and most programs do without.
+with epy.lazy_imports():
+  import grain
 
 # Pixels that the JPEG decoder leaves for each pixel of a training image.
 REDUCING_GAP = 2.0

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.checks import check_choice
-from dynconv_jax.masks import ExecutionMask
+from dynconv_jax.masks import ExecutionMask, has_values
 from dynconv_jax.models.gated import Masks, gated_blocks
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.calibrate import calibrate
@@ -95,7 +95,10 @@ class ExecutionStats:
     return _counts(mask.dilated for mask in self.masks)
 
   def __repr__(self) -> str:
-    return f'ExecutionStats({len(self.names)} blocks)'
+    text = f'ExecutionStats({len(self.names)} blocks'
+    if self.names and has_values(self.packed):
+      text += f', density={np.mean([m.hard.mean() for m in self.masks]):.3f}'
+    return f'{text})'
 
 
 @functools.partial(jax.jit, static_argnames='layout')

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epy
 
 from dynconv_jax import extras
 from dynconv_jax.data.augment import denormalize
@@ -25,9 +26,11 @@ from dynconv_jax.training.config import Config
 extras.require('train', 'tensorboardX', 'tqdm')
 
 import tqdm  # noqa: E402
-from tensorboardX import summary  # noqa: E402
-from tensorboardX.proto import event_pb2  # noqa: E402
-from tensorboardX.record_writer import RecordWriter  # noqa: E402
+
+# When it is used: it imports PyTorch where that is installed, for seconds.
+with epy.lazy_imports():
+  from tensorboardX import record_writer, summary
+  from tensorboardX.proto import event_pb2
 
 
 class Records:
@@ -55,7 +58,7 @@ class Records:
     )
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
-    self._events = RecordWriter(
+    self._events = record_writer.RecordWriter(
       f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
     )
     self._add(0, file_version='brain.Event:2')
