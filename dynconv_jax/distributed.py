@@ -86,7 +86,9 @@ def start(
     raise ValueError(f'no cluster is found by {cluster}: {error}') from error
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
-    raise OSError(f'cannot start at {coordinator_address}: {reason}') from error
+    raise OSError(
+      f'cannot start at {coordinator_address}: {reason}; is the port in use?'
+    ) from error
   finally:
     watch.cancel()
   # Runs before JAX's own, which waits for the other processes.
