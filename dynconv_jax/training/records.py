@@ -140,6 +140,22 @@ class Records:
       ) from error
 
 
+class Muted:
+  """Takes the place of records and progress in a process that shows none."""
+
+  def __init__(self, *unused):
+    pass
+
+  def __enter__(self) -> Muted:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    pass
+
+  def __getattr__(self, name):
+    return lambda *unused: None
+
+
 class Progress:
   """A progress bar on a terminal, log lines elsewhere."""
 
