@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from dynconv_jax.data import augment, decode, scenes
+from dynconv_jax.data.randaugment import randaugment
 
 # Pixels that the JPEG decoder leaves for each pixel of a training image.
 REDUCING_GAP = 2.0
@@ -114,7 +115,10 @@ class TrainReader:
 
   def __call__(self, step: int) -> dict:
     epoch = step // self.order.steps_per_epoch
-    uniform = self.order.rng(step).random((self.order.batch_size, 4))
+    rng, n = self.order.rng(step), self.order.batch_size
+    uniform = rng.random((n, 4))
+    operations, strength = (*self.augmentation.randaugment, 0, 0)[:2]
+    drawn = rng.random((n, int(operations), 2))
     rows, skipped = [], []
     for index in self.order.candidates(step):
       box_fn = fitted_box(self.image_size)
@@ -131,6 +135,8 @@ class TrainReader:
       if not row['weight']:
         skipped.append(example['name'])
         continue
+      if operations:
+        row['image'] = randaugment(row['image'], drawn[len(rows)], strength)
       if self.scene_reader is not None:
         row |= self.scene_reader(index, epoch)
       rows.append(row)

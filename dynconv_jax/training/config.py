@@ -120,6 +120,11 @@ class DataConfig(_Chosen):
   )
   crop_padding: int = option(4, 'Pixels around the image, for padded crops.')
   flip: bool = option(True, 'Mirror half of the images left to right.')
+  randaugment: tuple[float, ...] = option(
+    (),
+    'RandAugment as N,M: N operations, each of strength M in [0, 10], on the '
+    'host; such as 2,9. Empty: off.',
+  )
   color_jitter: float = option(0.0, 'Strength of color jitter, in [0, 1].')
   mixup: float = option(0.0, 'Alpha of mixup; 0: off.')
   cutmix: float = option(0.0, 'Alpha of CutMix; 0: off.')
@@ -148,9 +153,11 @@ class DataConfig(_Chosen):
   def augmentation(self) -> Augmentation:
     """Returns how training images are varied."""
     names = [f.name for f in dataclasses.fields(Augmentation)]
-    return Augmentation(
+    augmentation = Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
+    augmentation.check_cache(self.cache)
+    return augmentation
 
   def scenes(self) -> Scenes | None:
     """Returns the scenes that images are put into, if any."""
