@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from absl import logging
 
-from dynconv_jax import interop
+from dynconv_jax import extras, interop
 from dynconv_jax import options as options_lib
 from dynconv_jax.data.augment import NORMALIZATIONS, Augmentation
 from dynconv_jax.data.scenes import Scenes
@@ -233,8 +233,16 @@ class OptimizationConfig:
   )
   pretrained: str = option(
     '',
-    'Weights of PyTorch to start from: hf:OWNER/NAME, such as '
-    'hf:timm/resnet50.tv_in1k, or a .safetensors, .pth or .pt file.',
+    'Weights to start from: hf:OWNER/NAME, such as hf:timm/resnet50.tv_in1k; '
+    'zoo:NAME, of a network trained here; or a .safetensors, .pth or .pt file.',
+  )
+  loss: str = option(
+    'cross_entropy',
+    'Of the classes: cross_entropy, of their softmax; or bce, binary '
+    'cross-entropy of each class against its share of the label, averaged over '
+    'the classes (Wightman et al., ResNet strikes back, 2021).',
+    allowed=('cross_entropy', 'bce'),
+    before='cross_entropy',
   )
   distill_from: str = option('', 'Workdir of the run whose network teaches.')
   distill_temperature: float = option(
@@ -242,7 +250,7 @@ class OptimizationConfig:
   )
   distill_weight: float = option(
     0.5,
-    "Share of distillation in the loss; cross-entropy's is the rest.",
+    "Share of distillation in the loss; that of the classes' is the rest.",
     allowed=SHARE,
   )
   frozen: tuple[str, ...] = option(
@@ -352,6 +360,13 @@ class RunConfig:
     operational=True,
     allowed=POSITIVE,
   )
+  wandb: str = option(
+    '',
+    'Project of Weights and Biases that metrics and masks are sent to, beside '
+    'the files; empty: none. Log in with `wandb login`.',
+    operational=True,
+    before='',
+  )
 
 
 _PARTS = {
@@ -448,7 +463,7 @@ class Config:
         lambda: interop.check_source(source, network.model, network.options),
       ]
       if not resumed:
-        checks.append(lambda: interop.check_found(source))
+        checks.append(lambda: interop.check_found(source, self.data.data_dir))
       errors += options_lib.errors(checks)
       if optimization.init_from:
         errors.append(
@@ -465,6 +480,11 @@ class Config:
         f'warmup_epochs must be at most epochs, {optimization.epochs}; got '
         f'{optimization.warmup_epochs}'
       )
+    if self.run.wandb:
+      try:
+        extras.require('wandb', 'wandb')
+      except ImportError as error:
+        errors.append(f'wandb={self.run.wandb}: {error}')
     if errors:
       raise ValueError('; '.join(dict.fromkeys(errors)))
 

@@ -176,7 +176,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     # Loop.
     began = time.monotonic() - seconds_before
     with (
-      Records(workdir, step) as records,
+      Records(workdir, step, wandb=config.run.wandb) as records,
       contextlib.closing(Progress(config, steps_per_epoch, step)) as progress,
       contextlib.closing(batches),
       _signals() as received,
