@@ -1,13 +1,14 @@
 # make train: sets up, trains on the embedded default, shows its figures.
 # make test:  sets up, runs the tests; each invariant is shown once.
 # make test-all: with those that take longer than ten seconds each.
+# make docs:  builds the documentation into site/; a warning is an error.
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 WORKDIR := workdir/spots_dynconv
 
-.PHONY: train test test-all torch setup
+.PHONY: train test test-all docs torch setup
 .DEFAULT_GOAL := train
 
 train: setup
@@ -25,6 +26,10 @@ test: setup torch
 
 test-all: setup torch
 	$(PYTEST)
+
+docs: setup
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 torch:
 	@$(BIN)/python -c 'import torch' 2> /dev/null || \

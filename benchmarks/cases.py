@@ -1,4 +1,4 @@
-"""Times the cases of experiments.benchmark, and says on which machine."""
+"""Times the cases of dynconv_jax.cli.benchmark, and says on which machine."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def start_workers(
 
   Args:
     peers: keys of PEERS.
-    settings: flags of experiments.benchmark.
+    settings: flags of dynconv_jax.cli.benchmark.
   """
   names = ['jax', *dict.fromkeys(PEERS[peer].worker for peer in peers)]
   with contextlib.ExitStack() as stack:

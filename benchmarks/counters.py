@@ -1,20 +1,23 @@
 """Counts public models by this counter and by others.
 
   pip install -e '.[counters]'
-  python -m benchmarks.counters [--frontend=torch|onnx|jax] [NAME...]
+  python -m benchmarks.counters [--table=TABLE] [--output=FILE] [NAME...]
 
-prints a table of docs/macs.md in Markdown: billions of multiply-accumulates of
-one image or of one sequence of 128 tokens, by `conv+linear`. Nothing is
-downloaded: the models have random weights.
+makes a TABLE of docs/macs_comparison.md, 'torch' with other counters,
+'detection', 'onnx' or 'jax': multiply-accumulates of one image or
+of one sequence of 128 tokens, by `conv+linear`. Nothing is downloaded: the
+models have random weights.
+
+Each cell is computed in a process of its own: some counters leave PyTorch
+patched, and what takes too long or dies costs no other cell. Rows that FILE
+has are kept, so a table that was cut off goes on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import functools
-import inspect
 import io
 import logging
 import multiprocessing
@@ -22,185 +25,116 @@ import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import onnx
 import torch
 from torch import nn
-from torch.utils import flop_counter
 
-from benchmarks import public_models
+from benchmarks import counter_peers, public_models
 from dynconv_jax.macs import onnx as onnx_front_end
-from dynconv_jax.macs.torch import count_macs
+
+_EXPORTERS = {False: 'traced', True: 'dynamo'}
+
+# Slow imports, of which no thread remains.
+_IMPORTED_ONCE = [
+  'benchmarks.counters',
+  'onnx.reference',
+  'onnxscript.rewriter',
+  'timm',
+  'torch._inductor.decomposition',
+  'torch.onnx._internal.exporter._core',
+  'torchvision',
+  'transformers',
+]
+
+# What makes cells of a row, by the names of their columns.
+Columns = Mapping[tuple[str, ...], Callable[[str], list[str]]]
 
 
-def by_ours(model, inputs) -> float:
-  args, kwargs = _split(inputs)
-  return count_macs(model, *args, kwargs=kwargs).total
-
-
-def by_torch(model, inputs) -> float:
-  counter = flop_counter.FlopCounterMode(display=False)
-  with torch.no_grad(), counter:
-    _call(model, inputs)
-  return counter.get_total_flops() / 2
-
-
-def by_ptflops(model, inputs, backend='pytorch') -> float:
-  import ptflops
-
-  macs, _ = ptflops.get_model_complexity_info(
-    model,
-    (1,),
-    input_constructor=lambda _: _named(model, inputs),
-    as_strings=False,
-    print_per_layer_stat=False,
-    backend=backend,
-    ost=io.StringIO(),
-    verbose=False,
-  )
-  return macs
-
-
-def by_fvcore(model, inputs) -> float:
-  from fvcore.nn import FlopCountAnalysis
-
-  args, kwargs = _split(inputs)
-  wrapped = _Positional(model, list(kwargs)) if kwargs else model
-  analysis = FlopCountAnalysis(wrapped, (*args, *kwargs.values()))
-  analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-  return analysis.total()
-
-
-def by_thop(model, inputs) -> float:
-  import thop
-
-  args, kwargs = _split(inputs)
-  wrapped = _Positional(model, list(kwargs)) if kwargs else model
-  macs, _ = thop.profile(
-    wrapped, inputs=(*args, *kwargs.values()), verbose=False
-  )
-  return macs
-
-
-def by_torchinfo(model, inputs) -> float:
-  import torchinfo
-
-  return torchinfo.summary(
-    model, input_data=inputs, verbose=0, mode='eval'
-  ).total_mult_adds
-
-
-def by_calflops(model, inputs) -> float:
-  import calflops
-
-  args, kwargs = _split(inputs)
-  _, macs, _ = calflops.calculate_flops(
-    model,
-    **({'kwargs': kwargs} if kwargs else {'args': list(args)}),
-    output_as_string=False,
-    print_results=False,
-    print_detailed=False,
-  )
-  return macs
-
-
-COUNTERS = {
-  'ours': by_ours,
-  'ptflops': by_ptflops,
-  'fvcore': by_fvcore,
-  'torch': by_torch,
-  'thop': by_thop,
-  'torchinfo': by_torchinfo,
-  'calflops': by_calflops,
-}
-
-
-class _Positional(nn.Module):
-  """A module whose arguments by name are positional, for tracers."""
-
-  def __init__(self, module, names):
-    super().__init__()
-    self.module, self.names = module, names
-
-  def forward(self, *values):
-    named = dict(zip(self.names, values, strict=True))
-    outputs = self.module(**named, use_cache=False, return_dict=False)
-    return outputs[0]
-
-
-def _split(inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-  return ((), inputs) if isinstance(inputs, dict) else ((inputs,), {})
-
-
-def _call(model, inputs):
-  args, kwargs = _split(inputs)
-  return model(*args, **kwargs)
-
-
-def _named(model, inputs):
-  if isinstance(inputs, dict):
-    return inputs
-  (name, *_) = inspect.signature(model.forward).parameters
-  return {name: inputs}
-
-
-def of_pytorch(name: str, counters: Sequence[str]) -> list[str]:
-  """Returns the cells of a PyTorch model: known, by each counter, seconds."""
+def of_counter(name: str, counter: str) -> list[str]:
+  """Returns the cell of a counter, and the seconds if it is ours."""
   model, inputs = _made(name)
-  cells, seconds = [_billions(public_models.known(name))], 0.0
-  for counter in counters:
-    start = time.process_time()
-    try:
-      silent = io.StringIO()
-      with (
-        contextlib.redirect_stdout(silent),
-        contextlib.redirect_stderr(silent),
-        warnings.catch_warnings(),
-      ):
-        warnings.simplefilter('ignore')
-        macs = COUNTERS[counter](copy.deepcopy(model), copy.deepcopy(inputs))
-      cells.append(_billions(macs / 1e9))
-    except Exception as error:  # Any counter may fail in any way.
-      cells.append('fails')
-      print(f'{name}, {counter}: {error!r:.300}', file=sys.stderr)
-    if counter == 'ours':
-      seconds = time.process_time() - start
+  start = time.process_time()
+  macs = counter_peers.COUNTERS[counter](model, inputs)
+  seconds = f'{time.process_time() - start:.1f}'
+  return [_billions(macs / 1e9), *([seconds] if counter == 'ours' else [])]
+
+
+def of_known(name: str) -> list[str]:
+  """Returns the cell of what is published or has a closed form."""
+  return [_billions(public_models.known(name))]
+
+
+def of_ours(name: str) -> list[str]:
+  """Returns the cell of our count, without its seconds."""
+  return of_counter(name, 'ours')[:1]
+
+
+def of_onnx(name: str, dynamo: bool, folder: str) -> list[str]:
+  """Returns the cells of a PyTorch model that is exported to ONNX.
+
+  These are what ONNX's total has more than PyTorch's, without and with work on
+  constants, and the seconds of the former.
+  """
+  path = os.path.join(folder, f'{name}.{_EXPORTERS[dynamo]}.onnx')
+  model, inputs = _made(name)
+  if not os.path.exists(path):
+    _export(model, inputs, path, dynamo)
+  macs = counter_peers.by_ours(model, inputs)
+  start = time.process_time()
+  report = onnx_front_end.count_macs(path)
+  seconds = time.process_time() - start
+  cells = [
+    '=' if total == macs else f'{total - macs:+,}'
+    for total in (
+      report.total,
+      onnx_front_end.count_macs(path, constants=True).total,
+    )
+  ]
+  if report.uncounted:
+    cells[0] += f', {len(report.uncounted)} not counted'
   return [*cells, f'{seconds:.1f}']
 
 
-def of_onnx(name: str) -> list[str]:
-  """Returns the cells of a PyTorch model exported to ONNX by each exporter."""
-  model, inputs = _made(name)
-  args, kwargs = _split(inputs)
-  cells = [_billions(by_ours(model, inputs) / 1e9)]
-  for dynamo in (False, True):
-    with tempfile.TemporaryDirectory() as folder:
-      path = os.path.join(folder, 'model.onnx')
-      try:
-        with contextlib.redirect_stdout(io.StringIO()):
-          torch.onnx.export(
-            model,
-            args,
-            path,
-            kwargs=kwargs,
-            dynamo=dynamo,
-            opset_version=18 if dynamo else 17,
-            verbose=False,
-          )
-      except Exception as error:
-        print(f'{name}, dynamo={dynamo}: {error!r:.300}', file=sys.stderr)
-        cells += ['not exported', '', '']
-        continue
-      start = time.process_time()
-      report = onnx_front_end.count_macs(path)
-      seconds = time.process_time() - start
-      whole = onnx_front_end.count_macs(path, constants=True)
-    missing = f' ({len(report.uncounted)} missing)' if report.uncounted else ''
-    cells.append(_billions(report.total / 1e9) + missing)
-    cells += [_billions(whole.total / 1e9), f'{seconds:.1f}']
-  return cells
+def _export(model, inputs, path: str, dynamo: bool) -> None:
+  """Writes the ONNX file of a model, or none if that fails."""
+  model, args = counter_peers.positional(model, inputs)
+  with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+    draft = os.path.join(folder, 'model.onnx')
+    torch.onnx.export(
+      model,
+      args,
+      draft,
+      dynamo=dynamo,
+      opset_version=18 if dynamo else 17,
+      verbose=False,
+    )
+    # A count needs no weights, which are large.
+    weights = f'{os.path.basename(path)}.weights'
+    onnx.save(
+      onnx.load(draft),
+      path,
+      save_as_external_data=True,
+      location=weights,
+      size_threshold=2**19,
+    )
+  os.remove(os.path.join(os.path.dirname(path), weights))
+
+
+def of_detection(name: str) -> list[str]:
+  """Returns the cells of a detection network: boxes, known, ours, seconds."""
+  make, inputs, boxes = public_models.detection()[name]
+  torch.manual_seed(0)
+  model = make().eval()
+  start = time.process_time()
+  macs = counter_peers.by_ours(model, inputs)
+  seconds = f'{time.process_time() - start:.1f}'
+  known = _billions(public_models.known(name))
+  return [boxes, known, _billions(macs / 1e9), seconds]
 
 
 def of_jax(name: str) -> list[str]:
@@ -215,30 +149,6 @@ def of_jax(name: str) -> list[str]:
   return [_billions(known), _billions(report.total / 1e9), f'{seconds:.1f}']
 
 
-class _Table(NamedTuple):
-  """How a front end's models are counted: a cell for each column."""
-
-  columns: Sequence[str]
-  cells: Callable[[str], list[str]]
-
-
-def tables(counters: Sequence[str]) -> dict[str, _Table]:
-  """Returns the table of each front end."""
-  exporters = [
-    column
-    for exporter in ('traced', 'dynamo')
-    for column in (exporter, 'with constants', 'seconds')
-  ]
-  return {
-    'torch': _Table(
-      ('known', *counters, 'seconds'),
-      functools.partial(of_pytorch, counters=counters),
-    ),
-    'onnx': _Table(('PyTorch', *exporters), of_onnx),
-    'jax': _Table(('known', 'ours', 'seconds'), of_jax),
-  }
-
-
 def _made(name: str) -> tuple[nn.Module, Any]:
   make, inputs = public_models.models()[name]
   torch.manual_seed(0)
@@ -249,52 +159,154 @@ def _billions(macs: float | None) -> str:
   return '' if macs is None else f'{macs:.3f}'
 
 
-def row(table: _Table, name: str) -> None:
-  """Prints a model's row of the table."""
+def columns(table: str, counters: list[str], folder: str) -> Columns:
+  """Returns the columns of a table.
+
+  Args:
+    table: 'torch', 'detection', 'onnx' or 'jax'.
+    counters: names in `counter_peers.COUNTERS`.
+    folder: where ONNX files lie.
+  """
+  if table == 'jax':
+    return {('known', 'ours', 'seconds'): of_jax}
+  if table == 'detection':
+    return {('boxes', 'known', 'ours', 'seconds'): of_detection}
+  if table == 'onnx':
+    found = {('PyTorch',): of_ours}
+    for dynamo, exporter in _EXPORTERS.items():
+      found[exporter, 'with constants', 'seconds'] = functools.partial(
+        of_onnx, dynamo=dynamo, folder=folder
+      )
+    return found
+  found = {('known',): of_known}
+  for counter in counters:
+    names = (counter, 'seconds') if counter == 'ours' else (counter,)
+    found[names] = functools.partial(of_counter, counter=counter)
+  return found
+
+
+def _send(sender, cells: Callable[[str], list[str]], name: str) -> None:
   logging.disable(logging.WARNING)
-  with warnings.catch_warnings():
-    warnings.simplefilter('ignore')
-    cells = table.cells(name)
-  print(f'| {name} | ' + ' | '.join(cells) + ' |', flush=True)
+  silent = io.StringIO()
+  try:
+    with (
+      contextlib.redirect_stdout(silent),
+      contextlib.redirect_stderr(silent),
+      warnings.catch_warnings(),
+    ):
+      warnings.simplefilter('ignore')
+      sender.send(cells(name))
+  except Exception:  # Anything may go wrong in what others wrote.
+    print(f'{name}:\n{traceback.format_exc()[-2000:]}', file=sys.stderr)
+    sender.send(['fails'])
 
 
-def main() -> None:
-  """Prints the table of the models named, or of all."""
-  parser = argparse.ArgumentParser(description=main.__doc__)
-  parser.add_argument('--frontend', choices=tables(()), default='torch')
-  parser.add_argument('--counters', default=','.join(COUNTERS))
-  parser.add_argument('names', nargs='*', metavar='NAME')
-  options = parser.parse_args()
-  counters = options.counters.split(',')
-  if unknown := set(counters) - COUNTERS.keys():
-    parser.error(f'unknown counters: {sorted(unknown)}')
-  table = tables(counters)[options.frontend]
-  models = _models(options.frontend)
-  if unknown := set(options.names) - {name.split()[1] for name in models}:
-    parser.error(f'unknown models: {sorted(unknown)}; there are {list(models)}')
-  print(f'| model | {" | ".join(table.columns)} |')
-  print('|---|' + '---:|' * len(table.columns), flush=True)
-  for name in models:
-    if options.names and name.split()[1] not in options.names:
-      continue
-    if options.frontend == 'jax':
-      row(table, name)
-      continue
-    # A process each: some counters leave PyTorch patched.
-    process = multiprocessing.get_context('fork').Process(
-      target=row, args=(table, name)
-    )
-    process.start()
+def in_a_process(
+  cells: Callable[[str], list[str]], name: str, limit_s: float
+) -> list[str]:
+  """Returns cells that a process of its own computes, or why there are none."""
+  # Not a fork of this one, whose threads for tensors a child would wait for.
+  context = multiprocessing.get_context('forkserver')
+  context.set_forkserver_preload(_IMPORTED_ONCE)
+  receiver, sender = context.Pipe(duplex=False)
+  process = context.Process(target=_send, args=(sender, cells, name))
+  process.start()
+  sender.close()
+  try:
+    return receiver.recv() if receiver.poll(limit_s) else ['time limit']
+  except EOFError:
+    return ['dies']
+  finally:
+    process.kill()
     process.join()
 
 
-def _models(front_end: str) -> Mapping[str, Any]:
-  """Returns the models of a front end by name."""
-  if front_end != 'jax':
-    return public_models.models()
-  from benchmarks import jax_models
+class Table:
+  """A table of a Markdown file.
 
-  return jax_models.models()
+  Args:
+    names: of the columns.
+    order: names of rows, in order.
+    path: of the file; one that has no such table gets it at its end. If None,
+      rows are printed instead.
+  """
+
+  def __init__(self, names: list[str], order: list[str], path: str | None):
+    self._path, self._order = path, order
+    head = f'| model | {" | ".join(names)} |\n|---|{"---:|" * len(names)}\n'
+    if path is None:
+      print(head, end='', flush=True)
+      self.rows, self._head = {}, ''
+      return
+    text = ''
+    if os.path.exists(path):
+      with open(path) as file:
+        text = file.read()
+    before, found, after = text.partition(head)
+    lines = after.splitlines(keepends=True) if found else []
+    length = next(
+      (i for i, line in enumerate(lines) if not line.startswith('|')),
+      len(lines),
+    )
+    self.rows = {line.split('|')[1].strip(): line for line in lines[:length]}
+    self._head, self._after = before + head, ''.join(lines[length:])
+
+  def add(self, name: str, cells: list[str]) -> None:
+    """Writes a row in its place."""
+    self.rows[name] = f'| {name} | {" | ".join(cells)} |\n'
+    if self._path is None:
+      print(self.rows[name], end='', flush=True)
+      return
+    rows = sorted(self.rows, key=self._order.index)
+    with open(self._path, 'w') as file:
+      file.writelines((self._head, *map(self.rows.get, rows), self._after))
+
+
+def main() -> None:
+  """Makes the table of the models named, or of all."""
+  parser = argparse.ArgumentParser(description=main.__doc__)
+  parser.add_argument(
+    '--table', choices=('torch', 'detection', 'onnx', 'jax'), default='torch'
+  )
+  parser.add_argument('--counters', default=','.join(counter_peers.COUNTERS))
+  parser.add_argument('--output', help='a Markdown file with the table')
+  parser.add_argument('--exports', help='a folder that keeps ONNX files')
+  parser.add_argument('--limit_s', type=float, default=600, help='of a cell')
+  parser.add_argument('names', nargs='*', metavar='NAME')
+  options = parser.parse_args()
+  counters = options.counters.split(',')
+  if unknown := set(counters) - counter_peers.COUNTERS.keys():
+    parser.error(f'unknown counters: {sorted(unknown)}')
+  models = _models(options.table)
+  if unknown := set(options.names) - {name.split()[1] for name in models}:
+    parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
+  with contextlib.ExitStack() as stack:
+    folder = options.exports
+    if folder is None:
+      folder = stack.enter_context(tempfile.TemporaryDirectory())
+    os.makedirs(folder, exist_ok=True)
+    parts = columns(options.table, counters, folder)
+    table = Table([x for part in parts for x in part], models, options.output)
+    for name in models:
+      if options.names and name.split()[1] not in options.names:
+        continue
+      if name in table.rows:
+        continue
+      row = []
+      for part, cells in parts.items():
+        found = in_a_process(cells, name, options.limit_s)
+        row += found + [''] * (len(part) - len(found))
+      table.add(name, row)
+
+
+def _models(table: str) -> list[str]:
+  if table == 'jax':
+    from benchmarks import jax_models
+
+    return list(jax_models.models())
+  if table == 'detection':
+    return list(public_models.detection())
+  return list(public_models.models())
 
 
 if __name__ == '__main__':

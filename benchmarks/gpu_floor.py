@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from benchmarks.roofline import count_kernels
-from experiments import program
+from dynconv_jax.cli import program
 
 _MODEL = flags.DEFINE_string('model', 'resnet50', 'A ResNet of bottlenecks.')
 _GRANULARITY = flags.DEFINE_list(

@@ -1,4 +1,4 @@
-"""Writes times of experiments.benchmark as Markdown into a README.
+"""Writes times of dynconv_jax.cli.benchmark as Markdown into a README.
 
   python -m benchmarks.latency_table results/lite0_latency/README.md
 
@@ -26,7 +26,7 @@ def latency_table(summary: Mapping[str, Any]) -> str:
   """Returns a table, one row a batch size and density, and what timed it.
 
   Args:
-    summary: what experiments.benchmark writes.
+    summary: what dynconv_jax.cli.benchmark writes.
   """
   runs = summary.get('runs', [summary])
   own = {'sparse_ms': 'sparse', 'native_dense_ms': 'our dense'}

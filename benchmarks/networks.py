@@ -1,4 +1,4 @@
-"""What experiments.benchmark times: networks, images and masks."""
+"""What dynconv_jax.cli.benchmark times: networks, images and masks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Networks:
   """Networks of random weights, or a trained one; equal in every process.
 
   Attributes:
-    settings: flags of experiments.benchmark, with those of the trained run.
+    settings: flags of dynconv_jax.cli.benchmark, with those of the trained run.
     trained: the run, or None.
     options: of the network, such as `gated_blocks`, by name.
     method: of the gated network; 'dense' where the trained one has no gates.

@@ -1,4 +1,4 @@
-"""Other runtimes that experiments.benchmark times, one a process."""
+"""Other runtimes that dynconv_jax.cli.benchmark times, one a process."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from absl import flags, logging
 from flax import nnx
 
 from dynconv_jax import interop
+from dynconv_jax.cli import program
 from dynconv_jax.data.augment import normalize
 from dynconv_jax.data.decode import decode_image, preprocess_image
 from dynconv_jax.interop.mobilenet import PYPI
 from dynconv_jax.macs import count_macs
 from dynconv_jax.training.published import load_published
-from experiments import program
 
 _PHOTOGRAPHS = flags.DEFINE_string(
   'photographs', None, 'Folder with .jpg files at any depth.', required=True

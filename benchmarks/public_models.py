@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,18 +16,33 @@ _TORCHVISION = """
   regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t
 """
 
-# Torchvision does not say how many boxes its figures are of. These options are
-# meant to give 1,000 proposals, or none, and no detections, as the figures
-# suggest; random weights alone give another number at each draw.
+# {boxes: (options, names)}. Boxes depend on weights. Torchvision's figures are
+# of trained ones and an image of noise; with these options they do not depend.
 _DETECTION = {
-  'retinanet_resnet50_fpn': {},
-  'fcos_resnet50_fpn': {},
-  'ssd300_vgg16': {},
-  'ssdlite320_mobilenet_v3_large': {},
-  'fasterrcnn_resnet50_fpn': {'rpn_nms_thresh': 1.0},
-  'fasterrcnn_mobilenet_v3_large_fpn': {'rpn_score_thresh': 1.0},
-  'maskrcnn_resnet50_fpn': {'rpn_nms_thresh': 1.0, 'box_score_thresh': 1.0},
-  'keypointrcnn_resnet50_fpn': {'rpn_nms_thresh': 1.0, 'box_score_thresh': 1.0},
+  'one stage': (
+    {},
+    """
+    retinanet_resnet50_fpn retinanet_resnet50_fpn_v2 fcos_resnet50_fpn
+    ssd300_vgg16 ssdlite320_mobilenet_v3_large
+    """,
+  ),
+  'no proposals': (
+    {'rpn_score_thresh': 1.0},
+    """
+    fasterrcnn_mobilenet_v3_large_320_fpn fasterrcnn_mobilenet_v3_large_fpn
+    """,
+  ),
+  '1,000 proposals, no detections': (
+    {'rpn_nms_thresh': 1.0, 'box_score_thresh': 1.0},
+    """
+    fasterrcnn_resnet50_fpn fasterrcnn_resnet50_fpn_v2 maskrcnn_resnet50_fpn
+    keypointrcnn_resnet50_fpn
+    """,
+  ),
+  '1,000 proposals, 100 detections': (
+    {'rpn_nms_thresh': 1.0, 'box_score_thresh': 0.0},
+    'maskrcnn_resnet50_fpn_v2',
+  ),
 }
 
 _TIMM = """
@@ -81,12 +97,6 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Any]]:
       lambda make=make, options=options: make(**options),
       torch.zeros(1, 3, size, size),
     )
-  for name, options in _DETECTION.items():
-    make = getattr(torchvision.models.detection, name)
-    found[f'torchvision {name}'] = (
-      lambda make=make, options=options: make(weights_backbone=None, **options),
-      [torch.zeros(3, 800, 800)],
-    )
   for name in _TIMM.split():
     found[f'timm {name}'] = (
       lambda name=name: timm.create_model(name, pretrained=False),
@@ -102,11 +112,26 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Any]]:
         'input_features': torch.zeros(1, 80, 3000),
         'decoder_input_ids': tokens,
       }
-    make = getattr(transformers, f'{name}Model')
     found[f'transformers {name}'] = (
-      lambda make=make, name=name: make(_config(name)),
+      lambda name=name: getattr(transformers, f'{name}Model')(_config(name)),
       inputs,
     )
+  return found
+
+
+def detection() -> dict[str, tuple[Callable[[], nn.Module], Any, str]]:
+  """Returns {name: (what makes the model, its inputs, its boxes)}."""
+  import torchvision
+
+  found = {}
+  for boxes, (options, names) in _DETECTION.items():
+    for name in names.split():
+      make = functools.partial(
+        getattr(torchvision.models.detection, name),
+        weights_backbone=None,
+        **options,
+      )
+      found[f'torchvision {name}'] = make, [(3, 800, 800)], boxes
   return found
 
 

@@ -8,8 +8,8 @@ python -m benchmarks.training --model=efficientnet_lite0 --image_size=160 \
 Each runs in a process of its own, because the thread pools of two frameworks in
 one process spoil each other's times. The processes take turns, and medians and
 their ratios are printed; the last line is JSON. JAX shares the CPU out to two
-devices, as experiments.train does, and once more to one. PyTorch is left out,
-and said to be, where it is not installed.
+devices, as `dynconv train` does, and once more to one. PyTorch is left out, and
+said to be, where it is not installed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from absl import flags
 
 from benchmarks import turns
 from dynconv_jax.checks import check_choice
+from dynconv_jax.cli import program
 from dynconv_jax.models import registry
-from experiments import program
 
 _MODEL = flags.DEFINE_string(
   'model', 'resnet18', f'One of {", ".join(registry.architectures())}.'

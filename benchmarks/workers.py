@@ -1,4 +1,4 @@
-"""The timed processes of experiments.benchmark, one a framework.
+"""The timed processes of dynconv_jax.cli.benchmark, one a framework.
 
 python -m benchmarks.workers NAME SETTINGS, with the settings in JSON.
 """
@@ -20,13 +20,13 @@ from jax import numpy as jnp
 from benchmarks import peers, turns
 from benchmarks.forced import force_gates
 from benchmarks.networks import Networks, masks_of
+from dynconv_jax.cli import program
 from dynconv_jax.macs import count_macs
 from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.sparsify import choose_plans, trace_blocks
-from experiments import program
 
 Step = Callable[[], None]
 
@@ -36,7 +36,7 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
 
   Args:
     name: a key of WORKERS.
-    settings: flags of experiments.benchmark.
+    settings: flags of dynconv_jax.cli.benchmark.
   """
   framework = WORKERS[name](settings)
 

@@ -1,12 +1,6 @@
-"""Programs: absl flags to calls of the library."""
+"""Programs, from a checkout: those of dynconv_jax.cli, and their flag files."""
 
-import sys
+from dynconv_jax import cli
 
-
-def _excepthook(kind, error, traceback):
-  """Ctrl-C while a program imports what it needs is no error."""
-  if not issubclass(kind, KeyboardInterrupt):
-    sys.__excepthook__(kind, error, traceback)
-
-
-sys.excepthook = _excepthook
+# python -m experiments.train runs dynconv_jax/cli/train.py.
+__path__ = [*__path__, *cli.__path__]

@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dynconv_jax'
 HELPERS = {'checks', 'extras', 'files', 'native', 'options', 'references'}
-PAGES = [*ROOT.glob('docs/*.md'), *ROOT.glob('results/**/*.md')]
+PAGES = [*ROOT.glob('docs/**/*.md'), *ROOT.glob('results/**/*.md')]
 
 
 def _allowed():
@@ -69,6 +69,33 @@ def test_commands_name_programs_that_exist():
   for page in PAGES:
     for module in re.findall(r'python -m ([\w.]+)', page.read_text()):
       path = ROOT / f'{module.replace(".", "/")}.py'
+      if module.startswith('experiments.'):
+        path = PACKAGE / f'cli/{path.name}'
       if module.split('.')[0] in ('experiments', 'benchmarks', 'examples'):
         missing += [] if path.exists() else [f'{page.name}: {module}']
   assert not missing
+
+
+def test_the_site_has_every_page():
+  settings = (ROOT / 'mkdocs.yml').read_text()
+  navigation = settings.split('\nnav:\n')[1].split('\n\n')[0]
+  listed = re.findall(r'([\w/]+\.(?:md|py))$', navigation, re.MULTILINE)
+  docs = ROOT / 'docs'
+  pages = [*docs.rglob('*.md'), *(docs / 'tutorials').glob('*.py')]
+  expected = [p.relative_to(docs).as_posix() for p in pages]
+  expected += [
+    p.relative_to(ROOT).as_posix() for p in ROOT.glob('results/**/README.md')
+  ]
+  assert sorted(listed) == sorted(expected)
+
+
+def test_the_reference_names_what_exists():
+  for page in ROOT.glob('docs/reference/*.md'):
+    for name in re.findall(r'^::: ([\w.]+)$', page.read_text(), re.MULTILINE):
+      *parents, last = name.split('.')
+      path = ROOT / '/'.join(name.split('.'))
+      if not (path.with_suffix('.py').exists() or path.is_dir()):
+        module = ROOT / '/'.join(parents)
+        file = module.with_suffix('.py')
+        file = file if file.exists() else module / '__init__.py'
+        assert re.search(rf'\b{last}\b', file.read_text()), name

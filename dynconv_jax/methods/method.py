@@ -45,6 +45,8 @@ class Method:
     open_gate: (options, gate): changes a fresh gate before any weights are
       loaded; None: gates start as they are made.
     start_gate: (options, gate): changes a gate after weights are loaded.
+    needs_trained: (options) -> the option that only a trained network can be
+      trained with, such as 'skip_training=reinforce'; '' where there is none.
     samples: whether gates can sample in evaluation as in training.
     knob: the option that a curve of accuracy against compute moves along.
     label: in figures; by default the name.
@@ -70,6 +72,7 @@ class Method:
   ] = lambda options, progress: (1.0, True)
   open_gate: Callable[[Any, Gate], None] | None = None
   start_gate: Callable[[Any, Gate], None] | None = None
+  needs_trained: Callable[[Any], str] = lambda options: ''
   samples: bool = False
   knob: str = ''
   label: str = ''

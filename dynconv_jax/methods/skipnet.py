@@ -392,6 +392,9 @@ METHOD = Method(
   _loss,
   open_gate=_open,
   start_gate=lambda options, gate: gate.sharpen(options.skip_temperature),
+  needs_trained=lambda options: (
+    'skip_training=reinforce' if options.skip_training == 'reinforce' else ''
+  ),
   knob='skip_weight',
   label='SkipNet',
   color='green',

@@ -37,7 +37,7 @@ def plot_speedup(
   Args:
     runs: of 'batch_size', 'density', 'sparse_over_fastest_dense' and
       'mac_ideal', some of 'mask_granularity' and
-      'onnx_sparse_over_fastest_dense', as experiments.benchmark gives.
+      'onnx_sparse_over_fastest_dense', as dynconv_jax.cli.benchmark gives.
     path: of the figure, written as .png and .svg.
     title: above it.
 

@@ -77,6 +77,7 @@ def export_onnx(
   form: str = 'sparse',
   batch_size: int | None = None,
   channels: int = 3,
+  masks: bool = False,
 ) -> onnx.ModelProto:
   """Returns a network as an ONNX model, batch norm folded, in float32.
 
@@ -92,6 +93,9 @@ def export_onnx(
       and multiplied by the mask.
     batch_size: N; None: any.
     channels: of the images.
+    masks: also output 'executed_macs', float32[N], the MACs of the masked
+      layers at active positions, and each block's mask in network order:
+      'mask_0', 'mask_1' and so on, float32[N, h, w] of {0, 1}.
 
   Raises:
     ValueError: an argument is out of range, the model is not in evaluation, a
@@ -104,14 +108,17 @@ def export_onnx(
   check_descriptions(gated_blocks(model))
   model = _with_leaves(model, form)
   batch = None if batch_size else images.shape[0]
-  closed = for_any_batch(jax.make_jaxpr(inference_function(model)), images)
+  function = inference_function(model, masks=masks)
+  closed = for_any_batch(jax.make_jaxpr(function), images)
   graph = Graph()
   name = graph.input('images', _dimensions(images.shape))
   writer = Writer(graph, name, batch)
   inputs = [Value(images.shape, images.dtype, {PLAIN: name})]
   results = _write_jaxpr(writer, closed.jaxpr, closed.consts, inputs)
   outputs = {}
-  for name, value in zip(('logits', 'density'), results, strict=False):
+  names = ('logits', 'density', 'executed_macs')
+  names += tuple(f'mask_{i}' for i in range(len(results) - len(names)))
+  for name, value in zip(names, results, strict=False):
     value = onnx_ops.cast(writer, value, np.float32)
     outputs[name] = (writer.full(value), _dimensions(value.shape))
   return graph.model(outputs)

@@ -202,15 +202,27 @@ def _gather(w, xs, outs, dimension_numbers, slice_sizes, mode, **params):
 
 
 def _pad(w, xs, outs, padding_config, **_):
-  if any(low < 0 or high < 0 or inner for low, high, inner in padding_config):
-    raise NotImplementedError(f'padding by {padding_config}')
   name, layout = placed(w, xs[0])
-  rank = len(padding_config)
-  pads = [0] * (2 * rank)
-  for axis, (low, high, _) in enumerate(padding_config):
-    axis = axis_in(layout, axis)
-    pads[axis], pads[rank + axis] = low, high
-  name = w.graph('Pad', name, _static(*pads), w.plain(xs[1]))
+  value, rank = w.plain(xs[1]), len(padding_config)
+  order = sorted(range(rank), key=lambda axis: axis_in(layout, axis))
+  shape = [xs[0].shape[axis] for axis in order]
+  lows, highs, inner = zip(*(padding_config[i] for i in order), strict=True)
+  highs = list(highs)
+  if stuffed := [axis for axis in range(rank) if inner[axis]]:
+    # Padding after each element, in an axis of its own; after the last too.
+    if not all(isinstance(shape[axis], int) for axis in stuffed):
+      raise NotImplementedError(f'padding by {padding_config}')
+    new = [axis + 1 + i for i, axis in enumerate(stuffed)]
+    pads = np.zeros((2, rank + len(new)), np.int64)
+    pads[1, new] = [inner[axis] for axis in stuffed]
+    name = w.graph('Unsqueeze', name, integers(*new))
+    name = w.graph('Pad', name, pads.reshape(-1), value)
+    for axis in stuffed:
+      shape[axis] *= 1 + inner[axis]
+      highs[axis] -= inner[axis]
+    name = w.reshape(name, shape)
+  if any((*lows, *highs)):  # Less than none cuts off.
+    name = w.graph('Pad', name, _static(*lows, *highs), value)
   return [Value(outs[0].shape, outs[0].dtype, {layout: name})]
 
 

@@ -86,15 +86,27 @@ def image_type(
   return jax.ShapeDtypeStruct((batch, *image_size, channels), jnp.float32)
 
 
-def inference_function(model: nnx.Module) -> Callable[..., tuple]:
-  """Returns a function of images: logits, and densities if there are masks."""
+def inference_function(
+  model: nnx.Module, *, masks: bool = False
+) -> Callable[..., tuple]:
+  """Returns a function of images: logits, and densities if there are masks.
+
+  Args:
+    model: the evaluation view of any network.
+    masks: also return the MACs of the masked layers at active positions,
+      float32[N], and the mask of each block.
+  """
 
   def forward(images):
     result = model(images)
-    logits, masks = result if isinstance(result, tuple) else (result, [])
-    if not masks:
+    logits, found = result if isinstance(result, tuple) else (result, [])
+    if not found:
       return (logits,)
-    return logits, jnp.stack([mask.density() for mask in masks], axis=1)
+    density = jnp.stack([mask.density() for mask in found], axis=1)
+    if not masks:
+      return logits, density
+    macs = sum(mask.executed_macs() for mask in found)
+    return logits, density, macs, *(mask.hard for mask in found)
 
   return forward
 

@@ -456,6 +456,11 @@ class Config:
     )
     if chosen and self.model.width_multiplier > 0:
       errors += options_lib.errors([lambda: self.check_network(factory)])
+    start = optimization.init_from or optimization.pretrained
+    if chosen and not start:
+      option = self.method.record.needs_trained(self.method.options)
+      if option:
+        errors.append(f'{option} needs init_from or pretrained; both are empty')
     if optimization.pretrained:
       source, network = optimization.pretrained, self.model
       checks = [

@@ -53,7 +53,7 @@ def test_the_core_needs_nothing_of_an_extra():
       '-c',
       'import sys\n'
       'from dynconv_jax import create_model, losses, sparse\n'
-      'from experiments import count_macs\n'
+      'from dynconv_jax.cli import count_macs\n'
       'stack = "array_record chex dm_pix grain matplotlib PIL requests'
       ' safetensors tensorboardX tensorflow_datasets tqdm torch onnx"\n'
       'print([name for name in stack.split() if name in sys.modules])',

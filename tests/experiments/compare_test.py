@@ -146,7 +146,7 @@ def _others(folder):
     ('--runs={}/a0', 'give --runs and --against, or --groups, --baseline'),
     ('--runs={}/a0 --against={}/b0 --table=t.csv', 'give --runs and'),
     ('--runs={}/a0 --against={}/no*', 'there is no .*/no'),
-    ('--runs={}/a0 --against={}/empty', r'experiments.evaluate --workdir='),
+    ('--runs={}/a0 --against={}/empty', r'dynconv evaluate --workdir='),
     ('--runs={}/a0 --against={}/more', "1 only in .*more.*such as 'z'"),
     (
       '--runs={}/a0 --against={}/label',

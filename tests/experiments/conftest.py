@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import pathlib
+import sys
 from unittest import mock
 
 import absl_logging
@@ -12,9 +13,10 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from dynconv_jax.cli import flag_help
+from dynconv_jax.cli import program as shared
 from dynconv_jax.training import loop
 from dynconv_jax.training.config import Config
-from experiments import program as shared
 
 
 class Programs:
@@ -26,6 +28,8 @@ class Programs:
 
   def __init__(self):
     self._loaded = {}
+    # What each prints for --help, by name.
+    self.help = {}
     # In use from now on: no program changes the devices of the other tests.
     jax.devices()
 
@@ -40,7 +44,7 @@ class Programs:
     stdout = stdout or io.StringIO()
     with _no_program_flags():
       if name not in self._loaded:
-        self._loaded[name] = _load(name)
+        self._load(name)
       module, own = self._loaded[name]
       with contextlib.ExitStack() as stack:
         stack.enter_context(absl_logging.kept())
@@ -56,18 +60,27 @@ class Programs:
         module.main(rest)
     return stdout.getvalue()
 
+  def load(self, name: str) -> None:
+    """Loads a program without calling it."""
+    with _no_program_flags():
+      if name not in self._loaded:
+        self._load(name)
 
-def _load(name: str):
-  """Returns a copy of a program's module, and its flags, taken out."""
-  known = set(flags.FLAGS)
-  full = name if name.startswith('benchmarks.') else f'experiments.{name}'
-  spec = importlib.util.find_spec(full)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  own = [flags.FLAGS[flag] for flag in set(flags.FLAGS) - known]
-  for flag in own:
-    delattr(flags.FLAGS, flag.name)
-  return module, own
+  def _load(self, name: str) -> None:
+    """Keeps a copy of a program's module, and its flags, taken out."""
+    known = set(flags.FLAGS)
+    full = name if name.startswith('benchmarks.') else f'dynconv_jax.cli.{name}'
+    spec = importlib.util.find_spec(full)
+    module = importlib.util.module_from_spec(spec)
+    # absl asks which module defines a flag.
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setitem(sys.modules, full, module)
+      spec.loader.exec_module(module)
+    self.help[name] = flag_help.text(module.__doc__)
+    own = [flags.FLAGS[flag] for flag in set(flags.FLAGS) - known]
+    for flag in own:
+      delattr(flags.FLAGS, flag.name)
+    self._loaded[name] = module, own
 
 
 @contextlib.contextmanager
@@ -76,7 +89,7 @@ def _no_program_flags():
   taken = [
     (module, flag)
     for module, defined in flags.FLAGS.flags_by_module_dict().items()
-    if module.startswith(('experiments.', 'benchmarks.'))
+    if module.startswith(('dynconv_jax.cli.', 'benchmarks.'))
     for flag in defined
   ]
   for _, flag in taken:

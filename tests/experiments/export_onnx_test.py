@@ -72,11 +72,10 @@ def test_errors(program, dynconv_run, tmp_path):
 
 
 def test_without_onnx_there_is_one_line():
-  """Even where only the flags are asked for: one of them needs the package."""
   code = (
-    "import runpy, sys; sys.modules['onnx'] = None; "
-    "sys.argv = ['export_onnx', '--help']; "
-    "runpy.run_module('experiments.export_onnx', run_name='__main__')"
+    "import sys; sys.modules['onnx'] = None; "
+    'from dynconv_jax.cli import command; '
+    "command.run('export_onnx', ['--workdir=x', '--output=x.onnx'])"
   )
   done = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=False

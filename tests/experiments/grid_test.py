@@ -5,10 +5,10 @@ import pytest
 from flax import nnx
 from jax.interpreters import partial_eval
 
+from dynconv_jax.cli.grid import make_runs, matters
 from dynconv_jax.methods.method import METHODS
 from dynconv_jax.training import workdir
 from dynconv_jax.training.config import Config
-from experiments.grid import make_runs, matters
 
 BASE = {'model': 'cifar_resnet14'}
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from experiments import config_flags
+from dynconv_jax.cli import config_flags
 
 _FLAGS = pathlib.Path(config_flags.__file__).parent / 'flags'
 

@@ -77,7 +77,7 @@ def test_workdirs_and_errors(tmp_path):
   code = (
     'import json, sys\n'
     'from absl import flags\n'
-    'from experiments import plot\n'
+    'from dynconv_jax.cli import plot\n'
     'for arguments in json.loads(sys.argv[1]):\n'
     '  flags.FLAGS.unparse_flags()\n'
     '  for name in ("results", "gains", "workdir", "output", "x", "chance"):\n'

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from experiments import processes
+from dynconv_jax.cli import processes
 
 
 def _shell(*lines):

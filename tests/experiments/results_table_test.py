@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 
-from experiments import results_table
+from dynconv_jax.cli import results_table
 
 ROW = {'run': 'b', 'split': 'test', 'accuracy': 0.5, 'seed': 1, 'budget': ''}
 

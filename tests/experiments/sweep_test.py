@@ -13,6 +13,8 @@ import time
 
 import pytest
 
+from dynconv_jax.cli import processes
+from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.files import locked
 from dynconv_jax.training import inputs, workdir
 from dynconv_jax.training.config import (
@@ -20,14 +22,12 @@ from dynconv_jax.training.config import (
   operational_options,
   read_flags,
 )
-from experiments import processes
-from experiments.sweep_progress import Progress
 
 # Stands for Python: does what the programs leave behind, and tells its calls.
 _FAKE = """#!{python} -SE
 import csv, json, pathlib, signal, sys, time
 root = pathlib.Path({root!r})
-program, given = sys.argv[2].split('.')[1], {{}}
+program, given = sys.argv[2].split('.')[-1], {{}}
 for argument in sys.argv[3:]:
   name, given[name] = argument[2:].split('=', 1)
 folder = pathlib.Path(given.pop('--workdir'[2:]))
@@ -422,7 +422,7 @@ def test_a_real_sweep_in_processes_of_its_own(tmp_path):
   command += [f'--results={tmp_path}/results', f'--workdir={tmp_path}/runs']
   done = subprocess.run(
     command,
-    cwd=pathlib.Path(processes.__file__).parents[1],
+    cwd=pathlib.Path(processes.__file__).parents[2],
     capture_output=True,
     text=True,
   )

@@ -13,10 +13,10 @@ import pytest
 from absl import flags, logging
 
 import dynconv_jax
+from dynconv_jax.cli import config_flags, program
 from dynconv_jax.training import workdir
 from dynconv_jax.training.checkpoints import CheckpointError
 from dynconv_jax.training.config import Config, all_options
-from experiments import config_flags, program
 
 
 def _parse(*arguments):
@@ -228,7 +228,7 @@ def _command(folder, data_dir, *more):
 def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
   folder = tmp_path / 'run'
   command = _command(folder, tmp_path / 'data')
-  root = pathlib.Path(program.__file__).parents[1]
+  root = pathlib.Path(program.__file__).parents[2]
   known = 0
   for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
     with subprocess.Popen(

@@ -135,9 +135,7 @@ def test_a_source_says_what_it_is_for(entry, tmp_path):
   # Another file says nothing.
   write_safetensors(path, {})
   assert source_model(str(path)) is None
-  with pytest.raises(
-    ValueError, match='are for model=mobilenet_v2, not'
-  ):
+  with pytest.raises(ValueError, match='are for model=mobilenet_v2, not'):
     Config.make(model='resnet18', pretrained='zoo:small').check()
 
 

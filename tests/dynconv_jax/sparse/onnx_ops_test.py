@@ -140,6 +140,9 @@ SHAPES = {
   'pad': lambda x: jnp.pad(
     x, ((0, 0), (1, 2), (0, 3), (1, 0)), constant_values=2
   ),
+  'interior padding': lambda x: lax.pad(
+    x, 2.0, ((0, 0, 0), (1, -1, 2), (-2, 3, 1), (0, 1, 0))
+  ),
   'repeat': lambda x: jnp.repeat(jnp.repeat(x, 2, 1), 2, 2),
   'tile': lambda x: jnp.tile(x, (1, 2, 1, 1)),
   'bilinear': lambda x: jax.image.resize(x, (2, 10, 9, 3), 'bilinear'),
@@ -288,8 +291,8 @@ REFUSED = {
     lambda x: jnp.take_along_axis(x, x.argmax(1, keepdims=True), 1),
     'indexing by values',
   ),
-  'interior padding': (
-    lambda x: lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 1), (0, 0, 0), (0, 0, 0))),
+  'padding between images': (
+    lambda x: lax.pad(x, 0.0, ((0, 0, 1), (0, 0, 0), (0, 0, 0), (0, 0, 0))),
     'padding by',
   ),
   'dilated pooling': (

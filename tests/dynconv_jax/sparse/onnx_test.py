@@ -79,6 +79,33 @@ def test_logits_and_densities_are_those_of_the_model(
     assert 0 < means[0] < 1
 
 
+@pytest.mark.parametrize('method', ['dynconv', 'convnet_aig', 'sact'])
+@pytest.mark.parametrize('form', FORMS)
+def test_masks_and_their_macs_are_those_of_the_model(
+  make_network, method, form
+):
+  model, images = make_network('bottleneck', method), make_images()
+  logits, masks = run(model, images)
+  exported = export_onnx(model, SIZE, form=form, masks=True)
+  session = onnxruntime.InferenceSession(exported.SerializeToString())
+  names = [output.name for output in session.get_outputs()]
+  assert names[:3] == ['logits', 'density', 'executed_macs']
+  assert names[3:] == [f'mask_{i}' for i in range(len(masks))]
+  got, _, macs, *maps = session.run(None, {'images': images})
+  assert_same(got, logits)
+  for mask, found in zip(masks, maps, strict=True):
+    np.testing.assert_array_equal(found, mask.hard)
+  report = count_macs(model, jax.ShapeDtypeStruct((1, *SIZE, 3), np.float32))
+  nothing = jax.tree.map(np.zeros_like, masks)
+  expected = report.executed(masks) - report.executed(nothing)
+  np.testing.assert_allclose(macs, expected, rtol=1e-6)
+
+
+def test_a_dense_network_has_no_masks(make_network):
+  exported = export_onnx(make_network('basic', 'dense'), SIZE, masks=True)
+  assert [output.name for output in exported.graph.output] == ['logits']
+
+
 def _sharpen(unit):
   for layer in (unit.local_conv, unit.global_fc):
     if layer is not None:

@@ -294,6 +294,10 @@ class CheckTest(parameterized.TestCase):
       {**_SKIPNET, 'skip_training': 'rl'},
       "'rl'; allowed: supervised, reinforce",
     ),
+    (
+      {**_SKIPNET, 'skip_training': 'reinforce'},
+      'skip_training=reinforce needs init_from or pretrained; both are empty',
+    ),
     ({'optimizer': 'adam'}, r"'adam' \(did you mean 'adamw'\?\)"),
     ({'schedule': 'linear'}, "'linear'.*; allowed: cosine, step"),
     ({'crop': 'centre'}, "crop must be one of .*; got 'centre'"),

@@ -1,0 +1,431 @@
+r"""Compares runs by a paired test over the examples of a split.
+
+Evaluate each run first; that leaves predictions_SPLIT.csv in its workdir.
+
+Two settings, each of one run or of several seeds:
+dynconv compare --split=test \
+  --runs='workdir/NAME/dynconv_b0.5_seed*' --against='workdir/NAME/dense_seed*'
+
+Prints the accuracy of both, their difference in points with its 95 % interval
+and p by a paired bootstrap over examples and seeds, for single runs McNemar's
+exact test as well, and on the last line JSON. Seeds are paired where both sides
+have the same. --gains=FILE.csv adds the difference to a table for
+`dynconv plot`, at the share of the image that the object covers; --bins=N
+splits the examples into N equal groups by that share.
+
+Many settings against one, as CSV and Markdown, p without correction for their
+number:
+dynconv compare --split=test --baseline=dense --table=FILE.csv \
+  --groups='dense=workdir/NAME/dense_*;dynconv=workdir/NAME/dynconv_*'
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from dynconv_jax import statistics
+from dynconv_jax.cli import program
+from dynconv_jax.cli.predictions import (
+  Predictions,
+  predictions_file,
+  read_predictions,
+)
+from dynconv_jax.files import write_atomic
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.training import workdir
+
+_RUNS = flags.DEFINE_list(
+  'runs', None, 'Workdirs or files of predictions, of one setting; globs.'
+)
+_AGAINST = flags.DEFINE_list(
+  'against', None, 'The same of what --runs is compared with.'
+)
+_GROUPS = flags.DEFINE_string(
+  'groups', None, 'NAME=RUNS;NAME=RUNS;..., each RUNS as of --runs.'
+)
+_BASELINE = flags.DEFINE_string(
+  'baseline', None, 'The group that all others are compared with.'
+)
+_TABLE = flags.DEFINE_string(
+  'table', None, 'CSV file for the groups; a Markdown file is written beside.'
+)
+_SPLIT = flags.DEFINE_string(
+  'split', 'test', 'Which predictions of a workdir, as evaluate was given it.'
+)
+_GAINS = flags.DEFINE_string(
+  'gains', None, 'CSV file in which the difference gets its rows.'
+)
+_LABEL = flags.DEFINE_string(
+  'label', '', 'The curve of --gains that the rows belong to.'
+)
+_BINS = flags.DEFINE_integer(
+  'bins', 1, "Rows of --gains, by the object's share.", lower_bound=1
+)
+_SHARE = flags.DEFINE_float(
+  'share',
+  None,
+  "The object's share in --gains where the predictions do not tell it.",
+  lower_bound=0,
+  upper_bound=1,
+)
+_RESAMPLES = flags.DEFINE_integer(
+  'resamples', statistics.RESAMPLES, 'Of the bootstrap.', lower_bound=1
+)
+
+_GAIN_COLUMNS = ('label', 'share', 'difference', 'low', 'high', 'p', 'examples')
+
+
+class Group:
+  """Runs of one setting on the same examples.
+
+  Attributes:
+    name: as it is printed.
+    runs: their predictions, in order of their seeds where these are known.
+    seeds: of the runs, or None where they are not known or not distinct.
+    correct: bool[runs, n].
+  """
+
+  def __init__(self, name: str, patterns: Sequence[str], split: str):
+    """Reads the predictions.
+
+    Raises:
+      ValueError, FileNotFoundError: a pattern matches nothing, a run is named
+        twice, or a file is no file of predictions.
+    """
+    self.name = name
+    paths = [path for given in patterns for path in _files(given, split)]
+    if not paths:
+      raise ValueError(f'{name} has no runs')
+    if len(set(paths)) < len(paths):
+      raise ValueError(
+        f'{name} names a run twice: {", ".join(map(str, paths))}'
+      )
+    seeds = [_seed(path) for path in paths]
+    self.seeds = None
+    if None not in seeds and len(set(seeds)) == len(seeds):
+      seeds, paths = zip(*sorted(zip(seeds, paths, strict=True)), strict=True)
+      self.seeds = seeds
+    self.runs = [read_predictions(path) for path in paths]
+
+  def align(self, first: Predictions) -> None:
+    """Puts every run's examples into the order of `first`.
+
+    Raises:
+      ValueError: a run is of other examples or labels; says which.
+    """
+    rows = []
+    for run in self.runs:
+      _check_same(first, run)
+      place = {name: i for i, name in enumerate(run.labels)}
+      rows.append(run.correct[[place[name] for name in first.labels]])
+    self.correct = np.stack(rows)
+
+  @property
+  def gmacs(self) -> float | None:
+    """Mean over runs and examples; None where a run does not say."""
+    macs = [run.macs for run in self.runs]
+    if any(values is None for values in macs):
+      return None
+    return float(np.mean(macs)) / 1e9
+
+  def row(self, baseline: Group | None = None) -> dict[str, Any]:
+    """Returns accuracy and cost, and the difference from another group."""
+    accuracy = statistics.mean_interval(
+      self.correct, resamples=_RESAMPLES.value
+    )
+    row = {
+      'group': self.name,
+      'runs': len(self.runs),
+      'accuracy': accuracy.value,
+      'accuracy_low': accuracy.low,
+      'accuracy_high': accuracy.high,
+      'gmacs_mean': self.gmacs,
+    }
+    if baseline is None:
+      return row
+    return row | {
+      'baseline': baseline.name,
+      **difference(self, baseline, slice(None)),
+    }
+
+
+def difference(a: Group, b: Group, examples) -> dict[str, Any]:
+  """Returns accuracy(a) - accuracy(b) in points, its interval, and p.
+
+  Args:
+    a: of the same examples as b.
+    b: what a is compared with.
+    examples: index of those that count.
+  """
+  paired = a.seeds is not None and a.seeds == b.seeds
+  estimate = statistics.paired_bootstrap(
+    a.correct[:, examples],
+    b.correct[:, examples],
+    paired_seeds=paired,
+    resamples=_RESAMPLES.value,
+  )
+  return {
+    'difference': 100 * estimate.value,
+    'difference_low': 100 * estimate.low,
+    'difference_high': 100 * estimate.high,
+    'p': estimate.p,
+    'paired_seeds': paired,
+  }
+
+
+def main(argv: Sequence[str]) -> None:
+  """Compares two settings, or many against one."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  pair = (_RUNS.value, _AGAINST.value)
+  many = (_GROUPS.value, _BASELINE.value, _TABLE.value)
+  if not (all(pair) and not any(many)) and not (all(many) and not any(pair)):
+    raise ValueError(
+      'give --runs and --against, or --groups, --baseline, and --table'
+    )
+  if _GAINS.value and not all(pair):
+    raise ValueError('--gains needs --runs and --against')
+  for name in ('label', 'bins', 'share'):
+    if flags.FLAGS[name].present and not _GAINS.value:
+      raise ValueError(f'--{name} needs --gains=FILE.csv')
+  if all(pair):
+    _compare_pair(*(_aligned({'runs': pair[0], 'against': pair[1]})))
+  else:
+    _compare_many(_parse_groups(_GROUPS.value), _BASELINE.value)
+
+
+def _compare_pair(runs: Group, against: Group) -> None:
+  gains = _gain_rows(runs, against) if _GAINS.value else []
+  result = {
+    'num_examples': runs.correct.shape[1],
+    'runs': runs.row(),
+    'against': against.row(),
+    **difference(runs, against, slice(None)),
+  }
+  print(f'{"":10} {"runs":>4}  {"accuracy (95 % interval)":26} {"GMACs":>8}')
+  for group in ('runs', 'against'):
+    row = result[group]
+    print(
+      f'{group:10} {row["runs"]:4}  {_accuracy(row):26} '
+      f'{_text(row["gmacs_mean"], ".4f"):>8}'
+    )
+  resampled = (
+    f'{_RESAMPLES.value} resamples of {result["num_examples"]} examples'
+  )
+  if len(runs.runs) + len(against.runs) > 2:
+    resampled += ' and ' + 'paired ' * result['paired_seeds'] + 'seeds'
+  print(
+    f'difference {_difference(result)} points, p = {_p(result["p"])} '
+    f'({resampled})'
+  )
+  if len(runs.runs) == len(against.runs) == 1:
+    test = statistics.mcnemar(runs.correct[0], against.correct[0])
+    result['mcnemar'] = {
+      'only_runs': test.only_a,
+      'only_against': test.only_b,
+      'p': test.p,
+    }
+    print(
+      f'McNemar    {test.only_a} right only in runs, {test.only_b} only in '
+      f'against, exact p = {_p(test.p)}; other seeds may differ by more'
+    )
+  if gains:
+    path = pathlib.Path(_GAINS.value).expanduser()
+    old = read_results(path) if path.exists() else []
+    _write_csv(path, [r for r in old if r['label'] != _LABEL.value] + gains)
+    print(f'wrote {path}')
+  print(json.dumps(result))
+
+
+def _gain_rows(runs: Group, against: Group) -> list[dict[str, Any]]:
+  """Returns the rows of a table of gains, by the object's share."""
+  path = pathlib.Path(_GAINS.value).expanduser()
+  if path.exists() and set(read_results(path)[0]) != set(_GAIN_COLUMNS):
+    raise ValueError(
+      f'{path} is no table of gains, which has {", ".join(_GAIN_COLUMNS)}'
+    )
+  n = runs.correct.shape[1]
+  shares = runs.runs[0].object_share
+  if _SHARE.value is not None:
+    shares = np.full(n, _SHARE.value)
+    if _BINS.value > 1:
+      raise ValueError('--share is one share; it allows no --bins')
+  if shares is None:
+    raise ValueError(
+      f'{runs.runs[0].path} does not tell what share of an image its object '
+      'covers; give --share'
+    )
+  if n < 2 * _BINS.value:
+    raise ValueError(f'--bins={_BINS.value} is too many for {n} examples')
+  rows = []
+  order = np.argsort(shares, kind='stable')
+  for examples in np.array_split(order, _BINS.value):
+    found = difference(runs, against, examples)
+    values = (
+      _LABEL.value,
+      float(shares[examples].mean()),
+      *(found[f'difference{end}'] for end in ('', '_low', '_high')),
+      found['p'],
+      len(examples),
+    )
+    rows.append(dict(zip(_GAIN_COLUMNS, values, strict=True)))
+  return rows
+
+
+def _compare_many(patterns: Mapping[str, Sequence[str]], name: str) -> None:
+  if name not in patterns:
+    raise ValueError(
+      f'--baseline must be one of {", ".join(patterns)}; got {name!r}'
+    )
+  path = pathlib.Path(_TABLE.value).expanduser()
+  if path.suffix != '.csv':
+    raise ValueError(f'--table must end in .csv; got {path}')
+  groups = _aligned(patterns)
+  baseline = next(group for group in groups if group.name == name)
+  rows = [g.row(None if g is baseline else baseline) for g in groups]
+  columns = max((list(row) for row in rows), key=len)
+  _write_csv(path, [{c: row.get(c) for c in columns} for row in rows])
+  markdown = _markdown(rows, name, baseline.correct.shape[1])
+  write_atomic(path.with_suffix('.md'), markdown)
+  print(markdown)
+  print(f'wrote {path} and {path.with_suffix(".md")}')
+  print(json.dumps({'baseline': name, 'groups': rows}))
+
+
+def _aligned(patterns: Mapping[str, Sequence[str]]) -> list[Group]:
+  """Returns the groups, all of the same examples in the same order."""
+  groups = [Group(name, p, _SPLIT.value) for name, p in patterns.items()]
+  for group in groups:
+    group.align(groups[0].runs[0])
+  return groups
+
+
+def _parse_groups(text: str) -> dict[str, list[str]]:
+  """Returns the patterns of each group of NAME=A,B;NAME=C."""
+  groups = {}
+  for part in filter(None, map(str.strip, text.split(';'))):
+    name, equals, patterns = part.partition('=')
+    if not (name and equals and patterns):
+      raise ValueError(f'--groups must be NAME=RUNS;...; got {part!r}')
+    if name in groups:
+      raise ValueError(f'--groups names {name} twice')
+    groups[name] = patterns.split(',')
+  return groups
+
+
+def _files(pattern: str, split: str) -> list[pathlib.Path]:
+  """Returns the files of predictions of a workdir, a file or a glob."""
+  found = sorted(glob.glob(str(pathlib.Path(pattern).expanduser())))
+  if not found:
+    raise FileNotFoundError(f'there is no {pattern}')
+  paths = []
+  for path in map(pathlib.Path, found):
+    if path.is_dir():
+      path /= predictions_file(split)
+      if not path.exists():
+        raise FileNotFoundError(
+          f'there is no {path}; write it by `dynconv evaluate '
+          f'--workdir={path.parent} --split={split}`'
+        )
+    paths.append(path)
+  return paths
+
+
+def _seed(path: pathlib.Path) -> int | None:
+  """Returns the seed of the run whose workdir a file lies in, if any."""
+  try:
+    return int(workdir.read_texts(path.parent)['seed'])
+  except (FileNotFoundError, KeyError):
+    return None
+
+
+def _check_same(first: Predictions, other: Predictions) -> None:
+  """Raises ValueError unless both are of the same examples and labels."""
+  a, b = first.labels, other.labels
+  parts = [
+    f'{len(names)} only in {run.path}, such as {min(names)!r}'
+    for run, names in ((first, a.keys() - b), (other, b.keys() - a))
+    if names
+  ]
+  if not parts:
+    wrong = [name for name in a if a[name] != b[name]]
+    if not wrong:
+      return
+    name = wrong[0]
+    parts = [
+      f'{len(wrong)} have another label, such as {name!r}: {a[name]} in '
+      f'{first.path}, {b[name]} in {other.path}'
+    ]
+  raise ValueError(f'runs must be of the same examples: {"; ".join(parts)}')
+
+
+def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+  text = io.StringIO(newline='')
+  writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
+  writer.writeheader()
+  for row in rows:
+    writer.writerow(
+      {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
+    )
+  write_atomic(path, text.getvalue())
+
+
+def _markdown(rows, baseline: str, num_examples: int) -> str:
+  lines = [
+    '| | runs | accuracy, % | GMACs | '
+    f'difference from {baseline}, points | p |',
+    '|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    compared = 'difference' in row
+    cells = (
+      row['group'],
+      row['runs'],
+      _accuracy(row),
+      _text(row['gmacs_mean'], '.4f'),
+      _difference(row) if compared else '',
+      _p(row['p']) if compared else '',
+    )
+    lines.append(f'| {" | ".join(map(str, cells))} |')
+  return '\n'.join(
+    [
+      *lines,
+      '',
+      f'{num_examples} examples; in brackets 95 % intervals of a paired '
+      f'bootstrap, {_RESAMPLES.value} resamples of examples and seeds. Those '
+      'of a single run hold for that network alone. p is not corrected for '
+      'the number of rows.',
+      '',
+    ]
+  )
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+  mean, low, high = (100 * row[f'accuracy{e}'] for e in ('', '_low', '_high'))
+  return f'{mean:.1f} [{low:.1f}, {high:.1f}]'
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+  mean, low, high = (row[f'difference{e}'] for e in ('', '_low', '_high'))
+  return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
+
+
+def _p(p: float) -> str:
+  return f'{p:.2g}' if p < 0.1 else f'{p:.2f}'
+
+
+def _text(value: float | None, form: str) -> str:
+  return '' if value is None else format(value, form)
+
+
+if __name__ == '__main__':
+  program.run(main)

@@ -1,0 +1,191 @@
+"""Command-line flags of a training run, one an option of its configuration."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import flags
+
+from dynconv_jax.cli.flag_help import GROUP
+from dynconv_jax.methods.method import METHODS
+from dynconv_jax.models import registry
+from dynconv_jax.options import Option, Range, options_of
+from dynconv_jax.training import config as config_lib
+from dynconv_jax.training.config import Config
+
+# Flags that may name something outside the package, whose options are flags.
+_CHOICES = {'dataset': 'datasets', 'model': 'models', 'method': 'methods'}
+
+
+def define(
+  flag_values: flags.FlagValues = flags.FLAGS,
+  argv: Sequence[str] | None = None,
+) -> None:
+  """Defines a flag for every option of a run.
+
+  The options of what --dataset, --model and --method name outside the package
+  are flags, too: they are looked up before flags are parsed.
+
+  Args:
+    flag_values: where to; by default the program's.
+    argv: of the program; by default `sys.argv`.
+  """
+  argv = sys.argv if argv is None else argv
+  outside = _outside(argv[1:])
+  try:
+    options = config_lib.all_options(**outside)
+  except ValueError as error:
+    # Flags are defined before a program's own handling of errors.
+    sys.exit(f'error: {error}')
+  for name, option in options.items():
+    default = option.default
+    if option.kind is bool:
+      define_one = flags.DEFINE_bool
+    elif option.kind is int:
+      define_one = flags.DEFINE_integer
+    elif option.kind in (float, float | None):
+      define_one = flags.DEFINE_float
+    elif option.kind is str:
+      define_one = flags.DEFINE_string
+    else:
+      define_one = flags.DEFINE_list
+      default = None if default is None else [str(v) for v in default]
+    define_one(name, default, _help(option), flag_values=flag_values)
+  for title, names in _groups(**outside):
+    for name in names:
+      flag_values.register_flag_by_module(title, flag_values[name])
+
+
+def define_places(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+  """Defines the flags that say where data lies; by default as in training.
+
+  Args:
+    flag_values: where to; by default the program's.
+
+  Returns:
+    Their names.
+  """
+  config_types = (
+    config_lib.DataConfig,
+    *(config_lib.DataConfig.options_type(n) for n in config_lib.DATASETS),
+  )
+  names = [
+    name
+    for kind in config_types
+    for name, option in config_lib.options_lib.options_of(kind).items()
+    if option.operational and option.kind is str
+  ]
+  for name in names:
+    flags.DEFINE_string(
+      name,
+      None,
+      f'{name} instead of the one in training.',
+      flag_values=flag_values,
+    )
+  return names
+
+
+def values(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+  """Returns the values of all options that the flags give, by name.
+
+  Args:
+    flag_values: parsed; by default the program's.
+
+  Raises:
+    ValueError: an entry of a list of numbers is not one.
+  """
+  found = {}
+  references = {
+    plural: [flag_values[name].value]
+    for name, plural in _CHOICES.items()
+    if ':' in flag_values[name].value
+  }
+  for name, option in config_lib.all_options(**references).items():
+    value = flag_values[name].value
+    if isinstance(value, list):
+      value = option.parse(','.join(value))
+    if value is not None:
+      found[name] = value
+  return found
+
+
+def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
+  """Returns the configuration that the flags give.
+
+  Args:
+    flag_values: parsed; by default the program's.
+
+  Raises:
+    ValueError: as `values`.
+  """
+  return Config.make(**values(flag_values))
+
+
+def _help(option: Option) -> str:
+  """Returns what an option is, and which values are allowed."""
+  allowed = option.allowed
+  if isinstance(allowed, Range):
+    said, text = allowed.text.lower() in option.help.lower(), allowed.text
+  else:
+    said = all(name in option.help for name in allowed or ())
+    text = f'one of {", ".join(allowed or ())}'
+  return option.help if said else f'{option.help.removesuffix(".")}; {text}.'
+
+
+def _groups(
+  datasets: Sequence[str] = (),
+  models: Sequence[str] = (),
+  methods: Sequence[str] = (),
+) -> Iterator[tuple[str, list[str]]]:
+  """Yields titles, and the names of the options that they stand over.
+
+  Args:
+    datasets: names beside those of this package.
+    models: as `datasets`.
+    methods: as `datasets`.
+  """
+  for what, kind, choices in (
+    ('data', config_lib.DataConfig, [*config_lib.DATASETS, *datasets]),
+    ('model', config_lib.ModelConfig, [*registry.architectures(), *models]),
+    ('method', config_lib.MethodConfig, [*METHODS, *methods]),
+    ('optimization', config_lib.OptimizationConfig, []),
+    ('run', config_lib.RunConfig, []),
+  ):
+    yield f'{GROUP}the {what}', list(options_of(kind))
+    users = {}
+    for choice in choices:
+      for name in options_of(kind.options_type(choice)):
+        users.setdefault(name, []).append(choice)
+    titles = {}
+    for name, of in users.items():
+      titles.setdefault(f'{GROUP}{", ".join(of)}', []).append(name)
+    yield from titles.items()
+
+
+def _outside(arguments: Sequence[str]) -> dict[str, list[str]]:
+  """Returns what arguments name by package.module:NAME, by kind."""
+  try:
+    arguments = flags.FLAGS.read_flags_from_files(
+      list(arguments), force_gnu=False
+    )
+  except flags.Error:  # Parsing reports it.
+    return {}
+  found = {}
+  for argument, after in zip(arguments, [*arguments[1:], ''], strict=False):
+    name, equals, value = argument.lstrip('-').partition('=')
+    if argument.startswith('-') and name in _CHOICES:
+      value = value if equals else after
+      # A grid of a sweep may name several.
+      found[name] = value
+    elif name == 'grid' and equals:
+      name, _, values_ = value.partition('=')
+      if name in _CHOICES:
+        found[f'{name}s'] = values_
+  references = {}
+  for name, text in found.items():
+    plural = _CHOICES.get(name, name)
+    references.setdefault(plural, [])
+    references[plural] += [v for v in text.split(',') if ':' in v]
+  return references

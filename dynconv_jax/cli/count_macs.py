@@ -1,0 +1,293 @@
+r"""Counts the multiply-accumulates of a network, layer by layer.
+
+  dynconv count --model=resnet50 --image_size=224
+  dynconv count --model=resnet101 --method=dynconv --depth=2
+  dynconv count --jax=package.module:function --input_shape=1,224,224,3
+  dynconv count --torch=package.module:factory --input_shape=1,3,224,224
+  dynconv count --torch=package.module:bert \
+    --input_shape=input_ids=1,128:int64 --input_shape=attention_mask=1,128:int64
+  dynconv count --onnx=FILE --dimension=batch=1
+
+A table of one image, of one batch, or of what the shapes say. The last line is
+JSON: the total, and every layer's share of it by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from dynconv_jax.cli import program
+from dynconv_jax.macs import CONVENTIONS, Report
+
+_MODEL = flags.DEFINE_string('model', None, 'A network of ours: resnet50, ...')
+_METHOD = flags.DEFINE_string('method', 'dense', 'Its gating: dense, dynconv.')
+_NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of its head.')
+_WIDTH = flags.DEFINE_float('width_multiplier', 1.0, 'Scales its channels.')
+_IMAGE_SIZE = flags.DEFINE_list(
+  'image_size', ['224'], 'Of its images: pixels a side, or HEIGHT,WIDTH.'
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 1, 'Images of ours.', lower_bound=1
+)
+_JAX = flags.DEFINE_string('jax', None, 'package.module:function to count.')
+_TORCH = flags.DEFINE_string(
+  'torch', None, 'package.module:factory, whose call returns an nn.Module.'
+)
+_ONNX = flags.DEFINE_string('onnx', None, 'An ONNX file to count.')
+_INPUT_SHAPE = flags.DEFINE_multi_string(
+  'input_shape',
+  [],
+  'Of an argument for --jax and --torch, once for each: 1,224,224,3. A dtype'
+  ' may follow, 1,128:int32, and a name precede, input_ids=1,128:int64, for an'
+  ' argument by name. They are float32, or of the dtype of the --torch module.',
+)
+_DIMENSION = flags.DEFINE_multi_string(
+  'dimension', [], 'NAME=SIZE of a symbolic dimension for --onnx.'
+)
+_CONVENTION = flags.DEFINE_enum(
+  'convention',
+  'conv+linear',
+  sorted(CONVENTIONS),
+  "What is counted; docs/macs.md. The figures here have 'conv'.",
+)
+_PADDING = flags.DEFINE_bool(
+  'padding', True, 'Whether positions of input padding are work.'
+)
+_TRIP_COUNT = flags.DEFINE_integer(
+  'trip_count', None, 'How often while loops run (--jax, --torch, --onnx).'
+)
+_BRANCH = flags.DEFINE_string(
+  'branch', 'max', 'Which branch of a condition counts: max, min or its name.'
+)
+_DEPTH = flags.DEFINE_integer(
+  'depth', None, 'Merges layers by the first DEPTH parts of their names.'
+)
+_TREE = flags.DEFINE_bool(
+  'tree', False, 'Shows the modules as a tree, as deep as DEPTH.'
+)
+_SORT = flags.DEFINE_enum(
+  'sort', 'order', ['order', 'name', 'macs', 'parameters'], 'Of the rows.'
+)
+_CSV = flags.DEFINE_string('csv', None, 'Writes the rows to this file.')
+_JSON = flags.DEFINE_string('json', None, 'Writes all of it to this file.')
+_PLOT = flags.DEFINE_string('plot', None, 'Draws bars, as .png and .svg.')
+
+
+def main(argv: Sequence[str]) -> None:
+  """Counts what the flags name; prints and writes it."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  sources = {
+    'model': _count_ours,
+    'jax': _count_jax,
+    'torch': _count_torch,
+    'onnx': _count_onnx,
+  }
+  given = [name for name in sources if flags.FLAGS[name].value is not None]
+  if len(given) != 1:
+    raise ValueError(
+      'give one of --model, --jax, --torch and --onnx; got'
+      f' {" and ".join(f"--{name}" for name in given) or "none"}'
+    )
+  if _DEPTH.value is not None and _DEPTH.value < 1:
+    raise ValueError(f'depth must be at least 1; got {_DEPTH.value}')
+  if _PLOT.value:
+    from dynconv_jax.plotting import macs as plots
+    from dynconv_jax.plotting import style
+
+    style.figure_paths(_PLOT.value)
+  report = sources[given[0]](
+    {'convention': _CONVENTION.value, 'padding': _PADDING.value}
+  )
+  shown = report.grouped(_DEPTH.value) if _DEPTH.value else report
+
+  if _TREE.value:
+    print(report.to_tree(_DEPTH.value))
+  else:
+    print(shown.to_table(_SORT.value))
+  if _CSV.value:
+    _write(_CSV.value, shown.to_csv(_SORT.value))
+  if _JSON.value:
+    _write(_JSON.value, report.to_json(indent=2) + '\n')
+  if _PLOT.value:
+    png, svg = plots.plot_layers(shown, _PLOT.value, _SORT.value)
+    print(f'wrote {png} and {svg}')
+  line = {
+    'total': report.total,
+    'by_layer': {name: row.macs for name, row in report.by_layer.items()},
+    'convention': report.convention.name,
+    'unit': report.convention.unit,
+    'unpriced': report.unpriced,
+    'parameters': report.parameters,
+    'uncounted': [list(entry) for entry in report.uncounted],
+  }
+  print(json.dumps(line))
+
+
+def _count_ours(options: dict[str, Any]) -> Report:
+  import jax
+  import jax.numpy as jnp
+  from flax import nnx
+
+  from dynconv_jax.macs import count_macs
+  from dynconv_jax.models.create import create_model
+
+  try:
+    height, width = map(int, _IMAGE_SIZE.value * (3 - len(_IMAGE_SIZE.value)))
+  except ValueError:
+    height = width = 0
+  if min(height, width) < 1:
+    raise ValueError(
+      'image_size must be one or two numbers, at least 1; got'
+      f' {",".join(_IMAGE_SIZE.value)!r}'
+    )
+  model = nnx.eval_shape(
+    lambda: create_model(
+      _MODEL.value,
+      method=_METHOD.value,
+      num_classes=_NUM_CLASSES.value,
+      width_multiplier=_WIDTH.value,
+      rngs=nnx.Rngs(0),
+    )
+  )
+  model = nnx.view(model, deterministic=True, use_running_average=True)
+  size = (_BATCH_SIZE.value, height, width, 3)
+  return count_macs(model, jax.ShapeDtypeStruct(size, jnp.float32), **options)
+
+
+def _count_jax(options: dict[str, Any]) -> Report:
+  import jax
+  import jax.numpy as jnp
+
+  from dynconv_jax.macs import count_macs
+
+  f = _load('jax', _JAX.value)
+  args, kwargs = [], {}
+  for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
+    try:
+      argument = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or 'float32'))
+    except TypeError as error:
+      raise ValueError(
+        f'the dtype of input_shape is not one that JAX has; got {dtype!r}'
+      ) from error
+    _add_argument(args, kwargs, name, argument)
+  branch = _BRANCH.value
+  return count_macs(
+    f,
+    *args,
+    kwargs=kwargs,
+    trip_counts=_TRIP_COUNT.value,
+    branch=int(branch) if branch.isdigit() else branch,
+    **options,
+  )
+
+
+def _count_torch(options: dict[str, Any]) -> Report:
+  try:
+    from dynconv_jax.macs.torch import count_macs
+  except ImportError as error:
+    raise ValueError(str(error)) from error
+  import torch
+
+  module = _load('torch', _TORCH.value)()
+  args, kwargs = [], {}
+  for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
+    found = getattr(torch, dtype, None)
+    if dtype and not isinstance(found, torch.dtype):
+      raise ValueError(
+        f'the dtype of input_shape is not one that PyTorch has; got {dtype!r}'
+      )
+    # A shape stands for a tensor of the module's own dtype and device.
+    argument = torch.zeros(shape, dtype=found) if dtype else shape
+    _add_argument(args, kwargs, name, argument)
+  try:
+    return count_macs(
+      module,
+      *args,
+      kwargs=kwargs,
+      trip_counts=_TRIP_COUNT.value,
+      branch=_BRANCH.value,
+      **options,
+    )
+  except TypeError as error:
+    raise ValueError(f'--torch={_TORCH.value}: {error}') from error
+
+
+def _add_argument(args: list, kwargs: dict, name: str, value: Any) -> None:
+  if not name:
+    args.append(value)
+  elif name in kwargs:
+    raise ValueError(f'input_shape names the argument {name!r} twice')
+  else:
+    kwargs[name] = value
+
+
+def _count_onnx(options: dict[str, Any]) -> Report:
+  try:
+    from dynconv_jax.macs.onnx import count_macs
+  except ImportError as error:
+    raise ValueError(str(error)) from error
+
+  dimensions = {}
+  for text in _DIMENSION.value:
+    name, equals, size = text.rpartition('=')
+    if not equals or not size.isdigit():
+      raise ValueError(f'dimension must be NAME=SIZE; got {text!r}')
+    dimensions[name] = int(size)
+  return count_macs(
+    _ONNX.value,
+    dimensions=dimensions,
+    trip_counts=_TRIP_COUNT.value,
+    branch=_BRANCH.value,
+    **options,
+  )
+
+
+def _load(flag: str, path: str) -> Callable:
+  """Returns what 'package.module:name' names, which can be called."""
+  module, _, name = path.partition(':')
+  if not module or not name:
+    raise ValueError(f'--{flag} must be package.module:name; got {path!r}')
+  if (folder := os.getcwd()) not in sys.path:
+    sys.path.insert(0, folder)
+  try:
+    found = importlib.import_module(module)
+    for part in name.split('.'):
+      found = getattr(found, part)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(f'--{flag}={path}: {error}') from error
+  if not callable(found):
+    raise ValueError(
+      f'--{flag}={path} must be callable; it is a {type(found).__name__}'
+    )
+  return found
+
+
+def _shape(text: str) -> tuple[str, tuple[int, ...], str]:
+  """Returns the name, shape and dtype of 'name=1,224,224,3:dtype'."""
+  name, _, rest = text.rpartition('=')
+  sizes, _, dtype = rest.partition(':')
+  try:
+    shape = tuple(int(size) for size in sizes.split(',') if size)
+  except ValueError:
+    raise ValueError(
+      f'input_shape must be numbers with commas between; got {text!r}'
+    ) from None
+  return name, shape, dtype
+
+
+def _write(path: str, text: str) -> None:
+  pathlib.Path(path).write_text(text)
+  print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+  program.run(main)

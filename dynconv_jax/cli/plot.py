@@ -1,0 +1,115 @@
+r"""Draws figures from what was measured.
+
+Accuracy against GMACs, and against latency where it was measured, beside the
+table, as `dynconv sweep` draws them:
+dynconv plot --results=results/NAME/results.csv \
+  [--series=recipe] [--chance=0.167]
+
+One figure, accuracy against GMACs or against another column:
+dynconv plot --results=results/NAME/results.csv --output=FIG.png \
+  [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
+
+Gains of `dynconv compare` against the share of the image that the object
+covers:
+dynconv plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
+
+The learning curves of a run:
+dynconv plot --workdir=DIR [--output=FIG.png]
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from dynconv_jax.cli import program
+from dynconv_jax.plotting import style
+from dynconv_jax.plotting.curves import plot_learning_curves
+from dynconv_jax.plotting.gains import plot_gains
+from dynconv_jax.plotting.results import read_results
+from dynconv_jax.plotting.tradeoff import (
+  plot_accuracy_against_macs,
+  plot_results,
+)
+from dynconv_jax.training import workdir
+
+_RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
+_GAINS = flags.DEFINE_string('gains', None, 'A table of gains to draw.')
+_AGAINST = flags.DEFINE_string(
+  'against', '', 'What the gains are over, for the title of --gains.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
+_OUTPUT = flags.DEFINE_string(
+  'output',
+  None,
+  'The figure, written as .png and .svg; by default beside the table or in '
+  'the folder of the run.',
+)
+_X = flags.DEFINE_string(
+  'x', 'gmacs_mean', 'Column of the horizontal axis of --results.'
+)
+_SERIES = flags.DEFINE_string(
+  'series', None, 'A column of --results that tells curves apart.'
+)
+_CHANCE = flags.DEFINE_float(
+  'chance', None, 'Accuracy of guessing, in [0, 1]: a line in --results.'
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Draws one figure and names its files."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  given = [_RESULTS.value, _GAINS.value, _WORKDIR.value]
+  if given.count(None) != 2:
+    raise ValueError(
+      'give one of --results=FILE.csv, --gains=FILE.csv, and --workdir=DIR'
+    )
+  if _AGAINST.value and _GAINS.value is None:
+    raise ValueError('--against belongs to --gains')
+  if _RESULTS.value is None:
+    for name in ('x', 'series', 'chance'):
+      if flags.FLAGS[name].present:
+        raise ValueError(f'--{name} belongs to --results')
+  if _RESULTS.value is not None:
+    results = pathlib.Path(_RESULTS.value).expanduser()
+    if _OUTPUT.value is None:
+      if flags.FLAGS['x'].present:
+        raise ValueError('--x needs --output=FIG.png')
+      figures = plot_results(
+        read_results(results), results.parent, _SERIES.value, _CHANCE.value
+      )
+      for paths in figures:
+        print('wrote ' + ' and '.join(map(str, paths)))
+      return
+    output = pathlib.Path(_OUTPUT.value).expanduser()
+    style.figure_paths(output)
+    plot_accuracy_against_macs(
+      read_results(results), output, _X.value, _SERIES.value, _CHANCE.value
+    )
+  elif _GAINS.value is not None:
+    table = pathlib.Path(_GAINS.value).expanduser()
+    output = table.with_suffix('.png')
+    if _OUTPUT.value is not None:
+      output = pathlib.Path(_OUTPUT.value).expanduser()
+    plot_gains(read_results(table), output, against=_AGAINST.value)
+  else:
+    folder = pathlib.Path(_WORKDIR.value).expanduser()
+    output = folder / 'learning_curves.png'
+    if _OUTPUT.value is not None:
+      output = pathlib.Path(_OUTPUT.value).expanduser()
+    style.figure_paths(output)
+    rows = workdir.read_metrics(folder)
+    if not rows:
+      raise FileNotFoundError(
+        f'{folder} is no workdir of a run that has trained for an epoch: '
+        f'{folder / workdir.METRICS_FILE} is missing or has no rows'
+      )
+    plot_learning_curves(rows, output)
+  print('wrote ' + ' and '.join(map(str, style.figure_paths(output))))
+
+
+if __name__ == '__main__':
+  program.run(main)

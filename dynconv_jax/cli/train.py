@@ -1,0 +1,75 @@
+r"""Trains a network.
+
+dynconv train --flagfile=spots_dynconv \
+  --workdir=workdir/spots_dynconv [any flag again, later wins]
+
+Started again with the same workdir it goes on from the last checkpoint; with
+another --epochs, on the schedules of the new total.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from dynconv_jax.cli import config_flags, program
+from dynconv_jax.plotting.curves import plot_learning_curves
+from dynconv_jax.training import loop, workdir
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of this run; holds all about it.', required=True
+)
+_CPU_DEVICES = flags.DEFINE_integer(
+  'cpu_devices',
+  0,
+  'JAX devices that the CPU is shared out to, each with its part of a batch; '
+  "0: one a core, at most 2. XLA runs much of one device's work on one core.",
+  lower_bound=0,
+)
+config_flags.define()
+
+
+def main(argv: Sequence[str]) -> None:
+  """Trains, draws the learning curves and prints one summary line."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  folder = pathlib.Path(_WORKDIR.value).expanduser()
+  config = config_flags.read()
+  program.share_cpu(_CPU_DEVICES.value, config.optimization.batch_size)
+  program.keep_memory()
+  try:
+    summary = loop.train(config, folder)
+  except loop.Interrupted as interrupted:
+    print(interrupted, file=sys.stderr)
+    sys.exit(128 + interrupted.signal)
+  figure = folder / 'learning_curves.png'
+  plot_learning_curves(workdir.read_metrics(folder), figure)
+  print(_line(summary, config))
+  print(f'wrote {figure} and {figure.with_suffix(".svg")}')
+
+
+def _line(summary, config) -> str:
+  model, method = config.model.model, config.method.method
+  parts = [f'{model} {method}, step {summary["step"]}']
+  for split in ('train', 'validation'):
+    if split in summary:
+      parts.append(f'{split} accuracy {summary[split]["accuracy"]:.4f}')
+  last = summary.get('validation', summary['train'])
+  if 'executed_fraction' in last:
+    text = f'executed fraction {last["executed_fraction"]:.3f}'
+    target = config.method.target()
+    if target is not None:
+      text += f' (budget {target:g})'
+    parts.append(text)
+  if summary['skipped']:
+    parts.append(f'{summary["skipped"]} corrupt images skipped')
+  parts.append(f'{summary["seconds"]:.0f} s')
+  return ', '.join(parts)
+
+
+if __name__ == '__main__':
+  program.run(main)

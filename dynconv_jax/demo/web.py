@@ -1,0 +1,134 @@
+"""The page as a static folder; networks run in the browser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from dynconv_jax.demo.networks import DemoNetwork
+from dynconv_jax.demo.server import Example, describe, page_files
+from dynconv_jax.files import write_atomic
+
+RUNTIME_VERSION = '1.30.0'
+RUNTIME_URL = (
+  f'https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/'
+)
+# Of that version: what the page loads, by SHA-256.
+RUNTIME_FILES = {
+  'ort.wasm.bundle.min.mjs': (
+    '11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90'
+  ),
+  'ort-wasm-simd-threaded.wasm': (
+    '3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2'
+  ),
+}
+
+
+def export_web(
+  networks: Sequence[DemoNetwork],
+  output: str | os.PathLike,
+  examples: Sequence[Example] = (),
+  runtime: str | os.PathLike | None = None,
+) -> dict[str, int]:
+  """Writes the page, with each network as ONNX, sparse and dense.
+
+  Any web server serves the folder as it is. Networks run in the browser, by
+  onnxruntime-web; no picture leaves it.
+
+  Args:
+    networks: to choose from.
+    output: the folder: a new or empty one, or one of an earlier export.
+    examples: name and content of images to offer.
+    runtime: folder of onnxruntime-web's files, `dist` of its npm package, of
+      version RUNTIME_VERSION; they are copied. None: the page loads them from
+      RUNTIME_URL.
+
+  Returns:
+    The size of each file in bytes, by its path in the folder.
+
+  Raises:
+    ImportError: onnx is not installed.
+    ValueError: the folder holds something else; the runtime is of another
+      version; or a network cannot be written, see `export_onnx`.
+    FileNotFoundError: a file of the runtime is missing.
+  """
+  from dynconv_jax.sparse.onnx import export_onnx  # It needs onnx.
+
+  output = pathlib.Path(output).expanduser()
+  check_output(output)
+  files = page_files()
+  if runtime is not None:
+    files |= read_runtime(runtime)
+  descriptions = []
+  for i, network in enumerate(networks):
+    size = (network.run.image_size,) * 2
+    forms = {
+      'dense': export_onnx(network.ungated, size, form='dense', batch_size=1)
+    }
+    if network.gated:
+      forms['sparse'] = export_onnx(
+        network.run.model, size, batch_size=1, masks=True
+      )
+    paths = {form: f'networks/{i}-{form}.onnx' for form in forms}
+    contents = {
+      paths[form]: model.SerializeToString() for form, model in forms.items()
+    }
+    files |= contents
+    sizes = {form: len(contents[path]) for form, path in paths.items()}
+    descriptions.append({**network.description, 'paths': paths, 'bytes': sizes})
+  description, pictures = describe(
+    descriptions,
+    examples,
+    backend='web',
+    runtime=RUNTIME_URL if runtime is None else './runtime/',
+  )
+  files |= pictures
+  # GitHub Pages serves the folder as it is.
+  files['.nojekyll'] = b''
+  # Last: a folder that has it is complete.
+  files['networks.json'] = json.dumps(description).encode()
+  for path, content in files.items():
+    write_atomic(output / path, content)
+  return {path: len(content) for path, content in files.items()}
+
+
+def check_output(folder: pathlib.Path) -> None:
+  """Raises ValueError if a folder holds anything but an earlier export."""
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f'output must be a folder; got {folder}')
+  if (
+    folder.is_dir()
+    and any(folder.iterdir())
+    and not (folder / 'networks.json').is_file()
+  ):
+    raise ValueError(
+      f'output must be an empty folder or one of an earlier export; {folder} '
+      'holds other files'
+    )
+
+
+def read_runtime(folder: str | os.PathLike) -> dict[str, bytes]:
+  """Returns the files of onnxruntime-web, by their path in the page's folder.
+
+  Args:
+    folder: `dist` of the npm package.
+
+  Raises:
+    FileNotFoundError: one of RUNTIME_FILES is missing.
+    ValueError: one is of another version.
+  """
+  folder, files = pathlib.Path(folder).expanduser(), {}
+  for name, digest in RUNTIME_FILES.items():
+    path = folder / name
+    if not path.is_file():
+      raise FileNotFoundError(
+        f'{path} is missing: runtime must be the folder dist of the npm package'
+        f' onnxruntime-web@{RUNTIME_VERSION}'
+      )
+    files[f'runtime/{name}'] = content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != digest:
+      raise ValueError(f'{path} is not of onnxruntime-web@{RUNTIME_VERSION}')
+  return files

@@ -1,0 +1,51 @@
+"""Tests of masks that are the objects' true places."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from benchmarks import oracle
+from dynconv_jax import create_model
+
+
+@pytest.mark.parametrize('size', [(1, 1), (3, 4), (5, 7), (12, 14)])
+def test_cells_that_touch_the_object(size):
+  rng = np.random.default_rng(0)
+  objects = rng.random((3, 12, 14)) < 0.02
+  found = np.asarray(oracle.touched(objects, size))
+  for n, i, j in np.ndindex(3, *size):
+    # A pixel is the square from its index to the next one.
+    inside = [
+      objects[n, y, x]
+      for y in range(12)
+      for x in range(14)
+      if y < (i + 1) * 12 / size[0]
+      and y + 1 > i * 12 / size[0]
+      and x < (j + 1) * 14 / size[1]
+      and x + 1 > j * 14 / size[1]
+    ]
+    assert found[n, i, j] == any(inside)
+
+
+def test_chosen_blocks_obey_and_others_run_everywhere():
+  model = create_model(
+    'efficientnet_lite0', method='dense', num_classes=3, rngs=nnx.Rngs(0)
+  )
+  model = nnx.view(model, deterministic=True, use_running_average=True)
+  images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+  objects = np.zeros((2, 32, 32), bool)
+  objects[0, 3:9, 4:20] = True
+  objects[1] = True
+  logits, masks = oracle.make_oracle(model, [])((images, objects))
+  assert not masks
+  np.testing.assert_allclose(logits, model(images)[0], rtol=1e-5, atol=1e-5)
+  names = ['blocks.1.1', 'blocks.5.1']
+  chosen, masks = oracle.make_oracle(model, names)((images, objects))
+  assert [mask.name for mask in masks] == names
+  for mask in masks:
+    size = mask.hard.shape[1:]
+    np.testing.assert_array_equal(mask.hard, oracle.touched(objects, size))
+  # The second image is all object: nothing changes.
+  np.testing.assert_allclose(chosen[1], logits[1], rtol=1e-4, atol=1e-5)
+  assert np.abs(chosen[0] - logits[0]).max() > 1e-3
