@@ -1,4 +1,4 @@
-"""Losses: what computing costs, by method, and distillation."""
+"""Losses: of the classes, distillation, and what computing costs, by method."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dynconv_jax.methods.skipnet import (
 
 __all__ = [
   'budget_bounds',
+  'classification_losses',
   'distillation_loss',
   'executed_fractions',
   'ponder_cost',
@@ -27,6 +28,24 @@ __all__ = [
   'sparsity_loss',
   'target_rate_loss',
 ]
+
+
+def classification_losses(
+  logits: jax.Array, labels: jax.Array, kind: str = 'cross_entropy'
+) -> jax.Array:
+  """Returns float32[N], the loss of each image.
+
+  Args:
+    logits: float32[N, classes].
+    labels: float32[N, classes], shares of the classes, of sum 1.
+    kind: 'cross_entropy', of the softmax; 'bce', the mean over the classes of
+      the binary cross-entropy of sigmoid(logit) against the share (Wightman,
+      Touvron and Jegou, ResNet strikes back, 2021, section 3.2).
+  """
+  if kind == 'cross_entropy':
+    return optax.losses.softmax_cross_entropy(logits, labels)
+  losses = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+  return jnp.mean(losses, axis=-1)
 
 
 def distillation_loss(

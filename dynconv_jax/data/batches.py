@@ -80,6 +80,7 @@ class TrainBatches:
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     augmentation = augmentation or augment.Augmentation()
+    augmentation.check_cache(cache)
     resized = augmentation.crop == 'resized'
     name = 'object_size' if scenes else 'image_size'
     size = scenes.crop_size if scenes else image_size

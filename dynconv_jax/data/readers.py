@@ -11,6 +11,7 @@ import numpy as np
 from etils import epy
 
 from dynconv_jax.data import augment, decode, scenes
+from dynconv_jax.data.randaugment import randaugment
 
 # When it is used: importing it takes a while, and most programs do without.
 with epy.lazy_imports():
@@ -130,7 +131,10 @@ class TrainReader:
 
   def __call__(self, step: int) -> dict:
     epoch = step // self.order.steps_per_epoch
-    uniform = self.order.rng(step).random((self.order.batch_size, 4))
+    rng, n = self.order.rng(step), self.order.batch_size
+    uniform = rng.random((n, 4))
+    operations, strength = (*self.augmentation.randaugment, 0, 0)[:2]
+    drawn = rng.random((n, int(operations), 2))
     rows, skipped = [], []
     for index in self.order.candidates(step):
       if len(rows) == self.order.batch_size:
@@ -152,6 +156,8 @@ class TrainReader:
       if not row['weight']:
         skipped.append(example['name'])
         continue
+      if operations:
+        row['image'] = randaugment(row['image'], drawn[len(rows)], strength)
       if self.scene_reader is not None:
         row |= self.scene_reader(index, epoch)
       rows.append(row)

@@ -44,6 +44,7 @@ class BasicBlock(GatedBlock):
     stage: int = 0,
     gate: Gate | None = None,
     input_activated: bool = False,
+    drop_rate: float = 0.0,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -58,6 +59,7 @@ class BasicBlock(GatedBlock):
       name=name,
       stage=stage,
       gate=gate,
+      drop_rate=drop_rate,
       dtype=dtype,
       rngs=rngs,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dynconv_jax.models.gated import DropPath
 from dynconv_jax.models.mobilenet import Architecture, MobileNet, Stage
 
 
@@ -18,6 +19,7 @@ class EfficientNetLite(Architecture):
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'same',
+    drop_path: DropPath = 0.2,
   ) -> MobileNet:
     """Returns a freshly initialized network; arguments as of `MobileNet`."""
     return super().__call__(
@@ -28,6 +30,7 @@ class EfficientNetLite(Architecture):
       width_multiplier=width_multiplier,
       gated_blocks=gated_blocks,
       padding=padding,
+      drop_path=drop_path,
     )
 
 
@@ -51,8 +54,6 @@ _VARIANTS = {
   'efficientnet_lite4': (1.4, 1.8, 300, 0.3),
 }
 ARCHITECTURES = {
-  name: EfficientNetLite(
-    _STAGES, width, depth, True, image_size, dropout, drop_rate=0.2
-  )
+  name: EfficientNetLite(_STAGES, width, depth, True, image_size, dropout)
   for name, (width, depth, image_size, dropout) in _VARIANTS.items()
 }

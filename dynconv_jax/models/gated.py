@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,18 @@ from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import ACTIVATIONS, BatchNorm, Dropout, conv
 from dynconv_jax.masks import ExecutionMask, execution_mask
 from dynconv_jax.methods.gate import Decision, Gate
+from dynconv_jax.options import BELOW_ONE
 
+# An option of networks: see `drop_rate`.
+DropPath = Annotated[
+  float,
+  {
+    'help': "Stochastic depth: how often an image's branch would be dropped in "
+    'training after the last block; rises linearly from 0. 0: off; by default '
+    '0.2 for EfficientNet-Lite, as published, and 0 for other networks.',
+    'allowed': BELOW_ONE,
+  },
+]
 Masks = Sequence[jax.Array | None] | Mapping[str, jax.Array]
 
 
@@ -310,6 +321,20 @@ def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
     stage=block.stage,
     score=decision.score,
   )
+
+
+def drop_rate(drop_path: float, index: int, total: int) -> float:
+  """Returns how often a block's branch is dropped: it rises from 0 linearly.
+
+  Huang et al., ECCV 2016, equation 4, as in EfficientNet's code: by the number
+  of the block over that of all.
+
+  Args:
+    drop_path: of the network, which no block reaches, in [0, 1).
+    index: number of the block, from 0.
+    total: blocks of the network.
+  """
+  return drop_path * index / total
 
 
 def make_conv(c: Conv, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:

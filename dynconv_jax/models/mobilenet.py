@@ -17,7 +17,7 @@ from dynconv_jax.layers import BatchNorm, Dropout, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
 from dynconv_jax.models.blocks import InvertedResidual
-from dynconv_jax.models.gated import Gating, Masks
+from dynconv_jax.models.gated import DropPath, Gating, Masks, drop_rate
 
 # Which blocks are offered to a method.
 GATED_BLOCKS = ('identity', 'all')
@@ -60,8 +60,6 @@ class Architecture:
       last stage their depth, whatever the width and the depth.
     image_size: side of the images that the network is made for.
     dropout: before the classifier, in training.
-    drop_rate: stochastic depth in training: how often the branch of an image is
-      dropped, rising from 0 with the number of the block.
   """
 
   stages: tuple[Stage, ...]
@@ -70,7 +68,6 @@ class Architecture:
   fixed_ends: bool = False
   image_size: int = 224
   dropout: float = 0.2
-  drop_rate: float = 0.0
 
   @property
   def depths(self) -> tuple[int, ...]:
@@ -113,6 +110,7 @@ class Architecture:
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'symmetric',
+    drop_path: DropPath = 0.0,
   ) -> MobileNet:
     """Returns a freshly initialized network; arguments as of `MobileNet`."""
     return MobileNet(
@@ -124,6 +122,7 @@ class Architecture:
       width_multiplier=width_multiplier,
       gated_blocks=gated_blocks,
       padding=padding,
+      drop_path=drop_path,
     )
 
 
@@ -175,6 +174,7 @@ class MobileNet(nnx.Module):
       torchvision, timm's `mobilenetv2_*` and `efficientnet_lite0`. 'same' as in
       TensorFlow, epsilon 1e-3: timm's `tf_efficientnet_lite*`, and the package
       `efficientnet-lite-pytorch`.
+    drop_path: stochastic depth in training, see `drop_rate`.
 
   Raises:
     ValueError: another padding or choice of blocks.
@@ -194,6 +194,7 @@ class MobileNet(nnx.Module):
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'symmetric',
+    drop_path: float = 0.0,
   ):
     check_choice('gated_blocks', gated_blocks, GATED_BLOCKS)
     check_choice('padding', padding, PADDINGS)
@@ -238,7 +239,7 @@ class MobileNet(nnx.Module):
             stage=stage,
             gate=gate(site) if offered else None,
             norm=norm,
-            drop_rate=architecture.drop_rate * index / total,
+            drop_rate=drop_rate(drop_path, index, total),
             dtype=dtype,
             rngs=rngs,
           )

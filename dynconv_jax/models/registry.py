@@ -6,7 +6,9 @@ package.module:factory. It is called as
 and returns an nnx.Module whose
   __call__(images, *, rngs, temperature, gumbel_noise, masks)
 returns logits and execution masks. Keyword arguments of its own, with defaults,
-are the options of the network.
+are the options of the network. One annotated as Annotated[kind, {...}] has what
+`options.option` takes from the dictionary, such as a help text. Where the flag
+file of an older run lacks an option, its default is meant.
 """
 
 from __future__ import annotations
@@ -70,7 +72,10 @@ def reference(factory: Factory) -> str:
 @functools.lru_cache(maxsize=256)
 def options_type(factory: Factory) -> type:
   """Returns a frozen dataclass of the options of a network."""
-  signature = inspect.signature(factory)
+  try:
+    signature = inspect.signature(factory, eval_str=True)
+  except NameError:  # Of a type that is there for type checkers alone.
+    signature = inspect.signature(factory)
   fields = []
   for name, parameter in signature.parameters.items():
     default = parameter.default
@@ -79,7 +84,9 @@ def options_type(factory: Factory) -> type:
     kind = type(default)
     if isinstance(default, tuple):
       kind = tuple[type(default[0]) if default else str, ...]
-    fields.append((name, kind, option(default, f'{name} of the network.')))
+    (extra,) = getattr(parameter.annotation, '__metadata__', ({},))
+    extra = {'help': f'{name} of the network.', 'before': default, **extra}
+    fields.append((name, kind, option(default, **extra)))
   return dataclasses.make_dataclass('Options', fields, frozen=True)
 
 

@@ -12,7 +12,13 @@ from dynconv_jax.layers import BatchNorm, MaxPool, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
-from dynconv_jax.models.gated import GatedBlock, Gating, Masks
+from dynconv_jax.models.gated import (
+  DropPath,
+  GatedBlock,
+  Gating,
+  Masks,
+  drop_rate,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Architecture:
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
     width_multiplier: float = 1.0,
+    drop_path: DropPath = 0.0,
   ) -> ResNet:
     """Returns a freshly initialized network; arguments as of `ResNet`.
 
@@ -67,6 +74,7 @@ class Architecture:
       gate=gate,
       dtype=dtype,
       rngs=rngs,
+      drop_path=drop_path,
     )
 
 
@@ -97,6 +105,7 @@ class ResNet(nnx.Module):
     gate: makes a block's gate or None, given its site.
     dtype: compute dtype; parameters, masks and logits are float32.
     rngs: stream `params`.
+    drop_path: stochastic depth in training, see `drop_rate`.
   """
 
   # What a sparse network folds into one convolution.
@@ -111,6 +120,7 @@ class ResNet(nnx.Module):
     gate: MakeGate = lambda site: None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
+    drop_path: float = 0.0,
   ):
     self.architecture = architecture
     self.dtype = dtype
@@ -123,7 +133,7 @@ class ResNet(nnx.Module):
     self.maxpool = nnx.data(
       MaxPool() if architecture.stem == 'imagenet' else None
     )
-    in_features, index = width, 0
+    in_features, index, total = width, 0, sum(architecture.depths)
     for stage, depth in enumerate(architecture.depths):
       planes = int(architecture.width * 2**stage * width_multiplier)
       blocks = nnx.List([])
@@ -148,6 +158,7 @@ class ResNet(nnx.Module):
             stage=stage,
             gate=gate(site),
             input_activated=True,
+            drop_rate=drop_rate(drop_path, index, total),
             dtype=dtype,
             rngs=rngs,
           )
@@ -199,7 +210,8 @@ class ResNet(nnx.Module):
 
     Args:
       images: float[N, H, W, 3], normalized.
-      rngs: stream `gumbel`, for gates that sample.
+      rngs: stream `gumbel`, for gates that sample; in training with stochastic
+        depth also `dropout`.
       temperature: of the gates' Gumbel-softmax, > 0.
       gumbel_noise: whether the gates add noise in training.
       masks: [N, h, w] of {0, 1}, one a block in network order or by the blocks'

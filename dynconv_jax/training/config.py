@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from absl import logging
 
-from dynconv_jax import interop
+from dynconv_jax import extras, interop
 from dynconv_jax import options as options_lib
 from dynconv_jax.data.augment import NORMALIZATIONS, Augmentation
 from dynconv_jax.data.scenes import Scenes
@@ -120,6 +120,11 @@ class DataConfig(_Chosen):
   )
   crop_padding: int = option(4, 'Pixels around the image, for padded crops.')
   flip: bool = option(True, 'Mirror half of the images left to right.')
+  randaugment: tuple[float, ...] = option(
+    (),
+    'RandAugment as N,M: N operations, each of strength M in [0, 10], on the '
+    'host; such as 2,9. Empty: off.',
+  )
   color_jitter: float = option(0.0, 'Strength of color jitter, in [0, 1].')
   mixup: float = option(0.0, 'Alpha of mixup; 0: off.')
   cutmix: float = option(0.0, 'Alpha of CutMix; 0: off.')
@@ -148,9 +153,11 @@ class DataConfig(_Chosen):
   def augmentation(self) -> Augmentation:
     """Returns how training images are varied."""
     names = [f.name for f in dataclasses.fields(Augmentation)]
-    return Augmentation(
+    augmentation = Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
+    augmentation.check_cache(self.cache)
+    return augmentation
 
   def scenes(self) -> Scenes | None:
     """Returns the scenes that images are put into, if any."""
@@ -226,8 +233,16 @@ class OptimizationConfig:
   )
   pretrained: str = option(
     '',
-    'Weights of PyTorch to start from: hf:OWNER/NAME, such as '
-    'hf:timm/resnet50.tv_in1k, or a .safetensors, .pth or .pt file.',
+    'Weights to start from: hf:OWNER/NAME, such as hf:timm/resnet50.tv_in1k; '
+    'zoo:NAME, of a network trained here; or a .safetensors, .pth or .pt file.',
+  )
+  loss: str = option(
+    'cross_entropy',
+    'Of the classes: cross_entropy, of their softmax; or bce, binary '
+    'cross-entropy of each class against its share of the label, averaged over '
+    'the classes (Wightman et al., ResNet strikes back, 2021).',
+    allowed=('cross_entropy', 'bce'),
+    before='cross_entropy',
   )
   distill_from: str = option('', 'Workdir of the run whose network teaches.')
   distill_temperature: float = option(
@@ -235,7 +250,7 @@ class OptimizationConfig:
   )
   distill_weight: float = option(
     0.5,
-    "Share of distillation in the loss; cross-entropy's is the rest.",
+    "Share of distillation in the loss; that of the classes' is the rest.",
     allowed=SHARE,
   )
   frozen: tuple[str, ...] = option(
@@ -360,6 +375,13 @@ class RunConfig:
     operational=True,
     allowed=POSITIVE,
   )
+  wandb: str = option(
+    '',
+    'Project of Weights and Biases that metrics and masks are sent to, beside '
+    'the files; empty: none. Log in with `wandb login`.',
+    operational=True,
+    before='',
+  )
 
 
 _PARTS = {
@@ -461,7 +483,7 @@ class Config:
         lambda: interop.check_source(source, network.model, network.options),
       ]
       if not resumed:
-        checks.append(lambda: interop.check_found(source))
+        checks.append(lambda: interop.check_found(source, self.data.data_dir))
       errors += options_lib.errors(checks)
       if optimization.init_from:
         errors.append(
@@ -484,6 +506,11 @@ class Config:
         f'warmup_epochs must be at most epochs, {optimization.epochs}; got '
         f'{optimization.warmup_epochs}'
       )
+    if self.run.wandb:
+      try:
+        extras.require('wandb', 'wandb')
+      except ImportError as error:
+        errors.append(f'wandb={self.run.wandb}: {error}')
     if errors:
       raise ValueError('; '.join(dict.fromkeys(errors)))
 

@@ -187,7 +187,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     alone = jax.process_count() == 1
     began = time.monotonic() - seconds_before
     with (
-      record(workdir, step) as records,
+      record(workdir, step, wandb=config.run.wandb) as records,
       contextlib.closing(show(config, steps_per_epoch, step)) as progress,
       contextlib.closing(batches),
       _signals() as received,

@@ -135,7 +135,9 @@ def make_train_step(
     )
     zero = jnp.zeros((), jnp.float32)
     terms = dict.fromkeys(QUANTITIES, zero)
-    cross_entropy = optax.softmax_cross_entropy(logits, batch['label'])
+    cross_entropy = losses.classification_losses(
+      logits, batch['label'], config.optimization.loss
+    )
     terms['cross_entropy'] = jnp.mean(cross_entropy)
     loss = terms['cross_entropy']
     if teacher is not None:

@@ -462,6 +462,7 @@ class AugmentationTest(absltest.TestCase):
       'crop_scale',
       'crop_padding',
       'flip',
+      'randaugment',
       'color_jitter',
       'mixup',
       'cutmix',
@@ -469,6 +470,47 @@ class AugmentationTest(absltest.TestCase):
       'label_smoothing',
     ):
       self.assertEqual(getattr(augmentation, name), getattr(OTHER.data, name))
+
+
+class RecipeTest(absltest.TestCase):
+  def test_stochastic_depth_has_one_flag_and_each_family_its_default(self):
+    flags = all_options()['drop_path']
+    self.assertIsNone(flags.default)
+    self.assertStartsWith(flags.help, 'Stochastic depth: how often')
+    for model, rate in (
+      ('resnet50', 0.0),
+      ('mobilenet_v2', 0.0),
+      ('efficientnet_lite0', 0.2),
+    ):
+      config = Config.make(model=model)
+      self.assertEqual(config.model.options.drop_path, rate)
+      # Runs from before the option trained with these rates.
+      lines = config.to_flags().splitlines()
+      older = '\n'.join(x for x in lines if '--drop_path' not in x)
+      self.assertEqual(Config.from_flags(older), config)
+    with self.assertRaisesRegex(
+      ValueError, r'drop_path must be in \[0, 1\); got 1'
+    ):
+      Config.make(drop_path=1.0).check()
+
+  def test_wandb_is_asked_for_before_anything_runs(self):
+    find = importlib.util.find_spec
+    for there in (False, True):
+
+      def spec(name, there=there):
+        return there or None if name == 'wandb' else find(name)
+
+      with mock.patch.object(importlib.util, 'find_spec', spec):
+        Config().check()
+        if there:
+          Config.make(wandb='gates').check()
+          continue
+        with self.assertRaisesRegex(
+          ValueError, r"wandb=gates: wandb not installed.*jax\[wandb\]'"
+        ):
+          Config.make(wandb='gates').check()
+    # It may change when a run goes on, and older runs have none.
+    self.assertEmpty(Config.make(wandb='gates').differing(Config()))
 
 
 if __name__ == '__main__':

@@ -120,6 +120,24 @@ def test_a_step_descends_the_gradient_and_sums_the_metrics():
   np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
 
 
+def test_binary_cross_entropy_of_soft_labels():
+  batch = _batch()
+  # As mixup and label smoothing leave them.
+  mixed = 0.7 * batch['label'] + 0.3 * jnp.roll(batch['label'], 1, 0)
+  batch['label'] = 0.9 * mixed + 0.1 / 4
+  state, step = _start(_config(loss='bce'))
+  kernel = _kernel(state)
+  x = np.asarray(batch['image'], np.float64)[:, 0, 0, :]
+  y = np.asarray(batch['label'], np.float64)
+  p = 1 / (1 + np.exp(-x @ kernel))
+  loss = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+  gradient = x.T @ (p - y) / y.size
+  state = step(state, batch)
+  np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(state.sums['cross_entropy'], loss, rtol=1e-5)
+  np.testing.assert_allclose(_kernel(state), kernel - 0.1 * gradient, rtol=1e-5)
+
+
 def test_sparsity_enters_the_loss_with_its_weight():
   config = _config(sparsity_weight=10.0, budget=0.25)
   state, step = _start(config)
