@@ -252,8 +252,8 @@ def test_unknown_source():
   with pytest.raises(ValueError) as raised:
     sources.load_source('food1O1')
   assert str(raised.value) == (
-    "unknown dataset 'food1O1'; there are spots, food101, cifar10, "
-    'image_folder, and your own by package.module:NAME'
+    "unknown dataset 'food1O1'; allowed: spots, food101, cifar10, "
+    'image_folder, or your own as package.module:NAME'
   )
   with pytest.raises(ValueError, match='dataset=dynconv_jax.data.spots:draw '):
     sources.load_source('dynconv_jax.data.spots:draw')

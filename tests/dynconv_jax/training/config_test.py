@@ -278,7 +278,7 @@ class CheckTest(parameterized.TestCase):
     config.check()
 
   @parameterized.parameters(
-    ({'dataset': 'food'}, "unknown dataset 'food'; there are spots, food101"),
+    ({'dataset': 'food'}, "unknown dataset 'food'; allowed: spots, food101"),
     ({'cache': 'disk'}, "unknown cache 'disk'; allowed: none, device"),
     (
       {'model': 'resnet19'},
