@@ -1,4 +1,4 @@
-"""Losses: of the classes, distillation, and each method's price of computing."""
+"""Losses: classes, distillation, and the price of computing by method."""
 
 from __future__ import annotations
 

@@ -7,9 +7,9 @@ and returns an nnx.Module whose
   __call__(images, *, rngs, temperature, gumbel_noise, masks)
 returns logits and execution masks. The factory's own keyword arguments, which
 have defaults, are the options of the network. One annotated as
-Annotated[kind, {...}] takes from the dictionary what `options.option` does, such
-as a help text. If the flag file of an older run lacks an option, its default is
-meant.
+Annotated[kind, {...}] takes from the dictionary what `options.option` does,
+such as a help text. If the flag file of an older run lacks an option, its
+default is meant.
 """
 
 from __future__ import annotations
