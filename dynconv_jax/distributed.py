@@ -338,9 +338,7 @@ def spread(tree: Any, shardings: Any) -> Any:
 
   def one(array, sharding):
     if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-      return jax.random.wrap_key_data(
-        one(jax.random.key_data(array), sharding)
-      )
+      return jax.random.wrap_key_data(one(jax.random.key_data(array), sharding))
     whole = np.asarray(array)
     return jax.make_array_from_callback(
       whole.shape, sharding, whole.__getitem__

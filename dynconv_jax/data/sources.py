@@ -12,7 +12,7 @@ from dynconv_jax import extras, references
 from dynconv_jax.data import splits as splits_lib
 from dynconv_jax.data.source import Common, Dataset, DataSource
 
-DATASETS = ('spots', 'food101', 'cifar10', 'image_folder')
+DATASETS = ('spots', 'food101', 'cifar10', 'imagenet2012', 'image_folder')
 
 
 class Splits(NamedTuple):
