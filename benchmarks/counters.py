@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import multiprocessing
 import os
@@ -245,33 +246,37 @@ class Table:
 
   def __init__(self, names: list[str], order: list[str], path: str | None):
     self._path, self._order = path, order
-    head = f'| model | {" | ".join(names)} |\n|---|{"---:|" * len(names)}\n'
+    self._head = f'| model | {" | ".join(names)} |\n|---|'
+    self._head += f'{"---:|" * len(names)}\n'
     if path is None:
-      print(head, end='', flush=True)
-      self.rows, self._head = {}, ''
-      return
-    text = ''
-    if os.path.exists(path):
-      with open(path) as file:
-        text = file.read()
-    before, found, after = text.partition(head)
-    lines = after.splitlines(keepends=True) if found else []
-    length = next(
-      (i for i, line in enumerate(lines) if not line.startswith('|')),
-      len(lines),
-    )
-    self.rows = {line.split('|')[1].strip(): line for line in lines[:length]}
-    self._head, self._after = before + head, ''.join(lines[length:])
+      print(self._head, end='', flush=True)
+
+  def rows(self) -> dict[str, str]:
+    """Returns the lines of the rows that there are, by their names."""
+    return self._read()[1]
 
   def add(self, name: str, cells: list[str]) -> None:
     """Writes a row in its place."""
-    self.rows[name] = f'| {name} | {" | ".join(cells)} |\n'
+    line = f'| {name} | {" | ".join(cells)} |\n'
     if self._path is None:
-      print(self.rows[name], end='', flush=True)
+      print(line, end='', flush=True)
       return
-    rows = sorted(self.rows, key=self._order.index)
+    before, rows, after = self._read()
+    rows[name] = line
+    lines = [rows[name] for name in sorted(rows, key=self._order.index)]
     with open(self._path, 'w') as file:
-      file.writelines((self._head, *map(self.rows.get, rows), self._after))
+      file.writelines((before, self._head, *lines, after))
+
+  def _read(self) -> tuple[str, dict[str, str], str]:
+    """Returns the text before the table, its rows, and the text after it."""
+    if self._path is None or not os.path.exists(self._path):
+      return '', {}, ''
+    with open(self._path) as file:
+      before, found, after = file.read().partition(self._head)
+    lines = after.splitlines(keepends=True) if found else []
+    rows = list(itertools.takewhile(lambda line: line[0] == '|', lines))
+    after = ''.join(lines[len(rows) :])
+    return before, {row.split('|')[1].strip(): row for row in rows}, after
 
 
 def main() -> None:
@@ -295,8 +300,6 @@ def main() -> None:
   models = _models(options.table)
   if unknown := set(options.names) - {name.split()[1] for name in models}:
     parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
-  # Keras asks for it when it is imported.
-  os.environ['KERAS_BACKEND'] = 'jax'
   multiprocessing.set_forkserver_preload(
     ['benchmarks.counters', *_IMPORTED_ONCE[options.table]]
   )
@@ -310,7 +313,7 @@ def main() -> None:
     for name in models:
       if options.names and name.split()[1] not in options.names:
         continue
-      if name in table.rows:
+      if name in table.rows():
         continue
       row = []
       for part, cells in parts.items():

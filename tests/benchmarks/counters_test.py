@@ -49,9 +49,9 @@ def test_a_table_goes_on_where_it_was_cut_off(tmp_path):
   first.add('a', ['1', '='])
   path.write_text(f'{path.read_text()}\nAfter.\n')
   # A table of other columns is another table.
-  assert not counters.Table(['x'], order, path).rows
+  assert not counters.Table(['x'], order, path).rows()
   second = counters.Table(['x', 'y'], order, path)
-  assert set(second.rows) == {'a', 'c'}
+  assert set(second.rows()) == {'a', 'c'}
   second.add('b', ['2', ''])
   assert path.read_text() == (
     'Before.\n| model | x | y |\n|---|---:|---:|\n'
