@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from scipy import stats
 
 RESAMPLES = 10_000
 # Resampled at a time: 1,000 x 1,500 examples take 12 MB.
@@ -74,6 +73,8 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> McNemar:
     )
   only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
   n = only_a + only_b
+  from scipy import stats  # Here: it takes a second to import.
+
   return McNemar(
     only_a, only_b, stats.binomtest(only_a, n).pvalue if n else 1.0
   )

@@ -27,7 +27,6 @@ from typing import Any
 from absl import flags
 from flax import nnx
 
-from benchmarks import cases
 from dynconv_jax.checks import check_choice
 from dynconv_jax.cli import program
 from dynconv_jax.files import write_atomic
@@ -38,6 +37,10 @@ from dynconv_jax.options import options_of
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.executor import MODES
 from dynconv_jax.training.workdir import read_config
+
+program.require_checkout('dynconv benchmark')
+
+from benchmarks import cases  # noqa: E402
 
 _MODEL = flags.DEFINE_string(
   'model', 'resnet50', 'Such as resnet50 or efficientnet_lite0.'

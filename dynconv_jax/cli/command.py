@@ -79,6 +79,7 @@ def run(
     sys.path.append(os.getcwd())
   # What others expect of a program named on the command line adds flags.
   live |= any(':' in argument for argument in arguments)
+  live |= not help_file(name).exists()
   if not live and any(argument in HELP for argument in arguments):
     print(help_file(name).read_text(), end='')
     return
@@ -156,8 +157,8 @@ def _overview(group: str = '') -> str:
   """Returns a line for each command."""
   lines = [f'dynconv {group or "COMMAND"} ... [--flag=value ...]', '']
   for command, name in COMMANDS.items():
-    if command.startswith(group):
-      with help_file(name).open() as file:
-        lines.append(f'  {command:18}{file.readline().strip()}')
+    if command.startswith(group) and (file := help_file(name)).exists():
+      about, *_ = file.read_text().splitlines()
+      lines.append(f'  {command:18}{about}')
   lines += ['', 'dynconv COMMAND --help shows the flags of a command.']
   return '\n'.join(lines)

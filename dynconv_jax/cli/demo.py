@@ -1,7 +1,7 @@
 """Serves a page that shows where networks compute in a photograph.
 
-python -m experiments.demo --workdir=workdir/spots_dynconv
-python -m experiments.demo --workdir=workdir/budget0.25,workdir/budget0.5
+dynconv demo --workdir=workdir/spots_dynconv
+dynconv demo --workdir=workdir/budget0.25,workdir/budget0.5
 
 The page shows the class, the GMACs, the time of dense and of sparse execution,
 and the masks of every block. Several networks can be compared; where they

@@ -1,29 +1,24 @@
 """Writes a static page that runs networks in the browser, without a server.
 
-python -m experiments.export_web --workdir=workdir/spots_dynconv --output=site
+dynconv export web --workdir=workdir/spots_dynconv --output=site
 python -m http.server --directory=site
 
-The page is that of experiments.demo. It loads onnxruntime-web from a CDN, or
+The page is that of `dynconv demo`. It loads onnxruntime-web from a CDN, or
 from the folder itself with --runtime.
 """
 
 from __future__ import annotations
 
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
+from dynconv_jax import extras
 from dynconv_jax.cli import program
 from dynconv_jax.demo import export_web, load_networks
 from dynconv_jax.demo.networks import find_examples
 from dynconv_jax.demo.web import RUNTIME_VERSION, check_output, read_runtime
-
-try:
-  import dynconv_jax.sparse.onnx  # noqa: F401  It needs onnx.
-except ImportError as error:
-  sys.exit(f'error: {error}')
 
 _WORKDIR = flags.DEFINE_list(
   'workdir', None, 'Folder of the run; several, with commas.', required=True
@@ -52,6 +47,7 @@ def main(argv: Sequence[str]) -> None:
   """Reads the networks and writes the folder."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  extras.require('onnx', 'onnx')
   check_output(pathlib.Path(_OUTPUT.value).expanduser())
   if _RUNTIME.value is not None:
     read_runtime(_RUNTIME.value)

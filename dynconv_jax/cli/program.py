@@ -95,6 +95,23 @@ def check_given(name: str) -> None:
     raise ValueError(f'a value is missing: {", ".join(sorted(empty))}')
 
 
+def require_checkout(what: str) -> None:
+  """Checks that benchmarks/ lies beside the package, as in a checkout.
+
+  Args:
+    what: needs it.
+
+  Raises:
+    extras.MissingError: the package is installed without it.
+  """
+  root = pathlib.Path(dynconv_jax.__path__[0]).parent
+  if not (root / 'benchmarks/cases.py').exists():
+    raise extras.MissingError(
+      f'{what} needs a checkout of dynconv_jax: what it times with is not '
+      'installed'
+    )
+
+
 def share_cpu(devices: int, batch_size: int) -> None:
   """Shares the CPU out to JAX devices; to be called before JAX is used.
 

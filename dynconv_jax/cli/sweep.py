@@ -164,6 +164,8 @@ def main(argv: Sequence[str]) -> None:
 def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
   """Returns the runs; raises ValueError naming all that is wrong."""
   errors, runs = [], []
+  if _LATENCY_BATCH_SIZE.value:
+    program.require_checkout('latency (else --latency_batch_size=0)')
   if results.suffix == '.csv':
     errors.append(
       f'results must be a folder, in which {_TABLE} is written; got {results}'
@@ -349,6 +351,8 @@ def _commit() -> str:
   git = functools.partial(
     subprocess.run, cwd=root, capture_output=True, text=True
   )
+  if not (root / '.git').exists():  # It is installed.
+    return 'unknown'
   try:
     head = git(['git', 'rev-parse', 'HEAD'])
     code = ['dynconv_jax', 'experiments']
