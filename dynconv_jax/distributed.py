@@ -189,7 +189,7 @@ def together() -> Iterator[None]:
   """Raises in all processes what is raised in one; collective at its end.
 
   Raises:
-    RuntimeError: only other processes have an error.
+    OSError: only other processes have an error.
   """
   error = None
   try:
@@ -201,7 +201,7 @@ def together() -> Iterator[None]:
     raise error
   if failed.size:
     names = ', '.join(map(str, failed))
-    raise RuntimeError(f'process {names} failed; its own error says why')
+    raise OSError(f'process {names} failed; its own error says why')
 
 
 def check_same(text: str) -> None:
@@ -228,8 +228,7 @@ def held(folder: pathlib.Path, work: str) -> Iterator[None]:
 
   Raises:
     OSError: the folder is in use, or processes have folders of their own by
-      this name.
-    RuntimeError: another process has this error.
+      this name, or another process says so.
   """
   with contextlib.ExitStack() as stack:
     token, path = f'{os.getpid()}.{time.time_ns()}', folder / '.processes'

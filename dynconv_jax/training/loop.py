@@ -69,7 +69,6 @@ def train(
       is of another configuration, the workdir has done more epochs, or
       processes have different options.
     ConnectionError: another process of the run has ended.
-    RuntimeError: another process has one of these errors.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.

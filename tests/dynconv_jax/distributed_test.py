@@ -4,7 +4,6 @@ import pathlib
 import socket
 import subprocess
 import sys
-import time
 
 import jax
 import jax_processes
@@ -146,17 +145,15 @@ def test_one_process_needs_no_start():
 def test_who_waits_in_vain_says_so(number, message):
   program = 'from dynconv_jax import distributed; import sys;'
   program += 'distributed.start(sys.argv[1], 2, int(sys.argv[2]), timeout=2)'
-  start = time.monotonic()
   done = subprocess.run(
     [sys.executable, '-c', program, jax_processes.free_address(), str(number)],
     capture_output=True,
     text=True,
-    timeout=100,
+    timeout=600,
   )
   assert done.returncode == 1
   assert message in done.stderr and 'within 2 s' in done.stderr
   assert 'stack trace' not in done.stderr
-  assert time.monotonic() - start < 60
 
 
 def test_a_cluster_that_is_not_there(monkeypatch):
@@ -200,7 +197,7 @@ def test_an_address_in_use():
       [sys.executable, '-c', f'from dynconv_jax import distributed; {program}'],
       capture_output=True,
       text=True,
-      timeout=100,
+      timeout=600,
     )
   assert done.returncode == 1
   assert f'cannot start at {address}: ' in done.stderr
