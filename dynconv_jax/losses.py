@@ -1,4 +1,4 @@
-"""Losses: of the classes, distillation, and what computing costs, by method."""
+"""Losses: classes, distillation, and the price of computing by method."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def classification_losses(
 def distillation_loss(
   logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
-  """Returns the divergence of the student from its teacher, a mean.
+  """Returns the mean divergence of the student from its teacher.
 
-  Hinton, Vinyals and Dean, 2015, section 2: KL(teacher || student) of the
-  softened probabilities, times the squared temperature.
+  KL(teacher || student) of the softened probabilities, times the squared
+  temperature (Hinton, Vinyals, and Dean, 2015, section 2).
 
   Args:
     logits: float32[N, classes] of the student.
     teacher_logits: float32[N, classes]; no gradient flows to them.
-    temperature: softens both, > 0.
+    temperature: softens both distributions, > 0.
   """
   targets = jax.nn.log_softmax(
     jax.lax.stop_gradient(teacher_logits) / temperature

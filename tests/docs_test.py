@@ -8,7 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dynconv_jax'
-HELPERS = {'checks', 'extras', 'files', 'native', 'options', 'references'}
+HELPERS = {'checks', 'distributed', 'extras', 'files', 'native', 'options'}
+HELPERS |= {'references'}
 PAGES = [*ROOT.glob('docs/**/*.md'), *ROOT.glob('results/**/*.md')]
 
 
@@ -69,8 +70,6 @@ def test_commands_name_programs_that_exist():
   for page in PAGES:
     for module in re.findall(r'python -m ([\w.]+)', page.read_text()):
       path = ROOT / f'{module.replace(".", "/")}.py'
-      if module.startswith('experiments.'):
-        path = PACKAGE / f'cli/{path.name}'
       if module.split('.')[0] in ('experiments', 'benchmarks', 'examples'):
         missing += [] if path.exists() else [f'{page.name}: {module}']
   assert not missing

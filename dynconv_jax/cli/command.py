@@ -29,10 +29,12 @@ COMMANDS = {
   'plot': 'plot',
   'count': 'count_macs',
   'benchmark': 'benchmark',
+  'demo': 'demo',
   'import': 'import_weights',
   'export onnx': 'export_onnx',
   'export stablehlo': 'export_stablehlo',
   'export weights': 'export_weights',
+  'export web': 'export_web',
   'export zoo': 'export_zoo',
 }
 
@@ -59,15 +61,18 @@ def main() -> None:
     fail(f'unknown command {rest[0]!r}', rest[0], allowed)
 
 
-def run(name: str, arguments: Sequence[str], *, live: bool = False) -> None:
+def run(
+  name: str, arguments: Sequence[str] | None = None, *, live: bool = False
+) -> None:
   """Runs a program.
 
   Args:
     name: of its module, such as 'count_macs'.
-    arguments: what follows the command's name.
+    arguments: of the program; None: those of the command line.
     live: whether its help is made of its flags, which takes as long as its
       imports, rather than read.
   """
+  arguments = sys.argv[1:] if arguments is None else arguments
   command = next(k for k, module in COMMANDS.items() if module == name)
   # As `python -m` has it: --method=package.module:METHOD may lie here.
   if '' not in sys.path and os.getcwd() not in sys.path:

@@ -38,7 +38,7 @@ def text(doc: str, flag_values: flags.FlagValues = flags.FLAGS) -> str:
   own = [
     flag
     for name, found in by_module.items()
-    if name.startswith(f'{__package__}.')
+    if name == sys.argv[0] or name.startswith(f'{__package__}.')
     for flag in found
     if flag.name not in grouped
   ]

@@ -1,6 +1,6 @@
-"""Data sets prepared into array_record files: once, whole and quietly.
+"""Prepares data sets into array_record files.
 
-TFDS does the work, without TensorFlow: it shuffles the examples by a hash of
+TFDS does the work, without TensorFlow. It shuffles the examples by a hash of
 their names, so that each slice of a split mixes the classes, and writes them
 into few large files.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -22,14 +21,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import requests
-import tensorflow_datasets as tfds
 from absl import logging
-from array_record.python import array_record_module
+from etils import epy
 
 from dynconv_jax import files
-from dynconv_jax.data import folders
 from dynconv_jax.data.source import Dataset
+
+# When they are used: all programs know the data sources, few open one.
+with epy.lazy_imports():
+  import requests
+  import tensorflow_datasets as tfds
+  from array_record.python import array_record_module
+
+  from dynconv_jax.data import builder as builder_lib
 
 FILE_FORMAT = 'array_record'
 
@@ -37,8 +41,8 @@ FILE_FORMAT = 'array_record'
 _INFO_FILE = 'dataset_info.json'
 _LABELS_FILE = 'labels.npz'
 
-# A preparation that was killed leaves its folder behind. One that is older
-# than this belongs to no living process.
+# A killed preparation leaves its folder behind. No running process has one
+# older than this.
 _STALE_SECONDS = 24 * 3600
 _CONNECT_SECONDS = 10
 
@@ -54,28 +58,28 @@ def prepare(
   masks: bool = False,
   aliases: Mapping[str, str] | None = None,
 ) -> Dataset:
-  """Returns a prepared data set, preparing it where need be.
+  """Returns a data set, prepared on first use.
 
-  TFDS writes into a folder of another name and renames it when all is done, so
-  a preparation that fails or is killed is never taken for whole.
+  TFDS writes into a folder of another name and renames it at the end, so an
+  incomplete preparation is never used.
 
   Args:
-    name: of the data set.
-    version: of what is prepared, such as '1.0.0'.
-    examples: called only to prepare, with TFDS's download manager; returns by
-      split name what to store: dicts of image (an encoded file or its path),
-      label (a class's name or number), name (unique) and, with `masks`,
+    name: name of the data set.
+    version: version of the prepared data, such as '1.0.0'.
+    examples: called only to prepare, with TFDS's download manager. Returns the
+      examples to store by split name: dicts of image (an encoded file or its
+      path), label (a class's name or number), name (unique), and, with `masks`,
       object_mask (an encoded file).
-    class_names: in label order.
-    data_dir: where prepared data sets are kept.
-    key: tells apart data sets of this name that differ in content.
+    class_names: class names in label order.
+    data_dir: folder of prepared data sets.
+    key: distinguishes data sets of this name that differ in content.
     masks: whether examples have an object mask.
-    aliases: of `Dataset`.
+    aliases: see `Dataset`.
 
   Raises:
-    OSError: the disk is full; nothing half-written is kept.
-    ConnectionError: there is nothing to download from.
-    ValueError: the prepared files are damaged or of another format.
+    OSError: the disk is full; incomplete files are removed.
+    ConnectionError: the download fails.
+    ValueError: the prepared files are damaged or have another format.
   """
   root = pathlib.Path(data_dir).expanduser()
   if key:
@@ -95,7 +99,9 @@ def prepare(
     }
     # TFDS reads both off the class.
     attributes = dict(name=name, VERSION=tfds.core.Version(version))
-    builder = type(name, (_Builder,), attributes, skip_registration=True)
+    builder = type(
+      name, (builder_lib.Builder,), attributes, skip_registration=True
+    )
     try:
       with _quiet():
         builder(
@@ -120,10 +126,10 @@ def download(
     option: names a local copy, for the error.
 
   Raises:
-    ConnectionError: it cannot be downloaded.
+    ConnectionError: the download fails.
   """
   try:
-    # TFDS tries again for minutes where a host cannot be reached at all.
+    # TFDS retries for minutes even if the host cannot be reached at all.
     requests.head(
       url, timeout=_CONNECT_SECONDS, allow_redirects=True
     ).raise_for_status()
@@ -137,51 +143,6 @@ def download(
       f'cannot download {url}: {str(error).strip()}. Without a network, name a '
       f'local copy by {option}'
     ) from error
-
-
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Stores examples as they come, and reports images that two splits share."""
-
-  def __init__(self, examples, features, **kwargs):
-    self._examples, self._features = examples, features
-    self._first: dict[bytes, tuple[str, str]] = {}
-    self._shared: list[str] = []
-    super().__init__(**kwargs)
-
-  def _info(self):
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(self._features)
-    )
-
-  def _split_generators(self, dl_manager):
-    return {
-      split: self._generate_examples(split, examples)
-      for split, examples in self._examples(dl_manager).items()
-    }
-
-  def _generate_examples(self, split, examples):
-    for example in examples:
-      example = dict(example)
-      name, image = example.pop('name'), example['image']
-      if isinstance(image, os.PathLike):
-        image = pathlib.Path(image).read_bytes()
-      self._note(split, name, image)
-      yield name, example | {'id': name, 'image': image}
-
-  def _note(self, split: str, name: str, image: bytes) -> None:
-    digest = hashlib.blake2b(image, digest_size=16).digest()
-    first, twin = self._first.setdefault(digest, (split, name))
-    if first != split and image:
-      self._shared.append(f'{name} of {split} is {twin} of {first}')
-
-  def download_and_prepare(self, **kwargs):
-    super().download_and_prepare(**kwargs)
-    if self._shared:
-      logging.warning(
-        '%s: two splits hold the same images: %s',
-        self.name,
-        folders.some(self._shared),
-      )
 
 
 class _Records:
@@ -212,9 +173,9 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
   """Returns the data set that was prepared into a folder.
 
   Raises:
-    ValueError: a file is missing, damaged or of another format.
+    ValueError: a file is missing, damaged, or of another format.
   """
-  # TFDS passes over some of these where they are missing.
+  # TFDS ignores some of these if they are missing.
   contents = {}
   for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
     try:
@@ -297,9 +258,9 @@ def _read_labels(
     ) as error:
       reason = _first_line(error)
       if 'pickle' in reason:  # NumPy takes garbage for one.
-        reason = 'it is no NumPy archive'
+        reason = 'it is not a NumPy archive'
       raise ValueError(
-        f'{path} is damaged: {reason}. Delete it, and it is made anew'
+        f'{path} is damaged: {reason}. Delete it; it will be created again'
       ) from error
   labels = {
     name: np.fromiter((e['label'] for e in split), np.int32, len(split))
@@ -307,7 +268,7 @@ def _read_labels(
   }
   content = io.BytesIO()
   np.savez(content, **labels)
-  # A folder that cannot be written to is read again at the next start.
+  # If the folder is read-only, labels are read again at the next start.
   with contextlib.suppress(OSError):
     files.write_atomic(path, content.getvalue())
   return labels
@@ -345,14 +306,14 @@ def _raise_if_full(
   if code in causes:
     raise OSError(
       code,
-      f'no space left while preparing {name} in {directory}; nothing '
-      'half-written was kept. Free some space or choose another folder by '
+      f'no space left while preparing {name} in {directory}; incomplete '
+      'files were removed. Free some space or choose another folder by '
       'data_dir',
     ) from error
 
 
 def _remove_stale(parent: pathlib.Path) -> None:
-  """Removes what killed preparations left in `parent` more than a day ago."""
+  """Removes what killed preparations left in `parent` over a day ago."""
   for path in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
     with contextlib.suppress(OSError):
       if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -361,7 +322,7 @@ def _remove_stale(parent: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps TFDS from printing, and from drawing bars without a terminal."""
+  """Keeps TFDS from printing, and from progress bars without a terminal."""
   tfds.display_progress_bar(sys.stderr.isatty())
   try:
     with contextlib.redirect_stdout(io.StringIO()):

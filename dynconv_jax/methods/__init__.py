@@ -1,0 +1,6 @@
+"""Gating methods: where a network computes."""
+
+from dynconv_jax.methods.gate import Decision, Gate, GateSite
+from dynconv_jax.methods.method import METHODS, Method, load_method
+
+__all__ = ['METHODS', 'Decision', 'Gate', 'GateSite', 'Method', 'load_method']

@@ -7,7 +7,7 @@ from dynconv_jax.models.mobilenet import Architecture, MobileNet, Stage
 
 
 class EfficientNetLite(Architecture):
-  """An architecture whose published weights are those of TensorFlow."""
+  """An architecture whose published weights come from TensorFlow."""
 
   def __call__(
     self,
@@ -21,7 +21,7 @@ class EfficientNetLite(Architecture):
     padding: str = 'same',
     drop_path: DropPath = 0.2,
   ) -> MobileNet:
-    """Returns a freshly initialized network; arguments as of `MobileNet`."""
+    """Returns a freshly initialized network; arguments: see `MobileNet`."""
     return super().__call__(
       num_classes=num_classes,
       gate=gate,
@@ -34,8 +34,8 @@ class EfficientNetLite(Architecture):
     )
 
 
-# Tan and Le, ICML 2019, table 1, which scales it; what makes it Lite is from
-# the authors' code, tensorflow/tpu, efficientnet_lite_builder.py.
+# Stages: Tan and Le, ICML 2019, table 1. Scaling and the Lite changes: the
+# authors' code, tensorflow/tpu, efficientnet_lite_builder.py.
 _STAGES = (
   Stage(1, 16, 1, 1, 3),
   Stage(6, 24, 2, 2, 3),

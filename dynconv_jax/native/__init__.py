@@ -13,6 +13,8 @@ from absl import logging
 
 from dynconv_jax.native.library import build
 
+__all__ = ['Library', 'register']
+
 
 class Library(NamedTuple):
   """Kernels that are compiled and registered.

@@ -302,6 +302,13 @@ class OptimizationConfig:
   batch_size: int = option(
     64, 'Images a step, over all devices.', allowed=POSITIVE
   )
+  grad_accum_steps: int = option(
+    1,
+    'Equal parts of a batch whose gradients are computed one after the other '
+    'and averaged, to save memory; each has its own batch statistics.',
+    allowed=POSITIVE,
+    before=1,
+  )
   epochs: int = option(
     20,
     'Passes over the training split; may change when a run is resumed.',
@@ -344,6 +351,14 @@ class RunConfig:
     'Images a batch in evaluation.',
     operational=True,
     allowed=POSITIVE,
+  )
+  fsdp: int = option(
+    1,
+    'Devices that share one copy of weights and optimizer state, to save '
+    'memory; the number of devices is a multiple of it.',
+    operational=True,
+    allowed=POSITIVE,
+    before=1,
   )
   checkpoint_every_epochs: int = option(
     1, 'Epochs between checkpoints.', operational=True, allowed=POSITIVE
@@ -432,7 +447,7 @@ class Config:
     """Raises ValueError naming every option that is out of range.
 
     Args:
-      num_devices: local devices that share a batch.
+      num_devices: devices of all processes, which share a batch.
       factory: of the network, where it is not found by name.
       resumed: whether the run goes on, and needs no pretrained weights.
     """
@@ -475,10 +490,16 @@ class Config:
           'init_from and pretrained exclude each other; got '
           f'{optimization.init_from} and {optimization.pretrained}'
         )
-    if optimization.batch_size > 0 and optimization.batch_size % num_devices:
+    steps, fsdp = optimization.grad_accum_steps, self.run.fsdp
+    if optimization.batch_size % (num_devices * max(steps, 1)):
+      parts = f' times grad_accum_steps, {steps}' if steps > 1 else ''
       errors.append(
-        f'batch_size must be divisible by the {num_devices} devices; got '
-        f'{optimization.batch_size}'
+        f'batch_size must be divisible by the {num_devices} devices{parts}; '
+        f'got {optimization.batch_size}'
+      )
+    if fsdp > 0 and num_devices % fsdp:
+      errors.append(
+        f'fsdp must divide the number of devices, {num_devices}; got {fsdp}'
       )
     if optimization.warmup_epochs > optimization.epochs > 0:
       errors.append(
@@ -521,9 +542,21 @@ class Config:
     if errors:
       raise ValueError('; '.join(errors))
 
-  def to_flags(self) -> str:
-    """Returns a flag file that gives this configuration, a flag a line."""
-    return to_flags(self.flat())
+  def to_flags(self, *, places: bool = True) -> str:
+    """Returns a flag file that gives this configuration, a flag a line.
+
+    Args:
+      places: whether it says where things lie, which may differ by machine.
+    """
+    elsewhere = {
+      name
+      for part in self._parts()
+      for name, known in options_lib.options_of(type(part)).items()
+      if not places and known.operational and known.kind is str
+    }
+    return to_flags(
+      {n: value for n, value in self.flat().items() if n not in elsewhere}
+    )
 
   @classmethod
   def from_flags(cls, text: str) -> Config:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from etils import epy
 
 from dynconv_jax import extras
 from dynconv_jax.data.augment import denormalize
@@ -26,9 +27,11 @@ from dynconv_jax.training.config import Config
 extras.require('train', 'tensorboardX', 'tqdm')
 
 import tqdm  # noqa: E402
-from tensorboardX import summary  # noqa: E402
-from tensorboardX.proto import event_pb2  # noqa: E402
-from tensorboardX.record_writer import RecordWriter  # noqa: E402
+
+# When it is used: it imports PyTorch where that is installed, for seconds.
+with epy.lazy_imports():
+  from tensorboardX import record_writer, summary
+  from tensorboardX.proto import event_pb2
 
 
 class Records:
@@ -57,7 +60,7 @@ class Records:
     )
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
-    self._events = RecordWriter(
+    self._events = record_writer.RecordWriter(
       f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
     )
     self._add(0, file_version='brain.Event:2')
@@ -143,6 +146,22 @@ class Records:
         f'cannot write metrics to {self._path.parent} ({error}); '
         'earlier checkpoints stay'
       ) from error
+
+
+class Muted:
+  """Takes the place of records and progress in a process that shows none."""
+
+  def __init__(self, *unused, **options):
+    pass
+
+  def __enter__(self) -> Muted:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    pass
+
+  def __getattr__(self, name):
+    return lambda *unused: None
 
 
 class _WandB:

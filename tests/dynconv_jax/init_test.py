@@ -1,5 +1,7 @@
 """Tests of the package's front door."""
 
+import importlib
+import pathlib
 import subprocess
 import sys
 
@@ -29,6 +31,17 @@ class InitTest(absltest.TestCase):
       [sys.executable, '-c', program], capture_output=True, text=True
     )
     self.assertEqual(done.stdout, '[]\n', done.stderr)
+
+  def test_every_package_says_what_is_public(self):
+    folder = pathlib.Path(dynconv_jax.__file__).parent
+    for path in folder.glob('*/__init__.py'):
+      name, found = f'dynconv_jax.{path.parent.name}', {}
+      if name == 'dynconv_jax.cli':  # Programs.
+        continue
+      public = importlib.import_module(name).__all__
+      # Fails for what is not there.
+      exec(f'from {name} import *', found)
+      self.assertEqual(found.keys() - {'__builtins__'}, set(public), name)
 
 
 if __name__ == '__main__':

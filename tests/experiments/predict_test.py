@@ -290,7 +290,7 @@ def test_unreadable_images_are_reported_and_the_others_go_on(
       'error: .*No such file or directory.*missing.jpg',
       'error: cannot decode the image .*empty.png.*: the file is empty',
       'error: cannot decode the image .*cut.jpg.*truncated',
-      'error: cannot decode the image .*text.webp.*: not a JPEG, PNG or WebP',
+      'error: cannot decode the image .*text.webp.*: not a JPEG, PNG, or WebP',
       f'error: {tmp_path}/pipe is no file',
       '5 of 7 images failed',
     ],

@@ -423,7 +423,7 @@ class ErrorsTest(parameterized.TestCase):
   def test_number_of_masks(self):
     model = _abstract('cifar_resnet8')
     with self.assertRaisesRegex(
-      ValueError, 'masks must be one a block; got 1, none for layer2.0'
+      ValueError, 'masks must be one per block; got 1, none for layer2.0'
     ):
       nnx.eval_shape(
         lambda model: model(_images(1, 8, 8, 3), masks=[np.ones((1, 8, 8))]),

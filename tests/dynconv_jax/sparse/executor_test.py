@@ -278,7 +278,7 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   executor = SparseExecutor(model, shape, mode='dense')
   with pytest.raises(ValueError, match=r'images must be \(1, 9, 9, 3\); got'):
     executor(jnp.zeros((2, 9, 9, 3)))
-  with pytest.raises(ValueError, match='masks must be one a block.*got 1'):
+  with pytest.raises(ValueError, match='masks must be one per block.*got 1'):
     executor(jnp.zeros(shape), masks=[jnp.zeros((1, 9, 9))])
   with pytest.raises(
     ValueError,
@@ -290,6 +290,12 @@ def test_what_cannot_be_executed_is_an_error(make_network):
 def test_what_is_shown_is_short(make_network):
   model, images = make_network('basic', 'dynconv'), make_images()
   _, stats = SparseExecutor(model, images.shape, mode='dense')(images)
-  assert repr(stats) == 'ExecutionStats(4 blocks)'
-  mask = ExecutionMask((jnp.zeros((1, 2, 3)),), 'layer1.0')
-  assert repr(mask) == "ExecutionMask('layer1.0', maps=(float32[1, 2, 3]))"
+  density = np.mean([np.mean(mask.maps[0]) for mask in stats.masks])
+  assert repr(stats) == f'ExecutionStats(4 blocks, density={density:.3f})'
+  mask = ExecutionMask((jnp.eye(2, 4)[None],), 'layer1.0')
+  shown = "ExecutionMask('layer1.0', maps=(float32[1, 2, 4])"
+  assert repr(mask) == f'{shown}, density=0.250)'
+  # What is traced has no values.
+  traced = []
+  jax.eval_shape(lambda m: traced.append(repr(m)), mask)
+  assert traced == [f'{shown})']

@@ -17,6 +17,7 @@ VALUES = dict(
   data_dir='/data sets/a=b',
   food101_dir='food',
   cifar10_dir='cifar',
+  imagenet2012_dir='archives',
   image_folder_dir='folder',
   spots_size=48,
   spots_train=7,
@@ -88,9 +89,11 @@ VALUES = dict(
   gradient_clip=1.0,
   ema_decay=0.999,
   batch_size=32,
+  grad_accum_steps=2,
   epochs=3,
   seed=17,
   eval_batch_size=10,
+  fsdp=2,
   checkpoint_every_epochs=2,
   keep_checkpoints=5,
   log_every_steps=1,
@@ -252,9 +255,11 @@ class DifferingTest(absltest.TestCase):
         'data_dir',
         'food101_dir',
         'cifar10_dir',
+        'imagenet2012_dir',
         'image_folder_dir',
         'num_workers',
         'eval_batch_size',
+        'fsdp',
         'checkpoint_every_epochs',
         'keep_checkpoints',
         'log_every_steps',
@@ -269,7 +274,7 @@ _DEEPER = {'model': 'cifar_resnet14'}
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
-    OTHER.replace(milestones=(0.5,), init_from=''),
+    OTHER.replace(milestones=(0.5,), init_from='', fsdp=1),
     Config.make(milestones=()),
     Config.make(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
     Config.make(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
@@ -278,7 +283,7 @@ class CheckTest(parameterized.TestCase):
     config.check()
 
   @parameterized.parameters(
-    ({'dataset': 'food'}, "unknown dataset 'food'; there are spots, food101"),
+    ({'dataset': 'food'}, "unknown dataset 'food'; allowed: spots, food101"),
     ({'cache': 'disk'}, "unknown cache 'disk'; allowed: none, device"),
     (
       {'model': 'resnet19'},
