@@ -75,35 +75,40 @@ def of_known(name: str) -> list[str]:
   return [_billions(public_models.known(name))]
 
 
-def of_ours(name: str) -> list[str]:
-  """Returns the cell of our count, without its seconds."""
-  return of_counter(name, 'ours')[:1]
-
-
-def of_onnx(name: str, dynamo: bool, folder: str) -> list[str]:
+def of_onnx(
+  name: str, exporter: str, asked: list[str], folder: str
+) -> list[str]:
   """Returns the cells of a PyTorch model that is exported to ONNX.
 
-  These are what ONNX's total has more than PyTorch's, without and with work on
-  constants, and the seconds of the former.
+  The first exporter's begin with PyTorch's total. The others are what ONNX's
+  total has more, without and with work on constants, and the seconds of the
+  former; none if `exporter` was not `asked` for.
   """
-  path = os.path.join(folder, f'{name}.{_EXPORTERS[dynamo]}.onnx')
+  if exporter not in asked and exporter != _EXPORTERS[0]:
+    return []
   model, inputs = _made(name)
-  if not os.path.exists(path):
-    export(model, inputs, path, dynamo)
   macs = counter_peers.by_ours(model, inputs)
+  first = [_billions(macs / 1e9)] if exporter == _EXPORTERS[0] else []
+  if exporter not in asked:
+    return first
+  path = os.path.join(folder, f'{name}.{exporter}.onnx')
+  try:
+    if not os.path.exists(path):
+      export(model, inputs, path, exporter == 'dynamo')
+  except Exception as error:  # Exporters refuse models in many ways.
+    print(f'{name}, {exporter}: {error!r:.2000}', file=sys.__stderr__)
+    return [*first, 'not exported']
   start = time.process_time()
   report = onnx_front_end.count_macs(path)
   seconds = time.process_time() - start
-  cells = [
+  whole = onnx_front_end.count_macs(path, constants=True)
+  differences = [
     '=' if total == macs else f'{total - macs:+,}'
-    for total in (
-      report.total,
-      onnx_front_end.count_macs(path, constants=True).total,
-    )
+    for total in (report.total, whole.total)
   ]
   if report.uncounted:
-    cells[0] += f', {len(report.uncounted)} not counted'
-  return [*cells, f'{seconds:.1f}']
+    differences[0] += f', {len(report.uncounted)} not counted'
+  return [*first, *differences, f'{seconds:.1f}']
 
 
 def export(model, inputs, path: str, dynamo: bool) -> None:
@@ -178,12 +183,11 @@ def columns(options: argparse.Namespace, folder: str) -> Columns:
   if options.table == 'detection':
     return {('boxes', 'known', 'ours', 'seconds'): of_detection}
   if options.table == 'onnx':
-    found = {('PyTorch',): of_ours}
+    found = {}
     for exporter in _EXPORTERS:
-      found[exporter, 'with constants', 'seconds'] = (
-        functools.partial(of_onnx, dynamo=exporter == 'dynamo', folder=folder)
-        if exporter in options.exporters
-        else of_nothing
+      first = ('PyTorch',) if exporter == _EXPORTERS[0] else ()
+      found[*first, exporter, 'with constants', 'seconds'] = functools.partial(
+        of_onnx, exporter=exporter, asked=options.exporters, folder=folder
       )
     return found
   found = {('known',): of_known}
@@ -191,12 +195,6 @@ def columns(options: argparse.Namespace, folder: str) -> Columns:
     names = (counter, 'seconds') if counter == 'ours' else (counter,)
     found[names] = functools.partial(of_counter, counter=counter)
   return found
-
-
-def of_nothing(name: str) -> list[str]:
-  """Returns empty cells, of what was not asked for."""
-  del name
-  return []
 
 
 def _send(sender, cells: Callable[[str], list[str]], name: str) -> None:
