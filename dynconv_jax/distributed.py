@@ -29,6 +29,8 @@ from dynconv_jax.files import locked, write_atomic
 
 # Seconds until a file that process 0 wrote is seen by all.
 _VISIBLE = 10.0
+# Seconds that process 0 outlives an error.
+_GRACE = 5.0
 # Arrays of fewer elements are not worth an all-gather of their own.
 _SMALLEST_SHARDED = 1024
 
@@ -72,14 +74,14 @@ def start(
   _check(given, cluster, timeout)
   if not cluster and (num_processes or 1) == 1:
     return False
-  method = 'deactivate' if not cluster else None
+  method = {None: 'deactivate', 'auto': None}.get(cluster, cluster)
   watch = threading.Timer(timeout, _give_up, [given, timeout])
   watch.daemon = True
   watch.start()
   try:
     jax.distributed.initialize(
       **given,
-      cluster_detection_method=method if cluster in (None, 'auto') else cluster,
+      cluster_detection_method=method,
       initialization_timeout=timeout + 60,  # The watch is first.
     )
   except ValueError as error:
@@ -133,6 +135,8 @@ def _give_up(given: dict[str, Any], timeout: int) -> None:
 
 def _leave() -> None:
   if _failed:
+    if is_main():  # JAX ends the others when this one does: let them speak.
+      time.sleep(_GRACE)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
@@ -273,6 +277,19 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of arrays whose first dimension is the batch's."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+
+
+def replicated(
+  sharding: jax.sharding.Sharding | None,
+) -> jax.sharding.Sharding | None:
+  """Returns the sharding of arrays that are whole on each device of a batch's.
+
+  Args:
+    sharding: of the batch; None: the default device.
+  """
+  if isinstance(sharding, NamedSharding):
+    return NamedSharding(sharding.mesh, PartitionSpec())
+  return sharding
 
 
 def weight_shardings(tree: Any, mesh: Mesh) -> Any:

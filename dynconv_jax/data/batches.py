@@ -221,7 +221,7 @@ class TrainBatches:
     # Whole on each device: a batch's rows come from anywhere.
     cache = distributed.place(
       (decoded.image, decoded.label, decoded.aspect),
-      _replicated(self._sharding),
+      distributed.replicated(self._sharding),
     )
     backgrounds = None
     if self._scene_reader:
@@ -412,14 +412,6 @@ def _note_skipped(skipped: list[str], names: Iterable[str]) -> None:
     if name not in skipped:
       logging.warning('skipping the corrupt image %r', name)
       skipped.append(name)
-
-
-def _replicated(sharding):
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    return jax.sharding.NamedSharding(
-      sharding.mesh, jax.sharding.PartitionSpec()
-    )
-  return sharding
 
 
 def _require(*conditions: tuple[bool, str]) -> None:

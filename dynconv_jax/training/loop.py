@@ -14,7 +14,6 @@ from typing import Any
 import jax
 from absl import logging
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from dynconv_jax import distributed, interop
 from dynconv_jax.data import sources
@@ -122,7 +121,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
   total_steps = config.optimization.epochs * steps_per_epoch
 
   # Model and optimizer.
-  resumed = checkpoints.exists(workdir)
+  resumed = bool(distributed.gather(checkpoints.exists(workdir))[0])
   network = workdir_lib.build_model(
     config, len(class_names), seed=config.run.seed, factory=model
   )
@@ -147,8 +146,9 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
   workdir_lib.start_gates(network, method)
   teacher = None
   if start_from.distill_from:
-    whole = NamedSharding(mesh, PartitionSpec())
-    teacher = workdir_lib.load_teacher(config, class_names, whole)
+    teacher = workdir_lib.load_teacher(
+      config, class_names, distributed.replicated(split)
+    )
   schedule = schedules.learning_rate(config.optimization, steps_per_epoch)
   tx = schedules.optimizer(config.optimization, schedule)
   view = nnx.view(network, deterministic=True, use_running_average=True)
