@@ -153,11 +153,9 @@ class DataConfig(_Chosen):
   def augmentation(self) -> Augmentation:
     """Returns how training images are varied."""
     names = [f.name for f in dataclasses.fields(Augmentation)]
-    augmentation = Augmentation(
+    return Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
-    augmentation.check_cache(self.cache)
-    return augmentation
 
   def scenes(self) -> Scenes | None:
     """Returns the scenes that images are put into, if any."""
@@ -464,7 +462,7 @@ class Config:
       errors += options_lib.errors_of(part)
     errors += options_lib.errors(
       [
-        self.data.augmentation,
+        lambda: self.data.augmentation().check_cache(self.data.cache),
         self.data.scenes,
         lambda: optimization.factors,
       ]
