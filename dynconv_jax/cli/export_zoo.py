@@ -41,7 +41,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 )
 _URL = flags.DEFINE_string('url', '', 'Of the file, once it is uploaded.')
 _INDEX = flags.DEFINE_string(
-  'index', str(zoo.INDEX), 'The index that gets the entry.'
+  'index', '', "The index that gets the entry; by default the package's."
 )
 
 # What an entry says about a network, of its flags.
@@ -86,12 +86,13 @@ def main(argv: Sequence[str]) -> None:
     'accuracy': evaluation['accuracy'],
     'gmacs': evaluation['gmacs_mean'],
   }
-  zoo.write_entry(name, entry, _INDEX.value)
+  index = pathlib.Path(_INDEX.value or zoo.INDEX).expanduser()
+  zoo.write_entry(name, entry, index)
   card = path.with_suffix('.md')
   card.write_text(
     model_card(name, entry, run, evaluation, texts), encoding='utf-8'
   )
-  print(f'wrote {path} ({len(content) / 1e6:.1f} MB), {card}, {_INDEX.value}')
+  print(f'wrote {path} ({len(content) / 1e6:.1f} MB), {card}, {index}')
 
 
 def _read_evaluation(workdir: pathlib.Path) -> dict[str, Any]:

@@ -29,14 +29,18 @@ FOLDER = '~/.cache/dynconv_jax'
 
 
 @functools.cache
-def entries(index: str | os.PathLike = INDEX) -> Mapping[str, dict[str, Any]]:
-  """Returns the networks of an index by name.
+def entries() -> Mapping[str, dict[str, Any]]:
+  """Returns the networks of the index by name.
 
   An entry has 'file', 'sha256', 'bytes', 'url' (a string or None), 'flags'
   (which network, which images; text by name), 'dataset', 'classes', 'split',
   'accuracy' there, and 'gmacs', the mean of an image.
   """
-  return json.loads(pathlib.Path(index).read_text(encoding='utf-8'))
+  return _read(INDEX)
+
+
+def _read(index: pathlib.Path) -> dict[str, dict[str, Any]]:
+  return json.loads(index.read_text(encoding='utf-8'))
 
 
 def entry(source: str) -> dict[str, Any]:
@@ -149,6 +153,6 @@ def write_entry(
     index: the file; made where there is none.
   """
   path = pathlib.Path(index)
-  known = entries.__wrapped__(path) if path.exists() else {}
+  known = _read(path) if path.exists() else {}
   known = dict(sorted({**known, name: dict(values)}.items()))
   write_atomic(path, json.dumps(known, indent=2) + '\n')

@@ -99,7 +99,7 @@ class Config:
       errors += options_lib.errors_of(part)
     errors += options_lib.errors(
       [
-        self.data.augmentation,
+        lambda: self.data.augmentation().check_cache(self.data.cache),
         self.data.scenes,
         lambda: optimization.factors,
       ]

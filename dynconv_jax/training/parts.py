@@ -145,11 +145,9 @@ class DataConfig(Chosen):
   def augmentation(self) -> Augmentation:
     """Returns how training images are varied."""
     names = [f.name for f in dataclasses.fields(Augmentation)]
-    augmentation = Augmentation(
+    return Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
-    augmentation.check_cache(self.cache)
-    return augmentation
 
   def scenes(self) -> Scenes | None:
     """Returns the scenes that images are put into, if any."""

@@ -34,7 +34,7 @@ def test_every_field_is_a_flag_with_the_same_default():
   config_flags.define(values)
   options = all_options()
   for name, option in options.items():
-    assert values[name].help.startswith(option.help)
+    assert values[name].help.startswith(option.help.removesuffix('.'))
   assert set(values) == set(options)
 
 

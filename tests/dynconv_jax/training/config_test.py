@@ -38,6 +38,7 @@ VALUES = dict(
   crop_scale=(0.08, 0.9),
   crop_padding=2,
   flip=False,
+  randaugment=(2.0, 9.0),
   color_jitter=0.4,
   mixup=0.2,
   cutmix=1.0,
@@ -60,6 +61,8 @@ VALUES = dict(
   mask_norm=True,
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
+  drop_path=0.1,
+  loss='bce',
   distill_from='runs/teacher',
   distill_temperature=2.0,
   distill_weight=0.9,
@@ -97,6 +100,7 @@ VALUES = dict(
   checkpoint_every_epochs=2,
   keep_checkpoints=5,
   log_every_steps=1,
+  wandb='gates',
 )
 # Each method's own options count, each data set's and each network's too.
 CHOICES = [
@@ -263,6 +267,7 @@ class DifferingTest(absltest.TestCase):
         'checkpoint_every_epochs',
         'keep_checkpoints',
         'log_every_steps',
+        'wandb',
       },
     )
 
@@ -274,7 +279,9 @@ _DEEPER = {'model': 'cifar_resnet14'}
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
-    OTHER.replace(milestones=(0.5,), init_from='', fsdp=1),
+    OTHER.replace(
+      milestones=(0.5,), init_from='', fsdp=1, randaugment=(), wandb=''
+    ),
     Config.make(milestones=()),
     Config.make(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
     Config.make(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
