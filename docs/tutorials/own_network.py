@@ -118,7 +118,7 @@ test_images, test_objects, test_labels = load('test', 200)
 # third: then training decides as evaluation does.
 
 # %%
-STEPS, BATCH, BUDGET = 300, 64, 0.4
+STEPS, BATCH, BUDGET = 450, 64, 0.4
 optimizer = nnx.Optimizer(
   model, optax.adam(optax.cosine_decay_schedule(3e-3, STEPS)), wrt=nnx.Param
 )
@@ -151,7 +151,7 @@ for i in range(STEPS):
     labels[chosen],
     i / STEPS,
   )
-  if i % 60 == 59:
+  if i % 75 == 74:
     print(f'step {i + 1}: loss {loss:.3f}, executed fraction {fraction:.3f}')
 
 # %% [markdown]
