@@ -2,8 +2,8 @@
 
   python -m benchmarks.compare_counters
 
-prints the table of docs/macs.md in Markdown, in millions of MACs (of FLOPs for
-`flops`). Needs `pip install torch ptflops==0.7.5`.
+prints a table of docs/macs_comparison.md in Markdown, in millions of MACs (of
+FLOPs for `flops`). Needs `pip install torch ptflops==0.7.5`.
 """
 
 from __future__ import annotations

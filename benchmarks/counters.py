@@ -19,9 +19,11 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import multiprocessing
 import os
+import pathlib
 import sys
 import tempfile
 import time
@@ -36,20 +38,24 @@ from torch import nn
 
 from benchmarks import counter_peers, public_models
 from dynconv_jax.macs import onnx as onnx_front_end
+from dynconv_jax.macs.torch import count_macs
 
-_EXPORTERS = {False: 'traced', True: 'dynamo'}
+_EXPORTERS = ('traced', 'dynamo')
 
-# Slow imports, of which no thread remains.
-_IMPORTED_ONCE = [
-  'benchmarks.counters',
-  'onnx.reference',
-  'onnxscript.rewriter',
-  'timm',
-  'torch._inductor.decomposition',
-  'torch.onnx._internal.exporter._core',
-  'torchvision',
-  'transformers',
-]
+# Slow imports of a table, of which no thread remains.
+_TORCH = ['benchmarks.public_models', 'timm', 'torchvision', 'transformers']
+_IMPORTED_ONCE = {
+  'torch': _TORCH,
+  'detection': _TORCH,
+  'onnx': [
+    *_TORCH,
+    'onnx.reference',
+    'onnxscript.rewriter',
+    'torch._inductor.decomposition',
+    'torch.onnx._internal.exporter._core',
+  ],
+  'jax': ['benchmarks.jax_models', 'equimo', 'flax.nnx', 'haiku', 'keras'],
+}
 
 # What makes cells of a row, by the names of their columns.
 Columns = Mapping[tuple[str, ...], Callable[[str], list[str]]]
@@ -69,38 +75,43 @@ def of_known(name: str) -> list[str]:
   return [_billions(public_models.known(name))]
 
 
-def of_ours(name: str) -> list[str]:
-  """Returns the cell of our count, without its seconds."""
-  return of_counter(name, 'ours')[:1]
-
-
-def of_onnx(name: str, dynamo: bool, folder: str) -> list[str]:
+def of_onnx(
+  name: str, exporter: str, asked: list[str], folder: str
+) -> list[str]:
   """Returns the cells of a PyTorch model that is exported to ONNX.
 
-  These are what ONNX's total has more than PyTorch's, without and with work on
-  constants, and the seconds of the former.
+  The first exporter's begin with PyTorch's total. The others are what ONNX's
+  total has more, without and with work on constants, and the seconds of the
+  former; none if `exporter` was not `asked` for.
   """
-  path = os.path.join(folder, f'{name}.{_EXPORTERS[dynamo]}.onnx')
+  if exporter not in asked and exporter != _EXPORTERS[0]:
+    return []
   model, inputs = _made(name)
-  if not os.path.exists(path):
-    _export(model, inputs, path, dynamo)
   macs = counter_peers.by_ours(model, inputs)
+  first = [_billions(macs / 1e9)] if exporter == _EXPORTERS[0] else []
+  if exporter not in asked:
+    return first
+  path = os.path.join(folder, f'{name}.{exporter}.onnx')
+  try:
+    if not os.path.exists(path):
+      export(model, inputs, path, exporter == 'dynamo')
+  except Exception as error:  # Exporters refuse models in many ways.
+    print(f'{name}, {exporter}: {error!r:.2000}', file=sys.__stderr__)
+    return [*first, 'not exported']
   start = time.process_time()
   report = onnx_front_end.count_macs(path)
   seconds = time.process_time() - start
-  cells = [
+  whole = onnx_front_end.count_macs(path, constants=True)
+  differences = [
     '=' if total == macs else f'{total - macs:+,}'
-    for total in (
-      report.total,
-      onnx_front_end.count_macs(path, constants=True).total,
-    )
+    for total in (report.total, whole.total)
   ]
   if report.uncounted:
-    cells[0] += f', {len(report.uncounted)} not counted'
-  return [*cells, f'{seconds:.1f}']
+    differences[0] += f', {len(report.uncounted)} not counted'
+  return [*first, *differences, f'{seconds:.1f}']
 
 
-def _export(model, inputs, path: str, dynamo: bool) -> None:
+def export(model, inputs, path: str, dynamo: bool) -> None:
   """Writes the ONNX file of a model, or none if that fails."""
   model, args = counter_peers.positional(model, inputs)
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
@@ -122,7 +133,7 @@ def _export(model, inputs, path: str, dynamo: bool) -> None:
       location=weights,
       size_threshold=2**19,
     )
-  os.remove(os.path.join(os.path.dirname(path), weights))
+  pathlib.Path(path).with_name(weights).unlink(missing_ok=True)
 
 
 def of_detection(name: str) -> list[str]:
@@ -130,8 +141,9 @@ def of_detection(name: str) -> list[str]:
   make, inputs, boxes = public_models.detection()[name]
   torch.manual_seed(0)
   model = make().eval()
+  torch.set_num_threads(1)  # A thread that waits for another takes time, too.
   start = time.process_time()
-  macs = counter_peers.by_ours(model, inputs)
+  macs = count_macs(model, inputs, run='drawn').total
   seconds = f'{time.process_time() - start:.1f}'
   known = _billions(public_models.known(name))
   return [boxes, known, _billions(macs / 1e9), seconds]
@@ -159,27 +171,27 @@ def _billions(macs: float | None) -> str:
   return '' if macs is None else f'{macs:.3f}'
 
 
-def columns(table: str, counters: list[str], folder: str) -> Columns:
+def columns(options: argparse.Namespace, folder: str) -> Columns:
   """Returns the columns of a table.
 
   Args:
-    table: 'torch', 'detection', 'onnx' or 'jax'.
-    counters: names in `counter_peers.COUNTERS`.
+    options: of the command line.
     folder: where ONNX files lie.
   """
-  if table == 'jax':
+  if options.table == 'jax':
     return {('known', 'ours', 'seconds'): of_jax}
-  if table == 'detection':
+  if options.table == 'detection':
     return {('boxes', 'known', 'ours', 'seconds'): of_detection}
-  if table == 'onnx':
-    found = {('PyTorch',): of_ours}
-    for dynamo, exporter in _EXPORTERS.items():
-      found[exporter, 'with constants', 'seconds'] = functools.partial(
-        of_onnx, dynamo=dynamo, folder=folder
+  if options.table == 'onnx':
+    found = {}
+    for exporter in _EXPORTERS:
+      first = ('PyTorch',) if exporter == _EXPORTERS[0] else ()
+      found[*first, exporter, 'with constants', 'seconds'] = functools.partial(
+        of_onnx, exporter=exporter, asked=options.exporters, folder=folder
       )
     return found
   found = {('known',): of_known}
-  for counter in counters:
+  for counter in options.counters:
     names = (counter, 'seconds') if counter == 'ours' else (counter,)
     found[names] = functools.partial(of_counter, counter=counter)
   return found
@@ -207,7 +219,6 @@ def in_a_process(
   """Returns cells that a process of its own computes, or why there are none."""
   # Not a fork of this one, whose threads for tensors a child would wait for.
   context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload(_IMPORTED_ONCE)
   receiver, sender = context.Pipe(duplex=False)
   process = context.Process(target=_send, args=(sender, cells, name))
   process.start()
@@ -233,33 +244,37 @@ class Table:
 
   def __init__(self, names: list[str], order: list[str], path: str | None):
     self._path, self._order = path, order
-    head = f'| model | {" | ".join(names)} |\n|---|{"---:|" * len(names)}\n'
+    self._head = f'| model | {" | ".join(names)} |\n|---|'
+    self._head += f'{"---:|" * len(names)}\n'
     if path is None:
-      print(head, end='', flush=True)
-      self.rows, self._head = {}, ''
-      return
-    text = ''
-    if os.path.exists(path):
-      with open(path) as file:
-        text = file.read()
-    before, found, after = text.partition(head)
-    lines = after.splitlines(keepends=True) if found else []
-    length = next(
-      (i for i, line in enumerate(lines) if not line.startswith('|')),
-      len(lines),
-    )
-    self.rows = {line.split('|')[1].strip(): line for line in lines[:length]}
-    self._head, self._after = before + head, ''.join(lines[length:])
+      print(self._head, end='', flush=True)
+
+  def rows(self) -> dict[str, str]:
+    """Returns the lines of the rows that there are, by their names."""
+    return self._read()[1]
 
   def add(self, name: str, cells: list[str]) -> None:
     """Writes a row in its place."""
-    self.rows[name] = f'| {name} | {" | ".join(cells)} |\n'
+    line = f'| {name} | {" | ".join(cells)} |\n'
     if self._path is None:
-      print(self.rows[name], end='', flush=True)
+      print(line, end='', flush=True)
       return
-    rows = sorted(self.rows, key=self._order.index)
+    before, rows, after = self._read()
+    rows[name] = line
+    lines = [rows[name] for name in sorted(rows, key=self._order.index)]
     with open(self._path, 'w') as file:
-      file.writelines((self._head, *map(self.rows.get, rows), self._after))
+      file.writelines((before, self._head, *lines, after))
+
+  def _read(self) -> tuple[str, dict[str, str], str]:
+    """Returns the text before the table, its rows, and the text after it."""
+    if self._path is None or not os.path.exists(self._path):
+      return '', {}, ''
+    with open(self._path) as file:
+      before, found, after = file.read().partition(self._head)
+    lines = after.splitlines(keepends=True) if found else []
+    rows = list(itertools.takewhile(lambda line: line[0] == '|', lines))
+    after = ''.join(lines[len(rows) :])
+    return before, {row.split('|')[1].strip(): row for row in rows}, after
 
 
 def main() -> None:
@@ -268,35 +283,49 @@ def main() -> None:
   parser.add_argument(
     '--table', choices=('torch', 'detection', 'onnx', 'jax'), default='torch'
   )
-  parser.add_argument('--counters', default=','.join(counter_peers.COUNTERS))
+  for kind, known in (
+    ('--counters', list(counter_peers.COUNTERS)),
+    ('--exporters', list(_EXPORTERS)),
+  ):
+    parser.add_argument(
+      kind, type=functools.partial(_of, known), default=known, metavar='A,B'
+    )
   parser.add_argument('--output', help='a Markdown file with the table')
   parser.add_argument('--exports', help='a folder that keeps ONNX files')
   parser.add_argument('--limit_s', type=float, default=600, help='of a cell')
-  parser.add_argument('names', nargs='*', metavar='NAME')
+  parser.add_argument('names', nargs='*', metavar='NAME', help='of models')
   options = parser.parse_args()
-  counters = options.counters.split(',')
-  if unknown := set(counters) - counter_peers.COUNTERS.keys():
-    parser.error(f'unknown counters: {sorted(unknown)}')
   models = _models(options.table)
   if unknown := set(options.names) - {name.split()[1] for name in models}:
     parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
+  multiprocessing.set_forkserver_preload(
+    ['benchmarks.counters', *_IMPORTED_ONCE[options.table]]
+  )
   with contextlib.ExitStack() as stack:
     folder = options.exports
     if folder is None:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
     os.makedirs(folder, exist_ok=True)
-    parts = columns(options.table, counters, folder)
+    parts = columns(options, folder)
     table = Table([x for part in parts for x in part], models, options.output)
     for name in models:
       if options.names and name.split()[1] not in options.names:
         continue
-      if name in table.rows:
+      if name in table.rows():
         continue
       row = []
       for part, cells in parts.items():
         found = in_a_process(cells, name, options.limit_s)
         row += found + [''] * (len(part) - len(found))
       table.add(name, row)
+
+
+def _of(known: list[str], text: str) -> list[str]:
+  """Returns names that are separated by commas."""
+  names = text.split(',')
+  if unknown := [name for name in names if name not in known]:
+    raise argparse.ArgumentTypeError(f'must be of {known}; got {unknown}')
+  return names
 
 
 def _models(table: str) -> list[str]:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+os.environ['KERAS_BACKEND'] = 'jax'  # Before Keras is imported.
+
 _KERAS = """
   VGG16 VGG19 ResNet50 ResNet101 ResNet50V2 ResNet152V2 DenseNet121
   DenseNet201 InceptionV3 InceptionResNetV2 Xception MobileNet MobileNetV2
@@ -43,7 +45,6 @@ def _image(*shape: int) -> jax.ShapeDtypeStruct:
 
 def _keras(name: str):
   def make():
-    os.environ['KERAS_BACKEND'] = 'jax'
     import keras
 
     options = {'input_shape': (224, 224, 3)} if 'NetV3' in name else {}

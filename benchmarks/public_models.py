@@ -40,7 +40,7 @@ _DETECTION = {
     """,
   ),
   '1,000 proposals, 100 detections': (
-    {'rpn_nms_thresh': 1.0, 'box_score_thresh': 0.0},
+    {'rpn_nms_thresh': 1.0, 'box_nms_thresh': 1.0},
     'maskrcnn_resnet50_fpn_v2',
   ),
 }

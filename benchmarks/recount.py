@@ -1,7 +1,7 @@
 """Counts public models in two fresh processes, whose reports may not differ.
 
   python -m benchmarks.recount --table=torch|detection|onnx|jax
-    [--exports=DIR]
+    [--exports=DIR] [NAME...]
 
 The two have other hash seeds and numbers of threads. Reports are compared in
 whole: layers in order, shapes, parameters, notes, what is missing. ONNX files
@@ -28,31 +28,45 @@ from dynconv_jax.macs import report
 Models = Iterator[tuple[str, Callable[[], report.Report]]]
 
 
-def models(table: str, exports: str) -> Models:
-  """Yields the models of a table."""
+def models(table: str, exports: str, names: list[str]) -> Models:
+  """Yields the models of a table that have a word among `names`, or all."""
+
+  def wanted(name: str) -> bool:
+    return not names or not set(names).isdisjoint(name.split())
+
   if table == 'jax':
     from benchmarks import jax_models
     from dynconv_jax.macs import count_macs as count_jax
 
     for name, make in jax_models.models().items():
+      if not wanted(name):
+        continue
       function, args, _ = make()
       yield name, functools.partial(count_jax, function, *args)
   elif table == 'onnx':
     from dynconv_jax.macs.onnx import count_macs as count_onnx
 
     for path in sorted(pathlib.Path(exports).glob('*.onnx')):
-      yield path.stem, functools.partial(count_onnx, path)
+      if wanted(path.stem):
+        yield path.stem, functools.partial(count_onnx, path)
   else:
     import torch
 
     from benchmarks import counter_peers, public_models
     from dynconv_jax.macs.torch import count_macs as count_torch
 
-    made = {'torch': public_models.models, 'detection': public_models.detection}
-    for name, (make, inputs, *_) in made[table]().items():
+    run, found = None, public_models.models()
+    if table == 'detection':
+      run, found = 'drawn', public_models.detection()
+    for name, (make, inputs, *_) in found.items():
+      if not wanted(name):
+        continue
       torch.manual_seed(0)
       args, kwargs = counter_peers.split(inputs)
-      yield name, functools.partial(count_torch, make(), *args, kwargs=kwargs)
+      yield (
+        name,
+        functools.partial(count_torch, make(), *args, kwargs=kwargs, run=run),
+      )
 
 
 def main() -> None:
@@ -63,9 +77,10 @@ def main() -> None:
   )
   parser.add_argument('--exports', default='.', help='the folder of ONNX files')
   parser.add_argument('--once', action='store_true', help='prints digests')
+  parser.add_argument('names', nargs='*', metavar='NAME', help='of models')
   options = parser.parse_args()
   if options.once:
-    _print_digests(models(options.table, options.exports))
+    _print_digests(models(options.table, options.exports, options.names))
     return
   runs = [_run(seed) for seed in (1, 2)]
   if not runs[0]:

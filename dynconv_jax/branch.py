@@ -1,9 +1,8 @@
 """What the branch of a gated block computes, as data.
 
-A branch is a chain of convolutions. Everything that has to know where each of
-them runs, what it costs or how it is executed reads the description here:
-execution masks, losses, the MAC report, sparse backends and ONNX export.
-Imports nothing but the standard library.
+A branch is a chain of convolutions. Execution masks, losses, the MAC report,
+sparse backends, and ONNX export all read this description. This module imports
+only the standard library.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import dataclasses
 import functools
 
 ACTIVATIONS = ('relu', 'relu6', 'silu', 'gelu')
-# f(f(x)) = f(x): a map that went through one of them may be left as it is.
+# f(f(x)) = f(x): applying one of them again changes nothing.
 IDEMPOTENT = ('relu', 'relu6', None)
 SHORTCUTS = ('identity', 'projection', 'none')
 PADDINGS = ('symmetric', 'same')
@@ -28,12 +27,12 @@ class Conv:
     in_features: channels of the input.
     features: channels of the output.
     kernel_size: side of the kernel, odd.
-    strides: of the convolution.
-    groups: into how many the channels are divided; as many as `in_features`
-      make the convolution depthwise.
+    strides: stride of the convolution, along both axes.
+    groups: number of channel groups; `in_features` of them make the convolution
+      depthwise.
     activation: one of ACTIVATIONS after the batch norm, or None.
     padding: 'symmetric', kernel_size // 2 on each side, as PyTorch pads; or
-      'same', TensorFlow's, which is asymmetric where a stride is.
+      'same', TensorFlow's, which is asymmetric for strides above 1.
   """
 
   name: str
@@ -85,7 +84,7 @@ class Conv:
 
   @property
   def is_pointwise(self) -> bool:
-    """Whether an output position reads the input at the same position only."""
+    """Whether an output position reads only the same position of the input."""
     return self.kernel_size == self.strides == 1
 
   def output_size(self, size: int) -> int:
@@ -113,13 +112,13 @@ class Branch:
   `activation(shortcut(x) + mask * branch(x))` is the block's output.
 
   Attributes:
-    convs: in order of execution.
+    convs: the convolutions, in order of execution.
     activation: one of ACTIVATIONS after the addition, or None.
     shortcut: 'identity'; 'projection', a strided 1x1 convolution and a batch
       norm; or 'none', nothing is added.
-    input_activated: whether the block's input went through that activation
-      before. With an identity shortcut, positions that are not executed then
-      stay as they are.
+    input_activated: whether the block's input has already been through this
+      activation. With an identity shortcut, inactive positions then keep their
+      values.
   """
 
   convs: tuple[Conv, ...]
@@ -149,7 +148,7 @@ class Branch:
       self.strides != 1 or self.in_features != self.features
     ):
       raise ValueError(
-        'an identity shortcut needs strides of 1 and as many channels in as '
+        'an identity shortcut needs strides of 1 and equal channels in and '
         f'out; got strides {self.strides}, {self.in_features} and '
         f'{self.features} channels'
       )
@@ -166,7 +165,7 @@ class Branch:
 
   @functools.cached_property
   def strides(self) -> int:
-    """Of the whole branch."""
+    """Stride of the whole branch."""
     product = 1
     for conv in self.convs:
       product *= conv.strides
@@ -189,9 +188,9 @@ class Branch:
   def levels(self) -> tuple[int, ...]:
     """Which mask each convolution runs on, in order of execution.
 
-    The last one runs on level 0, the block's mask. Walking backwards, a
-    convolution that is not pointwise needs its input at other positions: the
-    one before it runs on the next level, see `reads`.
+    The last one runs on level 0, the block's mask. A convolution that is not
+    pointwise reads its input at other positions, so the convolution before it
+    runs on the next level; see `reads`.
     """
     level, levels = 0, []
     for conv in reversed(self.convs):
@@ -203,16 +202,16 @@ class Branch:
   def reads(self) -> tuple[Conv, ...]:
     """The convolution that leads from level i to level i + 1, for each i.
 
-    Level i + 1 is where its input is needed for outputs at level i: a kernel
-    dilates the mask, a stride puts zeros between its positions. What the first
-    convolution reads of the block's input is not a level.
+    Level i + 1 is where it needs its input to compute outputs at level i: a
+    kernel dilates the mask, and a stride puts zeros between its positions. The
+    block's input has no level.
     """
     reads = [conv for conv in self.convs[1:] if not conv.is_pointwise]
     return tuple(reversed(reads))
 
   @property
   def stays(self) -> bool:
-    """Whether positions that are not executed stay as they are."""
+    """Whether inactive positions keep their values."""
     return self.shortcut == 'identity' and (
       self.activation is None
       or (self.input_activated and self.activation in IDEMPOTENT)
@@ -240,10 +239,10 @@ class Branch:
     return tuple(by_level[level] for level in range(len(by_level)))
 
   def executed_macs(self, positions: tuple[float, ...]) -> float:
-    """Returns the MACs of the branch at so many active positions.
+    """Returns the MACs of the branch for given numbers of active positions.
 
     Args:
-      positions: how many of each level.
+      positions: number of active positions of each level.
     """
     return sum(
       conv.macs_per_position * positions[level]

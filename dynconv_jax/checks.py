@@ -1,4 +1,4 @@
-"""Checks of what a user gives."""
+"""Checks of user input."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 
 def check_choice(what: str, given: str, allowed: Iterable[str]) -> None:
-  """Raises ValueError naming what is allowed unless `given` is.
+  """Raises ValueError unless a choice is allowed; the message lists choices.
 
   Args:
-    what: what is chosen, such as 'model'.
+    what: the kind of choice, such as 'model'.
     given: the choice.
     allowed: all choices.
   """

@@ -1,4 +1,4 @@
-"""What is installed with an extra of this package, and what is not."""
+"""Checks that optional dependencies are installed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def require(extra: str, *modules: str) -> None:
   """Checks that modules are installed, without importing them.
 
   Args:
-    extra: of this package, that installs them.
+    extra: the extra of this package that installs them.
     *modules: names of top-level modules.
 
   Raises:
-    MissingError: naming all that are missing, and the extra.
+    MissingError: modules are missing; the message names them and the extra.
   """
   missing = [name for name in modules if importlib.util.find_spec(name) is None]
   if missing:
     raise MissingError(
-      f'{", ".join(missing)} not installed: pip install'
-      f" 'dynconv-jax[{extra}]' installs what this needs"
+      f'{", ".join(missing)} not installed: run'
+      f" pip install 'dynconv-jax[{extra}]'"
     )

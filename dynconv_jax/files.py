@@ -1,4 +1,4 @@
-"""Files written whole or not at all; folders held by one process."""
+"""Atomic writes, and folders locked by one process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-# What file systems without locks answer.
+# Errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -20,14 +20,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """Yields a path to write to; the file becomes `path` when the block ends.
 
-  Readers see the old file or the whole new one, also after a crash. If the
-  block raises, `path` stays as it was. Folders are made as needed.
+  Readers see the old file or the complete new one, even after a crash. If the
+  block raises, `path` does not change. Missing folders are created.
 
   Args:
     path: the file to write or replace.
 
   Raises:
-    OSError: of the block, or of the file; names it.
+    OSError: from the block or the file; the message names the file.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,14 +46,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
 
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
-  """Writes a file whole or not at all.
+  """Writes a file atomically.
 
   Args:
     path: the file to write or replace.
-    content: text is written as UTF-8.
+    content: the content; text is written as UTF-8.
 
   Raises:
-    OSError: the file cannot be written; an old one stays.
+    OSError: the file cannot be written. An old file does not change.
   """
   with replacing(path) as partial:
     partial.write_bytes(
@@ -62,13 +62,13 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-  """Checks that files can be written to a folder, before there is a result.
+  """Checks that files can be written to a folder, before work begins.
 
   Args:
-    folder: is made.
+    folder: the folder; it is created if needed.
 
   Raises:
-    OSError: it cannot be made or written to.
+    OSError: the folder cannot be created or written to.
   """
   try:
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
@@ -84,23 +84,24 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 def locked(
   folder: str | os.PathLike[str], work: str, *, wait: bool = False
 ) -> Iterator[int]:
-  """Holds a folder for this process and the children that keep it open.
+  """Locks a folder for this process and the children that keep it open.
 
-  The system lets go of it when the last of them ends, however that ends.
+  The system releases the lock when the last of them ends, for any reason.
 
   Args:
-    folder: is made.
-    work: what is done there; others are told.
-    wait: until others let go, rather than raise.
+    folder: the folder; it is created if needed.
+    work: what this process does there; other processes see it in their error.
+    wait: whether to wait for other processes instead of raising an error.
 
   Yields:
     The file descriptor of the lock, for children to keep open.
 
   Raises:
-    OSError: others hold it; names their process and host. Or the folder cannot
-      be made or written to.
+    OSError: another process holds the lock; the message names it and its host.
+      Or the folder cannot be created or written to.
   """
-  import fcntl  # Here: Windows has none, and needs no lock to count MACs.
+  # Windows has none, and counting MACs needs no lock.
+  import fcntl
 
   folder = pathlib.Path(folder)
   check_folder(folder)

@@ -1,4 +1,4 @@
-"""Losses: what computing costs, by method, and distillation."""
+"""Losses: classes, distillation, and the price of computing by method."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dynconv_jax.methods.skipnet import (
 
 __all__ = [
   'budget_bounds',
+  'classification_losses',
   'distillation_loss',
   'executed_fractions',
   'ponder_cost',
@@ -29,18 +30,36 @@ __all__ = [
 ]
 
 
+def classification_losses(
+  logits: jax.Array, labels: jax.Array, kind: str = 'cross_entropy'
+) -> jax.Array:
+  """Returns float32[N], the loss of each image.
+
+  Args:
+    logits: float32[N, classes].
+    labels: float32[N, classes], shares of the classes, of sum 1.
+    kind: 'cross_entropy', of the softmax; 'bce', the mean over the classes of
+      the binary cross-entropy of sigmoid(logit) against the share (Wightman,
+      Touvron and Jegou, ResNet strikes back, 2021, section 3.2).
+  """
+  if kind == 'cross_entropy':
+    return optax.losses.softmax_cross_entropy(logits, labels)
+  losses = optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+  return jnp.mean(losses, axis=-1)
+
+
 def distillation_loss(
   logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
-  """Returns the divergence of the student from its teacher, a mean.
+  """Returns the mean divergence of the student from its teacher.
 
-  Hinton, Vinyals and Dean, 2015, section 2: KL(teacher || student) of the
-  softened probabilities, times the squared temperature.
+  KL(teacher || student) of the softened probabilities, times the squared
+  temperature (Hinton, Vinyals, and Dean, 2015, section 2).
 
   Args:
     logits: float32[N, classes] of the student.
     teacher_logits: float32[N, classes]; no gradient flows to them.
-    temperature: softens both, > 0.
+    temperature: softens both distributions, > 0.
   """
   targets = jax.nn.log_softmax(
     jax.lax.stop_gradient(teacher_logits) / temperature

@@ -1,4 +1,4 @@
-"""Execution masks: where each gated block's branch is executed."""
+"""Execution masks: where each gated block runs its branch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dynconv_jax.branch import Branch
 
 @dataclasses.dataclass(frozen=True)
 class MaskedLayer:
-  """One layer that is executed only at the active positions of a mask.
+  """One layer that runs only at the active positions of a mask.
 
   Attributes:
     name: the layer's path in the model, such as 'layer2.0.conv2'.
     macs_per_position: multiply-accumulates of one output position, in the
-      `conv` convention (a bias counts one an output).
+      `conv` convention (a bias counts one per output).
     level: which of the mask's `maps` the layer runs on.
-    kind: 'positions'; or 'pairs', a product of attention, which is priced by
-      pairs of active positions.
+    kind: 'positions'; or 'pairs', a product of attention, which costs MACs per
+      pair of active positions.
   """
 
   name: str
@@ -36,20 +36,20 @@ class MaskedLayer:
 
 @flax.struct.dataclass
 class ExecutionMask:
-  """Where one residual block's branch is executed, per image and position.
+  """Where one residual block runs its branch, per image and position.
 
   Attributes:
     maps: float32 of {0, 1}, the mask of each level of the branch, see
       `branch.Branch.levels`. The first is [N, h, w] at the block's output
-      resolution, or [N, tokens]; the others are where what comes before has to
-      be executed.
+      resolution, or [N, tokens]; the others are where the earlier convolutions
+      have to run.
     name: the block's path in the model, such as 'layer2.0'.
     layers: the masked layers of the block, in order of execution.
-    stage: the number of the stage that the block is in.
-    score: float32, of the shape of `hard`, that the decision was made from,
-      where a loss needs it (see `gate.Decision`), or None.
-    overflow: int32[], 1 where a sparse block computed all positions after all;
-      None in a network that is not sparse.
+    stage: number of the block's stage.
+    score: float32, of the shape of `hard`, what the gate decided from, if a
+      loss needs it (see `gate.Decision`); otherwise None.
+    overflow: int32[], 1 if a sparse block fell back to dense; None in a network
+      that is not sparse.
   """
 
   maps: tuple[jax.Array, ...]
@@ -71,7 +71,7 @@ class ExecutionMask:
 
   @property
   def dilated(self) -> jax.Array:
-    """float32[N, H, W] of {0, 1}: where its first convolution is executed."""
+    """float32[N, H, W] of {0, 1}: where the first convolution runs."""
     return self.maps[-1]
 
   def executed_macs(self) -> jax.Array:
@@ -84,7 +84,7 @@ class ExecutionMask:
     )
 
   def dense_macs(self) -> int:
-    """Returns the MACs of the masked layers for one image, mask all ones."""
+    """Returns the MACs of the masked layers for one image and a full mask."""
     counts = [math.prod(m.shape[1:]) for m in self.maps]
     return sum(
       layer.macs_per_position
@@ -93,7 +93,7 @@ class ExecutionMask:
     )
 
   def density(self) -> jax.Array:
-    """Returns float32[N]: share of active positions of `hard`."""
+    """Returns float32[N]: the share of active positions of `hard`."""
     return jnp.mean(self.hard, axis=tuple(range(1, self.hard.ndim)))
 
   def __repr__(self) -> str:
@@ -113,15 +113,15 @@ def execution_mask(
   stage: int = 0,
   score: jax.Array | None = None,
 ) -> ExecutionMask:
-  """Returns what a decision at output resolution means for a branch.
+  """Returns the execution mask that follows from a decision.
 
   Args:
-    branch: of the block.
-    hard: float32[N, h, w] of {0, 1}.
+    branch: describes the block's branch.
+    hard: float32[N, h, w] of {0, 1}, the decision at output resolution.
     size: (height, width) of the block's input.
     name: the block's path in the model.
-    stage: the number of its stage.
-    score: what the decision was made from, or None.
+    stage: number of the block's stage.
+    score: what the gate decided from, or None.
   """
   maps = [hard]
   sizes = branch.level_sizes(size)
@@ -148,7 +148,7 @@ def masked_layers(branch: Branch, name: str) -> tuple[MaskedLayer, ...]:
   """Returns the masked layers of a block, in order of execution.
 
   Args:
-    branch: of the block.
+    branch: describes the block's branch.
     name: the block's path in the model.
   """
   return tuple(
@@ -165,11 +165,11 @@ def dilate(
   size: tuple[int, int] | None = None,
   low: tuple[int, int] | None = None,
 ) -> jax.Array:
-  """Returns where a convolution's inputs are needed, without gradient.
+  """Returns where a convolution needs its input, without gradient.
 
-  A padded k x k convolution of stride s that is evaluated at the positions of
-  `mask` reads its input at these positions (Verelst and Tuytelaars, CVPR 2020,
-  section 3.3). As in the authors' code no gradient passes the dilation.
+  A padded k x k convolution of stride s that runs at the positions of `mask`
+  reads its input at the returned positions (Verelst and Tuytelaars, CVPR 2020,
+  section 3.3). As in the authors' code, no gradient passes the dilation.
 
   Args:
     mask: float[N, h, w] of {0, 1} at the convolution's output resolution.
@@ -186,8 +186,8 @@ def dilate(
   low = low or (k // 2, k // 2)
   mask = jax.lax.stop_gradient(mask)
   # Zero-stuffing by s puts output position i at input position i * s - low, the
-  # first of its window. The maximum is taken by rows and by columns: on a CPU
-  # several times faster than a reduce_window.
+  # first of its window. The maximum over rows, then columns, is several times
+  # faster on a CPU than reduce_window.
   mask = jax.lax.pad(
     mask,
     jnp.zeros((), mask.dtype),
@@ -216,8 +216,8 @@ def has_values(array: jax.Array) -> bool:
 def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   """Returns [..., H, W]: the nearest of [..., h, w] at each of H x W pixels.
 
-  Pixel i of H takes the value whose cell holds its centre, (i + 1/2) h / H, in
-  integers: sizes need not divide each other.
+  Pixel i of H takes the value whose cell holds its center, (i + 1/2) h / H.
+  Integers keep this exact when sizes do not divide each other.
 
   Args:
     values: [..., h, w].
@@ -236,7 +236,7 @@ def executed_fractions(
   """Returns executed over dense MACs of the masked layers, over the batch.
 
   Args:
-    masks: one a gated block.
+    masks: one per gated block.
 
   Returns:
     network: float32 scalar, of all masked layers together.
@@ -251,8 +251,8 @@ def check_scores(masks: Sequence[ExecutionMask], need: str) -> None:
   """Raises ValueError unless there are masks and each has a score.
 
   Args:
-    masks: one a gated block.
-    need: what needs them, the start of the message.
+    masks: one per gated block.
+    need: the start of the message, which says what needs the scores.
   """
   without = [mask.name for mask in masks if mask.score is None]
   if without or not masks:

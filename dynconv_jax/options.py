@@ -1,7 +1,7 @@
 """Options: fields of frozen dataclasses that can be written as flags.
 
-Each option has a help text and says which values are allowed, so that one
-function checks them, one writes them and one reads them.
+Each option has a help text and a range of allowed values. One function checks
+options, one writes them, and one reads them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _KINDS = {
   float: 'a number',
   float | None: 'a number or empty',
   bool: 'true or false',
-  tuple[float, ...]: 'numbers with commas between',
-  tuple[int, ...]: 'integers with commas between',
+  tuple[float, ...]: 'numbers separated by commas',
+  tuple[int, ...]: 'integers separated by commas',
 }
 
 
@@ -58,13 +58,13 @@ def option(
   """Returns a field of a dataclass of options.
 
   Args:
-    default: the value where none is given.
+    default: the default value.
     help: one sentence for users.
-    operational: the option says where things lie or what is shown, not what is
-      computed: it may change when a run is resumed.
-    allowed: which values are allowed: a range, or the names to choose from.
-    before: the value of runs that are older than the option, whose flag files
-      lack it; None: a flag file must have it.
+    operational: the option says where files are or what is shown, not what is
+      computed. It may change when a run resumes.
+    allowed: the allowed values: a range, or the names to choose from.
+    before: the value for runs that are older than the option, whose flag files
+      lack it. None: flag files must have it.
   """
   metadata = dict(
     help=help, operational=operational, allowed=allowed, before=before
@@ -74,7 +74,7 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class NoOptions:
-  """The options of what has none."""
+  """No options."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Option:
   Attributes:
     name: of the field, and of its flag.
     kind: the type of its values.
-    default: the value where none is given.
+    default: the default value.
     help: one sentence for users.
     operational: see `option`.
     allowed: see `option`.
@@ -103,7 +103,7 @@ class Option:
     """Returns the value that a text stands for.
 
     Raises:
-      ValueError: it is not of the option's type.
+      ValueError: the text is not of the option's type.
     """
     try:
       return _parse(self.kind, text.strip())
@@ -143,7 +143,7 @@ def values_of(options: Any) -> dict[str, Any]:
 
 
 def make(kind: type, values: Mapping[str, Any]) -> Any:
-  """Returns a dataclass of those values that are its options."""
+  """Returns a dataclass with its options taken from `values`."""
   known = options_of(kind)
   return kind(
     **{
@@ -158,9 +158,9 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
   """Returns the values of a dataclass's options by name, read from text.
 
   Raises:
-    ValueError: options are missing or are not of their type; names each. One
-      that is None or an empty list by default, or newer than some runs, may be
-      missing.
+    ValueError: options are missing or of the wrong type; the message names
+      each. Options that default to None or an empty list, or that are newer
+      than some runs, may be missing.
   """
   values, errors = {}, []
   for name, known in options_of(kind).items():
@@ -179,7 +179,7 @@ def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def errors_of(options: Any) -> list[str]:
-  """Returns what is wrong with each option of a dataclass."""
+  """Returns the error messages of a dataclass's options."""
   return errors(
     functools.partial(known.check, getattr(options, name))
     for name, known in options_of(type(options)).items()
@@ -187,10 +187,10 @@ def errors_of(options: Any) -> list[str]:
 
 
 def errors(checks: Iterable[Callable[[], Any]]) -> list[str]:
-  """Returns the messages of those checks that find something wrong.
+  """Returns the messages of the checks that fail.
 
   Args:
-    checks: raise ValueError, or FileNotFoundError, where something is wrong.
+    checks: raise ValueError or FileNotFoundError on failure.
   """
   messages = []
   for check in checks:

@@ -24,7 +24,7 @@ def load(reference: str, kind: type, option: str) -> Any:
     raise ValueError(f'{given}: write package.module:NAME')
   try:
     module = importlib.import_module(module_name)
-  except Exception as error:  # Whatever a user's module raises.
+  except Exception as error:  # A user's module may raise anything.
     missing = isinstance(error, ModuleNotFoundError) and (
       f'{module_name}.'.startswith(f'{error.name}.')
     )

@@ -1,8 +1,9 @@
-"""Whether one network is better than another: paired tests over examples.
+"""Paired tests of whether one network is better than another.
 
-Two sets of networks are compared on the same examples, so what counts is where
-they differ. An interval allows for other examples and, where there are several
-seeds, for other seeds; of a single seed it holds for that network alone.
+The tests compare two sets of networks on the same examples, so only examples on
+which they differ count. Intervals account for other examples and, given several
+seeds, for other seeds. The interval of a single seed holds for that network
+alone.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class McNemar:
   Attributes:
     only_a: examples that only the first got right.
     only_b: examples that only the second got right.
-    p: two-sided.
+    p: two-sided p-value.
   """
 
   only_a: int
@@ -39,7 +40,8 @@ class Estimate:
     value: over all seeds and examples, in the unit of the values.
     low: 2.5 % quantile of the resampled means.
     high: 97.5 % quantile.
-    p: two-sided, that `value` is 0; at least 2 / (resamples + 1).
+    p: two-sided p-value of the hypothesis that the mean is 0; at least
+      2 / (resamples + 1).
   """
 
   value: float
@@ -49,17 +51,17 @@ class Estimate:
 
 
 def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> McNemar:
-  """Returns the exact test that two networks are right equally often.
+  """Returns an exact test of whether two networks are right equally often.
 
-  Only examples that one of them got right and the other wrong say anything:
-  without a difference, each is a fair coin (McNemar, Psychometrika 1947).
+  Only examples on which exactly one network is right matter. If the networks
+  are equally good, each of these is a fair coin (McNemar, Psychometrika 1947).
 
   Args:
     correct_a: bool[n], of the first network.
     correct_b: bool[n], of the second, on the same examples.
 
   Raises:
-    ValueError: they are not bool[n] of one n.
+    ValueError: the arrays are not bool[n] with the same n.
   """
   a, b = np.asarray(correct_a), np.asarray(correct_b)
   if (
@@ -112,18 +114,18 @@ def paired_bootstrap(
   Rasbash, JRSS C 2003: seeds and examples drawn independently would count
   their interaction three times (Owen, Annals of Applied Statistics 2007).
 
-  With two or three seeds, the seeds' variance is itself hardly known.
+  Two or three seeds give only a rough estimate of the seeds' variance.
 
   Args:
     a: float or bool[seeds, n], such as correctness.
     b: float or bool[seeds of b, n], of the same examples in the same order.
-    paired_seeds: whether row i of both is of one seed; effects of seeds are
-      then those on the difference.
-    resamples: draws of all examples and seeds.
+    paired_seeds: whether row i of both arrays comes from the same seed. Effects
+      of seeds are then those on the difference.
+    resamples: number of bootstrap draws.
     seed: of the resampling.
 
   Raises:
-    ValueError: the arrays are not as above, there are fewer than two examples,
+    ValueError: the arrays have other shapes, there are fewer than two examples,
       or resamples is not positive.
   """
   a, b = _checked('a', a), _checked('b', b)
@@ -134,14 +136,14 @@ def paired_bootstrap(
     )
   if paired_seeds and len(a) != len(b):
     raise ValueError(
-      f'paired seeds must be equally many; got {len(a)} and {len(b)}'
+      f'paired seeds must be equal in number; got {len(a)} and {len(b)}'
     )
   layouts = [a - b] if paired_seeds else [a, b]
   return _bootstrap(a.mean(0) - b.mean(0), layouts, resamples, seed)
 
 
 def _bootstrap(per_example, layouts, resamples: int, seed: int) -> Estimate:
-  """Returns the estimate of the mean of what is given for each example.
+  """Returns the estimate of the mean over examples.
 
   Args:
     per_example: float[n], the mean over seeds, or a difference of such.
@@ -172,9 +174,9 @@ def _bootstrap(per_example, layouts, resamples: int, seed: int) -> Estimate:
 def _seed_effects(layout: np.ndarray) -> np.ndarray:
   """Returns float[seeds] of mean 0, whose variance is that of the seeds.
 
-  The mean square of a two-way layout without repeats, between seeds, expects
-  the interaction's variance plus n times that of the seeds; what the seeds
-  share with neither, the interaction, is subtracted.
+  In a two-way layout without repeats, the mean square between seeds estimates
+  the variance of the interaction plus n times that of the seeds. Subtracting
+  the interaction leaves the seeds.
   """
   seeds, n = layout.shape
   effects = layout.mean(1) - layout.mean()

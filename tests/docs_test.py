@@ -8,7 +8,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / 'dynconv_jax'
-HELPERS = {'checks', 'extras', 'files', 'native', 'options', 'references'}
+HELPERS = {'checks', 'distributed', 'extras', 'files', 'native', 'options'}
+HELPERS |= {'references'}
 PAGES = [*ROOT.glob('docs/**/*.md'), *ROOT.glob('results/**/*.md')]
 
 

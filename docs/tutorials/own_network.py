@@ -54,15 +54,15 @@ from dynconv_jax.sparse import sparsify
 # of your own.
 
 # %%
-SHAPES = [(16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2), (64, 64, 1)]
+SHAPES = [(24, 24, 1), (24, 24, 1), (24, 48, 2), (48, 48, 1)]
 
 
 class Net(nnx.Module):
   foldable = (('stem', 'norm'),)
 
   def __init__(self, num_classes, *, rngs):
-    self.stem = conv(3, 16, 3, rngs=rngs)
-    self.norm = BatchNorm(16, activation='relu', rngs=rngs)
+    self.stem = conv(3, 24, 3, strides=2, rngs=rngs)
+    self.norm = BatchNorm(24, activation='relu', rngs=rngs)
     self.blocks = nnx.List(
       [
         BasicBlock(
@@ -77,7 +77,7 @@ class Net(nnx.Module):
         for i, (in_features, features, strides) in enumerate(SHAPES)
       ]
     )
-    self.head = nnx.Linear(64, num_classes, rngs=rngs)
+    self.head = nnx.Linear(48, num_classes, rngs=rngs)
 
   def __call__(self, images, **kwargs):
     gating = Gating(**kwargs)
@@ -118,7 +118,7 @@ test_images, test_objects, test_labels = load('test', 200)
 # third: then training decides as evaluation does.
 
 # %%
-STEPS, BATCH, BUDGET = 360, 64, 0.4
+STEPS, BATCH, BUDGET = 450, 64, 0.4
 optimizer = nnx.Optimizer(
   model, optax.adam(optax.cosine_decay_schedule(3e-3, STEPS)), wrt=nnx.Param
 )
@@ -151,7 +151,7 @@ for i in range(STEPS):
     labels[chosen],
     i / STEPS,
   )
-  if i % 60 == 59:
+  if i % 75 == 74:
     print(f'step {i + 1}: loss {loss:.3f}, executed fraction {fraction:.3f}')
 
 # %% [markdown]

@@ -35,6 +35,7 @@ COMMANDS = {
   'export stablehlo': 'export_stablehlo',
   'export weights': 'export_weights',
   'export web': 'export_web',
+  'export zoo': 'export_zoo',
 }
 
 

@@ -150,8 +150,11 @@ def main(argv: Sequence[str]) -> None:
     return predict(params, model_state, images, key)
 
   overflows = []
+  target = config.target()
   executor = functools.cache(
-    lambda shape: SparseExecutor(run.model, shape, mode=_EXECUTION.value)
+    lambda shape: SparseExecutor(
+      run.model, shape, mode=_EXECUTION.value, budget=target or None
+    )
   )
 
   def sparse_network(images):
@@ -168,7 +171,6 @@ def main(argv: Sequence[str]) -> None:
     'gmacs_dense': report.total / 1e9,
     'convention': _CONVENTION.value,
   }
-  target = config.target()
   if target is not None:
     summary['budget'] = target
   if method.samples:

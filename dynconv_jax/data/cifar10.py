@@ -1,7 +1,7 @@
 """CIFAR-10 (Krizhevsky, 2009) from its published binary files.
 
-TFDS's own builder hands NumPy arrays to an image feature, which takes
-TensorFlow to encode; this one stores PNG files.
+TFDS's own builder needs TensorFlow to encode NumPy arrays as images. This one
+stores PNG files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
 _OPTION = 'cifar10_dir'
-# TFDS knows the SHA-256 of what is published under this address and checks it.
+# TFDS checks the SHA-256 of what is published at this address.
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # Published on https://www.cs.toronto.edu/~kriz/cifar.html.
 MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
@@ -53,8 +53,8 @@ def open_cifar10(options: Options, common: Common) -> Dataset:
 
   Raises:
     FileNotFoundError: the folder or files are missing.
-    ValueError: files are not what they should be.
-    ConnectionError: it cannot be downloaded.
+    ValueError: files have the wrong format.
+    ConnectionError: the download fails.
   """
   path, key = None, ''
   if options.cifar10_dir:
@@ -88,7 +88,7 @@ def parse(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
   """Yields the images of a binary file, uint8[32, 32, 3], and their labels.
 
   Raises:
-    ValueError: the content is not whole records, or a label is not a class.
+    ValueError: the content ends inside a record, or a label is out of range.
   """
   if not content or len(content) % _RECORD_BYTES:
     raise ValueError(
@@ -108,11 +108,11 @@ def parse(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def check_directory(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
-  """Returns what holds the binary files, and a short hash that names it.
+  """Returns the folder or archive of the binary files, and its short hash.
 
   Args:
-    path: folder with the unpacked files, or whose only folder holds them, or
-      the archive itself, whose hash is checked.
+    path: a folder with the unpacked files, a folder whose only subfolder holds
+      them, or the archive itself, whose hash is checked.
 
   Raises:
     FileNotFoundError: the folder or files are missing.

@@ -1,4 +1,4 @@
-"""Encoded image bytes in, uint8 RGB arrays out; resampling by Pillow."""
+"""Decodes and resamples images with Pillow."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 # ImageNet's own protocol: short side 256, central 224.
 RESIZE_RATIO = 256 / 224
 
-# Of a network's input and of drawn images, pixels: a bound against typing
-# errors that end in hours of work or an abort.
+# Largest side of a network's input and of drawn images, in pixels. It catches
+# typing errors before they cost hours.
 MAX_IMAGE_SIZE = 4096
 
 # (left, top, right, bottom) in pixels, fractions allowed.
@@ -24,7 +24,7 @@ _FORMATS = ('JPEG', 'PNG', 'WEBP')
 
 
 class CorruptImageError(ValueError):
-  """Says which image cannot be decoded, and why.
+  """An image that cannot be decoded, and the reason.
 
   Attributes:
     name: the image's name in its data set, or its path.
@@ -45,14 +45,14 @@ def decode_image(data: bytes, name: str = '(unnamed)') -> np.ndarray:
   """Returns uint8[H, W, 3], the picture upright, in RGB, over white.
 
   Args:
-    data: a JPEG, PNG or WebP file: any color mode, bit depth or orientation
-      tag. Of an animation, the first frame.
+    data: a JPEG, PNG, or WebP file of any color mode, bit depth, or orientation
+      tag. The first frame of an animation is used.
     name: what to call the image in an error.
 
   Raises:
-    CorruptImageError: the data are empty, cut off, damaged or of another
-      format. JPEG and WebP have no checksums: of damage in the middle, only
-      what breaks the decoder is seen.
+    CorruptImageError: the data are empty, cut off, damaged, or of another
+      format. JPEG and WebP have no checksums, so only damage that breaks the
+      decoder is noticed.
   """
   return np.asarray(_load(_open(data, name), name))
 
@@ -68,13 +68,13 @@ def decode_resized(
   """Returns uint8[image_size, image_size, 3]: a box of the image, resampled.
 
   Args:
-    data: a JPEG, PNG or WebP file.
+    data: a JPEG, PNG, or WebP file.
     name: what to call the image in an error.
     image_size: side of the result, in pixels.
-    box_fn: gives the box to resample from the upright image's
+    box_fn: returns the box to resample, given the upright image's
       (width, height).
-    reducing_gap: let the JPEG decoder itself shrink the image by 2, 4 or 8
-      (several times faster) while the box keeps at least this many pixels a
+    reducing_gap: let the JPEG decoder itself shrink the image by 2, 4, or 8
+      (several times faster) while the box keeps at least this many pixels per
       pixel of the result. None decodes at full size, which is exact.
 
   Raises:
@@ -128,12 +128,12 @@ def preprocess_image(
 
 
 def resize_ratio_of(crop: str) -> float:
-  """Returns the short side of an evaluated image over the network's input.
+  """Returns evaluation's ratio of the resized short side to the crop.
 
-  Where training sees whole images, evaluation does too.
+  If training sees whole images, so does evaluation.
 
   Args:
-    crop: how training images are cropped.
+    crop: `crop` of the augmentation.
   """
   return RESIZE_RATIO if crop == 'resized' else 1.0
 
@@ -146,8 +146,8 @@ def evaluation_box(
 ) -> Box:
   """Returns the box that resizing the short side and a center crop keep.
 
-  Sizes and offsets are rounded as torchvision's Resize and CenterCrop round
-  them; resampling the box at once leaves the rest of the image untouched.
+  Sizes and offsets are rounded as by torchvision's Resize and CenterCrop.
+  Only the box has to be resampled then, not the whole image.
 
   Args:
     width: of the image, in pixels.
@@ -182,7 +182,7 @@ def whole_image(width: int, height: int) -> Box:
 
 
 def _resize(image, image_size: int, box: Box, resample) -> Image.Image:
-  # Rounding may put a box a hair outside the image, which Pillow refuses.
+  # Rounding may put a box slightly outside the image, which Pillow refuses.
   limits = np.tile(image.size, 2)
   box = tuple(float(x) for x in np.clip(box, 0, limits))
   return image.resize((image_size, image_size), resample, box=box)
@@ -194,7 +194,7 @@ def _open(data: bytes, name: str) -> Image.Image:
   with _naming(name):
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.format == 'PNG':
-      # Checks the checksums, which decoding does not, and spends the object.
+      # Checks the checksums, which decoding does not; the object is used up.
       image.verify()
       image = Image.open(io.BytesIO(data), formats=_FORMATS)
     return image
@@ -211,8 +211,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _load(image: Image.Image, name: str) -> Image.Image:
   with _naming(name):
     image.load()
-  # In place it turns the pixels first, so that damaged metadata around sound
-  # pixels is no obstacle.
+  # In place it turns the pixels first, so damaged metadata around sound pixels
+  # does not matter.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(image, in_place=True)
   with _naming(name):
@@ -221,11 +221,11 @@ def _load(image: Image.Image, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _naming(name: str):
-  """Turns whatever a decoder raises into a CorruptImageError."""
+  """Turns every error of a decoder into a CorruptImageError."""
   try:
     yield
   except Image.UnidentifiedImageError as error:
-    raise CorruptImageError(name, 'not a JPEG, PNG or WebP image') from error
+    raise CorruptImageError(name, 'not a JPEG, PNG, or WebP image') from error
   except Exception as error:
     # Pillow's decoders meet damaged files with OSError, SyntaxError,
     # struct.error, zlib.error and more.

@@ -1,9 +1,8 @@
 """A training set held on the device as uint8, and random crops from it.
 
-Every image is resized to one square of `cache_size` pixels, its aspect ratio
-kept beside it: the crop undoes the squash. Against padding to a square, no
-memory is wasted and the short side keeps more pixels; against cutting out the
-center, nothing is lost.
+Every image is resized to a square of `cache_size` pixels. Its aspect ratio is
+kept too, and the crop undoes the distortion. Padding to a square would waste
+memory, and cropping the center would lose the rest.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class DecodedImages:
   Attributes:
     image: uint8[n, C, C, 3]; rows of corrupt images are zero.
     label: int32[n].
-    aspect: float32[n], width over height of the image itself.
+    aspect: float32[n], width over height of the original image.
     corrupt: {index: name} of the images that could not be decoded.
   """
 
@@ -46,7 +45,7 @@ class DecodedImages:
 def default_cache_size(
   image_size: int, augmentation: augment.Augmentation
 ) -> int:
-  """Returns the side at which not even the smallest crop is enlarged."""
+  """Returns the smallest side at which no crop has to be enlarged."""
   if augmentation.crop != 'resized':
     return image_size
   return math.ceil(image_size / math.sqrt(augmentation.crop_scale[0]))
@@ -83,12 +82,12 @@ def decode_all(
   Args:
     source: the encoded examples.
     cache_size: side of the cached images, in pixels.
-    box_fn: what to keep of an image, from its (width, height).
-    skip_corrupt: note corrupt images instead of stopping at the first.
+    box_fn: returns the box to keep, given an image's (width, height).
+    skip_corrupt: record corrupt images instead of stopping at the first.
 
   Raises:
     CorruptImageError: an image cannot be decoded, without `skip_corrupt`.
-    ValueError: the array is larger than the memory.
+    ValueError: the array does not fit into memory.
   """
   n = len(source)
   shape = (n, cache_size, cache_size, 3)
@@ -125,10 +124,10 @@ def random_crops(
 
   Args:
     key: the batch's random key.
-    images: uint8[N, C, C, 3] of the cache.
-    aspects: float32[N], width over height of the images before the squash.
+    images: uint8[N, C, C, 3], cached images.
+    aspects: float32[N], width over height of the original images.
     image_size: side of the crops, in pixels.
-    augmentation: gives the range of the boxes.
+    augmentation: its `crop_scale` and `crop_ratio` are used.
   """
   uniform = jax.random.uniform(key, (images.shape[0], 4))
   boxes = augment.crop_boxes(
@@ -145,7 +144,7 @@ def crop_and_resize(
 ) -> jax.Array:
   """Returns float32[N, image_size, image_size, 3] in [0, 1]: boxes, resampled.
 
-  Bilinear and antialiased, as Pillow's `resize(box=...)` on the host.
+  Bilinear and antialiased, like Pillow's `resize(box=...)` on the host.
 
   Args:
     images: uint8[N, H, W, 3].

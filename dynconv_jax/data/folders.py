@@ -1,4 +1,4 @@
-"""Checks of the folders that data sets are prepared from."""
+"""Checks folders that data sets are prepared from."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def check_directory(directory: pathlib.Path, option: str) -> None:
-  """Raises OSError unless `directory` is a folder and not empty.
+  """Raises OSError unless `directory` is a folder that is not empty.
 
   Args:
     directory: the folder.
@@ -32,18 +32,18 @@ def check_files(
   allow_empty: bool = False,
   salt: str = '',
 ) -> str:
-  """Returns a short hash of files' names, sizes and times of modification.
+  """Returns a short hash of files' names, sizes, and modification times.
 
   Args:
     directory: the folder that names are relative to.
-    groups: paths of the files. No file may be in two groups, such as splits or
-      classes; links count as the file that they lead to.
-    source: what names them, for the error.
-    allow_empty: whether zero-byte files are let through.
-    salt: what else the hash depends on.
+    groups: paths of the files by group, such as split or class. No file may be
+      in two groups; a link counts as its target.
+    source: what names the files, for the error.
+    allow_empty: whether zero-byte files are accepted.
+    salt: anything else that the hash depends on.
 
   Raises:
-    FileNotFoundError: files are absent.
+    FileNotFoundError: files are missing.
     ValueError: files are empty or in two groups, or a name is not UTF-8.
   """
   digest = hashlib.sha256(salt.encode())
@@ -87,10 +87,10 @@ def check_files(
 def read_files(
   path: pathlib.Path, names: Iterable[str]
 ) -> Iterator[tuple[str, bytes]]:
-  """Yields the names and contents of files, from an archive in its order.
+  """Yields names and contents of files; from an archive in its own order.
 
   Args:
-    path: a folder, or a tar archive whose only folder stands for it.
+    path: a folder, or a tar archive with a single folder in it.
     names: paths of the files in the folder.
   """
   if path.is_dir():
@@ -105,7 +105,7 @@ def read_files(
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-  """Returns the first few of `names` and how many there are."""
+  """Returns the first few of `names` and their number, as text."""
   text = ', '.join(names[:limit])
   if len(names) > limit:
     text += f', ... ({len(names)} in all)'

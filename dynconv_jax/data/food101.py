@@ -1,7 +1,8 @@
-"""Food-101 (Bossard, Guillaumin and Van Gool, ECCV 2014).
+"""Food-101 (Bossard, Guillaumin, and Van Gool, ECCV 2014).
 
-The features, splits and order are those of TFDS's `food101`, from a download
-without TensorFlow, an unpacked archive or any folder of the archive's layout.
+Features, splits, and order are those of TFDS's `food101`. The images come from
+a download, an unpacked archive, or any folder of the archive's layout.
+TensorFlow is not needed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ with epy.lazy_imports():
 _OPTION = 'food101_dir'
 # TFDS's version whose examples carry their name.
 _VERSION = '2.1.0'
-# TFDS knows the SHA-256 of what is published under this address and checks it.
+# TFDS checks the SHA-256 of what is published at this address.
 URL = 'http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz'
 
 # TFDS calls the published test split 'validation'.
@@ -48,9 +49,9 @@ def open_food101(options: Options, common: Common) -> Dataset:
   """Returns Food-101, from a folder if one is named.
 
   Raises:
-    FileNotFoundError: the folder, its meta files or images are missing.
-    ValueError: a meta file is not what it should be, or an image is empty.
-    ConnectionError: it cannot be downloaded.
+    FileNotFoundError: the folder, its meta files, or images are missing.
+    ValueError: a meta file has the wrong format, or an image is empty.
+    ConnectionError: the download fails.
   """
   # TFDS's order of the classes, unknown ones last.
   known = tfds.core.tfds_path('image_classification/food-101_classes.txt')
@@ -101,19 +102,19 @@ def scan_folder(
 
   Args:
     directory: holds `images/CLASS/ID.jpg` and `meta/{train,test}.json`.
-    classes: the only classes that are wanted. Others may be named by the meta
-      files without having a folder of images. Empty: all are wanted.
-    allow_empty_files: whether zero-byte images are let through.
+    classes: the classes to keep; empty: all. The meta files may name other
+      classes that have no folder of images.
+    allow_empty_files: whether zero-byte images are accepted.
 
   Raises:
-    FileNotFoundError: the folder, its meta files or images are missing.
-    ValueError: a meta file is not what it should be, or an image is empty.
+    FileNotFoundError: the folder, its meta files, or images are missing.
+    ValueError: a meta file has the wrong format, or an image is empty.
   """
   folders.check_directory(directory, _OPTION)
   names = _read_meta(directory)
   wanted = set(classes)
   if wanted:
-    # What is left out on purpose need not be there.
+    # Classes that are left out may be missing.
     named = {name.split('/')[0] for group in names.values() for name in group}
     absent = {
       c for c in named - wanted if not (directory / 'images' / c).is_dir()

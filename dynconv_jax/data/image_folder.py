@@ -1,9 +1,9 @@
 """Any folder of images by split and class: `train/CLASS/*.jpg`.
 
-It is prepared into array_record like every other data set, not read in place:
-then the splits' notation, the mixing of classes (`train[:90%]` of a sorted
-listing would leave whole classes out), names and resuming work as elsewhere,
-and epochs read few large files.
+Like every other data set, it is prepared into array_record files. Splits,
+names, and resuming then work as elsewhere, epochs read few large files, and
+slices mix the classes: `train[:90%]` of a sorted listing would leave whole
+classes out.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Options:
 
   image_folder_dir: str = option(
     '',
-    'Holds train/CLASS/*.jpg and, if there are such splits, val/CLASS/*.jpg '
-    'and test/CLASS/*.jpg.',
+    'Folder with train/CLASS/*.jpg and, optionally, val/CLASS/*.jpg and '
+    'test/CLASS/*.jpg.',
     operational=True,
   )
 
 
 def open_folder(options: Options, common: Common) -> Dataset:
-  """Returns the data set of a folder of images, after checking the folder.
+  """Returns the data set of a folder of images.
 
-  A folder `val` is the validation split, as is one called `validation`.
+  A folder `val` or `validation` is the validation split.
 
   Raises:
-    FileNotFoundError: the folder, its train folder or images are missing.
+    FileNotFoundError: the folder, its train folder, or images are missing.
     ValueError: no folder is named, an image is empty or in two places, a link
-      leads upward, or a split has a class that train lacks.
+      leads to a folder above it, or a split has a class that train lacks.
   """
   if not options.image_folder_dir:
     raise ValueError(f'the dataset image_folder needs {_OPTION}')
@@ -83,11 +83,11 @@ def scan_folder(
   Args:
     directory: holds `train/CLASS/` and, where there are such splits,
       `test/CLASS/` and others, with images anywhere below a class's folder.
-      Hidden files and files of other types are passed over. Linked folders are
+      Hidden files and other file types are ignored. Linked folders are
       followed, each once.
 
   Raises:
-    FileNotFoundError: the folder, its train folder or images are missing.
+    FileNotFoundError: the folder, its train folder, or images are missing.
     ValueError: a link leads to a folder above it, or a split holds a class that
       train lacks.
   """
@@ -157,10 +157,10 @@ def _images(root: pathlib.Path, folder: pathlib.Path) -> list[str]:
 
 
 def _check_link(path: pathlib.Path) -> None:
-  """Raises ValueError if a folder is a link to one that holds it."""
+  """Raises ValueError if a folder is a link to a folder above it."""
   target, here = os.path.realpath(path), os.path.realpath(path.parent)
   if os.path.commonpath([target, here]) == target:
     raise ValueError(
-      f'{_OPTION}: {path} is a link to {target}, a folder above it. Remove it: '
-      'it would count images again, under another class'
+      f'{_OPTION}: {path} is a link to {target}, a folder above it. Remove the '
+      'link: it would count images twice, in another class'
     )

@@ -1,4 +1,4 @@
-"""Names of ImageNet's classes, in the order of published weights."""
+"""ImageNet's class names, in the order of published weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _FILE = pathlib.Path(__file__).with_name('imagenet_classes.txt')
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-  """Returns the 1000 names of ImageNet's classes, by their number.
+  """Returns ImageNet's 1000 class names in label order.
 
-  They are WordNet's; the file says where they are from.
+  They are WordNet's; the file names their source.
   """
   lines = _FILE.read_text('utf-8').splitlines()
   return tuple(line for line in lines if not line.startswith('#'))

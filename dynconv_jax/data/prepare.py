@@ -1,6 +1,6 @@
-"""Data sets prepared into array_record files: once, whole and quietly.
+"""Prepares data sets into array_record files.
 
-TFDS does the work, without TensorFlow: it shuffles the examples by a hash of
+TFDS does the work, without TensorFlow. It shuffles the examples by a hash of
 their names, so that each slice of a split mixes the classes, and writes them
 into few large files.
 """
@@ -41,8 +41,8 @@ FILE_FORMAT = 'array_record'
 _INFO_FILE = 'dataset_info.json'
 _LABELS_FILE = 'labels.npz'
 
-# A preparation that was killed leaves its folder behind. One that is older
-# than this belongs to no living process.
+# A killed preparation leaves its folder behind. No running process has one
+# older than this.
 _STALE_SECONDS = 24 * 3600
 _CONNECT_SECONDS = 10
 
@@ -58,28 +58,28 @@ def prepare(
   masks: bool = False,
   aliases: Mapping[str, str] | None = None,
 ) -> Dataset:
-  """Returns a prepared data set, preparing it where need be.
+  """Returns a data set, prepared on first use.
 
-  TFDS writes into a folder of another name and renames it when all is done, so
-  a preparation that fails or is killed is never taken for whole.
+  TFDS writes into a folder of another name and renames it at the end, so an
+  incomplete preparation is never used.
 
   Args:
-    name: of the data set.
-    version: of what is prepared, such as '1.0.0'.
-    examples: called only to prepare, with TFDS's download manager; returns by
-      split name what to store: dicts of image (an encoded file or its path),
-      label (a class's name or number), name (unique) and, with `masks`,
+    name: name of the data set.
+    version: version of the prepared data, such as '1.0.0'.
+    examples: called only to prepare, with TFDS's download manager. Returns the
+      examples to store by split name: dicts of image (an encoded file or its
+      path), label (a class's name or number), name (unique), and, with `masks`,
       object_mask (an encoded file).
-    class_names: in label order.
-    data_dir: where prepared data sets are kept.
-    key: tells apart data sets of this name that differ in content.
+    class_names: class names in label order.
+    data_dir: folder of prepared data sets.
+    key: distinguishes data sets of this name that differ in content.
     masks: whether examples have an object mask.
-    aliases: of `Dataset`.
+    aliases: see `Dataset`.
 
   Raises:
-    OSError: the disk is full; nothing half-written is kept.
-    ConnectionError: there is nothing to download from.
-    ValueError: the prepared files are damaged or of another format.
+    OSError: the disk is full; incomplete files are removed.
+    ConnectionError: the download fails.
+    ValueError: the prepared files are damaged or have another format.
   """
   root = pathlib.Path(data_dir).expanduser()
   if key:
@@ -126,10 +126,10 @@ def download(
     option: names a local copy, for the error.
 
   Raises:
-    ConnectionError: it cannot be downloaded.
+    ConnectionError: the download fails.
   """
   try:
-    # TFDS tries again for minutes where a host cannot be reached at all.
+    # TFDS retries for minutes even if the host cannot be reached at all.
     requests.head(
       url, timeout=_CONNECT_SECONDS, allow_redirects=True
     ).raise_for_status()
@@ -173,9 +173,9 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
   """Returns the data set that was prepared into a folder.
 
   Raises:
-    ValueError: a file is missing, damaged or of another format.
+    ValueError: a file is missing, damaged, or of another format.
   """
-  # TFDS passes over some of these where they are missing.
+  # TFDS ignores some of these if they are missing.
   contents = {}
   for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
     try:
@@ -258,9 +258,9 @@ def _read_labels(
     ) as error:
       reason = _first_line(error)
       if 'pickle' in reason:  # NumPy takes garbage for one.
-        reason = 'it is no NumPy archive'
+        reason = 'it is not a NumPy archive'
       raise ValueError(
-        f'{path} is damaged: {reason}. Delete it, and it is made anew'
+        f'{path} is damaged: {reason}. Delete it; it will be created again'
       ) from error
   labels = {
     name: np.fromiter((e['label'] for e in split), np.int32, len(split))
@@ -268,7 +268,7 @@ def _read_labels(
   }
   content = io.BytesIO()
   np.savez(content, **labels)
-  # A folder that cannot be written to is read again at the next start.
+  # If the folder is read-only, labels are read again at the next start.
   with contextlib.suppress(OSError):
     files.write_atomic(path, content.getvalue())
   return labels
@@ -306,14 +306,14 @@ def _raise_if_full(
   if code in causes:
     raise OSError(
       code,
-      f'no space left while preparing {name} in {directory}; nothing '
-      'half-written was kept. Free some space or choose another folder by '
+      f'no space left while preparing {name} in {directory}; incomplete '
+      'files were removed. Free some space or choose another folder by '
       'data_dir',
     ) from error
 
 
 def _remove_stale(parent: pathlib.Path) -> None:
-  """Removes what killed preparations left in `parent` more than a day ago."""
+  """Removes what killed preparations left in `parent` over a day ago."""
   for path in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
     with contextlib.suppress(OSError):
       if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -322,7 +322,7 @@ def _remove_stale(parent: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps TFDS from printing, and from drawing bars without a terminal."""
+  """Keeps TFDS from printing, and from progress bars without a terminal."""
   tfds.display_progress_bar(sys.stderr.isatty())
   try:
     with contextlib.redirect_stdout(io.StringIO()):

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epy
 
 from dynconv_jax.data import augment, decode, scenes
+from dynconv_jax.data.randaugment import randaugment
 
 # When it is used: importing it takes a while, and most programs do without.
 with epy.lazy_imports():
@@ -107,20 +108,40 @@ class ExampleReader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainReader:
-  """Reads the batch of a step on the host: decoded, cropped, uint8."""
+  """Reads the batch of a step on the host: decoded, cropped, uint8.
+
+  Attributes:
+    source: the encoded examples.
+    order: which of them make up which batch.
+    image_size: side of the images, in pixels.
+    augmentation: says how they are cropped.
+    skip_corrupt: replace corrupt images by the next good ones. Every row before
+      must then be decoded, whoever keeps it.
+    rows: int[share], rows of the batch to keep.
+    scene_reader: of what scenes are made of, or None.
+  """
 
   source: object
   order: EpochOrder
   image_size: int
   augmentation: augment.Augmentation
   skip_corrupt: bool
+  rows: np.ndarray
   scene_reader: scenes.SceneReader | None = None
 
   def __call__(self, step: int) -> dict:
     epoch = step // self.order.steps_per_epoch
-    uniform = self.order.rng(step).random((self.order.batch_size, 4))
+    rng, n = self.order.rng(step), self.order.batch_size
+    uniform = rng.random((n, 4))
+    operations, strength = (*self.augmentation.randaugment, 0, 0)[:2]
+    drawn = rng.random((n, int(operations), 2))
     rows, skipped = [], []
     for index in self.order.candidates(step):
+      if len(rows) == self.order.batch_size:
+        break
+      if not self.skip_corrupt and len(rows) not in self.rows:
+        rows.append(None)
+        continue
       box_fn = fitted_box(self.image_size)
       if self.augmentation.crop == 'resized':
         box_fn = functools.partial(
@@ -135,12 +156,13 @@ class TrainReader:
       if not row['weight']:
         skipped.append(example['name'])
         continue
+      if operations:
+        row['image'] = randaugment(row['image'], drawn[len(rows)], strength)
       if self.scene_reader is not None:
         row |= self.scene_reader(index, epoch)
       rows.append(row)
-      if len(rows) == self.order.batch_size:
-        break
     check_full(len(rows), self.order)
+    rows = [rows[i] for i in self.rows]
     keys = rows[0].keys() - {'weight', 'aspect'}
     batch = {key: np.stack([r[key] for r in rows]) for key in keys}
     return batch | {'skipped': skipped}
@@ -148,18 +170,29 @@ class TrainReader:
 
 @dataclasses.dataclass(frozen=True)
 class EvalReader:
-  """Reads the example of an index, and what its scene is made of."""
+  """Reads the example of an index, and what its scene is made of.
+
+  An index below 0 is padding: zeros.
+  """
 
   source: object
   read: ExampleReader
   scene_reader: scenes.SceneReader | None = None
 
   def __call__(self, index: int) -> dict:
+    if index < 0:
+      return self._padding
     row = self.read(self.source[index])
     del row['aspect']
     if self.scene_reader is not None:
       row |= self.scene_reader(index)
     return row
+
+  @functools.cached_property
+  def _padding(self) -> dict:
+    read = dataclasses.replace(self.read, skip_corrupt=True)
+    row = dataclasses.replace(self, read=read)(0)
+    return {name: np.zeros_like(value) for name, value in row.items()}
 
 
 def scene_reader(
@@ -187,14 +220,20 @@ def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
 
 
 def eval_batches(
-  reader: EvalReader, indices: Sequence[int], batch_size: int
+  reader: EvalReader, indices: Sequence[int], batch_size: int, rows: np.ndarray
 ) -> grain.MapDataset:
-  """Returns these examples, in batches; the last is padded with zeros."""
-  pad = functools.partial(
-    grain.experimental.batch_and_pad, batch_size=batch_size
-  )
-  rows = grain.MapDataset.source(indices).map(reader)
-  return rows.batch(batch_size, batch_fn=pad)
+  """Returns these examples, in batches; the last is padded with zeros.
+
+  Args:
+    reader: of the examples.
+    indices: of the examples.
+    batch_size: of whole batches.
+    rows: int[share], those of each batch to read.
+  """
+  padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
+  padded[: len(indices)] = indices
+  share = padded.reshape(-1, batch_size)[:, rows].reshape(-1)
+  return grain.MapDataset.source(share).map(reader).batch(len(rows))
 
 
 def read_ahead(

@@ -1,14 +1,14 @@
-"""Scenes: a small photograph somewhere on another one that is blurred.
+"""Scenes: a small photograph at a random place on another, blurred one.
 
-Any data set of photographs becomes one in which most of each image can be left
-uncomputed, and in which the place of the object, the photograph's rectangle,
-is known.
+Scenes turn any data set of photographs into one in which most of each image
+need not be computed. The photograph's rectangle is the known place of the
+object.
 
-What a scene looks like is drawn on the host, from a seed, the epoch, and the
-example: the reader of images must know the background before it decodes.
-`Scenes.compose` then draws a batch under jit. Layouts count in pixels of the
-scene, and photographs are resampled to the network's input at once: networks
-of every input size see the same scenes.
+The host draws each scene's layout from the seed, the epoch, and the example,
+because it must know the background before it decodes. `Scenes.compose` then
+composes a batch under jit. Layouts are in pixels of the scene, and photographs
+are resampled once, directly to the network's input. Networks of every input
+size thus see the same scenes.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 
 from dynconv_jax.data import decode
 
-# A background is blurred by what this many pixels a side, enlarged smoothly,
-# can show: no object.
+# Backgrounds are shrunk to this side and enlarged smoothly, which leaves no
+# object visible.
 BACKGROUND_SIZE = 8
 
-# Evaluation's scenes are the same for every network, whatever the run's seed.
+# Evaluation's scenes are the same for all networks and seeds of runs.
 EVALUATION_SEED = (0, 3)
 
 
 def training_seed(seed: int) -> tuple[int, ...]:
-  """Returns the seed of a run's scenes: a stream beside order and crops."""
+  """Returns the seed of a run's scenes, separate from order and crops."""
   return (seed, 2)
 
 
@@ -42,8 +42,8 @@ class Scenes:
   """Sizes of scenes and of the photographs in them.
 
   Attributes:
-    scene_size: range of a scene's side, in pixels; or one number.
-    object_size: range of the photograph's side, in pixels of the scene; at
+    scene_size: range of a scene's side, in pixels, or one number.
+    object_size: the same for the photograph's side, in pixels of the scene; at
       most the smallest scene.
   """
 
@@ -85,13 +85,13 @@ class Scenes:
     """Returns [N, image_size, image_size, 3]: scenes, uint8 or float32.
 
     Pure and shape-static: call it under jit. The photograph is resampled once,
-    antialiased, from its crop to its place in the result; its border is exact
-    to a fraction of a pixel. Where the result is as large as the scene, and
-    the object as large as its crop, the crop's pixels are copied.
+    antialiased, from its crop to its place in the result, with a border exact
+    to a fraction of a pixel. If the result has the scene's size and the object
+    its crop's, the crop's pixels are copied.
 
     Args:
       images: [N, C, C, 3], the photographs, uint8 in 0 ... 255 or float in
-        [0, 1]: so are the scenes.
+        [0, 1]. The scenes have the same dtype.
       background: uint8[N, B, B, 3], other photographs, shrunk.
       layout: int32[N, 4] of (scene, object, left, top), pixels of the scene:
         both sides, and the object's corner. Zeros leave the object out.
@@ -134,16 +134,16 @@ class Scenes:
 
 @dataclasses.dataclass(frozen=True)
 class SceneReader:
-  """Draws scenes, and reads their backgrounds.
+  """Draws scenes and reads their backgrounds.
 
-  A scene is a function of the seed, the epoch, and the example's index in its
-  split: not of the batch, nor of where the iteration began.
+  A scene depends only on the seed, the epoch, and the example's index in its
+  split, not on the batch or on where the iteration began.
 
   Attributes:
     scenes: sizes.
     source: the encoded examples of the split.
     read: returns 'image', an example's whole image, uint8[B, B, 3], and
-      'weight', 0 where it is corrupt and the next is to be the background.
+      'weight', 0 if it is corrupt, so that the next one becomes the background.
     seed: of all scenes.
   """
 
@@ -155,7 +155,7 @@ class SceneReader:
   def __post_init__(self):
     if len(self.source) < 2:
       raise ValueError(
-        'scenes need two examples at least, one of them as background; got '
+        'scenes need at least two examples, one of them as background; got '
         f'{len(self.source)}'
       )
 
@@ -164,7 +164,7 @@ class SceneReader:
   ) -> tuple[np.ndarray, Iterator[int]]:
     """Returns the layout of a scene, int32[4], and candidates for background.
 
-    The candidates are all other examples: the first that is good is taken.
+    The candidates are all other examples. The first good one is used.
 
     Args:
       index: of the example.
@@ -208,7 +208,7 @@ class SceneReader:
   def take(
     self, indices: np.ndarray, epoch: int, backgrounds: np.ndarray, good
   ) -> dict[str, np.ndarray]:
-    """Returns the parts of a batch of scenes, of backgrounds decoded before.
+    """Returns the parts of a batch of scenes, given decoded backgrounds.
 
     Args:
       indices: int[N] of the examples.
@@ -228,7 +228,7 @@ class SceneReader:
 def compose_batch(
   batch: dict[str, jax.Array], *, scenes: Scenes, image_size: int
 ) -> dict[str, jax.Array]:
-  """Returns a batch of evaluation, its photographs put into scenes.
+  """Returns an evaluation batch with its photographs placed in scenes.
 
   Args:
     batch: 'image', 'background' and 'layout' as `Scenes.compose` takes them;
@@ -290,6 +290,6 @@ def _to_float(images: jax.Array) -> jax.Array:
 
 def _no_background() -> ValueError:
   return ValueError(
-    'scenes need two images at least that can be decoded, one of them as '
+    'scenes need at least two images that can be decoded, one of them as '
     'background'
   )

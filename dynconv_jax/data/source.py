@@ -1,8 +1,8 @@
-"""What a data set has to say of itself: the interface of all data sources.
+"""The interface shared by all data sources.
 
-A data source is one file that exposes a `DataSource`, by convention `SOURCE`,
-and may lie outside the package: `--dataset=package.module:SOURCE`. Its `open`
-returns sequences of examples; `prepare.prepare` makes them of anything that
+A data source is one file that exposes a `DataSource`, by convention `SOURCE`.
+It may lie outside the package: `--dataset=package.module:SOURCE`. Its `open`
+returns sequences of examples. `prepare.prepare` creates them from anything that
 can be iterated over once.
 """
 
@@ -19,10 +19,10 @@ class Common:
   """Options that all data sources share.
 
   Attributes:
-    data_dir: where prepared data sets are kept.
-    classes: the only classes to keep, numbered in this order; empty: all.
-    skip_corrupt: let zero-byte files through, for a reader that skips what it
-      cannot decode.
+    data_dir: folder of prepared data sets.
+    classes: the classes to keep, numbered in this order; empty: all.
+    skip_corrupt: accept zero-byte files; the reader skips what it cannot
+      decode.
   """
 
   data_dir: str | os.PathLike[str]
@@ -32,12 +32,12 @@ class Common:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """An opened data set, all classes and splits.
+  """An opened data set with all its classes and splits.
 
   Attributes:
-    class_names: in label order.
+    class_names: class names in label order.
     splits: examples by the name of the split. `split[i]` is a dict of
-      image: bytes, a JPEG, PNG or WebP file; label: int; name: str; and, for
+      image: bytes, a JPEG, PNG, or WebP file; label: int; name: str; and, for
       all examples or none, object_mask: bytes, an image file, bright where
       the object is. A split may have an attribute `labels`, int[len(split)];
       otherwise each example is read once for its label. Splits are read from
@@ -55,11 +55,11 @@ class DataSource:
   """A kind of data set, such as CIFAR-10 or any folder of images.
 
   Attributes:
-    name: for messages, and for the folder of what is prepared.
-    options: a frozen dataclass. Its fields, made by `option`, become flags, so
-      their names start with the source's.
-    open: returns the data set, preparing it where need be, from an `options`
-      and the options common to all sources.
+    name: name in messages and of the folder of prepared data.
+    options: a frozen dataclass. Its fields, created by `option`, become flags,
+      so their names start with the source's name.
+    open: returns the data set, given its options and the common options. It
+      prepares the data if needed.
   """
 
   name: str
@@ -70,8 +70,7 @@ class DataSource:
     """Returns the options of this source.
 
     Args:
-      config: has an attribute for each option; one that is missing takes its
-        default.
+      config: has the options as attributes; missing ones take their default.
     """
     return self.options(
       **{
@@ -83,13 +82,13 @@ class DataSource:
 
 
 def option(default: Any, help: str, *, operational: bool = False) -> Any:
-  """Returns a field of a source's options, and so a flag.
+  """Returns a field of a source's options, which becomes a flag.
 
   Args:
     default: the flag's default.
     help: the flag's help.
-    operational: the option says where things lie, not what they are: it may
-      change when a run is resumed.
+    operational: the option says where files are, not what they contain. It may
+      change when a run resumes.
   """
   return dataclasses.field(
     default=default, metadata={'help': help, 'operational': operational}

@@ -12,7 +12,7 @@ from dynconv_jax import extras, references
 from dynconv_jax.data import splits as splits_lib
 from dynconv_jax.data.source import Common, Dataset, DataSource
 
-DATASETS = ('spots', 'food101', 'cifar10', 'image_folder')
+DATASETS = ('spots', 'food101', 'cifar10', 'imagenet2012', 'image_folder')
 
 
 class Splits(NamedTuple):
@@ -30,7 +30,7 @@ def load_source(name: str) -> DataSource:
     name: one of DATASETS, or package.module:NAME.
 
   Raises:
-    ValueError: there is no such source.
+    ValueError: no such source exists.
     ImportError: a package that reads data sets is missing.
   """
   if name in DATASETS:
@@ -38,8 +38,8 @@ def load_source(name: str) -> DataSource:
     name = f'{__package__}.{name}:SOURCE'
   if ':' not in name:
     raise ValueError(
-      f'unknown dataset {name!r}; there are {", ".join(DATASETS)}, and your '
-      'own by package.module:NAME'
+      f'unknown dataset {name!r}; allowed: {", ".join(DATASETS)}, or your own '
+      'as package.module:NAME'
     )
   return references.load(name, DataSource, 'dataset')
 
@@ -47,7 +47,7 @@ def load_source(name: str) -> DataSource:
 def open_source(
   source: DataSource | str, split: str, options: Any, common: Common
 ) -> ImageSource | None:
-  """Returns the source of one split, preparing the data set where need be.
+  """Returns the source of one split; prepares the data set if needed.
 
   Args:
     source: the data source, or its name.
@@ -56,7 +56,7 @@ def open_source(
     common: options that all sources share.
 
   Returns:
-    The source; None where `split` is '' or 'none'.
+    The source; None if `split` is '' or 'none'.
 
   Raises:
     ValueError: as `open_splits`.
@@ -91,10 +91,10 @@ def open_splits(
     test: as `train`. None: the data set's test split, if it has one.
 
   Raises:
-    ValueError: an argument is not allowed, files are not what they should be,
-      or a split is empty, unknown or overlaps another.
+    ValueError: an argument is not allowed, files have the wrong format, or a
+      split is empty, unknown, or overlaps another.
     FileNotFoundError: folders or files are missing.
-    ConnectionError: there is nothing to download from.
+    ConnectionError: the download fails.
     OSError: the disk is full.
   """
   opened = _Opened(source, options, common)
@@ -113,10 +113,9 @@ def open_splits(
 
 
 class _Opened:
-  """A data set reduced to the classes asked for.
+  """A data set reduced to the chosen classes.
 
-  Splits are taken after that: percents are of these classes' examples. A split
-  has the same examples as if no other class had been there.
+  Splits are taken after that, so percentages are of these classes' examples.
   """
 
   def __init__(self, source: DataSource | str, options: Any, common: Common):
@@ -243,7 +242,7 @@ def check_classes(
 
 
 def _check_list(classes: Sequence[str]) -> None:
-  """Raises ValueError if a list of wanted classes is no such list."""
+  """Raises ValueError if a list of classes has empty or repeated names."""
   if not all(classes):
     raise ValueError(
       f'classes has an empty name; got {",".join(classes)!r}. Leave it out '
@@ -257,7 +256,7 @@ def _check_list(classes: Sequence[str]) -> None:
 def _labels(
   examples: Sequence[Mapping[str, Any]], dataset: Dataset, what: str
 ) -> np.ndarray:
-  """Returns int32 labels, after checking that a split is as `Dataset` says."""
+  """Returns int32 labels; checks the examples of a split first."""
   if not len(examples):
     return np.zeros(0, np.int32)
   missing = sorted({'image', 'label', 'name'} - set(examples[0]))

@@ -1,4 +1,4 @@
-"""Splits in TFDS's notation: their resolution, and that they do not overlap."""
+"""Resolves splits in TFDS's notation and checks that they do not overlap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Slices = tuple[tuple[str, int, int], ...]
 
 
 def is_none(expression: str | None) -> bool:
-  """Returns whether an expression says that there is no such split."""
+  """Returns whether an expression stands for no split."""
   return expression is None or expression.strip().lower() in ('', 'none')
 
 
@@ -30,8 +30,8 @@ def resolve_split(
     (name, start, stop) for each term, in order; none is empty.
 
   Raises:
-    ValueError: the notation is wrong, a split is unknown or out of range, or
-      nothing is left, or an example would come twice.
+    ValueError: the notation is wrong, or a split is unknown, out of range, or
+      empty, or would hold an example twice.
   """
   import tensorflow_datasets as tfds  # Slow, and most programs need no data.
 
@@ -76,17 +76,16 @@ def check_splits(
   sizes: Mapping[str, int],
   aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Slices | None]:
-  """Returns each split's slices after checking that no two share an example.
+  """Returns each split's slices; checks that no two share an example.
 
   Args:
     expressions: expression by role, such as {'train': 'train[:90%]',
-      'validation': 'train[90%:]', 'test': ''}; '' and 'none' say that there is
-      no such split.
+      'validation': 'train[90%:]', 'test': ''}; '' and 'none' are no split.
     sizes: number of examples by the name of the dataset's own split.
     aliases: other names of those splits.
 
   Returns:
-    Slices by role, None where there is no such split.
+    Slices by role; None if there is no such split.
 
   Raises:
     ValueError: a split cannot be resolved or is empty, or two overlap.

@@ -1,8 +1,9 @@
 """Spots: drawn images in which one small object alone decides the class.
 
-A textured background with clutter, drawn without knowledge of the class, and
-one small shape at a random place. Most of each image can be left uncomputed,
-and the object's true mask tells whether a network computes where it must.
+Each image has a textured background with clutter, which does not depend on the
+class, and one small shape at a random place. Most of the image need not be
+computed, and the object's true mask shows whether a network computes where it
+must.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _MIN_RADIUS, _MAX_RADIUS = 0.15, 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of the source: what determines every pixel of it."""
+  """Options of the source; they determine every pixel."""
 
   spots_size: int = option(32, 'Side of the drawn images, pixels.')
   spots_train: int = option(3000, 'Number of drawn training images.')
@@ -47,7 +48,7 @@ class Options:
 
 
 def open_spots(options: Options, common: Common) -> Dataset:
-  """Returns the drawn images, drawing them where need be."""
+  """Returns the drawn images; draws them on first use."""
   numbers = {'train': options.spots_train, 'test': options.spots_test}
   return prepare(
     SOURCE.name,
@@ -84,11 +85,11 @@ def draw(
   """Returns one image, the mask of its object, and its label.
 
   Args:
-    options: size and seed; the numbers of images play no part.
+    options: size and seed; the numbers of images are ignored.
     split: 'train' or 'test'.
     index: of the image in its split, from 0.
-    label: to draw another class at the same place; by default classes take
-      turns, so that all are equally frequent.
+    label: draws this class at the same place; by default classes alternate, so
+      that all are equally frequent.
 
   Returns:
     uint8[size, size, 3], bool[size, size], int.
@@ -159,7 +160,7 @@ def _paint(image: np.ndarray, cover: np.ndarray, color: np.ndarray) -> None:
 def _contrasting_color(
   rng: np.random.Generator, around: np.ndarray
 ) -> np.ndarray:
-  """Returns a random color that stands out from what is around it."""
+  """Returns a random color that stands out from its surroundings."""
   candidates = rng.uniform(0, 1, (8, 3))
   distances = np.linalg.norm(candidates - around, axis=1)
   far = np.flatnonzero(distances > 0.55)

@@ -1,6 +1,10 @@
 """Weights in and out of PyTorch, by the names of published checkpoints."""
 
-from dynconv_jax.interop.files import read_state_dict, write_safetensors
+from dynconv_jax.interop.files import (
+  read_metadata,
+  read_state_dict,
+  write_safetensors,
+)
 from dynconv_jax.interop.mobilenet import (
   check_source,
   source_model,
@@ -18,6 +22,7 @@ from dynconv_jax.interop.state_dict import (
   num_classes,
   to_torch_state_dict,
 )
+from dynconv_jax.interop.zoo import source_flags
 
 __all__ = [
   'check_found',
@@ -27,7 +32,9 @@ __all__ = [
   'load_pretrained',
   'load_torch_state_dict',
   'num_classes',
+  'read_metadata',
   'read_state_dict',
+  'source_flags',
   'source_model',
   'source_normalization',
   'source_options',

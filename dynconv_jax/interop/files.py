@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import pickle
@@ -19,7 +20,7 @@ extras.require('train', 'safetensors')
 import safetensors  # noqa: E402
 import safetensors.numpy  # noqa: E402
 
-from dynconv_jax.files import replacing  # noqa: E402
+from dynconv_jax.files import write_atomic  # noqa: E402
 
 SUFFIXES = ('.safetensors', '.pth', '.pt', '.pth.tar')
 
@@ -54,6 +55,22 @@ def read_state_dict(path: str | os.PathLike) -> Mapping[str, Any]:
   if path.suffix == '.safetensors':
     return _read_safetensors(path)
   return _read_torch(path)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+  """Returns what the header of a safetensors file says beside its arrays.
+
+  Args:
+    path: of the file.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+  try:
+    with safetensors.safe_open(path, 'numpy') as file:
+      return file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise ValueError(f'cannot read {path}: {error}') from error
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -141,11 +158,15 @@ def write_safetensors(
     raise ValueError(f'the file must end in .safetensors; got {path}')
   # safetensors writes an array's memory as it lies, whatever its strides.
   arrays = {k: np.ascontiguousarray(v) for k, v in state_dict.items()}
-  try:
-    # Readers of PyTorch weights ask for this mark.
-    with replacing(path) as partial:
-      safetensors.numpy.save_file(
-        arrays, partial, {'format': 'pt', **(metadata or {})}
-      )
-  except safetensors.SafetensorError as error:
-    raise OSError(f'cannot write {path}: {error}') from error
+  # Readers of PyTorch weights ask for this mark.
+  metadata = {'format': 'pt', **(metadata or {})}
+  content = safetensors.numpy.save(arrays, metadata)
+  # The library's header has the metadata in an order that changes from run to
+  # run; in one order, the same weights are the same file, whose hash tells it.
+  size = int.from_bytes(content[:8], 'little')
+  header = json.loads(content[8 : 8 + size])
+  header['__metadata__'] = metadata
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)  # Arrays begin at multiples of 8 bytes.
+  parts = (len(text).to_bytes(8, 'little'), text, content[8 + size :])
+  write_atomic(path, b''.join(parts))

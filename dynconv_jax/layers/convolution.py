@@ -25,8 +25,8 @@ def conv(
     in_features: channels of the input.
     out_features: channels of the output.
     kernel_size: side of the kernel.
-    strides: along both axes.
-    groups: into how many the channels are divided.
+    strides: stride along both axes.
+    groups: number of channel groups.
     padding: 'symmetric', kernel_size // 2 on each side, as PyTorch pads; or
       'same', TensorFlow's.
     dtype: compute dtype.

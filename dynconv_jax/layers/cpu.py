@@ -1,4 +1,4 @@
-"""Convolution and pooling as XLA's CPU backend computes them quickly."""
+"""Convolution and pooling in forms that XLA's CPU backend runs fast."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from dynconv_jax.layers.depthwise import depthwise
 
 
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
-  """Convolves like `lax.conv_general_dilated`, quickly on a CPU.
+  """Convolves like `lax.conv_general_dilated`, but fast on a CPU.
 
-  XLA's CPU backend is slow at four kinds of convolutions, which are computed
-  otherwise there: 1x1 ones, whose gradients above all are several times slower
-  than a matrix product's; depthwise ones, see `depthwise`; those of maps
-  smaller than the kernel, by im2col and one product; and those of a single
-  feature, as in mask units, by one product that gives all taps. Other
-  platforms, and MAC counters, see the plain convolution.
+  XLA's CPU backend is slow at four kinds of convolutions, which this function
+  computes in other ways there: 1x1 as a matrix product, whose gradients are
+  several times faster; depthwise, see `depthwise`; on maps smaller than the
+  kernel by im2col and one product; and with a single feature, as in mask units,
+  by one product that gives all taps. Other platforms and MAC counters see the
+  plain convolution.
 
   Args:
     x: float[N, H, W, C].
     kernel: float[k, k, C, features].
-    strides: one integer a spatial dimension.
+    strides: one integer per spatial dimension.
     padding: ((low, high), (low, high)), or 'SAME' or 'VALID'.
-    **kwargs: those of `lax.conv_general_dilated`.
+    **kwargs: other arguments of `lax.conv_general_dilated`.
 
   Returns:
     float[N, h, w, features].

@@ -1,6 +1,6 @@
-"""Depthwise convolutions, whose gradients XLA's CPU backend is slow at.
+"""Depthwise convolutions that are fast on a CPU.
 
-It runs grouped convolutions and their gradients in naive loops.
+XLA's CPU backend runs grouped convolutions and their gradients in naive loops.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jax import lax
 
 from dynconv_jax.layers import training_kernels as kernels
 
-# Parts of a sum that are added in order, whatever the number of threads.
+# Partial sums, added in order for any number of threads.
 _PARTS = 16
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -25,12 +25,12 @@ def depthwise(
 ) -> jax.Array:
   """Returns float[N, h, w, C]: each channel convolved with its own kernel.
 
-  It has a reverse-mode gradient only: no `jvp`, no second derivative by it.
+  Only reverse-mode gradients are defined: no `jvp`, no second derivative.
 
   Args:
     x: float[N, H, W, C].
     kernel: float[k, k, 1, C].
-    strides: along both axes.
+    strides: stride along both axes.
     padding: ((low, high), (low, high)).
   """
   plain = functools.partial(_plain, strides=strides, padding=padding)

@@ -1,4 +1,4 @@
-"""Dropout whose keys come with the call."""
+"""Dropout that takes its random keys with the call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class Dropout(nnx.Dropout):
   """
 
   def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None):
-    """Returns x, or in training x with values dropped.
+    """Returns x; in training, with values dropped.
 
     Args:
       x: of any shape.
-      rngs: stream `dropout`; is asked for in training only.
+      rngs: stream `dropout`, used in training only.
 
     Raises:
-      ValueError: there is no such stream.
+      ValueError: `rngs` has no such stream in training.
     """
     if self.rate and not self.deterministic:
       if rngs is None or not ('dropout' in rngs or 'default' in rngs):
@@ -42,8 +42,8 @@ class Dropout(nnx.Dropout):
 
     Args:
       deterministic: if True, nothing is dropped.
-      use_running_average: if True, nothing is dropped: it is evaluation, even
-        where gates sample.
+      use_running_average: if True, nothing is dropped: this is evaluation, even
+        if gates sample.
     """
     if deterministic is not None or use_running_average is not None:
       self.deterministic = bool(deterministic or use_running_average)

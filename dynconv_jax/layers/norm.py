@@ -19,22 +19,22 @@ ACTIVATIONS = {
   'silu': nnx.silu,
   'gelu': nnx.gelu,
 }
-# Their numbers in kernels/batch_norm.h.
+# Their numbers are those of kernels/batch_norm.h.
 _NUMBERS = {None: 0, 'relu': 1, 'relu6': 2}
 
 
 class BatchNorm(nnx.BatchNorm):
   """Batch normalization in PyTorch's convention, and an activation.
 
-  Running statistics hold the unbiased variance. The statistics and the
-  normalization are float32 whatever the compute dtype, which the result has.
+  Running statistics hold the unbiased variance. Statistics and normalization
+  are float32 for every compute dtype; the result has the input's dtype.
 
   Args:
     num_features: channels.
     activation: a key of ACTIVATIONS, applied to the result.
     scale_init: initializer of the scale.
-    epsilon: is added to the variance.
-    momentum: share of the running statistics that a step keeps, 1 less
+    epsilon: added to the variance.
+    momentum: share of the running statistics that a step keeps, 1 minus
       PyTorch's.
     rngs: stream `params`.
   """
@@ -82,15 +82,15 @@ class BatchNorm(nnx.BatchNorm):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _batch_norm(x, scale, bias, epsilon, activation):
-  """Returns what is normalized and activated, and the batch's statistics.
+  """Returns the normalized, activated input and the batch's statistics.
 
-  Statistics have no gradient of their own.
+  No gradient flows through the returned statistics.
 
   Args:
     x: float32[N, ..., C].
     scale: float32[C].
     bias: float32[C].
-    epsilon: is added to the variance.
+    epsilon: added to the variance.
     activation: a key of ACTIVATIONS.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Pooling, as a module that a sparse backend can replace."""
+"""Max pooling as a module, so that sparse backends can replace it."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ class MaxPool(nnx.Module):
   """The 3x3 maximum at stride 2, padding 1."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float[N, h, w, C] of float[N, H, W, C]."""
+    """Returns float[N, h, w, C] for x, float[N, H, W, C]."""
     return max_pool(x)

@@ -80,7 +80,7 @@ def call(
     ]
     return jax.ffi.ffi_call(target, results)(*args, **attributes)
 
-  if jax.local_device_count() == 1:
+  if jax.device_count() == 1:
     return sequential_vmap(run)(*args)
 
   def partition(mesh, arguments, results):

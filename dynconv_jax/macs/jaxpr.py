@@ -10,6 +10,7 @@ import jax
 from jax.extend import core
 
 from dynconv_jax.macs import conventions, report, scopes
+from dynconv_jax.macs.builder import ReportBuilder
 from dynconv_jax.macs.walk import Walk
 
 
@@ -74,7 +75,7 @@ def count_macs(
   jaxpr = _trace(f, args, kwargs)
   walk = Walk(convention, padding, trip_counts, branch)
   walk.program(jaxpr)
-  builder = report.ReportBuilder(convention, padding)
+  builder = ReportBuilder(convention, padding)
   walk.report_to(builder)
   parameters = scopes.parameters_of(roots)
   for argument in (*args, *kwargs.values()):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dynconv_jax.macs import conventions, report
+from dynconv_jax.macs.builder import ReportBuilder
 
 try:
   import onnx
@@ -66,7 +67,7 @@ def count_macs(
   for steps in trips.values() if isinstance(trips, Mapping) else [trips]:
     if not _is_int(steps, least=0):
       raise ValueError(f'trip_counts must be integers >= 0; got {steps!r}')
-  builder = report.ReportBuilder(convention, padding)
+  builder = ReportBuilder(convention, padding)
   convention = conventions.get_convention(convention)
   dimensions = dict(dimensions or {})
   model, folder = _load(model)

@@ -20,6 +20,7 @@ from dynconv_jax.macs import (
   onnx_values,
   report,
 )
+from dynconv_jax.macs.builder import ReportBuilder
 from dynconv_jax.macs.onnx_values import Value
 
 
@@ -302,7 +303,7 @@ class Counter:
       return self._convention(stands_for) > 0
     return onnx_ops.may_cost(operator, self._convention)
 
-  def report_to(self, builder: report.ReportBuilder) -> None:
+  def report_to(self, builder: ReportBuilder) -> None:
     """Adds all that was recorded; a weight belongs to its first use.
 
     Raises:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dynconv_jax.macs import einsum, formulas, recurrent
+from dynconv_jax.macs import einsum, formulas, linalg, recurrent
 
 
 def is_given(operation: Any, index: int) -> bool:
@@ -227,7 +227,7 @@ def _recurrent(cell: recurrent.Cell) -> Callable[[Any], formulas.Work]:
 
 def _determinant(operation) -> formulas.Work:
   *batch, rows, columns = operation.inputs[0].shape
-  return formulas.lu(rows, columns) * math.prod(batch)
+  return linalg.lu(rows, columns) * math.prod(batch)
 
 
 CONVOLUTIONS = {

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dynconv_jax.macs import formulas
+from dynconv_jax.macs import formulas, jax_linalg
 
 
 def _names(text: str) -> frozenset[str]:
@@ -307,91 +307,6 @@ def _fused_attention(products: int):
   return formula
 
 
-def _linalg(formula: Callable[[Any, tuple[int, ...]], formulas.Work]):
-  """Returns the formula of a batch of matrices from that of one.
-
-  Args:
-    formula: from the equation and the shape of the first operand's matrices.
-  """
-
-  def batched(eqn) -> formulas.Work:
-    shape = eqn.invars[0].aval.shape
-    return formula(eqn, shape[-2:]) * math.prod(shape[:-2])
-
-  return batched
-
-
-def _triangular_solve(eqn, shape) -> formulas.Work:
-  columns = -1 if eqn.params['left_side'] else -2
-  return formulas.triangular_solve(shape[0], eqn.invars[1].aval.shape[columns])
-
-
-def _qr(eqn, shape) -> formulas.Work:
-  rows, columns = shape
-  q = eqn.outvars[0].aval.shape[-1]
-  return formulas.qr(*shape) + formulas.form_q(rows, q, min(rows, columns))
-
-
-def _householder_product(eqn, shape) -> formulas.Work:
-  return formulas.form_q(*shape, eqn.invars[1].aval.shape[-1])
-
-
-def _ormqr(eqn, shape) -> formulas.Work:
-  rows, columns = eqn.invars[2].aval.shape[-2:]
-  if not eqn.params['left']:
-    rows, columns = columns, rows
-  return formulas.apply_q(rows, columns, eqn.invars[1].aval.shape[-1])
-
-
-def _eig(eqn, shape) -> formulas.Work:
-  return formulas.eig(shape[0], len(eqn.outvars) > 1)
-
-
-def _svd(eqn, shape) -> formulas.Work:
-  return formulas.svd(*shape, len(eqn.outvars) > 1)
-
-
-def _schur(eqn, shape) -> formulas.Work:
-  return formulas.eig(shape[0], len(eqn.outvars) > 1)
-
-
-def _tridiagonal_solve(eqn) -> formulas.Work:
-  """Thomas' algorithm: a step down and a step up, each a product a side."""
-  *batch, size, columns = eqn.invars[3].aval.shape
-  macs = max(size - 1, 0) * (1 + 2 * columns)
-  divisions = size * (1 + columns)
-  work = formulas.Work('matmul', macs, macs, operations=divisions)
-  return work * math.prod(batch)
-
-
-def _symmetric_product(eqn) -> formulas.Work:
-  *batch, size, inner = eqn.invars[0].aval.shape
-  return formulas.matmul(size, inner, size, batch=math.prod(batch))
-
-
-def _sparse_dot(eqn) -> formulas.Work:
-  """Each element that is stored meets the free dimensions of the other side."""
-  data, rhs = eqn.invars[0].aval, eqn.invars[-1].aval
-  (_, contract), (_, batch) = eqn.params['dimension_numbers']
-  used = {*contract, *batch}
-  columns = math.prod(n for i, n in enumerate(rhs.shape) if i not in used)
-  return formulas.matmul(data.size, 1, columns)
-
-
-def _sampled_dot(eqn) -> formulas.Work:
-  """Only the products at the given indices."""
-  (contract, _), _ = eqn.params['dimension_numbers']
-  shape = eqn.invars[0].aval.shape
-  inner = math.prod(shape[i] for i in contract)
-  return formulas.matmul(eqn.outvars[0].aval.size, inner, 1)
-
-
-def _sparse_matrix(eqn) -> formulas.Work:
-  """A COO or CSR matrix times a vector or a matrix."""
-  columns = eqn.invars[3].aval.shape[1:]
-  return formulas.matmul(eqn.invars[0].aval.size, 1, math.prod(columns))
-
-
 def _sum_duplicates(eqn) -> formulas.Work:
   return formulas.elementwise(eqn.invars[0].aval.size)
 
@@ -422,35 +337,6 @@ _WORK = {
   **dict.fromkeys(('sort', 'top_k', 'approx_top_k'), _sort),
   'fft': _fft,
   'addupdate': _accumulate,
-  'cholesky': _linalg(lambda _, shape: formulas.cholesky(shape[0])),
-  # A rotation for each element of the triangle: two outputs of two products.
-  'cholesky_update': _linalg(
-    lambda _, shape: formulas.matmul(shape[0], 2, shape[0] + 1)
-  ),
-  'lu': _linalg(lambda _, shape: formulas.lu(*shape)),
-  **dict.fromkeys(
-    ('geqrf', 'geqp3'), _linalg(lambda _, shape: formulas.qr(*shape))
-  ),
-  'qr': _linalg(_qr),
-  'householder_product': _linalg(_householder_product),
-  'ormqr': _linalg(_ormqr),
-  'triangular_solve': _linalg(_triangular_solve),
-  'eigh': _linalg(lambda _, shape: formulas.eigh(shape[0])),
-  'eig': _linalg(_eig),
-  'svd': _linalg(_svd),
-  'schur': _linalg(_schur),
-  'hessenberg': _linalg(lambda _, shape: formulas.hessenberg(shape[0])),
-  'tridiagonal': _linalg(
-    lambda _, shape: formulas.eigh(shape[0], vectors=False)
-  ),
-  'tridiagonal_solve': _tridiagonal_solve,
-  'symmetric_product': _symmetric_product,
-  **dict.fromkeys(('bcoo_dot_general', 'bcsr_dot_general'), _sparse_dot),
-  'bcoo_dot_general_sampled': _sampled_dot,
+  **jax_linalg.WORK,
   'bcoo_sum_duplicates': _sum_duplicates,
-  **{
-    f'{format}_{product}': _sparse_matrix
-    for format in ('coo', 'csr')
-    for product in ('matvec', 'matmat')
-  },
 }

@@ -16,7 +16,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
 
-from dynconv_jax.macs import formulas, loops
+from dynconv_jax.macs import formulas, linalg, loops
 
 
 def _names(text: str) -> frozenset[str]:
@@ -269,12 +269,12 @@ def _real_work(op, name, dialect, arrays) -> formulas.Work | None:
     return formulas.fft(elements, list(op.attributes['fft_length']))
   if name == 'cholesky':
     *batch, size, _ = operand.shape
-    return formulas.cholesky(size) * math.prod(batch)
+    return linalg.cholesky(size) * math.prod(batch)
   if name == 'triangular_solve':
     *batch, rows, columns = op.operands[1].type.shape
     if not op.attributes['left_side'].value:
       rows, columns = columns, rows
-    return formulas.triangular_solve(rows, columns) * math.prod(batch)
+    return linalg.triangular_solve(rows, columns) * math.prod(batch)
   return None
 
 

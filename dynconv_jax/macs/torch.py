@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dynconv_jax.macs import conventions, report
+from dynconv_jax.macs.builder import ReportBuilder
 
 try:
   import torch
@@ -42,6 +43,7 @@ _COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
 
 # A note of a report: its count depends on the data.
 _RAN = 'counted by a run on {data}: other values may give another count'
+_DRAWN = 'random data, drawn for the outputs of products too'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ def count_macs(
   padding: bool = True,
   branch: str = 'max',
   trip_counts: int | Mapping[str, int] | None = None,
-  run: bool | None = None,
+  run: bool | str | None = None,
   backward: bool = False,
 ) -> report.Report:
   """Returns what a module costs for inputs like `args`.
@@ -84,7 +86,9 @@ def count_macs(
     run: whether the module runs on data; False allocates and computes nothing.
       By default it does only if it cannot run on shapes alone, as where it
       looks at values of its tensors; the report then says so. Where a shape is
-      given, the data is normally distributed, the same each time.
+      given, the data is normally distributed, the same each time. 'drawn' runs
+      on data but draws what convolutions and products put out: much faster,
+      where the count does not hang on these values.
     backward: whether the gradients of the outputs by the parameters, and by
       inputs that require them, count too. The module then is counted in the
       mode, training or evaluation, that it is in.
@@ -104,14 +108,14 @@ def count_macs(
     conventions.get_convention(convention), branch, trip_counts, backward
   )
   _check(module, options, run)
-  builder = report.ReportBuilder(options.convention, padding)
+  builder = ReportBuilder(options.convention, padding)
   try:
-    counter = _count(module, args, kwargs or {}, options, real=bool(run))
+    counter = _count(module, args, kwargs or {}, options, run or False)
   except _Failure as failure:
     if run is not None or _has_no_data(module):
       raise failure.error() from failure.cause
     try:
-      counter = _count(module, args, kwargs or {}, options, real=True)
+      counter = _count(module, args, kwargs or {}, options, True)
     except _Failure as failure:
       raise failure.error() from failure.cause
     run = True
@@ -119,13 +123,14 @@ def count_macs(
     given = any(
       isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))
     )
-    builder.note(_RAN.format(data='the data given' if given else 'random data'))
+    data = 'the data given' if given else 'random data'
+    builder.note(_RAN.format(data=_DRAWN if run == 'drawn' else data))
   counter.report_to(builder)
   return builder.build()
 
 
 def _check(
-  module: nn.Module, options: torch_counter.Options, run: bool | None
+  module: nn.Module, options: torch_counter.Options, run: bool | str | None
 ) -> None:
   """Raises an error if an option or the module does not fit."""
   if options.branch not in ('max', 'min', 'true', 'false'):
@@ -144,10 +149,12 @@ def _check(
       f'{type(module).__name__} has parameters that have no shape yet: call it'
       ' once before counting'
     )
+  if run not in (None, True, False, 'drawn'):
+    raise ValueError(f"run must be True, False, 'drawn' or None; got {run!r}")
   if run and _has_no_data(module):
     raise ValueError(
-      f'run=True needs weights with data; those of {type(module).__name__} are'
-      " on the device 'meta'"
+      f'run={run!r} needs weights with data; those of {type(module).__name__}'
+      " are on the device 'meta'"
     )
 
 
@@ -185,13 +192,13 @@ class _Failure(Exception):
     )
 
 
-def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
-  """Returns the counter of one run, on data or on fake tensors.
+def _count(module, args, kwargs, options, run) -> torch_counter.Counter:
+  """Returns the counter of one run, on fake tensors if `run` is False.
 
   Raises:
     _Failure: if the module does not run.
   """
-  counter = torch_counter.Counter(module, options, real)
+  counter = torch_counter.Counter(module, options, bool(run), run == 'drawn')
   fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
   inputs = ()
   with contextlib.ExitStack() as stack:
@@ -209,7 +216,7 @@ def _count(module, args, kwargs, options, real) -> torch_counter.Counter:
     else:
       stack.enter_context(torch.enable_grad())
       stack.enter_context(torch_counter.Differentiable(counter))
-    if real:
+    if run:
       devices = {x.device for x in _tensors_of(module) if x.is_cuda}
       stack.enter_context(torch.random.fork_rng(devices))
       torch.manual_seed(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 
-from dynconv_jax.macs import formulas, torch_formulas
+from dynconv_jax.macs import formulas, torch_formulas, torch_recurrent
 
 
 def _gradients(work: formulas.Work, count: int) -> formulas.Work:
@@ -44,11 +44,11 @@ def _pair(a) -> int:
 
 def _onednn_recurrent(a) -> formulas.Work:
   a.weight0, a.weight1 = a.weight1, a.weight2
-  return _gradients(torch_formulas.onednn_recurrent(a), 2)
+  return _gradients(torch_recurrent.onednn_recurrent(a), 2)
 
 
 def _cudnn_recurrent(a) -> formulas.Work:
-  return _gradients(torch_formulas.cudnn_recurrent(a), 2)
+  return _gradients(torch_recurrent.cudnn_recurrent(a), 2)
 
 
 def _norm(a) -> formulas.Work:

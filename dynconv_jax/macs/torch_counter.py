@@ -27,6 +27,7 @@ from dynconv_jax.macs import (
   torch_einsum,
   torch_ops,
 )
+from dynconv_jax.macs.builder import ReportBuilder
 
 # Higher-order operators that run something else than PyTorch's operations.
 _OPAQUE = (
@@ -74,11 +75,14 @@ class Counter(TorchDispatchMode):
 
   supports_higher_order_operators = True
 
-  def __init__(self, module: nn.Module, options: Options, real: bool):
+  def __init__(
+    self, module: nn.Module, options: Options, real: bool, drawn: bool = False
+  ):
     """Args:
     module: the network.
     options: how to count.
     real: whether tensors have data.
+    drawn: whether outputs of products are drawn, if tensors have data.
     """
     super().__init__()
     self.failed_in = ''
@@ -86,6 +90,7 @@ class Counter(TorchDispatchMode):
     self._parameters = dict(module.named_parameters())
     self._options = options
     self._real = real
+    self._drawn = drawn
     self._root = type(module).__name__
     self._names = {child: name for name, child in module.named_modules()}
     self._running: list[tuple[str, nn.Module]] = [('', module)]
@@ -201,6 +206,8 @@ class Counter(TorchDispatchMode):
     output = None
     if not self._real:
       output = torch_ops.shaped_output(func, args, kwargs)
+    elif self._drawn:
+      output = torch_ops.drawn_output(func, args, kwargs)
     if output is None:
       output = func(*args, **kwargs)
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
@@ -290,7 +297,7 @@ class Counter(TorchDispatchMode):
   def _price(self, records: Sequence[Record]) -> int:
     return sum(self._options.convention(record.work) for record in records)
 
-  def report_to(self, builder: report.ReportBuilder) -> None:
+  def report_to(self, builder: ReportBuilder) -> None:
     """Adds all that was recorded, work of one layer and kind as one.
 
     Raises:
@@ -309,7 +316,7 @@ class Counter(TorchDispatchMode):
       first = sums.get(key)
       if first is not None:
         record = first._replace(work=first.work + record.work)
-      elif not any(dataclasses.astuple(record.work)[1:]):
+      elif not any(record.work.counts):
         continue
       sums[key] = record
     for record in sums.values():

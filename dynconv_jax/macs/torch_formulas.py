@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dynconv_jax.macs import formulas, recurrent
+from dynconv_jax.macs import formulas, torch_recurrent
 
 
 def input_of(a) -> torch.Tensor:
@@ -215,67 +215,6 @@ def _distances(a) -> formulas.Work:
   )
 
 
-def _recurrent(cell: recurrent.Cell):
-  """Returns the formula of recurrent layers, or of one step of their cell."""
-
-  def formula(a) -> formulas.Work:
-    if hasattr(a, 'w_ih'):
-      inputs, group, bias = a.input, 2, a.b_ih is not None
-      weights = [a.w_ih, a.w_hh]
-    else:
-      inputs = a.data if hasattr(a, 'data') else a.input
-      weights, bias = a.params, a.has_biases
-      group = len(weights) // (a.num_layers * (1 + a.bidirectional))
-    return _recurrent_layers(cell, inputs, weights, group, bias)
-
-  return formula
-
-
-def _recurrent_layers(cell, inputs, weights, group, bias) -> formulas.Work:
-  """Returns the work of layers that have `group` weights a direction each."""
-  rows = inputs.numel() // max(inputs.shape[-1], 1)
-  return sum(
-    (
-      recurrent.layer(
-        cell,
-        rows,
-        inputs=weights[start].shape[1],
-        hidden=weights[start].shape[0] // cell.gates,
-        # An odd weight is an LSTM's projection of what it feeds back.
-        projection=weights[start + 1].shape[1] if group % 2 else None,
-        bias=bias,
-      )
-      for start in range(0, len(weights), group)
-    ),
-    formulas.elementwise(0),
-  )
-
-
-# By the modes of the libraries for CPUs and GPUs.
-_CELLS = (recurrent.RNN, recurrent.RNN, recurrent.LSTM, recurrent.GRU)
-
-
-def onednn_recurrent(a) -> formulas.Work:
-  """One layer in one direction."""
-  weights = [a.weight0, a.weight1]
-  return _recurrent_layers(_CELLS[a.mode], a.input, weights, 2, a.has_biases)
-
-
-def cudnn_recurrent(a) -> formulas.Work:
-  group = a.weight_stride0
-  bias = group >= 4
-  return _recurrent_layers(_CELLS[a.mode], a.input, a.weight, group, bias)
-
-
-def _cell_units(cell: recurrent.Cell):
-  """Returns the formula of a step whose products are operations before it."""
-
-  def formula(a) -> formulas.Work:
-    return formulas.elementwise(cell.operations * a.output.numel())
-
-  return formula
-
-
 def _batch_norm(a) -> formulas.Work:
   features = a.input.shape[1]
   given = getattr(a, 'running_mean', None) is not None
@@ -431,15 +370,7 @@ FORMULAS = {
     attention,
   ),
   **_names('_cdist_forward _euclidean_dist _pdist_forward', _distances),
-  **_names('lstm lstm_cell', _recurrent(recurrent.LSTM)),
-  **_names('gru gru_cell', _recurrent(recurrent.GRU)),
-  **_names(
-    'rnn_tanh rnn_tanh_cell rnn_relu rnn_relu_cell', _recurrent(recurrent.RNN)
-  ),
-  'mkldnn_rnn_layer': onednn_recurrent,
-  '_cudnn_rnn': cudnn_recurrent,
-  '_thnn_fused_lstm_cell': _cell_units(recurrent.LSTM),
-  '_thnn_fused_gru_cell': _cell_units(recurrent.GRU),
+  **torch_recurrent.FORMULAS,
   **_names(
     'batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm'
     ' _native_batch_norm_legit_no_training _batch_norm_no_update'

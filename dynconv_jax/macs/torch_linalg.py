@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dynconv_jax.macs import formulas
+from dynconv_jax.macs import formulas, linalg
 
 
 def _each(operand: str, formula: Callable[..., formulas.Work]):
@@ -30,7 +30,7 @@ def _solve(operand: str, factorize=None, times: int = 2):
     *batch, size, _ = getattr(a, operand).shape
     # All right sides, be they columns, rows or vectors of their own.
     columns = a.output.numel() // max(size, 1)
-    work = formulas.triangular_solve(size, columns) * times
+    work = linalg.triangular_solve(size, columns) * times
     if factorize is not None:
       work += factorize(size, size) * math.prod(batch)
     return work
@@ -40,37 +40,37 @@ def _solve(operand: str, factorize=None, times: int = 2):
 
 def _qr(a, rows, columns) -> formulas.Work:
   least = min(rows, columns)
-  work = formulas.qr(rows, columns)
+  work = linalg.qr(rows, columns)
   if a.mode == 'r':
     return work
   size = rows if a.mode == 'complete' else least
-  return work + formulas.form_q(rows, size, least)
+  return work + linalg.form_q(rows, size, least)
 
 
 def _apply_q(a) -> formulas.Work:
   *batch, rows, columns = a.self.shape
   others = a.output.numel() // rows
-  return formulas.apply_q(rows, others, columns)
+  return linalg.apply_q(rows, others, columns)
 
 
 def _least_squares(a) -> formulas.Work:
   *batch, rows, columns = a.self.shape
   sides, least = a.b.numel() // rows, min(rows, columns)
   return (
-    formulas.qr(rows, columns) * math.prod(batch)
-    + formulas.apply_q(rows, sides, least)
-    + formulas.triangular_solve(least, sides)
+    linalg.qr(rows, columns) * math.prod(batch)
+    + linalg.apply_q(rows, sides, least)
+    + linalg.triangular_solve(least, sides)
   )
 
 
 def _pseudo_inverse(a, rows, columns) -> formulas.Work:
   del a
   product = formulas.matmul(columns, min(rows, columns), rows)
-  return formulas.svd(rows, columns) + product
+  return linalg.svd(rows, columns) + product
 
 
-_lu = _each('A', lambda a, rows, columns: formulas.lu(rows, columns))
-_cholesky = _each('self', lambda a, rows, columns: formulas.cholesky(rows))
+_lu = _each('A', lambda a, rows, columns: linalg.lu(rows, columns))
+_cholesky = _each('self', lambda a, rows, columns: linalg.cholesky(rows))
 
 FORMULAS = {
   '_linalg_det': _lu,
@@ -79,8 +79,8 @@ FORMULAS = {
   'linalg_lu_factor_ex': _lu,
   'linalg_cholesky_ex': _cholesky,
   'cholesky': _cholesky,
-  '_linalg_solve_ex': _solve('A', formulas.lu),
-  'linalg_inv_ex': _solve('A', formulas.lu),
+  '_linalg_solve_ex': _solve('A', linalg.lu),
+  'linalg_inv_ex': _solve('A', linalg.lu),
   'linalg_lu_solve': _solve('LU'),
   'cholesky_solve': _solve('input2'),
   '_cholesky_solve_helper': _solve('A'),
@@ -88,27 +88,27 @@ FORMULAS = {
   'linalg_solve_triangular': _solve('self', times=1),
   'triangular_solve': _solve('A', times=1),
   'linalg_qr': _each('A', _qr),
-  'geqrf': _each('self', lambda a, *sizes: formulas.qr(*sizes)),
+  'geqrf': _each('self', lambda a, *sizes: linalg.qr(*sizes)),
   'linalg_householder_product': _each(
-    'input', lambda a, rows, columns: formulas.form_q(rows, columns, columns)
+    'input', lambda a, rows, columns: linalg.form_q(rows, columns, columns)
   ),
   'ormqr': _apply_q,
   '_linalg_svd': _each(
-    'A', lambda a, *sizes: formulas.svd(*sizes, vectors=a.compute_uv)
+    'A', lambda a, *sizes: linalg.svd(*sizes, vectors=a.compute_uv)
   ),
   'linalg_svdvals': _each(
-    'A', lambda a, *sizes: formulas.svd(*sizes, vectors=False)
+    'A', lambda a, *sizes: linalg.svd(*sizes, vectors=False)
   ),
   'linalg_eigvalsh': _each(
-    'self', lambda a, rows, columns: formulas.eigh(rows, vectors=False)
+    'self', lambda a, rows, columns: linalg.eigh(rows, vectors=False)
   ),
   '_linalg_eigh': _each(
-    'A', lambda a, rows, columns: formulas.eigh(rows, vectors=a.compute_v)
+    'A', lambda a, rows, columns: linalg.eigh(rows, vectors=a.compute_v)
   ),
-  'linalg_eig': _each('self', lambda a, rows, columns: formulas.eig(rows)),
+  'linalg_eig': _each('self', lambda a, rows, columns: linalg.eig(rows)),
   **dict.fromkeys(
     ('_linalg_eigvals', 'linalg_eigvals'),
-    _each('self', lambda a, rows, columns: formulas.eig(rows, vectors=False)),
+    _each('self', lambda a, rows, columns: linalg.eig(rows, vectors=False)),
   ),
   'linalg_lstsq': _least_squares,
   'linalg_pinv': _each('self', _pseudo_inverse),

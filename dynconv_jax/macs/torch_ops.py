@@ -191,6 +191,22 @@ def shaped_output(func, args, kwargs) -> Any:
   return tuple(inputs.new_empty(shape) for shape in shapes)
 
 
+def drawn_output(func, args, kwargs) -> torch.Tensor | None:
+  """Returns normal values in the shape of what a product would compute.
+
+  None for all other operations.
+  """
+  if _name(func) not in _DRAWN or func._schema.is_mutable:
+    return None
+  shaped_args, shaped_kwargs = pytree.tree_map_only(
+    torch.Tensor, lambda x: torch.empty_like(x, device='meta'), (args, kwargs)
+  )
+  output = func(*shaped_args, **shaped_kwargs)
+  size, device = output.numel(), first_tensor(args).device
+  values = torch.randn(_PERIOD, dtype=output.dtype, device=device)
+  return values.repeat(-(-size // _PERIOD))[:size].view(output.shape)
+
+
 def first_tensor(output: Any) -> torch.Tensor | None:
   """Returns the first tensor of a result, None if there is none."""
   leaves = pytree.tree_leaves(output)
@@ -304,6 +320,11 @@ _CONVOLUTIONS_IN_PARTS = frozenset(
   for kind in ('', '_transpose')
   for dimensions in (1, 2, 3)
 )
+
+# What takes the time of a network, and the values that stand for its outputs:
+# as many as no dimension repeats.
+_DRAWN = ('convolution', 'linear', 'addmm', 'mm', 'baddbmm', 'bmm')
+_PERIOD = 65537
 
 # Words in the names of PyTorch's convolutions, and of its other products.
 # Not among these: gamma, hamming, weights and interpolations.

@@ -13,7 +13,16 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from dynconv_jax.macs import formulas, loops, primitives, report, scopes
+from dynconv_jax.macs import formulas, loops, primitives, scopes
+from dynconv_jax.macs.builder import ReportBuilder
+from dynconv_jax.macs.entries import (
+  Entry,
+  Weight,
+  constant,
+  repeated,
+  weight,
+  weights_operand,
+)
 
 # Primitives that do what the jaxpr in this parameter does.
 _CALLS = {
@@ -48,7 +57,7 @@ class Walk:
     self._branch = branch
     self._branches_seen: set[str] = set()
     self._loops_seen: dict[str, None] = {}
-    self._entries: list[_Entry] = []
+    self._entries: list[Entry] = []
 
   def program(self, jaxpr: core.ClosedJaxpr) -> None:
     """Walks a whole program, whose arguments may be weights.
@@ -57,7 +66,7 @@ class Walk:
       ValueError: if no cond of the program has the branch that is asked for, or
         no loop the name that a trip count is for.
     """
-    weights = [_weight(var, var.aval) for var in jaxpr.jaxpr.invars]
+    weights = [weight(var, var.aval) for var in jaxpr.jaxpr.invars]
     self._sub(jaxpr, weights, ())
     self._check_branch_was_found()
     self._check_loops_were_found()
@@ -66,7 +75,7 @@ class Walk:
     """Returns the names of the layers that were found."""
     return {entry.layer for entry in self._entries}
 
-  def report_to(self, builder: report.ReportBuilder) -> None:
+  def report_to(self, builder: ReportBuilder) -> None:
     """Adds all that was gathered."""
     unnamed = {kind: itertools.count() for kind in ('conv', 'matmul')}
     counted: set[Any] = set()
@@ -93,17 +102,17 @@ class Walk:
   def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
     """Walks a jaxpr, open or closed; returns what is known of its outputs.
 
-    A `_Weight` is known of a variable, the `_Entry` that it is output of, or a
+    A `Weight` is known of a variable, the `Entry` that it is output of, or a
     whole number: an int, a `loops.Count` or a `loops.Comparison` of them.
     """
-    consts = [_constant(x) for x in getattr(jaxpr, 'consts', ())]
+    consts = [constant(x) for x in getattr(jaxpr, 'consts', ())]
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(var):
       if isinstance(var, core.Literal):
-        return _constant(var.val)
+        return constant(var.val)
       return known.get(var)
 
     for eqn in jaxpr.eqns:
@@ -151,7 +160,7 @@ class Walk:
       return ()
     name = eqn.primitive.name
     output = eqn.outvars[0].aval if eqn.outvars else None
-    entry = _Entry(
+    entry = Entry(
       scopes.layer_name(*stacks),
       name,
       work,
@@ -159,9 +168,9 @@ class Walk:
       itemsize=getattr(getattr(output, 'dtype', None), 'itemsize', 0),
     )
     if name in _PRODUCTS:
-      operand = _weights_operand(eqn, inputs)
+      operand = weights_operand(eqn, inputs)
       entry.features = primitives.out_features(eqn, operand)
-      if isinstance(weights := inputs[operand], _Weight):
+      if isinstance(weights := inputs[operand], Weight):
         entry.weights = (weights,)
         if entry.features and not work.positions:
           positions = math.prod(entry.shape) // entry.features
@@ -169,7 +178,7 @@ class Walk:
     self._entries.append(entry)
     return [entry]
 
-  def _biased(self, eqn, inputs) -> _Entry | None:
+  def _biased(self, eqn, inputs) -> Entry | None:
     """Counts an addition as the bias of a product, if it is one.
 
     One operand is the output of a convolution or matrix product that has no
@@ -178,9 +187,9 @@ class Walk:
     """
     for product, bias in (inputs, inputs[::-1]):
       if (
-        isinstance(product, _Entry)
+        isinstance(product, Entry)
         and product.features
-        and isinstance(bias, _Weight)
+        and isinstance(bias, Weight)
         and bias.size == product.features
         and eqn.outvars[0].aval.size == math.prod(product.shape)
       ):
@@ -231,9 +240,9 @@ class Walk:
     inner = [
       # A slice of stacked weights is the weights of one layer of the stack.
       dataclasses.replace(known, size=var.aval.size)
-      if isinstance(known, _Weight)
+      if isinstance(known, Weight)
       else known
-      if i < consts and not isinstance(known, _Entry)
+      if i < consts and not isinstance(known, Entry)
       else None
       for i, (known, var) in enumerate(
         zip(inputs, _variables(body), strict=True)
@@ -244,13 +253,13 @@ class Walk:
     return ()
 
   def _while(self, params, inputs, stacks) -> Sequence[Any]:
-    inputs = [None if isinstance(known, _Entry) else known for known in inputs]
+    inputs = [None if isinstance(known, Entry) else known for known in inputs]
     conds, bodies = params['cond_nconsts'], params['body_nconsts']
     start = inputs[conds + bodies :]
     # What a pass does to a number that is carried shows in what it hands on.
     carried = _variables(params['body_jaxpr'])[bodies:]
     carry = [
-      known if isinstance(known, _Weight) else _counter(var.aval)
+      known if isinstance(known, Weight) else _counter(var.aval)
       for known, var in zip(start, carried, strict=True)
     ]
     with self._apart() as body:
@@ -265,7 +274,7 @@ class Walk:
     fixed = loops.fixed_trips(condition, start, carry, stop)
     trips = self._trips(scopes.layer_name(*stacks), fixed)
     if trips is not None:
-      self._entries += _repeated(body, trips) + _repeated(test, trips + 1)
+      self._entries += repeated(body, trips) + repeated(test, trips + 1)
     elif self._price(body + test) or any(e.work is None for e in body + test):
       self._leave_out(
         'while', stacks, 'its trip count is not in the program; see trip_counts'
@@ -296,7 +305,7 @@ class Walk:
       branch=self._branch,
     )
     self._entries += [
-      _Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)
+      Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)
       for op in found
     ]
     return ()
@@ -324,12 +333,12 @@ class Walk:
       )
       shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
       self._entries.append(
-        _Entry(scopes.layer_name(*stacks), 'pallas_call', work, shape)
+        Entry(scopes.layer_name(*stacks), 'pallas_call', work, shape)
       )
     return ()
 
   @contextlib.contextmanager
-  def _apart(self) -> Iterator[list[_Entry]]:
+  def _apart(self) -> Iterator[list[Entry]]:
     """Gathers what is found in the context in a list of its own."""
     outer, self._entries = self._entries, []
     try:
@@ -342,13 +351,13 @@ class Walk:
     """Counts what is found in the context that often."""
     with self._apart() as entries:
       yield
-    self._entries += _repeated(entries, times)
+    self._entries += repeated(entries, times)
 
   def _leave_out(self, operation, stacks, reason) -> None:
     layer = scopes.layer_name(*stacks)
-    self._entries.append(_Entry(layer, operation, None, reason=reason))
+    self._entries.append(Entry(layer, operation, None, reason=reason))
 
-  def _price(self, entries: Sequence[_Entry]) -> int:
+  def _price(self, entries: Sequence[Entry]) -> int:
     return sum(
       self._convention(entry.work, self._padding)
       for entry in entries
@@ -377,38 +386,6 @@ class Walk:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-  """An array from outside, or a view of one: perhaps a layer's weights."""
-
-  key: Any
-  parameters: int
-  size: int
-
-
-@dataclasses.dataclass(eq=False)
-class _Entry:
-  """Work found in the walk; or none, and the reason why it is not counted."""
-
-  layer: str
-  operation: str
-  work: formulas.Work | None
-  shape: tuple[int, ...] = ()
-  weights: tuple[_Weight, ...] = ()
-  reason: str = ''
-  # How many biases its output can take; 0 once it has one.
-  features: int = 0
-  itemsize: int = 0
-
-
-def _repeated(entries: Sequence[_Entry], times: int) -> list[_Entry]:
-  """Multiplies the work of entries; none are left if it is done no time."""
-  for entry in entries:
-    if entry.work is not None:
-      entry.work *= times
-  return list(entries) if times else []
-
-
 def _counter(aval) -> loops.Count | None:
   whole = not aval.shape and jax.dtypes.issubdtype(aval.dtype, np.integer)
   return loops.Count(object()) if whole else None
@@ -426,32 +403,6 @@ def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
 
 def _variables(jaxpr) -> Sequence[core.Var]:
   return getattr(jaxpr, 'jaxpr', jaxpr).invars
-
-
-def _weight(key: Any, array: Any) -> _Weight | None:
-  shape = getattr(array, 'shape', ())
-  return _Weight(key, math.prod(shape), math.prod(shape)) if shape else None
-
-
-def _constant(value: Any) -> _Weight | int | None:
-  """Returns what is known of an array or number of the program itself."""
-  if getattr(value, 'shape', ()):
-    return _weight(id(value), value)
-  dtype = getattr(value, 'dtype', type(value))
-  return int(value) if jax.dtypes.issubdtype(dtype, np.integer) else None
-
-
-def _weights_operand(eqn, inputs) -> int:
-  """Returns which operand of a product holds the layer's weights, 0 or 1.
-
-  It is the one from outside. Where both are, it is the second, as in x @ w,
-  unless only the first is a matrix, as in w @ x.
-  """
-  if eqn.primitive.name != 'dot_general':
-    return 1
-  lhs, rhs = (isinstance(known, _Weight) for known in inputs[:2])
-  ndims = [v.aval.ndim for v in eqn.invars[:2]]
-  return 0 if lhs and (not rhs or ndims[0] == 2 != ndims[1]) else 1
 
 
 def _devices(params: Mapping[str, Any]) -> int:

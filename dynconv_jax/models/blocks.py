@@ -1,4 +1,4 @@
-"""The kinds of gated residual blocks."""
+"""Gated residual blocks: basic, bottleneck, and inverted residual."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dynconv_jax.models.gated import GatedBlock
 class BasicBlock(GatedBlock):
   """Two 3x3 convolutions.
 
-  He et al., CVPR 2016, figure 5 left. The shortcut is projected where the shape
-  changes.
+  He et al., CVPR 2016, figure 5 left. If the shape changes, a projection is the
+  shortcut.
 
   Args:
     in_features: channels of the input.
     planes: channels of the 3x3 convolutions.
     strides: stride of the block.
     name: path in the model, such as 'layer2.0'.
-    stage: the number of its stage.
-    gate: decides where the branch is executed; None: everywhere.
-    input_activated: whether a ReLU is before the block, which then leaves what
-      it does not execute untouched. A ResNet's blocks follow each other so.
+    stage: number of the block's stage.
+    gate: decides where the branch runs; None: everywhere.
+    input_activated: whether the block's input comes from a ReLU, as in ResNets.
+      Inactive positions then keep their values.
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -44,6 +44,7 @@ class BasicBlock(GatedBlock):
     stage: int = 0,
     gate: Gate | None = None,
     input_activated: bool = False,
+    drop_rate: float = 0.0,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
   ):
@@ -58,6 +59,7 @@ class BasicBlock(GatedBlock):
       name=name,
       stage=stage,
       gate=gate,
+      drop_rate=drop_rate,
       dtype=dtype,
       rngs=rngs,
     )
@@ -76,9 +78,9 @@ class BasicBlock(GatedBlock):
 class Bottleneck(BasicBlock):
   """1x1, 3x3 (strided) and 1x1 convolutions.
 
-  He et al., CVPR 2016, figure 5 right, with the stride in the 3x3 convolution
-  as in torchvision: the first convolution runs at input resolution. Arguments
-  are those of BasicBlock; the output has four times as many channels.
+  He et al., CVPR 2016, figure 5 right. As in torchvision, the 3x3 convolution
+  has the stride, so the first convolution runs at input resolution. Takes the
+  arguments of BasicBlock. The output has 4 * planes channels.
   """
 
   expansion = 4
@@ -96,24 +98,24 @@ class Bottleneck(BasicBlock):
 class InvertedResidual(GatedBlock):
   """1x1 expanding, depthwise k x k and linear 1x1 convolutions.
 
-  Sandler et al., CVPR 2018, figures 3 and 4: ReLU6 between, none after the
-  addition. There is an identity shortcut where the shape stays, and none
-  otherwise. Modules have timm's names.
+  Sandler et al., CVPR 2018, figures 3 and 4. ReLU6 follows the first two; the
+  sum has no activation. The block has an identity shortcut if the shape does
+  not change, and none otherwise. Modules have timm's names.
 
   Args:
     in_features: channels of the input.
     features: channels of the output.
     strides: of the depthwise convolution.
-    expand_ratio: channels of the depthwise convolution, over those of the
-      input; 1: nothing expands.
+    expand_ratio: channels of the depthwise convolution over those of the input;
+      1: no expanding convolution.
     kernel_size: of the depthwise convolution, odd.
     padding: of the depthwise convolution, 'symmetric' or 'same'.
     name: path in the model, such as 'blocks.2.0'.
-    stage: the number of its stage.
-    gate: decides where the branch is executed; None: everywhere.
-    norm: makes a batch norm.
-    drop_rate: how often the branch of an image is dropped in training; a block
-      without shortcut never drops it.
+    stage: number of the block's stage.
+    gate: decides where the branch runs; None: everywhere.
+    norm: creates a batch norm.
+    drop_rate: probability of dropping an image's branch in training; ignored if
+      the block has no shortcut.
     dtype: compute dtype.
     rngs: stream `params`.
   """

@@ -1,4 +1,4 @@
-"""Makes the network of an architecture and a method."""
+"""Creates the network of an architecture and a method."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def create_model(
   """Returns a freshly initialized network.
 
   Args:
-    name: such as 'resnet50' or 'cifar_resnet32'; package.module:factory; or a
-      factory, see `registry`.
-    method: such as 'dynconv'; package.module:METHOD; or a Method.
+    name: a name such as 'resnet50' or 'cifar_resnet32'; package.module:factory;
+      or a factory, see `registry`.
+    method: a name such as 'dynconv'; package.module:METHOD; or a Method.
     num_classes: outputs of the head, at least 1.
     width_multiplier: scales the channels of stem and stages, > 0.
     dtype: compute dtype, float32 or bfloat16.
     rngs: stream `params`.
-    **options: of the network and of the method, such as DynConv's
-      `mask_kernel_size`. Those of other methods play no part.
+    **options: options of the network and of the method, such as DynConv's
+      `mask_kernel_size`. Options of other methods are ignored.
 
   Raises:
-    ValueError: an unknown name, method or option, a value out of range, or a
+    ValueError: an unknown name, method, or option, a value out of range, or a
       gated method that gates no block.
   """
   factory, method = registry.load_factory(name), load_method(method)
@@ -80,19 +80,19 @@ def assemble(
   rngs: nnx.Rngs,
   **kwargs,
 ) -> nnx.Module:
-  """Returns a freshly initialized network, its gates in place.
+  """Returns a freshly initialized network with its gates.
 
   Args:
-    factory: of the network.
-    model_options: of the network.
-    method: makes the gates.
-    method_options: of the method.
+    factory: creates the network.
+    model_options: options of the network.
+    method: creates the gates.
+    method_options: options of the method.
     width_multiplier: scales the channels, > 0.
     rngs: stream `params`.
-    **kwargs: others of `registry.create`.
+    **kwargs: other arguments of `registry.create`.
 
   Raises:
-    ValueError: options do not fit the network.
+    ValueError: the options do not fit the network.
   """
 
   def no_gate(site):

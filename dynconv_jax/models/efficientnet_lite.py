@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dynconv_jax.models.gated import DropPath
 from dynconv_jax.models.mobilenet import Architecture, MobileNet, Stage
 
 
 class EfficientNetLite(Architecture):
-  """An architecture whose published weights are those of TensorFlow."""
+  """An architecture whose published weights come from TensorFlow."""
 
   def __call__(
     self,
@@ -18,8 +19,9 @@ class EfficientNetLite(Architecture):
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'same',
+    drop_path: DropPath = 0.2,
   ) -> MobileNet:
-    """Returns a freshly initialized network; arguments as of `MobileNet`."""
+    """Returns a freshly initialized network; arguments: see `MobileNet`."""
     return super().__call__(
       num_classes=num_classes,
       gate=gate,
@@ -28,11 +30,12 @@ class EfficientNetLite(Architecture):
       width_multiplier=width_multiplier,
       gated_blocks=gated_blocks,
       padding=padding,
+      drop_path=drop_path,
     )
 
 
-# Tan and Le, ICML 2019, table 1, which scales it; what makes it Lite is from
-# the authors' code, tensorflow/tpu, efficientnet_lite_builder.py.
+# Stages: Tan and Le, ICML 2019, table 1. Scaling and the Lite changes: the
+# authors' code, tensorflow/tpu, efficientnet_lite_builder.py.
 _STAGES = (
   Stage(1, 16, 1, 1, 3),
   Stage(6, 24, 2, 2, 3),
@@ -51,8 +54,6 @@ _VARIANTS = {
   'efficientnet_lite4': (1.4, 1.8, 300, 0.3),
 }
 ARCHITECTURES = {
-  name: EfficientNetLite(
-    _STAGES, width, depth, True, image_size, dropout, drop_rate=0.2
-  )
+  name: EfficientNetLite(_STAGES, width, depth, True, image_size, dropout)
   for name, (width, depth, image_size, dropout) in _VARIANTS.items()
 }

@@ -1,9 +1,9 @@
-"""Residual blocks whose branch is executed where a mask says so."""
+"""Residual blocks that run their branch where a mask says so."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +13,35 @@ from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import ACTIVATIONS, BatchNorm, Dropout, conv
 from dynconv_jax.masks import ExecutionMask, execution_mask
 from dynconv_jax.methods.gate import Decision, Gate
+from dynconv_jax.options import BELOW_ONE
 
+# An option of networks: see `drop_rate`.
+DropPath = Annotated[
+  float,
+  {
+    'help': "Stochastic depth: how often an image's branch would be dropped in "
+    'training after the last block; rises linearly from 0. 0: off; by default '
+    '0.2 for EfficientNet-Lite, as published, and 0 for other networks.',
+    'allowed': BELOW_ONE,
+  },
+]
 Masks = Sequence[jax.Array | None] | Mapping[str, jax.Array]
 
 
 class Gating:
-  """The decisions of one forward pass, from gate to gate.
+  """The decisions of one forward pass.
 
-  A network makes one, passes it to each of its gated blocks, and returns its
-  `finish()` beside the logits.
+  A network creates one, passes it to each of its gated blocks, and returns
+  `finish()` with the logits.
 
   Args:
     rngs: stream `gumbel`, for gates that sample; `dropout`, for blocks that
       drop their branch.
     temperature: of the gates' Gumbel-softmax, > 0.
     gumbel_noise: whether the gates add noise in training.
-    masks: [N, h, w] of {0, 1}, float, int or bool, to obey instead of the
-      gates' decisions: one a block in order of execution, or by the blocks'
-      names. Where there is None, or no such name, the gate decides.
+    masks: [N, h, w] of {0, 1}, float, int, or bool, to use instead of the
+      gates' decisions: one per block in order of execution, or by block name.
+      Where a mask is None or a name is missing, the gate decides.
   """
 
   def __init__(
@@ -53,25 +64,25 @@ class Gating:
     self._gate: Gate | None = None
     self._carry: Any = None
     self._masks: list[ExecutionMask] = []
-    # What sparse blocks hand on to each other, by backend.
+    # What sparse blocks pass on to each other, by backend.
     self.scratch: dict[str, Any] = {}
 
   def given(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
-    """Returns the mask that the next block has to obey, float32, or None.
+    """Returns the given mask of the next block, float32, or None.
 
     Args:
       name: the block's path in the model.
-      shape: of the mask. One that is constant over an image may be given as
+      shape: shape of the mask. A mask that is constant over an image may be
         [N, 1, 1].
 
     Raises:
-      ValueError: the mask is of another shape, or there is none left.
+      ValueError: the mask has another shape, or no mask is left.
     """
     self._asked.append(name)
     if self._ordered is not None:
       if len(self._asked) > len(self._ordered):
         raise ValueError(
-          f'masks must be one a block; got {len(self._ordered)}, none for '
+          f'masks must be one per block; got {len(self._ordered)}, none for '
           f'{name}'
         )
       mask = self._ordered[len(self._asked) - 1]
@@ -93,12 +104,12 @@ class Gating:
     return jnp.broadcast_to(mask.astype(jnp.float32), shape)
 
   def ask(self, gate: Gate, x: jax.Array, shape: tuple[int, ...]) -> Decision:
-    """Returns a gate's decision, of the shape of the mask.
+    """Returns a gate's decision in the shape of the mask.
 
     Args:
-      gate: of the next block.
+      gate: the gate of the next block.
       x: the block's input.
-      shape: of the mask.
+      shape: shape of the mask.
     """
     decision, self._carry = gate(x, self._carry, **self._kwargs)
     self._gate = gate
@@ -109,7 +120,7 @@ class Gating:
     self._masks.append(mask)
 
   def end_stage(self, x: jax.Array) -> jax.Array:
-    """Returns the output of a stage: that of its last block, for most methods.
+    """Returns the output of a stage: for most methods, its last block's.
 
     Args:
       x: float[N, h, w, C], the output of the stage's last block.
@@ -122,11 +133,11 @@ class Gating:
     return x
 
   def finish(self) -> list[ExecutionMask]:
-    """Returns one ExecutionMask a gated block, in order of execution.
+    """Returns one ExecutionMask per gated block, in order of execution.
 
     Raises:
-      ValueError: masks were given that no block has obeyed, or the network has
-        not ended a stage whose gates need it.
+      ValueError: no block used some of the given masks, or the network did not
+        call `end_stage` for gates that need it.
     """
     left = set(self._named) - set(self._asked)
     if left:
@@ -136,7 +147,7 @@ class Gating:
       )
     if self._ordered is not None and len(self._ordered) != len(self._asked):
       raise ValueError(
-        f'masks must be one a block, {len(self._asked)}; got '
+        f'masks must be one per block, {len(self._asked)}; got '
         f'{len(self._ordered)}'
       )
     if self._gate is not None and self._gate.spans_stage:
@@ -150,23 +161,23 @@ class Gating:
 class GatedBlock(nnx.Module):
   """`activation(shortcut(x) + mask * branch(x))`.
 
-  The shortcut is always executed. The branch, a chain of convolutions and batch
-  norms, is computed densely and multiplied by the mask after its last batch
-  norm, so batch statistics include the positions that are masked out (Verelst
-  and Tuytelaars, CVPR 2020, section 3.3 and the authors' code).
+  The shortcut always runs. The block computes its branch, a chain of
+  convolutions and batch norms, everywhere, and multiplies it by the mask after
+  the last batch norm. Batch statistics thus include masked-out positions
+  (Verelst and Tuytelaars, CVPR 2020, section 3.3 and the authors' code).
 
-  `branch` says all there is to know about the branch. A subclass that computes
-  something else in `run_branch` cannot be executed sparsely: it sets
-  `describable = False`, and sparse networks run it densely.
+  `branch` describes the branch completely. A subclass that computes something
+  else in `run_branch` cannot run sparsely: it sets `describable = False`, and
+  sparse networks run it densely.
 
   Args:
-    branch: its description.
+    branch: describes the branch.
     name: path in the model, such as 'layer2.0'.
-    stage: the number of its stage.
-    gate: decides where the branch is executed; None: everywhere.
-    norm: makes a batch norm: `BatchNorm`, or that with other constants.
-    drop_rate: how often the branch of an image is dropped in training
-      (stochastic depth, Huang et al., ECCV 2016; the rest is scaled up).
+    stage: number of the block's stage.
+    gate: decides where the branch runs; None: everywhere.
+    norm: creates a batch norm: `BatchNorm`, or the same with other constants.
+    drop_rate: probability of dropping an image's branch in training
+      (stochastic depth, Huang et al., ECCV 2016); the others are scaled up.
     dtype: compute dtype.
     rngs: stream `params`.
   """
@@ -211,7 +222,7 @@ class GatedBlock(nnx.Module):
 
   @property
   def strides(self) -> int:
-    """Of the block."""
+    """Stride of the block."""
     return self.branch.strides
 
   def run_branch(self, x: jax.Array) -> jax.Array:
@@ -238,11 +249,11 @@ class GatedBlock(nnx.Module):
     return norm(projection(x))
 
   def decide(self, x: jax.Array, gating: Gating) -> ExecutionMask | None:
-    """Returns where the branch is executed, None for everywhere.
+    """Returns where the branch runs; None: everywhere.
 
     Args:
       x: float[N, H, W, in_features], the block's input.
-      gating: of this forward pass.
+      gating: the decisions of this forward pass.
     """
     return decide(self, x, gating)
 
@@ -256,8 +267,8 @@ class GatedBlock(nnx.Module):
 
     Args:
       x: float[N, H, W, in_features].
-      mask: where the branch is executed; None: everywhere.
-      rngs: stream `dropout`, for a block that drops its branch in training.
+      mask: where the branch runs; None: everywhere.
+      rngs: stream `dropout`, if the block drops its branch in training.
     """
     shortcut, branch = self.shortcut(x), self.run_branch(x)
     if self.drop is not None:
@@ -276,8 +287,8 @@ class GatedBlock(nnx.Module):
 
     Args:
       x: float[N, H, W, in_features].
-      gating: of this forward pass, which gets the execution mask; None: the
-        branch is executed everywhere.
+      gating: the decisions of this forward pass, which receive the execution
+        mask; None: the branch runs everywhere.
     """
     mask = None if gating is None else self.decide(x, gating)
     if mask is not None:
@@ -286,12 +297,12 @@ class GatedBlock(nnx.Module):
 
 
 def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
-  """Returns where a block's branch is executed, None for everywhere.
+  """Returns where a block's branch runs; None: everywhere.
 
   Args:
     block: has `branch`, `name`, `stage` and `masker`.
     x: float[N, H, W, in_features], the block's input.
-    gating: of this forward pass.
+    gating: the decisions of this forward pass.
   """
   size = x.shape[1:3]
   shape = (x.shape[0], *block.branch.sizes(size)[-1])
@@ -312,8 +323,22 @@ def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
   )
 
 
+def drop_rate(drop_path: float, index: int, total: int) -> float:
+  """Returns how often a block's branch is dropped: it rises from 0 linearly.
+
+  Huang et al., ECCV 2016, equation 4, as in EfficientNet's code: by the number
+  of the block over that of all.
+
+  Args:
+    drop_path: of the network, which no block reaches, in [0, 1).
+    index: number of the block, from 0.
+    total: blocks of the network.
+  """
+  return drop_path * index / total
+
+
 def make_conv(c: Conv, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-  """Returns the convolution that a description asks for.
+  """Returns a convolution as described.
 
   Args:
     c: the description.

@@ -1,4 +1,4 @@
-"""MobileNetV2, and what other networks of inverted residuals share with it."""
+"""MobileNetV2, and the base of other networks of inverted residuals."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dynconv_jax.layers import BatchNorm, Dropout, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
 from dynconv_jax.models.blocks import InvertedResidual
-from dynconv_jax.models.gated import Gating, Masks
+from dynconv_jax.models.gated import DropPath, Gating, Masks, drop_rate
 
-# Which blocks are offered to a method.
+# Which blocks a method may gate.
 GATED_BLOCKS = ('identity', 'all')
-# Batch norm of the frameworks that pad so: PyTorch's, and that of TensorFlow's
-# EfficientNets, which timm's and other ports keep.
+# Batch norm constants by padding: PyTorch's, and those of TensorFlow's
+# EfficientNets, which timm and other ports keep.
 _NORMS = {
   'symmetric': {'epsilon': 1e-5, 'momentum': 0.9},
   'same': {'epsilon': 1e-3, 'momentum': 0.99},
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
   Attributes:
     expand_ratio: of each block.
     features: channels of the output, before scaling.
-    depth: how many blocks, before scaling.
+    depth: number of blocks, before scaling.
     strides: of the first block.
     kernel_size: of the depthwise convolutions.
   """
@@ -50,18 +50,16 @@ class Stage(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What tells one network of inverted residuals from another; makes it.
+  """A network of inverted residuals, as data; calling it creates the network.
 
   Attributes:
-    stages: of the network.
-    width: scales the channels, as `make_divisible` rounds them.
+    stages: the stages, before scaling.
+    width: scales the channels, which `make_divisible` rounds.
     depth: scales the number of blocks, rounded up.
     fixed_ends: whether stem and head keep their channels, and the first and the
-      last stage their depth, whatever the width and the depth.
-    image_size: side of the images that the network is made for.
-    dropout: before the classifier, in training.
-    drop_rate: stochastic depth in training: how often the branch of an image is
-      dropped, rising from 0 with the number of the block.
+      last stage their depth, for any width and depth.
+    image_size: side of the images that the network is designed for.
+    dropout: dropout rate before the classifier, in training.
   """
 
   stages: tuple[Stage, ...]
@@ -70,11 +68,10 @@ class Architecture:
   fixed_ends: bool = False
   image_size: int = 224
   dropout: float = 0.2
-  drop_rate: float = 0.0
 
   @property
   def depths(self) -> tuple[int, ...]:
-    """Blocks of each stage."""
+    """Number of blocks of each stage."""
     last = len(self.stages) - 1
     return tuple(
       stage.depth
@@ -85,19 +82,19 @@ class Architecture:
 
   @property
   def total_stride(self) -> int:
-    """Input pixels a position of the last map, along one side."""
+    """Input pixels per position of the last map, along one side."""
     return 2 * math.prod(stage.strides for stage in self.stages)
 
   @property
   def min_image_size(self) -> int:
-    """Side of the smallest input, whose last map is 2x2."""
+    """Side of the smallest input; its last map is 2x2."""
     return 2 * self.total_stride
 
   def ends(self, width: float) -> tuple[int, int]:
     """Returns the channels of stem and head.
 
     Args:
-      width: scales them, unless they are fixed.
+      width: scales them unless they are fixed.
     """
     if self.fixed_ends:
       return _STEM, _HEAD
@@ -113,8 +110,9 @@ class Architecture:
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'symmetric',
+    drop_path: DropPath = 0.0,
   ) -> MobileNet:
-    """Returns a freshly initialized network; arguments as of `MobileNet`."""
+    """Returns a freshly initialized network; arguments: see `MobileNet`."""
     return MobileNet(
       self,
       num_classes=num_classes,
@@ -124,6 +122,7 @@ class Architecture:
       width_multiplier=width_multiplier,
       gated_blocks=gated_blocks,
       padding=padding,
+      drop_path=drop_path,
     )
 
 
@@ -145,42 +144,44 @@ ARCHITECTURES = {'mobilenet_v2': mobilenet_v2}
 def make_divisible(features: float, divisor: int = 8) -> int:
   """Returns a number of channels, rounded as in torchvision and TensorFlow.
 
-  To the nearest multiple of the divisor that is at least 90 % of `features`.
+  Rounds to the nearest multiple of the divisor that is at least 90 % of
+  `features`.
 
   Args:
     features: channels, > 0.
-    divisor: of the result.
+    divisor: divides the result.
   """
   rounded = max(divisor, int(features + divisor / 2) // divisor * divisor)
   return rounded + divisor if rounded < 0.9 * features else rounded
 
 
 class MobileNet(nnx.Module):
-  """A network of inverted residuals; each gate gives an execution mask.
+  """A network of inverted residuals with optional gates.
 
   Modules have timm's names.
 
   Args:
-    architecture: its stages and how they are scaled.
+    architecture: stages and scaling.
     num_classes: outputs of the classifier.
-    gate: makes a block's gate or None, given its site.
+    gate: returns a block's gate, or None, for its site.
     dtype: compute dtype; parameters, masks and logits are float32.
     rngs: stream `params`.
     width_multiplier: scales the channels once more.
-    gated_blocks: which blocks are offered to `gate`, one of GATED_BLOCKS: those
-      with an identity shortcut, which loses nothing where its branch is not
-      executed; or all. Without a shortcut there are zeros then.
-    padding: of convolutions with strides, and the constants of batch norm that
-      go with it. 'symmetric' as in PyTorch, epsilon 1e-5: weights of
-      torchvision, timm's `mobilenetv2_*` and `efficientnet_lite0`. 'same' as in
-      TensorFlow, epsilon 1e-3: timm's `tf_efficientnet_lite*`, and the package
+    gated_blocks: which blocks `gate` is asked about, one of GATED_BLOCKS: those
+      with an identity shortcut, or all. Without a shortcut, inactive positions
+      are zero.
+    padding: of strided convolutions, with the matching constants of batch norm.
+      'symmetric' as in PyTorch, epsilon 1e-5: weights of torchvision and timm's
+      `mobilenetv2_*` and `efficientnet_lite0`. 'same' as in TensorFlow, epsilon
+      1e-3: timm's `tf_efficientnet_lite*` and the package
       `efficientnet-lite-pytorch`.
+    drop_path: stochastic depth in training, see `drop_rate`.
 
   Raises:
-    ValueError: another padding or choice of blocks.
+    ValueError: an unknown padding or choice of blocks.
   """
 
-  # What a sparse network folds into one convolution.
+  # Pairs that a sparse network folds into one convolution.
   foldable = (('conv_stem', 'bn1'), ('conv_head', 'bn2'))
 
   def __init__(
@@ -194,6 +195,7 @@ class MobileNet(nnx.Module):
     width_multiplier: float = 1.0,
     gated_blocks: str = 'identity',
     padding: str = 'symmetric',
+    drop_path: float = 0.0,
   ):
     check_choice('gated_blocks', gated_blocks, GATED_BLOCKS)
     check_choice('padding', padding, PADDINGS)
@@ -238,7 +240,7 @@ class MobileNet(nnx.Module):
             stage=stage,
             gate=gate(site) if offered else None,
             norm=norm,
-            drop_rate=architecture.drop_rate * index / total,
+            drop_rate=drop_rate(drop_path, index, total),
             dtype=dtype,
             rngs=rngs,
           )
@@ -272,12 +274,12 @@ class MobileNet(nnx.Module):
       rngs: stream `gumbel`, for gates that sample; in training also `dropout`.
       temperature: of the gates' Gumbel-softmax, > 0.
       gumbel_noise: whether the gates add noise in training.
-      masks: [N, h, w] of {0, 1}, one a block in network order or by the blocks'
-        names, to obey instead of the gates' decisions; see `Gating`.
+      masks: [N, h, w] of {0, 1}, one per block in network order or by block
+        name, to use instead of the gates' decisions; see `Gating`.
 
     Returns:
       logits: float32[N, num_classes].
-      masks: one ExecutionMask a gated block, in network order; none if dense.
+      masks: one ExecutionMask per gated block, in network order; none if dense.
     """
     gating = Gating(
       rngs=rngs,

@@ -1,12 +1,15 @@
 """Networks by name.
 
-A network is made by a factory, which may lie outside the package:
+A factory creates a network. It may lie outside the package:
 package.module:factory. It is called as
   factory(*, num_classes, gate, dtype, rngs, width_multiplier=1.0, **options)
 and returns an nnx.Module whose
   __call__(images, *, rngs, temperature, gumbel_noise, masks)
-returns logits and execution masks. Keyword arguments of its own, with defaults,
-are the options of the network.
+returns logits and execution masks. The factory's own keyword arguments, which
+have defaults, are the options of the network. One annotated as
+Annotated[kind, {...}] takes from the dictionary what `options.option` does,
+such as a help text. If the flag file of an older run lacks an option, its
+default is meant.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.methods.gate import GateSite
 from dynconv_jax.options import make, option, values_of
 
-# Modules of this package; each has ARCHITECTURES, factories by name.
+# Modules of this package. Each has ARCHITECTURES, its factories by name.
 _FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
 _GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
 
@@ -47,11 +50,11 @@ def load_factory(model: str | Factory) -> Factory:
   """Returns the factory of a network.
 
   Args:
-    model: a name, such as 'resnet50'; or package.module:factory; or the
-      factory itself.
+    model: a name such as 'resnet50'; package.module:factory; or the factory
+      itself.
 
   Raises:
-    ValueError: there is no such factory.
+    ValueError: no such factory exists.
   """
   if not isinstance(model, str):
     return model
@@ -70,7 +73,10 @@ def reference(factory: Factory) -> str:
 @functools.lru_cache(maxsize=256)
 def options_type(factory: Factory) -> type:
   """Returns a frozen dataclass of the options of a network."""
-  signature = inspect.signature(factory)
+  try:
+    signature = inspect.signature(factory, eval_str=True)
+  except NameError:  # Of a type that is there for type checkers alone.
+    signature = inspect.signature(factory)
   fields = []
   for name, parameter in signature.parameters.items():
     default = parameter.default
@@ -79,7 +85,9 @@ def options_type(factory: Factory) -> type:
     kind = type(default)
     if isinstance(default, tuple):
       kind = tuple[type(default[0]) if default else str, ...]
-    fields.append((name, kind, option(default, f'{name} of the network.')))
+    (extra,) = getattr(parameter.annotation, '__metadata__', ({},))
+    extra = {'help': f'{name} of the network.', 'before': default, **extra}
+    fields.append((name, kind, option(default, **extra)))
   return dataclasses.make_dataclass('Options', fields, frozen=True)
 
 
@@ -96,10 +104,10 @@ def create(
   """Returns a freshly initialized network.
 
   Args:
-    factory: of the network.
+    factory: creates the network.
     options: an instance of its `options_type`.
     num_classes: outputs of the head, at least 1.
-    gate: makes the gate of a site, or None.
+    gate: returns the gate of a site, or None.
     width_multiplier: scales the channels, > 0.
     dtype: compute dtype.
     rngs: stream `params`.
@@ -122,10 +130,10 @@ def create(
 def gate_sites(
   factory: Factory, options: Any, width_multiplier: float = 1.0
 ) -> tuple[GateSite, ...]:
-  """Returns the places for gates in a network, in order, without computing.
+  """Returns the sites for gates in a network, in order, without computing.
 
   Args:
-    factory: of the network.
+    factory: creates the network.
     options: an instance of its `options_type`; None: the defaults.
     width_multiplier: scales the channels, > 0.
   """

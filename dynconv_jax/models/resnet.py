@@ -12,17 +12,23 @@ from dynconv_jax.layers import BatchNorm, MaxPool, conv
 from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import GateSite, MakeGate
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
-from dynconv_jax.models.gated import GatedBlock, Gating, Masks
+from dynconv_jax.models.gated import (
+  DropPath,
+  GatedBlock,
+  Gating,
+  Masks,
+  drop_rate,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What tells one ResNet from another.
+  """A ResNet, as data; calling it creates the network.
 
   Attributes:
     block: the residual block.
-    depths: blocks a stage.
-    width: channels of the stem; a stage doubles them.
+    depths: blocks per stage.
+    width: channels of the stem; each later stage doubles them.
     stem: 'imagenet' (7x7 stride 2, max-pool) or 'cifar' (3x3).
   """
 
@@ -33,12 +39,12 @@ class Architecture:
 
   @property
   def total_stride(self) -> int:
-    """Input pixels a position of the last map, along one side."""
+    """Input pixels per position of the last map, along one side."""
     return 2 ** (len(self.depths) - 1) * (4 if self.stem == 'imagenet' else 1)
 
   @property
   def min_image_size(self) -> int:
-    """Side of the smallest input, whose last map is 2x2."""
+    """Side of the smallest input; its last map is 2x2."""
     return 2 * self.total_stride
 
   def __call__(
@@ -49,11 +55,12 @@ class Architecture:
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
     width_multiplier: float = 1.0,
+    drop_path: DropPath = 0.0,
   ) -> ResNet:
-    """Returns a freshly initialized network; arguments as of `ResNet`.
+    """Returns a freshly initialized network; arguments: see `ResNet`.
 
     Raises:
-      ValueError: no channel is left.
+      ValueError: the width multiplier leaves no channel.
     """
     if int(self.width * width_multiplier) < 1:
       raise ValueError(
@@ -67,6 +74,7 @@ class Architecture:
       gate=gate,
       dtype=dtype,
       rngs=rngs,
+      drop_path=drop_path,
     )
 
 
@@ -86,20 +94,21 @@ ARCHITECTURES = {
 
 
 class ResNet(nnx.Module):
-  """A ResNet; each block's gate, where it has one, gives an execution mask.
+  """A ResNet with optional gates.
 
-  He et al., CVPR 2016, in torchvision's form; modules have torchvision's names.
+  He et al., CVPR 2016, in torchvision's form. Modules have torchvision's names.
 
   Args:
-    architecture: depths, width, block and stem.
+    architecture: depths, width, block, and stem.
     num_classes: outputs of the head.
     width_multiplier: scales stem and stages, as int(width * multiplier).
-    gate: makes a block's gate or None, given its site.
+    gate: returns a block's gate, or None, for its site.
     dtype: compute dtype; parameters, masks and logits are float32.
     rngs: stream `params`.
+    drop_path: stochastic depth in training, see `drop_rate`.
   """
 
-  # What a sparse network folds into one convolution.
+  # Pairs that a sparse network folds into one convolution.
   foldable = (('conv1', 'bn1'),)
 
   def __init__(
@@ -111,6 +120,7 @@ class ResNet(nnx.Module):
     gate: MakeGate = lambda site: None,
     dtype: jnp.dtype,
     rngs: nnx.Rngs,
+    drop_path: float = 0.0,
   ):
     self.architecture = architecture
     self.dtype = dtype
@@ -123,7 +133,7 @@ class ResNet(nnx.Module):
     self.maxpool = nnx.data(
       MaxPool() if architecture.stem == 'imagenet' else None
     )
-    in_features, index = width, 0
+    in_features, index, total = width, 0, sum(architecture.depths)
     for stage, depth in enumerate(architecture.depths):
       planes = int(architecture.width * 2**stage * width_multiplier)
       blocks = nnx.List([])
@@ -148,6 +158,7 @@ class ResNet(nnx.Module):
             stage=stage,
             gate=gate(site),
             input_activated=True,
+            drop_rate=drop_rate(drop_path, index, total),
             dtype=dtype,
             rngs=rngs,
           )
@@ -199,15 +210,16 @@ class ResNet(nnx.Module):
 
     Args:
       images: float[N, H, W, 3], normalized.
-      rngs: stream `gumbel`, for gates that sample.
+      rngs: stream `gumbel`, for gates that sample; in training with stochastic
+        depth also `dropout`.
       temperature: of the gates' Gumbel-softmax, > 0.
       gumbel_noise: whether the gates add noise in training.
-      masks: [N, h, w] of {0, 1}, one a block in network order or by the blocks'
-        names, to obey instead of the gates' decisions; see `Gating`.
+      masks: [N, h, w] of {0, 1}, one per block in network order or by block
+        name, to use instead of the gates' decisions; see `Gating`.
 
     Returns:
       logits: float32[N, num_classes].
-      masks: one ExecutionMask a gated block, in network order; none if dense.
+      masks: one ExecutionMask per gated block, in network order; none if dense.
     """
     gating = Gating(
       rngs=rngs,
@@ -225,8 +237,8 @@ class ResNet(nnx.Module):
   def set_view(self, deterministic: bool | None = None):
     """Class method used by ``nnx.view``.
 
-    A network without gates takes part too, so that one view serves all.
+    Networks without gates accept it too, so that one call serves all.
 
     Args:
-      deterministic: passed on to the gates by ``nnx.view`` itself.
+      deterministic: ``nnx.view`` itself passes it to the gates.
     """

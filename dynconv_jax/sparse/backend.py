@@ -61,6 +61,14 @@ class Backend:
     """Returns whether the backend can be used here at all; see `prefers`."""
     return True
 
+  def compiler_options(self, platform: str) -> dict[str, str]:
+    """Returns options of XLA for a network that the backend executes.
+
+    Args:
+      platform: of JAX.
+    """
+    return {}
+
   def pack(self, block: FoldedBlock) -> Any:
     """Returns a tree of arrays: the weights of a block as `run` reads them.
 

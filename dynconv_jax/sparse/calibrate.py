@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ def calibrate(
   *,
   per_image: bool,
   density: float,
+  budget: float | None = None,
 ) -> BlockPlan:
   """Returns the faster of a sparse plan and the dense one, with its limit.
 
@@ -43,6 +45,7 @@ def calibrate(
     shape: (N, H, W, C) of its input.
     per_image: whether its mask is constant over an image.
     density: of the masks to expect.
+    budget: the load to expect; None: that of masks of the density.
   """
   rng = np.random.default_rng(0)
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), block.dtype)
@@ -60,7 +63,13 @@ def calibrate(
   folded = fold_block(block)
   backends = {'dense': get_backend('dense'), 'sparse': plan.backend}
   runs = {
-    name: (jax.jit(backend.run), backend.pack(folded))
+    name: (
+      jax.jit(
+        backend.run,
+        compiler_options=backend.compiler_options(jax.default_backend()),
+      ),
+      backend.pack(folded),
+    )
     for name, backend in backends.items()
   }
   # A dense form takes as long for any mask.
@@ -87,13 +96,15 @@ def calibrate(
   loads = [
     float(jnp.mean(mask.executed_macs())) / mask.dense_macs() for mask in masks
   ]
+  if budget is None:
+    # Taken as linear between the measured ones, and 1 at 1.
+    budget = float(np.interp(density, (0, *densities, 1), (0, *loads, 1)))
   chosen = choose_plan(
     plan,
     times['dense', 0],
     (times['sparse', 0], times['sparse', 1]),
-    densities,
     loads,
-    density,
+    budget,
   )
   logging.info('%s of %s: %s', block.name, shape, chosen)
   return chosen
@@ -103,11 +114,10 @@ def choose_plan(
   plan: BlockPlan,
   dense: float,
   sparse: tuple[float, float],
-  densities: tuple[float, float],
-  loads: list[float],
-  density: float,
+  loads: Sequence[float],
+  expected: float,
 ) -> BlockPlan:
-  """Returns the faster plan at a density, and its limit.
+  """Returns the faster plan at a load, and its limit.
 
   A backend that cannot fall back to dense execution without waiting for the
   host is taken for all batches, or for none.
@@ -115,14 +125,12 @@ def choose_plan(
   Args:
     plan: the sparse one.
     dense: seconds of dense execution.
-    sparse: seconds of the plan at the two densities.
-    densities: that were measured, increasing.
-    loads: the shares of dense MACs that they took.
-    density: the one to expect; its load is taken as linear between, and 1 at 1.
+    sparse: seconds of the plan at the two loads.
+    loads: executed shares of the branch's dense MACs, increasing.
+    expected: the load to expect.
   """
   slope = max((sparse[1] - sparse[0]) / max(loads[1] - loads[0], 1e-6), 1e-12)
   limit = (dense - (sparse[0] - slope * loads[0])) / slope
-  expected = np.interp(density, (0, *densities, 1), (0, *loads, 1))
   if limit <= 0 or (not plan.backend.falls_back and expected > limit):
     return BlockPlan(get_backend('dense'))
   if not plan.backend.falls_back:

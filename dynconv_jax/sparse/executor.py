@@ -130,7 +130,10 @@ class SparseExecutor:
     limit: share of a block's dense MACs in (0, 1] above which it is executed
       densely, however it is planned; exact all the same, and counted.
     density: for 'auto', the density of masks to expect, in (0, 1].
+    budget: for 'auto', the share of a block's dense MACs to expect, in (0, 1],
+      such as a run was trained for; None: what the density makes of it.
     plans: how to execute blocks by their names, instead of that.
+    compiler_options: of XLA; None: what the backends ask for.
 
   Attributes:
     model: the sparse network.
@@ -146,12 +149,18 @@ class SparseExecutor:
     backend: str | Backend = 'auto',
     limit: float = 1.0,
     density: float = 0.5,
+    budget: float | None = None,
     plans: Mapping[str, BlockPlan] | None = None,
+    compiler_options: Mapping[str, str] | None = None,
   ):
     check_choice('mode', mode, MODES)
     self.image_shape = _check_image_shape(image_shape)
-    for name, value in (('limit', limit), ('density', density)):
-      if not 0 < value <= 1:
+    for name, value in (
+      ('limit', limit),
+      ('density', density),
+      ('budget', budget),
+    ):
+      if value is not None and not 0 < value <= 1:
         raise ValueError(f'{name} must be in (0, 1]; got {value}')
     blocks = gated_blocks(model)
     if mode == 'dense':
@@ -160,7 +169,7 @@ class SparseExecutor:
       backend = 'dense'
     chosen = choose_plans(blocks, backend)
     if mode == 'auto' and backend == 'auto':
-      chosen = _calibrated(model, chosen, self.image_shape, density)
+      chosen = _calibrated(model, chosen, self.image_shape, density, budget)
     chosen = {
       name: BlockPlan(plan.backend, min(plan.limit, limit))
       for name, plan in chosen.items()
@@ -179,7 +188,25 @@ class SparseExecutor:
       logits, executed = network(images, **kwargs)
       return logits, ExecutionStats.pack(executed)
 
-    self._run = jax.jit(forward)
+    if compiler_options is None:
+      compiler_options = {}
+      for its in {plan.backend for plan in chosen.values()}:
+        compiler_options |= its.compiler_options(jax.default_backend())
+    self._run = jax.jit(forward, compiler_options=dict(compiler_options))
+
+  def lower(self, *, device: jax.Device | None = None) -> jax.stages.Lowered:
+    """Returns the network as XLA compiles it; nothing is run.
+
+    Args:
+      device: to compile for, also one that is not here; None: JAX's default.
+    """
+    sharding = device and jax.sharding.SingleDeviceSharding(device)
+    images = jax.ShapeDtypeStruct(self.image_shape, jnp.float32)
+    *arrays, images = (
+      jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+      for x in (*self._arrays, images)
+    )
+    return self._run.lower(arrays, images, None)
 
   def __call__(
     self, images: jax.Array, masks: Masks | None = None
@@ -209,6 +236,7 @@ def _calibrated(
   plans: dict[str, BlockPlan],
   image_shape: tuple[int, ...],
   density: float,
+  budget: float | None,
 ) -> dict[str, BlockPlan]:
   """The plans, where the backend may be slower than dense: the faster one."""
   if not any(plan.backend.calibrated for plan in plans.values()):
@@ -223,7 +251,12 @@ def _calibrated(
     key = (block.branch, trace.shape, per_image, plan.backend.name)
     if key not in measured:
       measured[key] = calibrate(
-        block, plan, trace.shape, per_image=per_image, density=density
+        block,
+        plan,
+        trace.shape,
+        per_image=per_image,
+        density=density,
+        budget=budget,
       )
     plans[trace.name] = measured[key]
   return plans

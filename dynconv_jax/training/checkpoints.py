@@ -15,6 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from dynconv_jax import distributed
+
 _managers = ocp.checkpoint_managers
 
 
@@ -38,7 +40,9 @@ def open_manager(
   """
   path = (workdir / 'checkpoints').expanduser().absolute()
   if not read_only:
-    _drop_damaged_metrics(path)
+    if distributed.is_main():
+      _drop_damaged_metrics(path)
+    distributed.wait()
   options = ocp.CheckpointManagerOptions(
     read_only=read_only,
     lightweight_initialize=read_only,  # Reads no metrics yet.
@@ -98,7 +102,9 @@ def _checksum_json(value: Any) -> str:
 def _checksum_array(array: jax.Array) -> str:
   if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
     array = jax.random.key_data(array)
-  content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  content = (
+    np.ascontiguousarray(distributed.fetch(array)).reshape(-1).view(np.uint8)
+  )
   return f'{zlib.crc32(content):08x}'
 
 
@@ -273,8 +279,10 @@ def _first_readable(manager, steps, args):
   failures = []
   for step in steps:
     try:
-      restored = manager.restore(step, args=args)
-      _verify(restored)
+      with distributed.together():
+        restored = manager.restore(step, args=args)
+      with distributed.together():
+        _verify(restored)
     # A damaged file may surface as almost any error of orbax, tensorstore or
     # the JSON reader; every one means the same here.
     except Exception as error:  # noqa: BLE001
@@ -319,8 +327,16 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def like(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-  """Returns the tree's shapes and dtypes, to restore into."""
-  sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-  )
+  """Returns the tree's shapes and dtypes, to restore into.
+
+  Args:
+    tree: of arrays, or of their shapes and dtypes.
+    sharding: where to; None: where each array is, or the default device.
+  """
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+  def described(a):
+    where = sharding or getattr(a, 'sharding', None) or default
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+  return jax.tree.map(described, tree)

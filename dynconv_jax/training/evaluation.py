@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from dynconv_jax import distributed
 from dynconv_jax.masks import ExecutionMask, resize_nearest
 
 Predict = Callable[[jax.Array], tuple[jax.Array, list[ExecutionMask]]]
@@ -134,6 +135,8 @@ def evaluate(
   rows, start = [], 0
   for batch in batches:
     logits, masks = predict(batch['image'])
+    rest = {name: batch[name] for name in batch if name != 'image'}
+    batch, logits, masks = distributed.fetch((rest, logits, masks))
     real = np.asarray(batch['weight']) > 0
     loss = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch['label']

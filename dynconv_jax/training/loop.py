@@ -14,19 +14,17 @@ from typing import Any
 import jax
 from absl import logging
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from dynconv_jax import interop
+from dynconv_jax import distributed, interop
 from dynconv_jax.data import sources
 from dynconv_jax.data.source import DataSource
-from dynconv_jax.files import locked
 from dynconv_jax.models import registry
 from dynconv_jax.training import checkpoints, inputs, schedules, selection
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import Config
-from dynconv_jax.training.records import Progress, Records
+from dynconv_jax.training.records import Muted, Progress, Records
 
 
 class Interrupted(Exception):
@@ -50,6 +48,9 @@ def train(
 ) -> dict[str, Any]:
   """Trains to the end, from the last checkpoint where there is one.
 
+  Where `distributed.start` has connected several processes, each of them calls
+  this with the same arguments, and they train as one.
+
   Args:
     config: everything about the run.
     workdir: its folder; made if need be. Holds flags.txt, metrics.jsonl,
@@ -64,45 +65,44 @@ def train(
 
   Raises:
     ValueError: an option is out of range, the workdir, or a run to start from,
-      is of another configuration, the workdir has done more epochs, or there
-      are several JAX processes.
+      is of another configuration, the workdir has done more epochs, or
+      processes have different options.
+    ConnectionError: another process of the run has ended.
     FloatingPointError: a loss, gradient, weight or statistic is not finite;
       names the first and its step. The last good checkpoint stays.
     Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.
     OSError: the disk is full; earlier checkpoints stay. Or another process
-      trains in the workdir.
+      trains in the workdir, or the processes of the run do not share it.
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser()
   if model is not None:
     config = _with_model(config, model)
-  if jax.process_count() > 1:
-    raise ValueError(
-      'training runs in one JAX process; jax.distributed has started '
-      f'{jax.process_count()}'
+  with distributed.ending_together(passing=Interrupted):
+    config.check(
+      len(jax.devices()), factory=model, resumed=checkpoints.exists(workdir)
     )
-  config.check(
-    len(jax.local_devices()), factory=model, resumed=checkpoints.exists(workdir)
-  )
-  config = workdir_lib.resolve(config, workdir)
-  workdir_lib.check_flags(workdir, config)
-  with locked(workdir, 'training'):
-    return _train(config, workdir, model, data, start)
+    config = workdir_lib.resolve(config, workdir)
+    workdir_lib.check_flags(workdir, config)
+    distributed.check_same(config.to_flags(places=False))
+    with distributed.held(workdir, 'training'):
+      return _train(config, workdir, model, data, start)
 
 
 def _train(config, workdir, model, data, start) -> dict[str, Any]:
   """Trains in a workdir that no other process trains in."""
-  method, devices = config.method, jax.local_devices()
-  mesh = jax.make_mesh(
-    (len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices
-  )
-  replicated = NamedSharding(mesh, PartitionSpec())
-  split = NamedSharding(mesh, PartitionSpec('data'))
+  method, main = config.method, distributed.is_main()
+  mesh = distributed.make_mesh(config.run.fsdp)
+  split = distributed.batch_sharding(mesh)
 
   # Data.
   splits = data
   if not isinstance(data, sources.Splits):
-    splits = inputs.open_splits(config.data, data)
+    if main:  # It prepares the dataset, where need be.
+      splits = inputs.open_splits(config.data, data)
+    distributed.wait()
+    if not main:
+      splits = inputs.open_splits(config.data, data)
   if splits.train is None:
     raise ValueError('train_split must name examples; got none')
   batches = inputs.train_batches(config, splits.train, split)
@@ -121,7 +121,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
   total_steps = config.optimization.epochs * steps_per_epoch
 
   # Model and optimizer.
-  resumed = checkpoints.exists(workdir)
+  resumed = bool(distributed.gather(checkpoints.exists(workdir))[0])
   network = workdir_lib.build_model(
     config, len(class_names), seed=config.run.seed, factory=model
   )
@@ -146,7 +146,9 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
   workdir_lib.start_gates(network, method)
   teacher = None
   if start_from.distill_from:
-    teacher = workdir_lib.load_teacher(config, class_names, replicated)
+    teacher = workdir_lib.load_teacher(
+      config, class_names, distributed.replicated(split)
+    )
   schedule = schedules.learning_rate(config.optimization, steps_per_epoch)
   tx = schedules.optimizer(config.optimization, schedule)
   view = nnx.view(network, deterministic=True, use_running_average=True)
@@ -155,40 +157,50 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     network, (*start_from.frozen, *start_from.frozen_statistics)
   )
   state = state_lib.create_state(network, tx, config)
-  state = jax.device_put(state, replicated)
+  shardings = distributed.weight_shardings(state, mesh)
+  state = distributed.spread(state, shardings)
   train_step = state_lib.make_train_step(
-    state_lib.split(network)[0], tx, config, steps_per_epoch, teacher
+    state_lib.split(network)[0],
+    tx,
+    config,
+    steps_per_epoch,
+    teacher,
+    shardings if config.run.fsdp > 1 else None,
   )
 
   # State: the workdir's last checkpoint, else the weights above.
-  workdir_lib.write_flags(workdir, config)
+  if main:
+    workdir_lib.write_flags(workdir, config)
   keep = config.run.keep_checkpoints
   with checkpoints.open_manager(workdir, keep=keep) as manager:
     step, seconds_before = 0, 0.0
     if resumed:
-      target = checkpoints.like(state, replicated)
-      state, info, step = checkpoints.restore(manager, target)
+      state, info, step = checkpoints.restore(manager, checkpoints.like(state))
       checkpoints.drop_after(manager, step)
       batches.set_state(info['batches'])
       seconds_before = info.get('seconds', 0.0)
       logging.info('resumed %s at step %d of %d', workdir, step, total_steps)
 
     # Loop.
+    record, show = (Records, Progress) if main else (Muted, Muted)
+    alone = jax.process_count() == 1
     began = time.monotonic() - seconds_before
     with (
-      Records(workdir, step) as records,
-      contextlib.closing(Progress(config, steps_per_epoch, step)) as progress,
+      record(workdir, step, wandb=config.run.wandb) as records,
+      contextlib.closing(show(config, steps_per_epoch, step)) as progress,
       contextlib.closing(batches),
       _signals() as received,
     ):
-      stop = False
+      stop = 0
       while step < total_steps and not stop:
         state = train_step(state, next(batches))
         step += 1
-        stop = bool(received)
         epoch, in_epoch = divmod(step, steps_per_epoch)
         ended = in_epoch == 0
-        if step % config.run.log_every_steps == 0 or ended or stop:
+        shows = ended or step % config.run.log_every_steps == 0
+        if shows or alone:
+          stop = max(distributed.gather(received[0] if received else 0))
+        if shows or stop:
           metrics = _epoch_metrics(state, in_epoch or steps_per_epoch)
           progress.update(step, metrics)
         accuracy = None
@@ -208,12 +220,8 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
             records.write({**row, 'split': 'validation', **summary})
             progress.validated(epoch, summary)
             accuracy = summary['accuracy']
-            records.show_masks(
-              step,
-              shown,
-              predict(*weights, shown)[1],
-              config.data.normalization,
-            )
+            pictures = distributed.fetch((shown, predict(*weights, shown)[1]))
+            records.show_masks(step, *pictures, config.data.normalization)
         due = ended and epoch % config.run.checkpoint_every_epochs == 0
         if due or stop or step == total_steps:
           info = {'batches': batches.get_state(), 'class_names': class_names}
@@ -225,7 +233,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
 
   if step < total_steps:
     raise Interrupted(
-      received[0],
+      signal.Signals(stop),
       f'saved step {step} of {total_steps} in {workdir}; the same command '
       'goes on from there',
     )
@@ -237,7 +245,9 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     'best_accuracy': best_accuracy,
     'seconds': time.monotonic() - start,
     'skipped': batches.num_skipped
-    + (validation.num_skipped if validation else 0),
+    + int(
+      distributed.gather(validation.num_skipped if validation else 0).sum()
+    ),
     **last,
   }
 

@@ -1,23 +1,48 @@
-"""Networks of published weights, with no training."""
+"""Networks of published weights, with no training; and how one is published."""
 
 from __future__ import annotations
+
+import json
+import os
+import pathlib
 
 from flax import nnx
 
 from dynconv_jax import interop
 from dynconv_jax.data import imagenet
-from dynconv_jax.data.decode import RESIZE_RATIO
+from dynconv_jax.data.decode import RESIZE_RATIO, resize_ratio_of
+from dynconv_jax.interop.zoo import FOLDER
 from dynconv_jax.models import registry
-from dynconv_jax.training.config import MethodConfig, ModelConfig, make_part
-from dynconv_jax.training.workdir import Network, Run, build_model
+from dynconv_jax.training.config import (
+  MethodConfig,
+  ModelConfig,
+  make_part,
+  operational_options,
+  read_part,
+)
+from dynconv_jax.training.workdir import (
+  Network,
+  Run,
+  build_model,
+  read_config,
+  read_texts,
+)
+
+# Where a run started from: places of one machine.
+_PLACES = ('init_from', 'distill_from')
 
 
-def load_published(source: str, model: str | None = None) -> Run:
-  """Returns a dense network of published weights, as if it were a run's.
+def load_published(
+  source: str, model: str | None = None, folder: str | os.PathLike = FOLDER
+) -> Run:
+  """Returns the network of published weights, as if it were a run's.
+
+  It is dense, unless `save_published` wrote the file.
 
   Args:
     source: see `interop.find_pretrained`.
     model: name of the network; None: that which the source is known for.
+    folder: see `interop.find_pretrained`.
 
   Raises:
     FileNotFoundError: there are no such weights, or a package is missing.
@@ -31,15 +56,17 @@ def load_published(source: str, model: str | None = None) -> Run:
       f'{source} does not say which network it is for: set model, such as '
       'model=resnet50'
     )
+  interop.check_source(source, model, None)
+  if 'method' in interop.source_flags(source):
+    return _load_own(interop.find_pretrained(source, folder))
   factory = registry.load_factory(model)
   values = {'model': model, 'method': 'dense'}
   values['image_size'] = getattr(factory, 'image_size', 224)
   values |= interop.source_options(source)  # Those of other networks pass.
-  interop.check_source(source, model, None)
   network = Network(
     make_part(ModelConfig, values), make_part(MethodConfig, values)
   )
-  state_dict = interop.read_state_dict(interop.find_pretrained(source))
+  state_dict = interop.read_state_dict(interop.find_pretrained(source, folder))
   classes = interop.num_classes(state_dict)
   loaded = build_model(network, classes, abstract=True)
   interop.load_torch_state_dict(loaded, state_dict)
@@ -54,3 +81,66 @@ def load_published(source: str, model: str | None = None) -> Run:
     RESIZE_RATIO,
     interop.source_normalization(source) or 'imagenet',
   )
+
+
+def _load_own(path: pathlib.Path) -> Run:
+  """Returns the network of a file that `save_published` wrote."""
+  header = interop.read_metadata(path)
+  texts = json.loads(header['flags'])
+  names = tuple(json.loads(header['class_names']))
+  network = Network(
+    read_part(ModelConfig, texts), read_part(MethodConfig, texts)
+  )
+  model = build_model(network, len(names), abstract=True)
+  interop.load_torch_state_dict(model, interop.read_state_dict(path))
+  return Run(
+    network,
+    nnx.view(model, deterministic=True, use_running_average=True),
+    names,
+    int(header['step']),
+    resize_ratio_of(texts['crop']),
+    texts['normalization'],
+  )
+
+
+def save_published(
+  path: str | os.PathLike, run: Run, workdir: str | os.PathLike
+) -> dict[str, str]:
+  """Writes the network of a workdir into one file, for PyTorch as for here.
+
+  Names of weights are PyTorch's; the header says which network it is and how it
+  was trained, without the places of this machine.
+
+  Args:
+    path: ends in .safetensors.
+    run: the network, from `load_run`.
+    workdir: of the run.
+
+  Returns:
+    Its flags, as text by name.
+
+  Raises:
+    ValueError: another suffix, or the workdir's flags are damaged.
+    OSError: the file cannot be written.
+  """
+  left_out = operational_options(
+    read_config(pathlib.Path(workdir).expanduser())
+  )
+  # As they were written: the same file by any later version.
+  flags = {
+    name: os.path.basename(text) if name in _PLACES else text
+    for name, text in read_texts(workdir).items()
+    if name not in left_out
+  }
+  metadata = {
+    'model': run.network.model.model,
+    'method': run.network.method.method,
+    'width_multiplier': str(run.network.model.width_multiplier),
+    'step': str(run.step),
+    'class_names': json.dumps(run.class_names),
+    'flags': json.dumps(flags),
+  }
+  interop.write_safetensors(
+    path, interop.to_torch_state_dict(run.model), metadata
+  )
+  return flags

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import pathlib
+import secrets
 import socket
 import sys
 import time
@@ -34,21 +35,22 @@ with epy.lazy_imports():
 
 
 class Records:
-  """Rows of metrics.jsonl, and the same in TensorBoard's events.
+  """Rows of metrics.jsonl, and the same in TensorBoard's events and W&B.
 
   Events are written as they come: tensorboardX's own SummaryWriter has a
   thread for it, which a full disk ends and for which all others then wait.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
+  def __init__(self, workdir: pathlib.Path, step: int, *, wandb: str = ''):
     """Drops the rows of steps that a resumed run is going to do again.
 
     Args:
       workdir: of the run; exists.
       step: steps done.
+      wandb: project of Weights and Biases; empty: none.
 
     Raises:
-      OSError: the disk is full.
+      OSError: the disk is full, or Weights and Biases cannot be reached.
     """
     self._path = workdir / workdir_lib.METRICS_FILE
     rows = workdir_lib.read_metrics(workdir)
@@ -66,11 +68,14 @@ class Records:
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(step + 1, session_log=start)
     self._events.flush()
+    self._wandb = _WandB(workdir, wandb) if wandb else None
 
   def __enter__(self) -> Records:
     return self
 
-  def __exit__(self, *unused) -> None:
+  def __exit__(self, kind, *unused) -> None:
+    if self._wandb is not None:
+      self._wandb.finish(failed=kind is not None)
     # Every row was flushed, or has raised its error.
     with contextlib.suppress(OSError):
       self._events.close()
@@ -85,13 +90,17 @@ class Records:
       line = json.dumps(row, allow_nan=False) + '\n'
       with self._path.open('a') as file:
         file.write(line)
+      scalars = {}
       for name, value in row.items():
         if isinstance(value, float):
-          self._scalar(f'{row["split"]}/{name}', value, row['step'])
+          scalars[f'{row["split"]}/{name}'] = value
         elif isinstance(value, Mapping):
-          for key, part in value.items():
-            self._scalar(f'{name}/{key}', part, row['step'])
+          scalars |= {f'{name}/{key}': part for key, part in value.items()}
+      for name, value in scalars.items():
+        self._add(row['step'], summary=summary.scalar(name, value))
       self._events.flush()
+    if self._wandb is not None:
+      self._wandb.write(row['step'], scalars)
 
   def show_masks(
     self,
@@ -121,9 +130,8 @@ class Records:
     with self._explained():
       self._add(step, summary=summary.image('masks', image, dataformats='HWC'))
       self._events.flush()
-
-  def _scalar(self, name: str, value: float, step: int) -> None:
-    self._add(step, summary=summary.scalar(name, value))
+    if self._wandb is not None:
+      self._wandb.write(step, {}, masks=image)
 
   def _add(self, step: int, **content) -> None:
     event = event_pb2.Event(wall_time=time.time(), step=step, **content)
@@ -138,6 +146,54 @@ class Records:
         f'cannot write metrics to {self._path.parent} ({error}); '
         'earlier checkpoints stay'
       ) from error
+
+
+class Muted:
+  """Takes the place of records and progress in a process that shows none."""
+
+  def __init__(self, *unused, **options):
+    pass
+
+  def __enter__(self) -> Muted:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    pass
+
+  def __getattr__(self, name):
+    return lambda *unused: None
+
+
+class _WandB:
+  """A run of Weights and Biases, which a resumed run goes on with."""
+
+  def __init__(self, workdir: pathlib.Path, project: str):
+    import wandb  # Here: an extra, which `Config.check` asks for.
+
+    id_file = workdir / 'wandb_id.txt'
+    if not id_file.exists():
+      write_atomic(id_file, secrets.token_hex(8))
+    self._image = wandb.Image
+    try:
+      self._run = wandb.init(
+        project=project,
+        name=workdir.resolve().name,
+        id=id_file.read_text(),
+        resume='allow',
+        dir=workdir,
+        config=workdir_lib.read_texts(workdir),
+      )
+    except wandb.Error as error:
+      raise OSError(f'wandb={project}: {error}') from error
+    # Steps that are done again come twice: W&B's own count only rises.
+    self._run.define_metric('*', step_metric='step')
+
+  def write(self, step: int, scalars: Mapping[str, float], **images) -> None:
+    shown = {name: self._image(image) for name, image in images.items()}
+    self._run.log({**scalars, **shown, 'step': step})
+
+  def finish(self, *, failed: bool) -> None:
+    self._run.finish(exit_code=int(failed))
 
 
 class Progress:

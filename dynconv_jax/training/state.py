@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dynconv_jax import losses
 from dynconv_jax.training.config import Config
@@ -90,6 +91,7 @@ def make_train_step(
   config: Config,
   steps_per_epoch: int,
   teacher: nnx.Module | None = None,
+  shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
   """Returns the jitted step: state, batch -> state; it donates the state.
 
@@ -99,6 +101,8 @@ def make_train_step(
     config: the run's.
     steps_per_epoch: after which the summed metrics start anew.
     teacher: the evaluation view of the network to distil from, or None.
+    shardings: where the state's arrays stay, if weights are sharded; they are
+      gathered where the step uses them.
   """
   total_steps = config.optimization.epochs * steps_per_epoch
   method, options = config.method.record, config.method.options
@@ -110,6 +114,9 @@ def make_train_step(
     teacher_state = nnx.as_pure(teacher_state)
 
   def loss_fn(params, state, batch, teacher_state):
+    if shardings:
+      whole = NamedSharding(shardings.step.mesh, PartitionSpec())
+      params = jax.lax.with_sharding_constraint(params, whole)
     key = jax.random.fold_in(state.key, state.step)
     progress = state.step / total_steps
     # So that nothing is computed for what is not trained.
@@ -128,7 +135,9 @@ def make_train_step(
     )
     zero = jnp.zeros((), jnp.float32)
     terms = dict.fromkeys(QUANTITIES, zero)
-    cross_entropy = optax.softmax_cross_entropy(logits, batch['label'])
+    cross_entropy = losses.classification_losses(
+      logits, batch['label'], config.optimization.loss
+    )
     terms['cross_entropy'] = jnp.mean(cross_entropy)
     loss = terms['cross_entropy']
     if teacher is not None:
@@ -150,11 +159,17 @@ def make_train_step(
     metrics = {**terms, 'loss': loss, 'correct': jnp.mean(hits)}
     return loss, (split(model)[2], metrics)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  gradient = jax.grad(loss_fn, has_aux=True)
+  if config.optimization.grad_accum_steps > 1:
+    gradient = _accumulated(gradient, config.optimization.grad_accum_steps)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=shardings)
   def train_step(state, batch, teacher_state):
-    grads, (model_state, metrics) = jax.grad(loss_fn, has_aux=True)(
+    grads, (model_state, metrics) = gradient(
       state.params, state, batch, teacher_state
     )
+    if shardings:
+      grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     metrics['gradient_norm'] = optax.tree.norm(grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -176,6 +191,46 @@ def make_train_step(
     )
 
   return lambda state, batch: train_step(state, batch, teacher_state)
+
+
+def _accumulated(gradient: Callable, parts: int) -> Callable:
+  """Returns the mean gradient and metrics of a batch's parts, one by one.
+
+  Batch statistics, random numbers, and losses that are no means over images are
+  those of each part.
+
+  Args:
+    gradient: of (params, state, batch, teacher_state); returns (gradient,
+      (model_state, metrics)).
+    parts: equal ones of the batch.
+  """
+
+  def accumulated(params, state, batch, teacher_state):
+    # Every so many rows: each device keeps those that it has.
+    batches = jax.tree.map(
+      lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
+    )
+
+    def of_part(model_state, i):
+      part = jax.tree.map(lambda a: a[i], batches)
+      key = jax.random.fold_in(state.key, i)
+      here = state.replace(model_state=model_state, key=key)
+      return gradient(params, here, part, teacher_state)
+
+    def add(i, carry):
+      total, model_state = carry
+      grads, (model_state, metrics) = of_part(model_state, i)
+      return optax.tree.add(total, (grads, metrics)), model_state
+
+    grads, (_, metrics) = jax.eval_shape(of_part, state.model_state, 0)
+    zeros = optax.tree.zeros_like((grads, metrics))
+    total, model_state = jax.lax.fori_loop(
+      0, parts, add, (zeros, state.model_state)
+    )
+    grads, metrics = optax.tree.scale(1 / parts, total)
+    return grads, (model_state, metrics)
+
+  return accumulated
 
 
 def _averaged(state: TrainState, new: Any, decay: float) -> Any:

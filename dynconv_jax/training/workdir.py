@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 from flax import nnx
 
-from dynconv_jax import interop
+from dynconv_jax import distributed, interop
 from dynconv_jax import options as options_lib
 from dynconv_jax.data.decode import resize_ratio_of
 from dynconv_jax.files import locked, write_atomic
@@ -427,7 +427,7 @@ def load_teacher(
       f'{run.class_names}; this run has {class_names}'
     )
   graphdef, weights = nnx.split(run.model)
-  return nnx.merge(graphdef, jax.device_put(weights, sharding))
+  return nnx.merge(graphdef, distributed.spread(weights, sharding))
 
 
 def initialize_from(model: nnx.Module, source: nnx.Module) -> list[str]:

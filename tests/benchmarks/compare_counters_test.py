@@ -1,4 +1,4 @@
-"""Tests of the reasons that docs/macs.md gives for what counters differ by."""
+"""Tests of why counters differ, as docs/macs_comparison.md says."""
 
 import pytest
 from absl.testing import absltest

@@ -12,7 +12,7 @@ def test_what_is_missing_is_named_at_once():
   extras.require('train', 'json', 'csv')
   with pytest.raises(
     ImportError,
-    match=r'no_such_a, no_such_b not installed: pip install'
+    match=r'no_such_a, no_such_b not installed: run pip install'
     r" 'dynconv-jax\[train\]'",
   ):
     extras.require('train', 'json', 'no_such_a', 'no_such_b')

@@ -139,7 +139,7 @@ def test_the_same_and_the_opposite():
       paired_bootstrap,
       ([[1, 0]], [[1, 0], [0, 1]]),
       {'paired_seeds': True},
-      'equally many; got 1 and 2',
+      'equal in number; got 1 and 2',
     ),
   ],
 )

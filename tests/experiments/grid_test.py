@@ -137,7 +137,7 @@ def test_every_error_is_named_at_once():
     'bugdet=0.5': "'bugdet' is no flag",
     'seed=0,one': "seed must be an integer; got 'one'",
     'flip=yes': "flip must be true or false; got 'yes'",
-    'milestones=0.5;x': "must be numbers with commas between; got 'x'",
+    'milestones=0.5;x': "must be numbers separated by commas; got 'x'",
     'num_workers=0,2': 'num_workers changes nothing about a run',
     'epochs': 'must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE',
     ':epochs=3': 'must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE',

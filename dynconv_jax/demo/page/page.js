@@ -136,7 +136,10 @@ function showBlocks() {
   if (!network.blocks.length || !views.includes(view)) {
     view = network.blocks.length ? 'all' : 'photo';
   }
-  if (!network.blocks.length) return;
+  if (!network.blocks.length) {
+    $('block-list').replaceChildren();
+    return;
+  }
   const box = seenBox(photo.bitmap.width, photo.bitmap.height, network);
   $('block-list').replaceChildren(...views.map(shown => {
     const canvas = element('canvas');

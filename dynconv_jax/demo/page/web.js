@@ -47,6 +47,10 @@ function open(network, form) {
   return sessions.get(path);
 }
 
+// Pillow counts in integers of 22 bits behind the point.
+const ONE = 2 ** 22;
+const toByte = sum => Math.floor(sum / ONE + 0.5);
+
 /** Returns the weights of Pillow's bilinear filter: one [first, ...weights] for
  * each of n pixels of what lies from start to stop among length pixels. */
 function filter(start, stop, length, n) {
@@ -58,7 +62,7 @@ function filter(start, stop, length, n) {
     const weights = Array.from({length: last - first}, (_, k) =>
       Math.max(0, 1 - Math.abs((first + k + 0.5 - center) / support)));
     const sum = weights.reduce((a, b) => a + b, 0);
-    return [first, ...weights.map(weight => weight / sum)];
+    return [first, ...weights.map(weight => Math.round(ONE * weight / sum))];
   });
 }
 
@@ -71,7 +75,7 @@ export function resample({data, width, height}, [left, top, right, bottom], size
       for (let k = 0; k < 3; k++) {
         let sum = 0, from = 4 * (y * width + first) + k;
         for (const weight of weights) { sum += weight * data[from]; from += 4; }
-        rows[3 * (y * size + x) + k] = sum;
+        rows[3 * (y * size + x) + k] = toByte(sum);
       }
     }
   });
@@ -80,7 +84,7 @@ export function resample({data, width, height}, [left, top, right, bottom], size
     for (let i = 0; i < 3 * size; i++) {
       let sum = 0, from = 3 * size * first + i;
       for (const weight of weights) { sum += weight * rows[from]; from += 3 * size; }
-      result[3 * size * y + i] = sum;
+      result[3 * size * y + i] = toByte(sum);
     }
   });
   return result;
@@ -150,6 +154,7 @@ export async function predict(network, photo) {
   const tensor = new Tensor('float32', preprocess(network, photo.bitmap), [1, size, size, 3]);
   const outputs = await session.run({images: tensor});
   running = measure(network, tensor, turn);
+  running.catch(() => {});  // Whoever waits for the times is told.
   const bits = {0: '0', 1: '1'};
   return {
     probabilities: softmax(outputs.logits.data),

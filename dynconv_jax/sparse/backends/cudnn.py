@@ -18,6 +18,13 @@ from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 # cuDNN's kernels for tensor cores read channels by eights.
 _CHANNELS = 8
+# What XLA records into CUDA graphs: all that it does by default, and cuDNN's
+# convolutions. A network becomes one graph, which the host launches at once.
+COMPILER_OPTIONS = {
+  'xla_gpu_enable_command_buffer': (
+    'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,CONVOLUTION'
+  )
+}
 
 
 @flax.struct.dataclass

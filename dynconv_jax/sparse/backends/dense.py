@@ -21,6 +21,9 @@ class DenseBackend(Backend):
   def supports(self, branch, dtype, platform):
     return True
 
+  def compiler_options(self, platform):
+    return cudnn.COMPILER_OPTIONS if platform == 'gpu' else {}
+
   def pack(self, block):
     if jax.default_backend() == 'gpu':
       return cudnn.lay_out(block)

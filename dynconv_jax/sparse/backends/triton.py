@@ -1,4 +1,4 @@
-"""Blocks at active positions by kernels for a GPU, through jax-triton.
+"""Blocks at active positions by kernels for a GPU, through Triton.
 
 The counterpart of `cpu.py`. Active positions are listed, counted and
 computed on the device: no count travels to the host, and nothing overflows.
@@ -64,6 +64,9 @@ class TritonBackend(Backend):
 
   def supports(self, branch, dtype, platform):
     return self.supports_platform(dtype, platform) and computes(branch)
+
+  def compiler_options(self, platform):
+    return cudnn.COMPILER_OPTIONS
 
   def pack(self, block):
     triton_launch.load()

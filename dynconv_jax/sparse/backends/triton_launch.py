@@ -1,54 +1,172 @@
-"""Launches the kernels for a GPU, through jax-triton."""
+"""Compiles the kernels for a GPU by Triton, and has XLA launch them.
+
+JAX's own foreign function for Triton kernels starts them. XLA records it into
+CUDA graphs, so that one launch by the host starts a whole network.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jaxlib.version
+
+# Of jaxlib's CUDA plugin: a handler that may be recorded into CUDA graphs. The
+# first version that has it.
+_TARGET, _SINCE = 'triton_kernel_call_ffi', (0, 10, 1)
+_TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
+_ALIGNMENT = 16
+
+
+def capability() -> int:
+  """Returns ten times the GPU's compute capability.
+
+  80 is an A100's, 90 an H100's, which is assumed where there is no such GPU.
+  """
+  found = getattr(jax.local_devices()[0], 'compute_capability', '')
+  return int(found.replace('.', '')) if '.' in found else 90
 
 
 def generation() -> int:
-  """Returns the number before the point of the GPU's compute capability.
-
-  8 is an A100's, 9 an H100's, which is assumed where there is no such GPU.
-  """
-  capability = getattr(jax.local_devices()[0], 'compute_capability', '')
-  return int(capability.split('.')[0]) if '.' in capability else 9
+  """Returns the number before the point of the GPU's compute capability."""
+  return capability() // 10
 
 
 @functools.cache
-def load() -> tuple[Callable[..., Any], Mapping[str, Any]]:
-  """Returns `jax_triton.triton_call` and the kernels by their names.
+def load() -> tuple[Any, Mapping[str, Any]]:
+  """Returns `jaxlib.gpu_triton` and the kernels by their names.
 
   Raises:
-    ImportError: jax-triton is not installed, or JAX has no GPU support.
+    ImportError: Triton is not installed, JAX has no CUDA support, or jaxlib is
+      too old.
   """
+  version = jaxlib.version.__version__
   try:
-    import jax_triton
+    from jaxlib import gpu_triton
 
     from dynconv_jax.sparse.backends import triton_kernels, triton_mask_kernels
   except ImportError as error:
     raise ImportError(
-      f'kernels for a GPU need jax-triton ({error}):'
-      " pip install 'dynconv-jax[gpu]' installs it"
+      f"kernels for a GPU need Triton ({error}): pip install 'dynconv-jax[gpu]'"
+      ' installs it'
     ) from error
-  return jax_triton.triton_call, vars(triton_kernels) | vars(
-    triton_mask_kernels
-  )
+  if jaxlib.version.__version_info__ < _SINCE:
+    raise ImportError(
+      'kernels for a GPU need jaxlib 0.10.1 or newer, which lets XLA record '
+      f"them into CUDA graphs; got {version}: pip install -U 'jax[cuda12]'"
+    )
+  if not hasattr(gpu_triton, 'TritonKernelCall'):
+    raise ImportError(
+      "kernels for a GPU need JAX's CUDA support, which jaxlib "
+      f"{version} has not got here: pip install 'jax[cuda12]' installs it"
+    )
+  return gpu_triton, vars(triton_kernels) | vars(triton_mask_kernels)
 
 
-def launch(kernel: str, *args: jax.Array, **options: Any) -> Any:
+def launch(
+  kernel: str,
+  *args: jax.Array,
+  out_shape: Any,
+  grid: int,
+  input_output_aliases: Mapping[int, int] | None = None,
+  zeroed_outputs: Sequence[int] = (),
+  **options: int,
+) -> Any:
   """Returns the outputs of a kernel.
 
   Args:
     kernel: its name in `triton_kernels.py` or `triton_mask_kernels.py`.
     *args: its inputs.
-    **options: of `jax_triton.triton_call`, the kernel's constants among them.
+    out_shape: a tree of shapes and dtypes, its outputs.
+    grid: programs.
+    input_output_aliases: inputs by number, and the outputs that are the same
+      memory.
+    zeroed_outputs: numbers of outputs that are zero at first.
+    **options: the kernel's constants, and Triton's `num_warps`, `num_stages`.
   """
-  triton_call, kernels = load()
-  return triton_call(*args, kernel=kernels[kernel], **options)
+  gpu_triton, kernels = load()
+  outputs = jax.tree.leaves(out_shape)
+  compiled = _kernel(
+    kernels[kernel],
+    tuple(x.dtype.name for x in (*args, *outputs)),
+    tuple(sorted(options.items())),
+    capability(),
+  )
+  zeroed = [0] * len(args) + [
+    out.size * out.dtype.itemsize if i in zeroed_outputs else 0
+    for i, out in enumerate(outputs)
+  ]
+  call = gpu_triton.TritonKernelCall(
+    compiled,
+    *(grid, 1, 1),
+    [gpu_triton.create_array_parameter(n, _ALIGNMENT) for n in zeroed],
+  )
+  run = jax.ffi.ffi_call(
+    _TARGET, out_shape, input_output_aliases=dict(input_output_aliases or {})
+  )
+  return run(*args, opaque=zlib.compress(call.to_proto(kernel, b'')))
+
+
+@functools.cache
+def _kernel(function, dtypes, options, capability):
+  """Returns a compiled kernel as jaxlib launches it."""
+  compiled = compile_kernel(function, dtypes, dict(options), capability)
+  metadata = compiled.metadata
+  return load()[0].TritonKernel(
+    metadata.name,
+    metadata.num_warps,  # Not as asked for where warps are specialized.
+    metadata.num_ctas,
+    metadata.shared,
+    compiled.asm['ptx'],
+    '',
+    capability,
+  )
+
+
+def compile_kernel(
+  function: Any,
+  dtypes: Sequence[str],
+  options: Mapping[str, int],
+  capability: int,
+) -> Any:
+  """Returns what Triton compiles of a kernel, from its cache where it can.
+
+  Args:
+    function: in Triton or Gluon.
+    dtypes: of its arrays, outputs last.
+    options: see `launch`.
+    capability: ten times the compute capability.
+  """
+  import triton
+  from triton.backends.compiler import GPUTarget
+  from triton.compiler import ASTSource
+
+  source = ASTSource
+  if function.is_gluon():
+    from triton.experimental.gluon._runtime import GluonASTSource as source
+  constants = {k: v for k, v in options.items() if k.isupper()}
+  signature = dict(
+    zip(function.arg_names, (_TYPES[name] for name in dtypes), strict=False)
+  ) | dict.fromkeys(constants, 'constexpr')
+  if set(signature) != set(function.arg_names):
+    raise ValueError(
+      f'{function.__name__} takes {", ".join(function.arg_names)}; '
+      f'got {", ".join(signature)}'
+    )
+  aligned = [['tt.divisibility', _ALIGNMENT]]
+  return triton.compile(
+    source(
+      function,
+      signature,
+      constants,
+      {(i,): aligned for i in range(len(dtypes))},
+    ),
+    target=GPUTarget('cuda', capability, 32),
+    options={k: v for k, v in options.items() if not k.isupper()},
+  )
 
 
 def cdiv(a: int, b: int) -> int:

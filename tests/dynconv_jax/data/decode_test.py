@@ -195,10 +195,10 @@ class CorruptImageTest(parameterized.TestCase):
 
   @parameterized.parameters(b'not an image at all', b'\xff\xd8\xff', b'\0' * 99)
   def test_other_content(self, data):
-    self.assert_corrupt(data, 'not a JPEG, PNG or WebP image')
+    self.assert_corrupt(data, 'not a JPEG, PNG, or WebP image')
 
   def test_other_format(self):
-    self.assert_corrupt(encode(noise(4, 4), 'BMP'), 'not a JPEG, PNG or WebP')
+    self.assert_corrupt(encode(noise(4, 4), 'BMP'), 'not a JPEG, PNG, or WebP')
 
   @parameterized.product(fmt=('JPEG', 'PNG', 'WEBP'), share=(0.3, 0.9))
   def test_truncated(self, fmt, share):

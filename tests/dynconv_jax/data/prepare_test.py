@@ -210,7 +210,7 @@ def test_damaged_labels(data_dir, damage):
     damage(path)
   with pytest.raises(ValueError, match=f'^{path} is damaged: ') as raised:
     _prepare(data_dir)
-  assert str(raised.value).endswith('. Delete it, and it is made anew')
+  assert str(raised.value).endswith('. Delete it; it will be created again')
   assert 'pickle' not in str(raised.value)
   path.unlink()
   assert _read(_prepare(data_dir)) == first

@@ -343,7 +343,7 @@ class TrainTest(parameterized.TestCase):
   @parameterized.parameters(*CACHES)
   def test_nothing_left_behind(self, cache):
     source = Plain(3, corrupt=(0, 2))
-    with self.assertRaisesRegex(ValueError, 'scenes need two images at least'):
+    with self.assertRaisesRegex(ValueError, 'scenes need at least two images'):
       take(train(source, cache=cache, batch_size=1, skip_corrupt=True), 1)
 
   @parameterized.parameters(

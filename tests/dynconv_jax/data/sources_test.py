@@ -202,6 +202,7 @@ def test_every_source_is_found_by_its_name():
     'cifar10_dir',
     'food101_dir',
     'image_folder_dir',
+    'imagenet2012_dir',
     'spots_seed',
     'spots_size',
     'spots_test',
@@ -252,8 +253,8 @@ def test_unknown_source():
   with pytest.raises(ValueError) as raised:
     sources.load_source('food1O1')
   assert str(raised.value) == (
-    "unknown dataset 'food1O1'; there are spots, food101, cifar10, "
-    'image_folder, and your own by package.module:NAME'
+    "unknown dataset 'food1O1'; allowed: spots, food101, cifar10, "
+    'imagenet2012, image_folder, or your own as package.module:NAME'
   )
   with pytest.raises(ValueError, match='dataset=dynconv_jax.data.spots:draw '):
     sources.load_source('dynconv_jax.data.spots:draw')

@@ -46,6 +46,12 @@ def test_safetensors_are_written_whole_and_read_back(tmp_path):
   size = struct.unpack('<Q', data[:8])[0]
   header = json.loads(data[8 : 8 + size])
   assert header['__metadata__'] == {'format': 'pt', 'by': 'me'}
+  assert all(
+    (8 + size + array['data_offsets'][0]) % 4 == 0
+    for name, array in header.items()
+    if name != '__metadata__'
+  )
+  assert size % 8 == 0
   # A transposed array lies in memory as it was.
   begin, end = header['t']['data_offsets']
   transposed = np.frombuffer(data[8 + size :][begin:end], np.float32)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dynconv_jax.macs import conventions, formulas, report, tables
+from dynconv_jax.macs.builder import ReportBuilder
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
 # A batch of two, maps of 2x3; (name, MACs a position, biases a position).
@@ -22,7 +23,7 @@ _LAYERS = (
 
 
 def example(convention='conv', padding=True) -> report.Report:
-  builder = report.ReportBuilder(convention, padding)
+  builder = ReportBuilder(convention, padding)
   for name, macs, biases in _LAYERS:
     work = formulas.Work(
       'conv', 12 * macs, 12 * macs - 12, 12 * biases, positions=12
@@ -64,7 +65,7 @@ def test_layers_sum_to_the_total(convention, padding, total):
 
 
 def test_work_of_one_name_is_one_layer():
-  builder = report.ReportBuilder('flops')
+  builder = ReportBuilder('flops')
   builder.add('a', formulas.elementwise(3), output_shape=(3,))
   builder.add(
     'a',
@@ -131,7 +132,7 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
 # A token grid of two images, four tokens: a projection, the two products of
 # attention over three heads, an output projection, and a head on one token.
 def transformer(convention='conv+linear') -> report.Report:
-  builder = report.ReportBuilder(convention)
+  builder = ReportBuilder(convention)
   builder.add('embed', formulas.matmul(8, 5, 6, positions=8))
   builder.add('attn.qkv', formulas.matmul(8, 6, 18, positions=8))
   for inner, columns in ((2, 4), (4, 2)):
@@ -183,7 +184,7 @@ def test_products_of_attention_alone_need_the_batch():
 
 
 def test_a_layer_that_is_used_twice_needs_the_batch():
-  builder = report.ReportBuilder('conv+linear')
+  builder = ReportBuilder('conv+linear')
   for _ in range(2):
     builder.add('shared', formulas.matmul(8, 5, 6, positions=8))
   counted = builder.build()
@@ -268,7 +269,7 @@ def test_quantities_have_four_digits(number, text):
 
 
 def tree_of_modules() -> report.Report:
-  builder = report.ReportBuilder('conv+linear')
+  builder = ReportBuilder('conv+linear')
   matmul = formulas.matmul(2, 4, 3)
   builder.add('a.b.c', matmul, output_shape=(2, 3), parameters=9, itemsize=2)
   builder.add('a.d', matmul, output_shape=(2, 3), parameters=9, itemsize=2)
@@ -313,7 +314,7 @@ def test_printing_a_report_shows_its_modules():
 
 
 def test_large_trees_are_printed_to_the_depth_that_fits():
-  builder = report.ReportBuilder('conv+linear')
+  builder = ReportBuilder('conv+linear')
   for i in range(40):
     builder.add(f'blocks.{i}.fc', formulas.matmul(2, 4, 3))
   text = str(builder.build())
@@ -349,7 +350,7 @@ def test_notebooks_show_the_same_numbers():
   assert not parser.open
   assert parser.cells[:6] == ['a', 'matmul', '2x3', '17', '72', '75.0%']
   assert parser.cells[-6:] == ['total', '', '', '7.017 k', '96', '100.0%']
-  builder = report.ReportBuilder('flops')
+  builder = ReportBuilder('flops')
   builder.add('<b>', formulas.elementwise(3))
   assert '<b>' not in builder.build()._repr_html_()
 
@@ -370,7 +371,7 @@ def test_zero_says_which_convention_counts_what_it_leaves_out():
 
 
 def test_notes_are_shown_once():
-  builder = report.ReportBuilder('conv')
+  builder = ReportBuilder('conv')
   for _ in range(2):
     builder.note('It ran on real data.')
   assert builder.build().notes == ('It ran on real data.',)
@@ -378,7 +379,7 @@ def test_notes_are_shown_once():
 
 
 def test_what_is_left_out_is_named_once():
-  builder = report.ReportBuilder('conv')
+  builder = ReportBuilder('conv')
   with pytest.warns(report.UncountedWarning) as warned:
     builder.leave_out('lu', 'layer1', 'it is not known')
     builder.leave_out('lu', 'layer2')

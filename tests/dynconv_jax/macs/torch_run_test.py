@@ -149,6 +149,47 @@ class RunTest(parameterized.TestCase):
     ):
       count_macs(Fails(), torch.ones(4))
 
+  def test_drawn_values_keep_what_depends_on_shapes(self):
+    class Gated(nn.Module):
+      """Half of its work hangs on values of its input, none on its products."""
+
+      def __init__(self):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.conv = nn.Conv1d(8, 4, 3)
+
+      def forward(self, x):
+        x = x[:, : int(x[0, :, 0].sum())]
+        return self.conv(self.block(x).mT).softmax(1) @ torch.ones(9, 3)
+
+    x = torch.ones(2, 13, 8)
+    x[:, 11:] = 0
+    module = Gated().eval()
+    drawn, run = (count_macs(module, x, run=r) for r in ('drawn', True))
+    self.assertEqual(drawn.by_layer, run.by_layer)
+    self.assertIn('drawn for the outputs of products too', drawn.notes[0])
+
+  def test_drawn_values_are_not_computed(self):
+    seen = []
+
+    class Watched(nn.Module):
+      def forward(self, x):
+        y = F.conv2d(x, torch.zeros(5, 3, 3, 3))
+        seen.append(y)
+        return y[y > 0]
+
+    count_macs(Watched(), (2, 3, 300, 301), run='drawn')
+    (y,) = seen
+    self.assertEqual(y.shape, (2, 5, 298, 299))
+    self.assertAlmostEqual(float(y.mean()), 0, delta=0.02)
+    self.assertAlmostEqual(float(y.std()), 1, delta=0.02)
+    # No two maps are alike.
+    self.assertLen(y.flatten(2).sum(-1).unique(), 10)
+
+  def test_unknown_ways_to_run(self):
+    with self.assertRaisesRegex(ValueError, "run must be .*; got 'fast'"):
+      count_macs(nn.Linear(3, 4), (2, 3), run='fast')
+
   @parameterized.parameters(None, True)
   def test_grouped_products_of_float32(self, run):
     class Grouped(nn.Module):

@@ -24,7 +24,6 @@ SMALL = Architecture(
   (Stage(1, 8, 2, 1), Stage(6, 16, 3, 2, 5), Stage(6, 24, 2, 1)),
   depth=1.0,
   image_size=32,
-  drop_rate=0.2,
 )
 
 
@@ -39,10 +38,15 @@ def abstract(name, **kwargs):
   return nnx.view(model, deterministic=True, use_running_average=True)
 
 
-def make_small(method='dense', **kwargs):
+def make_small(method='dense', drop_path=0.2, **kwargs):
   """A small network in training whose parameters and statistics are random."""
   model = create_model(
-    SMALL, method=method, num_classes=5, rngs=nnx.Rngs(0), **kwargs
+    SMALL,
+    method=method,
+    num_classes=5,
+    drop_path=drop_path,
+    rngs=nnx.Rngs(0),
+    **kwargs,
   )
   rng = np.random.default_rng(0)
   for _, node in nnx.iter_modules(model):

@@ -16,6 +16,7 @@ from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models import resnet
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 from dynconv_jax.models.create import create_model
+from dynconv_jax.models.gated import Gating
 from dynconv_jax.models.resnet import ARCHITECTURES, Architecture
 
 # A plain NumPy re-computation of a network in evaluation, in float64.
@@ -422,7 +423,7 @@ class ErrorsTest(parameterized.TestCase):
   def test_number_of_masks(self):
     model = _abstract('cifar_resnet8')
     with self.assertRaisesRegex(
-      ValueError, 'masks must be one a block; got 1, none for layer2.0'
+      ValueError, 'masks must be one per block; got 1, none for layer2.0'
     ):
       nnx.eval_shape(
         lambda model: model(_images(1, 8, 8, 3), masks=[np.ones((1, 8, 8))]),
@@ -432,3 +433,41 @@ class ErrorsTest(parameterized.TestCase):
 
 if __name__ == '__main__':
   absltest.main()
+
+
+def test_stochastic_depth_drops_branches_of_images_in_training():
+  model = create_model(
+    'cifar_resnet8',
+    method='dense',
+    num_classes=4,
+    drop_path=0.6,
+    rngs=nnx.Rngs(0),
+  )
+  # Of blocks 0, 1 and 2 of 3; the projections of two are always executed.
+  assert [b.drop and round(b.drop.rate, 6) for b in model.blocks] == [
+    None,
+    0.2,
+    0.4,
+  ]
+  block = model.blocks[2]
+  x = np.random.default_rng(0).normal(size=(400, 4, 4, 32))
+  x = jnp.asarray(np.maximum(x, 0), jnp.float32)
+  out = block(x, Gating(rngs=nnx.Rngs(dropout=0)))
+  shortcut = block.shortcut(x)
+  branch = jnp.asarray(block.run_branch(x))
+  dropped = np.all(
+    np.abs(out - _relu(np.asarray(shortcut))) < 1e-5, axis=(1, 2, 3)
+  )
+  assert 0.3 < dropped.mean() < 0.5
+  expected = jnp.maximum(shortcut + branch / 0.6, 0)
+  np.testing.assert_allclose(out[~dropped], expected[~dropped], atol=1e-4)
+  still = nnx.view(model, deterministic=True, use_running_average=True)
+  images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 16, 3)))
+  plain = create_model(
+    'cifar_resnet8', method='dense', num_classes=4, rngs=nnx.Rngs(0)
+  )
+  assert all(b.drop is None for b in plain.blocks)
+  plain = nnx.view(plain, deterministic=True, use_running_average=True)
+  np.testing.assert_array_equal(still(images)[0], plain(images)[0])
+  with pytest.raises(ValueError, match='dropout in training needs rngs'):
+    model(images)

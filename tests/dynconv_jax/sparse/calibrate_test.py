@@ -1,5 +1,7 @@
 """Tests of the choice between sparse and dense, and of clustered masks."""
 
+from unittest import mock
+
 import chex
 import numpy as np
 import pytest
@@ -17,8 +19,8 @@ from dynconv_jax.sparse.calibrate import (
 XLA = BlockPlan(get_backend('xla'))
 
 
-def choose(dense, sparse, density=0.5, plan=XLA):
-  return choose_plan(plan, dense, sparse, (0.2, 0.6), [0.2, 0.6], density)
+def choose(dense, sparse, expected=0.5, plan=XLA):
+  return choose_plan(plan, dense, sparse, (0.2, 0.6), expected)
 
 
 class CalibrateTest(chex.TestCase):
@@ -35,9 +37,9 @@ class CalibrateTest(chex.TestCase):
     self.assertEqual(choose(1.0, (2.0, 4.0)).backend.name, 'dense')
 
   @parameterized.parameters((0.6, 'triton'), (0.8, 'dense'))
-  def test_without_a_way_back_there_is_no_limit(self, density, name):
+  def test_without_a_way_back_there_is_no_limit(self, expected, name):
     # As above, they cross at 0.7.
-    plan = choose(8.0, (3.0, 7.0), density, BlockPlan(TritonBackend()))
+    plan = choose(8.0, (3.0, 7.0), expected, BlockPlan(TritonBackend()))
     self.assertEqual((plan.backend.name, plan.limit), (name, 1.0))
 
   @parameterized.parameters(0.01, 0.3, 0.5, 1.0)
@@ -67,6 +69,24 @@ def test_a_block_is_measured(make_network, per_image):
   plan = calibrate(block, XLA, (1, 6, 5, 32), per_image=per_image, density=0.5)
   assert plan.backend.name in ('dense', 'xla')
   assert 0 < plan.limit <= 1
+
+
+@pytest.mark.parametrize(
+  'given,expected',
+  (
+    # At density 0.6 a mask and its surroundings take more than 0.6 of the MACs.
+    ({'density': 0.6}, lambda load: 0.6 < load < 1),
+    ({'density': 1.0}, lambda load: load == 1),
+    ({'density': 0.6, 'budget': 0.3}, lambda load: load == 0.3),
+  ),
+)
+def test_a_budget_is_the_load_to_expect(make_network, given, expected):
+  block = make_network('bottleneck', 'dynconv').blocks[1]
+  name = 'dynconv_jax.sparse.calibrate.choose_plan'
+  with mock.patch(name) as chosen:
+    calibrate(block, XLA, (1, 9, 9, 32), per_image=False, **given)
+  *_, load = chosen.call_args.args
+  assert expected(load)
 
 
 def test_masks_of_patches_are_those_of_fewer_positions():

@@ -278,7 +278,7 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   executor = SparseExecutor(model, shape, mode='dense')
   with pytest.raises(ValueError, match=r'images must be \(1, 9, 9, 3\); got'):
     executor(jnp.zeros((2, 9, 9, 3)))
-  with pytest.raises(ValueError, match='masks must be one a block.*got 1'):
+  with pytest.raises(ValueError, match='masks must be one per block.*got 1'):
     executor(jnp.zeros(shape), masks=[jnp.zeros((1, 9, 9))])
   with pytest.raises(
     ValueError,

@@ -193,8 +193,8 @@ def test_given_masks(images):
     with pytest.raises(ValueError, match=re.escape(message)):
       model(images, masks=masks)
 
-  error('masks must be one a block; got 2, none for after', hard[:2])
-  error('masks must be one a block, 3; got 4', [*hard, hard[0]])
+  error('masks must be one per block; got 2, none for after', hard[:2])
+  error('masks must be one per block, 3; got 4', [*hard, hard[0]])
   error('masks are given for third; the gated blocks are', {'third': hard[0]})
   error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
   error('must be float, int or bool', [hard[0].astype(complex)] * 3)

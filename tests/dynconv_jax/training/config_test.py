@@ -17,6 +17,7 @@ VALUES = dict(
   data_dir='/data sets/a=b',
   food101_dir='food',
   cifar10_dir='cifar',
+  imagenet2012_dir='archives',
   image_folder_dir='folder',
   spots_size=48,
   spots_train=7,
@@ -37,6 +38,7 @@ VALUES = dict(
   crop_scale=(0.08, 0.9),
   crop_padding=2,
   flip=False,
+  randaugment=(2.0, 9.0),
   color_jitter=0.4,
   mixup=0.2,
   cutmix=1.0,
@@ -59,6 +61,8 @@ VALUES = dict(
   mask_norm=True,
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
+  drop_path=0.1,
+  loss='bce',
   distill_from='runs/teacher',
   distill_temperature=2.0,
   distill_weight=0.9,
@@ -88,12 +92,15 @@ VALUES = dict(
   gradient_clip=1.0,
   ema_decay=0.999,
   batch_size=32,
+  grad_accum_steps=2,
   epochs=3,
   seed=17,
   eval_batch_size=10,
+  fsdp=2,
   checkpoint_every_epochs=2,
   keep_checkpoints=5,
   log_every_steps=1,
+  wandb='gates',
 )
 # Each method's own options count, each data set's and each network's too.
 CHOICES = [
@@ -252,12 +259,15 @@ class DifferingTest(absltest.TestCase):
         'data_dir',
         'food101_dir',
         'cifar10_dir',
+        'imagenet2012_dir',
         'image_folder_dir',
         'num_workers',
         'eval_batch_size',
+        'fsdp',
         'checkpoint_every_epochs',
         'keep_checkpoints',
         'log_every_steps',
+        'wandb',
       },
     )
 
@@ -269,7 +279,9 @@ _DEEPER = {'model': 'cifar_resnet14'}
 class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
-    OTHER.replace(milestones=(0.5,), init_from=''),
+    OTHER.replace(
+      milestones=(0.5,), init_from='', fsdp=1, randaugment=(), wandb=''
+    ),
     Config.make(milestones=()),
     Config.make(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
     Config.make(budget=1.0, gumbel_noise_until=1.0, distill_weight=1.0),
@@ -278,7 +290,7 @@ class CheckTest(parameterized.TestCase):
     config.check()
 
   @parameterized.parameters(
-    ({'dataset': 'food'}, "unknown dataset 'food'; there are spots, food101"),
+    ({'dataset': 'food'}, "unknown dataset 'food'; allowed: spots, food101"),
     ({'cache': 'disk'}, "unknown cache 'disk'; allowed: none, device"),
     (
       {'model': 'resnet19'},
@@ -462,6 +474,7 @@ class AugmentationTest(absltest.TestCase):
       'crop_scale',
       'crop_padding',
       'flip',
+      'randaugment',
       'color_jitter',
       'mixup',
       'cutmix',
@@ -469,6 +482,47 @@ class AugmentationTest(absltest.TestCase):
       'label_smoothing',
     ):
       self.assertEqual(getattr(augmentation, name), getattr(OTHER.data, name))
+
+
+class RecipeTest(absltest.TestCase):
+  def test_stochastic_depth_has_one_flag_and_each_family_its_default(self):
+    flags = all_options()['drop_path']
+    self.assertIsNone(flags.default)
+    self.assertStartsWith(flags.help, 'Stochastic depth: how often')
+    for model, rate in (
+      ('resnet50', 0.0),
+      ('mobilenet_v2', 0.0),
+      ('efficientnet_lite0', 0.2),
+    ):
+      config = Config.make(model=model)
+      self.assertEqual(config.model.options.drop_path, rate)
+      # Runs from before the option trained with these rates.
+      lines = config.to_flags().splitlines()
+      older = '\n'.join(x for x in lines if '--drop_path' not in x)
+      self.assertEqual(Config.from_flags(older), config)
+    with self.assertRaisesRegex(
+      ValueError, r'drop_path must be in \[0, 1\); got 1'
+    ):
+      Config.make(drop_path=1.0).check()
+
+  def test_wandb_is_asked_for_before_anything_runs(self):
+    find = importlib.util.find_spec
+    for there in (False, True):
+
+      def spec(name, there=there):
+        return there or None if name == 'wandb' else find(name)
+
+      with mock.patch.object(importlib.util, 'find_spec', spec):
+        Config().check()
+        if there:
+          Config.make(wandb='gates').check()
+          continue
+        with self.assertRaisesRegex(
+          ValueError, r"wandb=gates: wandb not installed.*jax\[wandb\]'"
+        ):
+          Config.make(wandb='gates').check()
+    # It may change when a run goes on, and older runs have none.
+    self.assertEmpty(Config.make(wandb='gates').differing(Config()))
 
 
 if __name__ == '__main__':

@@ -246,9 +246,10 @@ def test_a_run_is_refused_before_there_is_any_work(
   for place in (tmp_path / 'file', pathlib.Path('/proc/run')):
     with pytest.raises(OSError, match=f'cannot write to the folder {place}'):
       loop.train(config, place)
-  monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  with pytest.raises(ValueError, match='one JAX process; .* has started 2'):
-    loop.train(config, tmp_path / 'run')
+  several = config.replace(grad_accum_steps=3, fsdp=3)
+  message = 'times grad_accum_steps, 3; got 8; fsdp must divide .*1; got 3'
+  with pytest.raises(ValueError, match=message):
+    loop.train(several, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
@@ -501,11 +502,11 @@ config = config.replace(
   epochs=1, train_split='train[:24]', validation_split='train[24:]',
   eval_batch_size=6, distill_from=str(root / 'teacher'),
 )
-every = jax.local_devices()
+every = jax.devices()
 assert len(every) == 4
 runs = []
 for n in (1, 4):
-  with mock.patch.object(jax, 'local_devices', return_value=every[:n]):
+  with mock.patch.object(jax, 'devices', return_value=every[:n]):
     summary = loop.train(config, root / str(n))
   assert summary['step'] == 3
   model = workdir.load_run(root / str(n)).model

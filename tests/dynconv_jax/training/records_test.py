@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import sys
+import types
 from unittest import mock
 
 import jax.numpy as jnp
@@ -127,6 +128,71 @@ def test_no_row_holds_what_json_has_not(tmp_path):
   ):
     record.write({**_ROWS[0], 'loss': float('nan')})
   assert workdir.read_metrics(tmp_path) == []
+
+
+class _FakeWandB(types.ModuleType):
+  """Keeps what it is told, as the package's run would be."""
+
+  class Error(Exception):
+    pass
+
+  def __init__(self):
+    super().__init__('wandb')
+    self.init = mock.Mock(side_effect=self._start)
+    self.runs = []
+
+  def Image(self, array):
+    return 'image', array.shape
+
+  def _start(self, **kwargs):
+    if kwargs['project'] == 'denied':
+      raise self.Error('no API key')
+    self.runs.append(mock.Mock(**{'log.side_effect': lambda row: None}))
+    return self.runs[-1]
+
+
+def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
+  fake = _FakeWandB()
+  monkeypatch.setitem(sys.modules, 'wandb', fake)
+  folder = tmp_path / 'a run'
+  folder.mkdir()
+  config = Config.make(budget=0.3, wandb='gates')
+  workdir.write_flags(folder, config)
+  with records.Records(folder, 0, wandb='gates') as record:
+    for row in _ROWS:
+      record.write(row)
+    masks = [ExecutionMask((jnp.ones((2, 4, 4)),), 'a')]
+    record.show_masks(7, jnp.zeros((2, 4, 4, 3)), masks)
+  first = fake.init.call_args.kwargs
+  assert (first['project'], first['name']) == ('gates', 'a run')
+  assert first['config']['budget'] == '0.3'
+  logged = [call.args[0] for call in fake.runs[0].log.call_args_list]
+  assert logged == [
+    {'train/loss': 1.5, 'train/accuracy': 0.25, 'step': 7},
+    {
+      'validation/accuracy': 0.5,
+      'block_density/layer1.0': 0.75,
+      'block_density/layer2.0': 0.125,
+      'step': 7,
+    },
+    {'masks': ('image', (8, 8, 3)), 'step': 7},
+  ]
+  fake.runs[0].finish.assert_called_once_with(exit_code=0)
+  # Resumed it goes on with the same run; it is told of a failure.
+  with (
+    pytest.raises(FloatingPointError),
+    records.Records(folder, 7, wandb='gates'),
+  ):
+    raise FloatingPointError
+  assert fake.init.call_args.kwargs['id'] == first['id']
+  assert fake.init.call_args.kwargs['resume'] == 'allow'
+  fake.runs[1].finish.assert_called_once_with(exit_code=1)
+  with pytest.raises(OSError, match='wandb=denied: no API key'):
+    records.Records(folder, 7, wandb='denied')
+  # Without a project nothing is imported.
+  monkeypatch.setitem(sys.modules, 'wandb', None)
+  with records.Records(folder, 7) as record:
+    record.write({**_ROWS[0], 'step': 14})
 
 
 def test_a_full_disk_is_one_error(tmp_path):

@@ -1,5 +1,10 @@
 """The training step on a toy network, against sums by hand."""
 
+import json
+import os
+import subprocess
+import sys
+
 import chex
 import jax.numpy as jnp
 import numpy as np
@@ -113,6 +118,24 @@ def test_a_step_descends_the_gradient_and_sums_the_metrics():
   _, loss, _ = _numpy_step(kernel, _batch(7))
   state = step(state, _batch(7))
   np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
+
+
+def test_binary_cross_entropy_of_soft_labels():
+  batch = _batch()
+  # As mixup and label smoothing leave them.
+  mixed = 0.7 * batch['label'] + 0.3 * jnp.roll(batch['label'], 1, 0)
+  batch['label'] = 0.9 * mixed + 0.1 / 4
+  state, step = _start(_config(loss='bce'))
+  kernel = _kernel(state)
+  x = np.asarray(batch['image'], np.float64)[:, 0, 0, :]
+  y = np.asarray(batch['label'], np.float64)
+  p = 1 / (1 + np.exp(-x @ kernel))
+  loss = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
+  gradient = x.T @ (p - y) / y.size
+  state = step(state, batch)
+  np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
+  np.testing.assert_allclose(state.sums['cross_entropy'], loss, rtol=1e-5)
+  np.testing.assert_allclose(_kernel(state), kernel - 0.1 * gradient, rtol=1e-5)
 
 
 def test_sparsity_enters_the_loss_with_its_weight():
@@ -242,3 +265,85 @@ def test_the_state_is_fresh_arrays():
   step(state, _batch())
   # The step donates its state; the model's own weights stay usable.
   np.testing.assert_array_equal(model.kernel[...], np.ones((3, 4)))
+
+
+@pytest.mark.parametrize('parts', [2, 3])
+def test_accumulated_gradients_are_those_of_the_batch(parts):
+  whole, step = _start(_config(method='dense'), gated=False)
+  config = _config(method='dense', grad_accum_steps=parts)
+  split, step_by_part = _start(config, gated=False)
+  for i in range(_STEPS):
+    whole, split = step(whole, _batch(i)), step_by_part(split, _batch(i))
+    np.testing.assert_allclose(_kernel(split), _kernel(whole), rtol=1e-5)
+    chex.assert_trees_all_close(split.sums, whole.sums, rtol=1e-5)
+  assert whole.model_state['seen'] == _STEPS
+  # Batch statistics see each part.
+  assert split.model_state['seen'] == _STEPS * parts
+
+
+_SHARDED = """
+import json
+import chex, jax, numpy as np, optax
+from dynconv_jax import distributed
+from dynconv_jax.training import schedules, workdir
+from dynconv_jax.training import state as state_lib
+from dynconv_jax.training.config import Config
+config = Config().replace(
+  method='dense', ema_decay=0.9, batch_size=8, optimizer='adamw'
+)
+rng = np.random.default_rng(0)
+batch = {
+  'image': rng.normal(size=(8, 16, 16, 3)).astype(np.float32),
+  'label': np.eye(6, dtype=np.float32)[rng.integers(0, 6, 8)],
+}
+results = {}
+for fsdp in (1, 4):
+  model = workdir.build_model(config, 6)
+  tx = schedules.optimizer(
+    config.optimization, schedules.learning_rate(config.optimization, 3)
+  )
+  mesh = distributed.make_mesh(fsdp)
+  assert mesh.shape == {'data': 4 // fsdp, 'fsdp': fsdp}
+  state = state_lib.create_state(model, tx, config)
+  shardings = distributed.weight_shardings(state, mesh)
+  state = distributed.spread(state, shardings)
+  step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, 3, None,
+    shardings if fsdp > 1 else None,
+  )
+  placed = distributed.place(batch, distributed.batch_sharding(mesh))
+  for _ in range(3):
+    state = step(state, placed)
+  for a, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings)):
+    assert a.sharding.is_equivalent_to(sharding, a.ndim)
+  state = state.replace(key=jax.random.key_data(state.key))
+  here = jax.tree.map(lambda a: a.addressable_shards[0].data.nbytes, state)
+  results[fsdp] = {
+    'bytes': sum(jax.tree.leaves(here)),
+    'loss': float(state.sums['loss']),
+    'norm': float(state.sums['gradient_norm']),
+  }
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_sharded_weights_take_less_memory_and_train_alike():
+  done = subprocess.run(
+    [sys.executable, '-c', _SHARDED],
+    env={
+      **os.environ,
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'JAX_NUM_CPU_DEVICES': '4',
+      'JAX_PLATFORMS': 'cpu',
+    },
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  one, four = json.loads(done.stdout).values()
+  # All but small arrays and batch statistics are shared out.
+  assert four['bytes'] < 0.32 * one['bytes']
+  np.testing.assert_allclose(four['loss'], one['loss'], rtol=1e-4)
+  np.testing.assert_allclose(four['norm'], one['norm'], rtol=1e-3)

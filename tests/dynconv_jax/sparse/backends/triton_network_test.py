@@ -1,16 +1,16 @@
 """Tests of whole networks by GPU kernels, and of where the kernels serve."""
 
 import collections
-import re
 import sys
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import jaxlib
+import jaxlib.version
 import numpy as np
 import pytest
 from flax import nnx
-from jaxlib import gpu_triton
 from triton_cases import DTYPES, need, on_gpu
 
 from dynconv_jax.methods.dynconv import MaskUnit
@@ -33,7 +33,7 @@ def precision():
 
 @pytest.fixture
 def loaded():
-  """jax-triton need not be there."""
+  """Neither Triton nor JAX's CUDA support need be there."""
   with mock.patch.object(triton_launch, 'load'):
     yield
 
@@ -216,21 +216,33 @@ def test_a_cpu_has_no_kernels_for_a_gpu(make_network, monkeypatch):
 
 def test_a_missing_package_is_told(as_on_gpu, make_network):
   model = make_network('bottleneck', 'dynconv')
-  triton_launch.load.cache_clear()
-  with (
-    mock.patch.dict(sys.modules, {'jax_triton': None}),
-    pytest.raises(ImportError, match=re.escape("'dynconv-jax[gpu]' installs")),
+  kernels = 'dynconv_jax.sparse.backends.triton_kernels'
+  for absent, version, message in (
+    ({kernels: None}, '0.11.2', r"pip install 'dynconv-jax\[gpu\]' installs"),
+    ({}, '0.10.0', 'jaxlib 0.10.1 or newer, .* got 0.10.0'),
+    ({}, '0.10.1', "JAX's CUDA support, which jaxlib 0.10.1 has not got"),
   ):
-    SparseExecutor(model, (1, 9, 9, 3), mode='sparse', backend='triton')
+    info = tuple(map(int, version.split('.')))
+    triton_launch.load.cache_clear()
+    if not absent:
+      need('triton')
+    with (
+      mock.patch.dict(sys.modules, absent),
+      mock.patch.multiple(
+        jaxlib.version, __version__=version, __version_info__=info
+      ),
+      mock.patch.object(jaxlib, 'gpu_triton', mock.Mock(spec=[])),
+      pytest.raises(ImportError, match=message),
+    ):
+      SparseExecutor(model, (1, 9, 9, 3), mode='sparse', backend='triton')
 
 
 @pytest.mark.skipif(
   jax.default_backend() == 'gpu', reason='what stands in would be kept'
 )
-def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
-  """All that jax-triton does short of a launch; jaxlib's part is recorded."""
+def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
+  """All that is done short of a launch; jaxlib's part is recorded."""
   need('triton')
-  monkeypatch.setenv('TRITON_CACHE_DIR', '')  # jax-triton sets it.
   calls = []
 
   def make_call(kernel, x, y, z, parameters):
@@ -238,8 +250,6 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
     return mock.Mock(to_proto=lambda *_: b'')
 
   stand_ins = {
-    'get_compute_capability': lambda device: 90,
-    'get_serialized_metadata': None,
     'TritonKernel': collections.namedtuple(
       'TritonKernel', 'name warps clusters shared ptx ttir capability'
     ),
@@ -248,17 +258,20 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
   }
   model = make_network('bottleneck', 'dynconv', BF16)
   shape = (1, 33, 33, 3)
-  with mock.patch.multiple(gpu_triton, create=True, **stand_ins):
-    need('jax_triton')
+  triton_launch.load.cache_clear()
+  triton_launch._kernel.cache_clear()
+  with mock.patch.object(jaxlib, 'gpu_triton', mock.Mock(**stand_ins)):
     run = SparseExecutor(model, shape, mode='sparse', backend='triton')
     lowered = run._run.trace(run._arrays, jnp.zeros(shape), None).lower(
       lowering_platforms=('cuda',)
     )
+  triton_launch.load.cache_clear()
+  triton_launch._kernel.cache_clear()
   text = lowered.as_text()
   # Each of the four blocks: its mask unit and its lists take three, the branch
   # two, two projections one; stem and pooling. In place: both counts and the
   # output of each block, and the products of the two that share a map.
-  assert text.count('@triton_kernel_call') == 24
+  assert text.count('@triton_kernel_call_ffi') == 24
   assert text.count('#stablehlo.output_operand_alias') == 13
   assert {kernel.name for kernel, _, _ in calls} == {
     *('squeeze', 'decide', 'list_dilated', 'project', 'convolve'),
@@ -273,15 +286,16 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('capability', 'generation'),
-  (('8.0', 8), ('9.0', 9), ('10.0', 10), ('gfx90a', 9), (None, 9)),
+  ('capability', 'number'),
+  (('8.6', 86), ('9.0', 90), ('10.0', 100), ('gfx90a', 90), (None, 90)),
 )
-def test_generation(capability, generation, monkeypatch):
+def test_capability(capability, number, monkeypatch):
   device = mock.Mock(spec=[] if capability is None else ['compute_capability'])
   if capability is not None:
     device.compute_capability = capability
   monkeypatch.setattr(jax, 'local_devices', lambda: [device])
-  assert triton_launch.generation() == generation
+  assert triton_launch.capability() == number
+  assert triton_launch.generation() == number // 10
 
 
 @on_gpu
@@ -293,7 +307,7 @@ def test_generation(capability, generation, monkeypatch):
 def test_the_executor_equals_the_model_on_a_gpu(
   make_network, family, backend, side, dtype
 ):
-  need('triton', 'jax_triton')
+  need('triton')
   model = make_network(family, 'dynconv', dtype, mask_granularity=(side,))
   images = make_images((5, 65, 97, 3))
   run = SparseExecutor(model, images.shape, backend=backend)

@@ -226,5 +226,5 @@ def test_what_the_kernels_cannot_do_is_refused(branch):
   ),
 )
 def test_blocks_equal_xla_on_a_gpu(sizes, strides, dtype):
-  need('triton', 'jax_triton')
+  need('triton')
   compare(make_block(*sizes, strides, dtype=dtype), (8, 29, 31, sizes[1]))

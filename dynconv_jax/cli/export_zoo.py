@@ -1,0 +1,209 @@
+r"""Packs a trained network for the zoo: one file, its index entry, its card.
+
+dynconv evaluate --workdir=workdir/NAME --split=test
+dynconv export zoo --workdir=workdir/NAME --name=NAME \
+  --output_dir=zoo [--url=https://.../NAME.safetensors]
+
+The file goes to --output_dir, beside a model card in Markdown; upload both. The
+entry goes to the index, after which `--pretrained=zoo:NAME` finds the network,
+for training and prediction, in the folder that DYNCONV_ZOO names, in
+DATA_DIR/zoo, or at its URL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from dynconv_jax.cli import program
+from dynconv_jax.interop import zoo
+from dynconv_jax.training.published import save_published
+from dynconv_jax.training.workdir import Run, load_run
+
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Folder of the run.', required=True
+)
+_NAME = flags.DEFINE_string(
+  'name', None, 'Of the network in the zoo.', required=True
+)
+_OUTPUT_DIR = flags.DEFINE_string(
+  'output_dir', 'zoo', 'Where the file and the card are written.'
+)
+_SPLIT = flags.DEFINE_string('split', 'test', 'Whose evaluation is quoted.')
+_CHECKPOINT = flags.DEFINE_enum(
+  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+)
+_URL = flags.DEFINE_string('url', '', 'Of the file, once it is uploaded.')
+_INDEX = flags.DEFINE_string(
+  'index', '', "The index that gets the entry; by default the package's."
+)
+
+# What an entry says about a network, of its flags.
+_SHOWN = (
+  *('model', 'method', 'image_size', 'padding', 'normalization'),
+  *('scene_size', 'object_size'),
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Writes the file, the card, and the entry."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  name = _NAME.value
+  if not re.fullmatch(r'[a-z0-9][a-z0-9._-]*', name):
+    raise ValueError(
+      'name must be of lower-case letters, digits, dots, underscores, and '
+      f'hyphens; got {name!r}'
+    )
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  evaluation = _read_evaluation(workdir)
+  run = load_run(workdir, best=_CHECKPOINT.value == 'best')
+  if run.step != evaluation['step']:
+    raise ValueError(
+      f'the {_CHECKPOINT.value} checkpoint is of step {run.step}; what was '
+      f'evaluated is of step {evaluation["step"]}. Set --checkpoint, or '
+      'evaluate again'
+    )
+  path = pathlib.Path(_OUTPUT_DIR.value).expanduser() / f'{name}.safetensors'
+  texts = save_published(path, run, workdir)
+  content = path.read_bytes()
+  knob = run.network.method.record.knob
+  entry = {
+    'file': path.name,
+    'sha256': hashlib.sha256(content).hexdigest(),
+    'bytes': len(content),
+    'url': _URL.value or None,
+    'flags': {n: texts[n] for n in (*_SHOWN, knob) if texts.get(n)},
+    'dataset': texts['dataset'],
+    'classes': len(run.class_names),
+    'split': _SPLIT.value,
+    'accuracy': evaluation['accuracy'],
+    'gmacs': evaluation['gmacs_mean'],
+  }
+  index = pathlib.Path(_INDEX.value or zoo.INDEX).expanduser()
+  zoo.write_entry(name, entry, index)
+  card = path.with_suffix('.md')
+  card.write_text(
+    model_card(name, entry, run, evaluation, texts), encoding='utf-8'
+  )
+  print(f'wrote {path} ({len(content) / 1e6:.1f} MB), {card}, {index}')
+
+
+def _read_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
+  path = workdir / f'evaluation_{_SPLIT.value}.json'
+  if not path.exists():
+    raise FileNotFoundError(
+      f'no file {path}: run dynconv evaluate --workdir={workdir} '
+      f'--split={_SPLIT.value}'
+    )
+  return json.loads(path.read_text())
+
+
+def model_card(
+  name: str,
+  entry: Mapping[str, Any],
+  run: Run,
+  evaluation: Mapping[str, Any],
+  texts: Mapping[str, str],
+) -> str:
+  """Returns a model card in Markdown, with the front matter that hubs read.
+
+  Args:
+    name: of the network.
+    entry: of the index.
+    run: the network.
+    evaluation: what `dynconv evaluate` wrote.
+    texts: its flags, by name.
+  """
+  model, method = run.network.model, run.network.method
+  scenes = ''
+  if texts.get('scene_size'):
+    scenes = (
+      ', as scenes: each photograph, shrunk to a side of '
+      f'{_range(texts["object_size"])} pixels, lies somewhere on another one, '
+      f'blurred, of {_range(texts["scene_size"])} pixels'
+    )
+  low, high = evaluation['accuracy_low'], evaluation['accuracy_high']
+  rows = {
+    'Network': f'`{model.model}`, {method.method} gates'
+    if method.record.gated
+    else f'`{model.model}`, dense',
+    'Input': f'{model.image_size} x {model.image_size} pixels, '
+    f'`{run.normalization}` normalization',
+    'Classes': ', '.join(run.class_names)
+    if len(run.class_names) <= 20
+    else f'{len(run.class_names)}',
+    'Trained on': f'`{texts["dataset"]}`{scenes}',
+    'Evaluated on': f'{evaluation["num_examples"]} {entry["split"]} images',
+    'Accuracy': f'{evaluation["accuracy"]:.3f} (95 % interval {low:.3f} to '
+    f'{high:.3f})',
+    'GMACs per image': f'{evaluation["gmacs_mean"]:.4f} on average, '
+    f'{evaluation["gmacs_p50"]:.4f} median, {evaluation["gmacs_p95"]:.4f} 95th '
+    'percentile',
+  }
+  if 'gmacs_dense' in evaluation:
+    rows['GMACs without gates'] = f'{evaluation["gmacs_dense"]:.4f}'
+  if 'executed_fraction' in evaluation:
+    rows['Executed fraction'] = f'{evaluation["executed_fraction"]:.3f}'
+  rows |= {
+    'File': f'`{entry["file"]}`, {entry["bytes"] / 1e6:.1f} MB',
+    'SHA-256': f'`{entry["sha256"]}`',
+  }
+  table = '\n'.join(f'| {title} | {value} |' for title, value in rows.items())
+  recipe = '\n'.join(f'--{n}={text}' for n, text in texts.items())
+  return f"""---
+library_name: dynconv_jax
+license: apache-2.0
+pipeline_tag: image-classification
+tags: [jax, flax, dynamic-convolution, {method.method}]
+datasets: [{texts['dataset']}]
+---
+
+# {name}
+
+| | |
+|---|---|
+{table}
+
+MACs are multiply-accumulates of convolutions; masked layers count by their
+active positions.
+
+## Use
+
+```
+dynconv predict --pretrained=zoo:{name} photo.jpg
+dynconv train --pretrained=zoo:{name} --model={model.model} ...
+```
+
+Without a URL in the index, put the file at `~/.cache/dynconv_jax/zoo/`, or set
+`DYNCONV_ZOO` to its folder. PyTorch reads it as well: names and layouts of the
+weights are PyTorch's.
+
+## Training
+
+```
+{recipe}
+```
+
+`init_from` and `distill_from` name other runs of the same sweep.
+
+## Limits
+
+The network knows the classes above and nothing else. It was evaluated on images
+like those that it was trained on. Its license is that of the code; the images
+have their own.
+"""
+
+
+def _range(text: str) -> str:
+  return text.replace(',', ' to ')
+
+
+if __name__ == '__main__':
+  program.run(main)
