@@ -378,6 +378,7 @@ def test_the_progress_line(tmp_path):
 
 
 def test_the_commit_of_the_code(program, tmp_path, monkeypatch):
+  program.load('sweep')
   module = program._loaded['sweep'][0]
   package = tmp_path / 'dynconv_jax' / 'training'
   package.mkdir(parents=True)
