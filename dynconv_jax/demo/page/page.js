@@ -195,6 +195,7 @@ async function predict() {
 
 async function take(file) {
   const turn = ++turns;
+  if (!await ready) return;
   try {
     if (file.size > description.max_bytes) {
       throw new Error(`the photograph has ${(file.size / 1e6).toFixed(0)} MB; at most ` +
@@ -311,11 +312,17 @@ function listen() {
   $('controls').addEventListener('submit', event => event.preventDefault());
 }
 
+/** Returns whether the page can be used; says why not. */
 async function start() {
-  const response = await fetch('networks.json');
-  if (!response.ok) throw new Error(`cannot load networks.json: ${response.status}`);
-  description = await response.json();
-  backend = await import(`./${description.backend}.js`);
+  try {
+    const response = await fetch('networks.json');
+    if (!response.ok) throw new Error(`cannot load networks.json: ${response.status}`);
+    description = await response.json();
+    backend = await import(`./${description.backend}.js`);
+  } catch (error) {
+    showError(error);
+    return false;
+  }
   backend.start?.(description);
   $('privacy').textContent = backend.privacy;
   $('network').replaceChildren(...description.networks.map(
@@ -323,7 +330,9 @@ async function start() {
   $('network-field').hidden = description.networks.length < 2;
   choose(description.networks[0]);
   showExamples();
-  listen();
+  return true;
 }
 
-start().catch(showError);
+// A photograph may come before the networks are known.
+listen();
+const ready = start();

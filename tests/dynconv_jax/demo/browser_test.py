@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 # Milliseconds: networks are compiled meanwhile.
-TIMEOUT = 120_000
+TIMEOUT = 300_000
 
 
 @pytest.fixture(scope='module')
@@ -358,18 +358,17 @@ def test_the_page_draws_as_python(page, served):
 def test_a_phone_needs_no_sideways_scrolling(
   browser, served, photograph_file, scheme
 ):
-  context = browser.new_context(
+  with browser.new_context(
     viewport={'width': 360, 'height': 740}, color_scheme=scheme
-  )
-  page = context.new_page()
-  page.set_default_timeout(TIMEOUT)
-  page.goto(served)
-  _upload(page, photograph_file)
-  width = page.evaluate('document.documentElement.scrollWidth')
+  ) as context:
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(served)
+    _upload(page, photograph_file)
+    width = page.evaluate('document.documentElement.scrollWidth')
+    background = page.evaluate(
+      'getComputedStyle(document.documentElement).backgroundColor'
+    )
   assert width <= 360
-  background = page.evaluate(
-    'getComputedStyle(document.documentElement).backgroundColor'
-  )
   level = sum(map(int, background[4:-1].split(','))) / 3
   assert level > 200 if scheme == 'light' else level < 50
-  context.close()
