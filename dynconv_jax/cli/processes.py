@@ -222,9 +222,6 @@ class Child:
 
   def end(self) -> None:
     self._process.terminate()
-    self.wait()
-
-  def wait(self) -> None:
     self._process.wait()
 
   def error(self) -> str:

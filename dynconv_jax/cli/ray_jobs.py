@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import socket
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,9 +22,10 @@ from dynconv_jax import extras
 from dynconv_jax.cli import processes
 from dynconv_jax.files import locked
 
-# Seconds between looks at the tasks; until a cluster answers; until what was
-# told to end has saved.
-_INTERVAL, _ANSWER, _GRACE = 1.0, 5.0, 120.0
+# Seconds between looks at the tasks; until a cluster answers; until one that
+# does not is lost (after 60, Ray ends this process); until what was told to end
+# has saved.
+_INTERVAL, _ANSWER, _LOST, _GRACE = 1.0, 5.0, 30.0, 120.0
 
 
 class JobError(Exception):
@@ -35,12 +37,14 @@ class Cluster:
   """A Ray cluster that this process is connected with.
 
   Attributes:
+    address: host:port of its head.
     cpus: of a job.
     gpus: of a job; may be a fraction.
     retries: how often a job starts again after its node was lost.
     node: a node that has them, as in `ray.nodes()`.
   """
 
+  address: str
   cpus: float
   gpus: float
   retries: int
@@ -82,10 +86,11 @@ class Cluster:
       for name in ready:
         job = waiting.pop(name)
         needed = [tasks[need] for need in job.needs if need in jobs]
-        tasks[name] = attempt.remote(
+        tasks[name] = attempt.options(name=name).remote(
           job.commands, job.log, os.getcwd(), share, *needed
         )
     ended = dict.fromkeys(waiting, processes.CYCLE)
+    answered = time.monotonic()
     with processes.signals() as received:
       try:
         while tasks and not received:
@@ -93,6 +98,15 @@ class Cluster:
           for name in [n for n, task in tasks.items() if task in done]:
             ended[name] = _end(jobs[name], tasks.pop(name), ended)
           watch([n for n in tasks if _size(jobs[n].log) > before[n]], ended)
+          error = _unanswered(self.address)
+          if not error:
+            answered = time.monotonic()
+          elif time.monotonic() - answered > _LOST:
+            tasks.clear()  # There is nobody to cancel them.
+            raise ConnectionError(
+              f'the Ray cluster at {self.address} is lost: {error}; what is '
+              'trained is saved, and the same command goes on from there'
+            )
       finally:
         left = list(tasks.values())
         for task in left:
@@ -148,20 +162,24 @@ def connected(
     raise ValueError(f"ray_address must be 'auto' or host:port; got {address}")
   import ray
 
-  _check_answers(address)
+  address = _resolve(address)
+  # Ray would try for minutes.
+  if error := _unanswered(address):
+    raise ConnectionError(f'no Ray cluster at {address}: {error}')
   try:
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
   # Ray ends the process of a head that does not answer.
   except (OSError, RuntimeError, SystemExit) as error:
     raise ConnectionError(f'no Ray cluster at {address}: {error}') from error
   try:
-    yield Cluster(cpus, gpus, retries, _fitting(ray.nodes(), cpus, gpus))
+    node = _fitting(ray.nodes(), cpus, gpus)
+    yield Cluster(address, cpus, gpus, retries, node)
   finally:
     ray.shutdown()
 
 
-def _check_answers(address: str) -> None:
-  """Raises ConnectionError if nothing listens; Ray would try for minutes."""
+def _resolve(address: str) -> str:
+  """Returns the address as host:port."""
   from ray._private import services
 
   found = services.canonicalize_bootstrap_address(address)
@@ -170,11 +188,17 @@ def _check_answers(address: str) -> None:
       'no Ray cluster is found from here: give --ray_address=HOST:PORT, or '
       'make this machine a node of it with `ray start`'
     )
-  host, _, port = found.rpartition(':')
+  return found
+
+
+def _unanswered(address: str) -> str:
+  """Returns '', or why there is no connection to an address."""
+  host, _, port = address.rpartition(':')
   try:
     socket.create_connection((host.strip('[]'), int(port)), _ANSWER).close()
   except (OSError, OverflowError) as error:
-    raise ConnectionError(f'no Ray cluster at {found}: {error}') from error
+    return str(error)
+  return ''
 
 
 def _fitting(
@@ -218,9 +242,7 @@ def _attempt(
   del needed
   try:
     os.chdir(folder)  # What paths of flags are relative to.
-    # Programs of a node that is lost to the cluster, but not down, still save.
-    with locked(log.parent, 'a sweep', wait=True):
-      pass
+    _wait_until_free(log)
     steps = commands()
     while True:
       command, result = processes.step(steps)
@@ -230,7 +252,8 @@ def _attempt(
         command, log, None, {**share, **os.environ}, session=False
       )
       try:
-        child.wait()
+        while child.running():  # A call that waits does not see a cancellation.
+          time.sleep(0.1)
       finally:
         if child.running():
           child.end()
@@ -238,6 +261,21 @@ def _attempt(
         raise JobError(error)
   except (OSError, ValueError) as error:
     raise JobError(str(error)) from None
+
+
+def _wait_until_free(log: pathlib.Path) -> None:
+  """Waits for programs in a workdir: a node that is lost may still train."""
+  told = False
+  while True:
+    try:
+      with locked(log.parent, 'a sweep'):
+        return
+    except BlockingIOError as error:
+      if not told:
+        with log.open('a') as file:
+          file.write(f'\nwaits: {error}\n')
+      told = True
+      time.sleep(1)
 
 
 def _end(job: processes.Job, task: Any, ended: Mapping[str, str]) -> str:
