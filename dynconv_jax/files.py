@@ -97,8 +97,9 @@ def locked(
     The file descriptor of the lock, for children to keep open.
 
   Raises:
-    OSError: another process holds the lock; the message names it and its host.
-      Or the folder cannot be created or written to.
+    BlockingIOError: another process holds the lock; the message names it and
+      its host.
+    OSError: the folder cannot be created or written to.
   """
   # Windows has none, and counting MACs needs no lock.
   import fcntl
@@ -111,7 +112,7 @@ def locked(
     except BlockingIOError:
       file.seek(0)
       holder = file.read().decode().strip() or 'another process'
-      raise OSError(
+      raise BlockingIOError(
         f'{folder} is in use by {holder}, or by a process that it started'
       ) from None
     except OSError as error:

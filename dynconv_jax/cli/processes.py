@@ -1,4 +1,4 @@
-"""Child processes, so many at a time, which stop when their parent must."""
+"""Jobs in child processes, so many at a time, which stop when we must."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 # Seconds between looks at the children.
 _INTERVAL = 0.1
@@ -21,15 +22,47 @@ class Job:
   """Commands to be run one after the other.
 
   Attributes:
-    commands: is asked for the next one when the last has ended well; what it
-      raises is the end of the job, as a command that fails is.
+    commands: returns an iterator, which is asked for the next command when the
+      last has ended well. A generator's return value is the job's result. An
+      OSError or ValueError that it raises fails the job, as a command does. It
+      can be pickled: it is called where the commands run.
     log: file that all they print is appended to.
     needs: names of jobs that must have ended well before.
+    finish: is called with the result by the process that started the jobs; its
+      errors, too, fail the job.
   """
 
-  commands: Iterator[Sequence[str]]
+  commands: Callable[[], Iterator[Sequence[str]]]
   log: pathlib.Path
   needs: tuple[str, ...] = ()
+  finish: Callable[[Any], None] = lambda result: None
+
+  def lacks(self, ended: Mapping[str, str]) -> str:
+    """Returns '', or why the job cannot run: it needs one that has failed.
+
+    Args:
+      ended: by name of a job that has ended, '' or its error.
+    """
+    failed = ', '.join(need for need in self.needs if ended.get(need))
+    return failed and f'needs {failed}, which failed'
+
+
+# The error of jobs that wait for each other.
+CYCLE = 'needs a run that needs this one'
+
+
+def step(
+  steps: Iterator[Sequence[str]],
+) -> tuple[Sequence[str] | None, Any]:
+  """Returns the next command of a job, or None and its result.
+
+  Args:
+    steps: what `Job.commands` returned.
+  """
+  try:
+    return next(steps), None
+  except StopIteration as end:
+    return None, end.value
 
 
 class Interrupted(Exception):
@@ -70,7 +103,8 @@ def run_jobs(
   """
   shares = core_shares(parallel)
   free, waiting = list(range(parallel)), dict(jobs)
-  running: dict[str, tuple[_Child, int]] = {}
+  steps = {name: job.commands() for name, job in jobs.items()}
+  running: dict[str, tuple[Child, int]] = {}
   ended: dict[str, str] = {}
   stopped = None
 
@@ -78,15 +112,17 @@ def run_jobs(
     """Starts the next command of a job, or ends it."""
     error = ''
     try:
-      command = next(jobs[name].commands, None)
-      if command is not None:
+      command, result = step(steps[name])
+      if command is None:
+        jobs[name].finish(result)
+      else:
         share = shares[slot] if parallel > 1 else None
         environment = dict(os.environ)
         if parallel > 1:  # Else each takes most of a GPU's memory at once.
           environment.setdefault(
             'XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / parallel:.3f}'
           )
-        child = _Child(command, jobs[name].log, share, environment, pass_fds)
+        child = Child(command, jobs[name].log, share, environment, pass_fds)
         running[name] = child, slot
         return
     except (OSError, ValueError) as failure:
@@ -94,7 +130,7 @@ def run_jobs(
     ended[name] = error
     free.append(slot)
 
-  with _signals() as received:
+  with signals() as received:
     try:
       while running or (waiting and not stopped):
         while received:
@@ -104,9 +140,9 @@ def run_jobs(
         before = len(ended)
         for name in list(waiting):
           needs = [need for need in jobs[name].needs if need in jobs]
-          if failed := [need for need in needs if ended.get(need)]:
+          if error := jobs[name].lacks(ended):
             del waiting[name]
-            ended[name] = f'needs {", ".join(failed)}, which failed'
+            ended[name] = error
           elif free and not stopped and all(need in ended for need in needs):
             del waiting[name]
             advance(name, free.pop(0))
@@ -124,7 +160,7 @@ def run_jobs(
           else:
             advance(name, slot)
         if waiting and not running and len(ended) == before and not stopped:
-          ended |= dict.fromkeys(waiting, 'needs a run that needs this one')
+          ended |= dict.fromkeys(waiting, CYCLE)
           waiting.clear()
         watch(list(running), ended)
         if running and not received:
@@ -137,23 +173,40 @@ def run_jobs(
   return ended
 
 
-class _Child:
+class Child:
   """A process whose output goes to a file."""
 
-  def __init__(self, command, log, cores, environment, pass_fds):
+  def __init__(
+    self,
+    command: Sequence[str],
+    log: pathlib.Path,
+    cores: Sequence[int] | None,
+    environment: Mapping[str, str],
+    pass_fds: Sequence[int] = (),
+    *,
+    session: bool = True,
+  ):
+    """Args:
+    command: to run.
+    log: is appended to.
+    cores: that it runs on; None: on all of its parent's.
+    environment: all variables.
+    pass_fds: file descriptors that it keeps open.
+    session: whether it has a session of its own: Ctrl-C reaches it through
+      us only, once.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open('ab') as file:
       file.write(f'\n$ {shlex.join(command)}\n'.encode())
       file.flush()
       self._log, self._start = log, file.tell()
-      # In a session of its own, Ctrl-C reaches it through us only, once.
       self._process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=file,
         stderr=subprocess.STDOUT,
         env=environment,
-        start_new_session=True,
+        start_new_session=session,
         pass_fds=pass_fds,
       )
     # Before it has threads: they have the affinity of who starts them.
@@ -204,7 +257,7 @@ def core_shares(parallel: int) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _signals():
+def signals() -> Iterator[list[signal.Signals]]:
   """Yields a list that the signals to end are put into as they come."""
   received: list[signal.Signals] = []
   old = {

@@ -19,6 +19,9 @@ command goes on: what is trained and has a row is passed over. A failure does
 not end the sweep; its error is told at the end. Latency is measured after all
 trainings.
 
+--engine=ray runs them on a Ray cluster, whose nodes share a file system; a run
+whose node is lost goes on elsewhere.
+
 Six classes of Food-101 (DIR: an unpacked Food-101), two cores, from the dense
 run workdir/food/dense, and narrower dense networks:
 dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px_from_dense \
@@ -64,21 +67,20 @@ dynconv sweep --cifar10_dir=DIR --flagfile=cifar10_resnet32 \
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import json
 import os
 import pathlib
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags, logging
 
-from dynconv_jax.cli import config_flags, processes, program
+from dynconv_jax.cli import config_flags, processes, program, sweep_runs
 from dynconv_jax.cli.grid import Run, make_runs
 from dynconv_jax.cli.results_table import check_table, write_result
 from dynconv_jax.cli.sweep_progress import Progress
+from dynconv_jax.cli.sweep_runs import SPLIT, TABLE, TRAINED, read_rows
 from dynconv_jax.files import locked, write_atomic
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
@@ -103,6 +105,29 @@ _PARALLEL = flags.DEFINE_integer(
   'Runs at a time, each on its share of the cores.',
   lower_bound=1,
 )
+_ENGINE = flags.DEFINE_enum(
+  'engine',
+  'local',
+  ['local', 'ray'],
+  'What runs the runs: processes of this machine, or a Ray cluster.',
+)
+_RAY_ADDRESS = flags.DEFINE_string(
+  'ray_address',
+  'auto',
+  'HOST:PORT of the Ray cluster; auto: RAY_ADDRESS, or that of this machine.',
+)
+_RAY_CPUS = flags.DEFINE_float(
+  'ray_cpus', 1, 'CPUs of a run on Ray.', lower_bound=0
+)
+_RAY_GPUS = flags.DEFINE_float(
+  'ray_gpus', 0, 'GPUs of a run on Ray; 0.5: two runs share one.', lower_bound=0
+)
+_RAY_RETRIES = flags.DEFINE_integer(
+  'ray_retries',
+  3,
+  'How often a run goes on after its node was lost.',
+  lower_bound=0,
+)
 _CHECKPOINT = flags.DEFINE_enum(
   'checkpoint', 'best', ['best', 'latest'], 'What is evaluated.'
 )
@@ -117,10 +142,9 @@ _LATENCY_BATCH_SIZE = flags.DEFINE_integer(
 )
 config_flags.define()
 
-_TABLE = 'results.csv'
-_TRAINED = 'trained.json'
-_SPLIT = 'test'
-_DENSE_TIMES = ('dense_ms', 'native_dense_ms')
+# Runs jobs and tells how far they are, as `processes.run_jobs` does; `alone`:
+# with nothing beside them.
+_Engine = Callable[..., dict[str, str]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -131,14 +155,14 @@ def main(argv: Sequence[str]) -> None:
   results = pathlib.Path(_RESULTS.value).expanduser()
   root = pathlib.Path(_WORKDIR.value or f'workdir/{results.absolute().name}')
   root = root.expanduser()
-  table = results / _TABLE
+  table = results / TABLE
   runs = _check(results, root)
   check_table(table)
   try:
-    with locked(root, 'a sweep') as lock:
-      failures = _train(runs, root, table, lock)
+    with _engine(root) as run_jobs:
+      failures = _train(runs, root, table, run_jobs)
       if _LATENCY_BATCH_SIZE.value:
-        failures |= _measure(runs, root, table, lock)
+        failures |= _measure(runs, root, table, run_jobs)
   except processes.Interrupted as interrupted:
     print(
       f'{interrupted}: what is trained is saved in {root}; the same command '
@@ -166,9 +190,18 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
   errors, runs = [], []
   if _LATENCY_BATCH_SIZE.value:
     program.require_checkout('latency (else --latency_batch_size=0)')
+  local = _ENGINE.value == 'local'
+  for flag in (_RAY_ADDRESS, _RAY_CPUS, _RAY_GPUS, _RAY_RETRIES):
+    if local and flag.present:
+      errors.append(f'--{flag.name} is for --engine=ray')
+  if not local and _PARALLEL.present:
+    errors.append(
+      '--parallel is for --engine=local; on Ray, --ray_cpus and --ray_gpus of '
+      'a run say how many run at a time'
+    )
   if results.suffix == '.csv':
     errors.append(
-      f'results must be a folder, in which {_TABLE} is written; got {results}'
+      f'results must be a folder, in which {TABLE} is written; got {results}'
     )
   if results.exists() and not results.is_dir():
     errors.append(f'results must be a folder; {results} is a file')
@@ -186,50 +219,83 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
   return runs
 
 
+@contextlib.contextmanager
+def _engine(root: pathlib.Path) -> Iterator[_Engine]:
+  """Yields what runs jobs, while it holds the folder of the workdirs."""
+  if _ENGINE.value == 'ray':
+    from dynconv_jax.cli import ray_jobs
+
+    with (
+      ray_jobs.connected(
+        _RAY_ADDRESS.value,
+        cpus=_RAY_CPUS.value,
+        gpus=_RAY_GPUS.value,
+        retries=_RAY_RETRIES.value,
+      ) as cluster,
+      locked(root, 'a sweep'),
+    ):
+      yield cluster.run_jobs
+    return
+  with locked(root, 'a sweep') as lock:
+    yield lambda jobs, watch, alone=False: processes.run_jobs(
+      jobs, 1 if alone else _PARALLEL.value, watch, pass_fds=[lock]
+    )
+
+
 def _train(
-  runs: Sequence[Run], root: pathlib.Path, table: pathlib.Path, lock: int
+  runs: Sequence[Run],
+  root: pathlib.Path,
+  table: pathlib.Path,
+  run_jobs: _Engine,
 ) -> dict[str, str]:
   """Trains and evaluates what is not yet; returns the errors by run."""
-  rows = _rows(table)
+  rows = read_rows(table)
   for run in runs:
     folder, epochs = root / run.name, run.config.optimization.epochs
-    if (folder / _TRAINED).exists() and (
+    if (folder / TRAINED).exists() and (
       epochs != workdir_lib.read_config(folder).optimization.epochs
     ):
-      (folder / _TRAINED).unlink()  # It goes on, to be measured anew.
+      (folder / TRAINED).unlink()  # It goes on, to be measured anew.
       if run.name in rows:
-        again = {'run': run.name, 'split': _SPLIT, 'latency_ms': ''}
+        again = {'run': run.name, 'split': SPLIT, 'latency_ms': ''}
         write_result(table, again)
   left = [
     run
     for run in runs
-    if run.name not in rows or not (root / run.name / _TRAINED).exists()
+    if run.name not in rows or not (root / run.name / TRAINED).exists()
   ]
   places = {_place(root / run.name): run.name for run in runs}
   jobs = {}
   for run in left:
-    start = run.config.optimization
+    start, folder = run.config.optimization, root / run.name
     sources = (start.init_from, start.distill_from)
     needs = {places.get(_place(source)) for source in sources if source}
+    columns = dict(run.settings)
+    if recipe := ', '.join(filter(None, (_RECIPE.value, run.recipe))):
+      columns['recipe'] = recipe
     jobs[run.name] = processes.Job(
-      _commands(run, root / run.name, table),
-      root / run.name / 'sweep.log',
+      functools.partial(
+        sweep_runs.train_and_evaluate,
+        folder,
+        run.config.to_flags(),
+        _CHECKPOINT.value,
+        columns,
+      ),
+      folder / 'sweep.log',
       tuple(needs - {None}),
+      functools.partial(_record, run, table),
     )
   logging.info(
-    '%d runs, %d of them finished before; %d at a time',
-    *(len(runs), len(runs) - len(left), _PARALLEL.value),
+    '%d runs, %d of them finished before', len(runs), len(runs) - len(left)
   )
-  if _PARALLEL.value > 1:
+  if _ENGINE.value != 'local' or _PARALLEL.value > 1:
     # Processes that prepare the same dataset at once get in each other's way.
     parts = [run.config.data for run in left]
     for data in {part.dataset: part for part in parts}.values():
       inputs.open_splits(data)
   configs = {root / run.name: run.config for run in left}
   with Progress('trained', configs, len(runs) - len(left)) as progress:
-    ended = processes.run_jobs(
-      jobs, _PARALLEL.value, progress.show, pass_fds=[lock]
-    )
+    ended = run_jobs(jobs, progress.show)
   return {name: error for name, error in ended.items() if error}
 
 
@@ -237,32 +303,9 @@ def _place(folder: str | os.PathLike) -> str:
   return os.path.realpath(os.path.expanduser(folder))
 
 
-def _commands(
-  run: Run, folder: pathlib.Path, table: pathlib.Path
-) -> Iterator[list[str]]:
-  """Yields the commands of a run; afterwards its row is in the table."""
-  marker = folder / _TRAINED
-  if not marker.exists():
-    folder.mkdir(parents=True, exist_ok=True)
-    flagfile = folder / 'sweep.flags'
-    flagfile.write_text(run.config.to_flags())
-    yield _command('train', flagfile=flagfile, workdir=folder)
-    write_atomic(marker, json.dumps({'commit': _commit()}) + '\n')
-  # A table of its own: only this process writes the common one.
-  own = folder / _TABLE
-  yield _command(
-    'evaluate',
-    workdir=folder,
-    split=_SPLIT,
-    checkpoint=_CHECKPOINT.value,
-    results=own,
-  )
-  row = {**_rows(own)[run.name], **run.settings}
-  if recipe := ', '.join(filter(None, (_RECIPE.value, run.recipe))):
-    row['recipe'] = recipe
-  row['training_seconds'] = _training_seconds(folder)
-  row |= json.loads(marker.read_text())
-  # What makes the run again, without the places of one machine.
+def _record(run: Run, table: pathlib.Path, row: sweep_runs.Row) -> None:
+  """Puts a run into the table, and the flags that make it again beside it."""
+  # Without the places of one machine.
   places = operational_options(run.config)
   kept = {k: v for k, v in run.config.flat().items() if k not in places}
   write_atomic(table.parent / 'flags' / f'{run.name}.flags', to_flags(kept))
@@ -270,98 +313,40 @@ def _commands(
 
 
 def _measure(
-  runs: Sequence[Run], root: pathlib.Path, table: pathlib.Path, lock: int
+  runs: Sequence[Run],
+  root: pathlib.Path,
+  table: pathlib.Path,
+  run_jobs: _Engine,
 ) -> dict[str, str]:
   """Measures latency, one run after the other; returns the errors by run."""
-  rows, batch_size = _rows(table), str(_LATENCY_BATCH_SIZE.value)
+  rows, batch_size = read_rows(table), _LATENCY_BATCH_SIZE.value
   jobs = {
     run.name: processes.Job(
-      _latency_commands(run, root / run.name, table),
+      functools.partial(
+        sweep_runs.measure_latency,
+        root / run.name,
+        run.config.method.record.gated,
+        _CHECKPOINT.value,
+        batch_size,
+      ),
       root / run.name / 'sweep.log',
+      finish=functools.partial(write_result, table),
     )
     for run in runs
     if run.name in rows
     and not (
       rows[run.name].get('latency_ms')
-      and rows[run.name].get('latency_batch_size') == batch_size
+      and rows[run.name].get('latency_batch_size') == str(batch_size)
     )
   }
   with Progress(
     'timed', dict.fromkeys(jobs), len(runs) - len(jobs)
   ) as progress:
-    ended = processes.run_jobs(jobs, 1, progress.show, pass_fds=[lock])
-  machines = {row.get('latency_machine') for row in _rows(table).values()}
-  if len(machines - {None, ''}) > 1:
+    ended = run_jobs(jobs, progress.show, alone=True)
+  rows = read_rows(table).values()
+  if len({row.get('latency_machine') for row in rows} - {None, ''}) > 1:
     logging.warning('%s has latencies of several machines', table)
   return {name: f'latency: {error}' for name, error in ended.items() if error}
-
-
-def _latency_commands(
-  run: Run, folder: pathlib.Path, table: pathlib.Path
-) -> Iterator[list[str]]:
-  """Yields the command that times a run; afterwards its row has the times."""
-  output = folder / 'latency'
-  yield _command(
-    'benchmark',
-    workdir=folder,
-    split=_SPLIT,
-    checkpoint=_CHECKPOINT.value,
-    batch_size=_LATENCY_BATCH_SIZE.value,
-    peers='none',
-    output=output,
-  )
-  measured = json.loads((output / 'benchmark.json').read_text())
-  sparse = measured.get('sparse_ms')
-  # The faster form: gated networks are executed by the same kernels.
-  dense = min(measured[k] for k in _DENSE_TIMES if k in measured)
-  own = sparse if run.config.method.record.gated else dense
-  row = {
-    'run': run.name,
-    'split': _SPLIT,
-    # As it would be used: the sparse one, where there are masks.
-    'latency_ms': round(own, 4),
-    'latency_dense_ms': round(dense, 4),
-    'latency_sparse_ms': '' if sparse is None else round(sparse, 4),
-    'latency_batch_size': measured['batch_size'],
-    'latency_machine': measured['cpu'],
-  }
-  write_result(table, row)
-
-
-def _command(name: str, **values: Any) -> list[str]:
-  flags_ = [f'--{flag}={value}' for flag, value in values.items()]
-  return [sys.executable, '-m', f'dynconv_jax.cli.{name}', *flags_]
-
-
-def _rows(table: pathlib.Path) -> dict[str, dict[str, str]]:
-  """Returns the rows of the test split by run."""
-  rows = read_results(table) if table.exists() else []
-  return {row['run']: row for row in rows if row.get('split') == _SPLIT}
-
-
-def _training_seconds(folder: pathlib.Path) -> int | str:
-  rows = workdir_lib.read_metrics(folder)
-  seconds = [row['seconds'] for row in rows if 'seconds' in row]
-  return round(seconds[-1]) if seconds else ''
-
-
-def _commit() -> str:
-  """Returns the commit of the code, '-dirty' if it was changed since."""
-  root = pathlib.Path(workdir_lib.__file__).parents[2]
-  git = functools.partial(
-    subprocess.run, cwd=root, capture_output=True, text=True
-  )
-  if not (root / '.git').exists():  # It is installed.
-    return 'unknown'
-  try:
-    head = git(['git', 'rev-parse', 'HEAD'])
-    code = ['dynconv_jax', 'experiments']
-    changed = git(['git', 'diff', '--quiet', 'HEAD', '--', *code])
-  except OSError:  # There is no git.
-    return 'unknown'
-  if head.returncode:
-    return 'unknown'
-  return head.stdout.strip() + ('-dirty' if changed.returncode else '')
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from dynconv_jax.cli import processes
 
 
 def _shell(*lines):
-  return iter([['sh', '-c', line] for line in lines])
+  return lambda: iter([['sh', '-c', line] for line in lines])
 
 
 def _run(folder, commands, parallel=1, needs=None, watch=None):
@@ -74,8 +74,10 @@ def test_errors_between_commands_are_failures_of_the_job(tmp_path):
     raise OSError('disk is full')
 
   jobs = {
-    'bad': processes.Job(commands(), tmp_path / 'bad'),
-    'none': processes.Job(iter([['/no/such/program']]), tmp_path / 'none'),
+    'bad': processes.Job(commands, tmp_path / 'bad'),
+    'none': processes.Job(
+      lambda: iter([['/no/such/program']]), tmp_path / 'none'
+    ),
     'good': processes.Job(_shell('true'), tmp_path / 'good'),
   }
   ended = processes.run_jobs(jobs, 1, lambda running, ended: None)
@@ -177,7 +179,7 @@ def test_parallel_processes_have_cores_of_their_own(tmp_path):
   code = 'import os, time; time.sleep(.5); print(os.sched_getaffinity(0))'
   jobs = {
     name: processes.Job(
-      iter([[sys.executable, '-S', '-c', code]]), tmp_path / name
+      lambda: iter([[sys.executable, '-S', '-c', code]]), tmp_path / name
     )
     for name in 'ab'
   }

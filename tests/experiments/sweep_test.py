@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from dynconv_jax.cli import processes
+from dynconv_jax.cli import processes, sweep_runs
 from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.files import locked
 from dynconv_jax.training import inputs, workdir
@@ -377,9 +377,8 @@ def test_the_progress_line(tmp_path):
   )
 
 
-def test_the_commit_of_the_code(program, tmp_path, monkeypatch):
-  program.load('sweep')
-  module = program._loaded['sweep'][0]
+def test_the_commit_of_the_code(tmp_path, monkeypatch):
+  module = sweep_runs
   package = tmp_path / 'dynconv_jax' / 'training'
   package.mkdir(parents=True)
   file = package / 'workdir.py'
