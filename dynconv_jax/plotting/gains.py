@@ -15,7 +15,7 @@ from dynconv_jax.plotting import style
 _COLUMNS = ('share', 'difference', 'low', 'high')
 _COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
 _MARKERS = 'osD^v'
-_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1)
 
 
 @style.styled()
