@@ -32,7 +32,7 @@ def test_curves_have_their_intervals_and_zero(tmp_path):
   assert labels == ['DynConv', 'SkipNet']
   figure.canvas.draw()
   ticks = [text.get_text() for text in ax.get_xticklabels()]
-  assert ticks == ['5', '10', '20', '50', '100']
+  assert ticks == ['5', '7', '10', '15', '20', '30', '50', '70', '100']
   assert ax.get_title('left') == 'against narrow'
   assert {p.name for p in tmp_path.iterdir()} == {'gains.png', 'gains.svg'}
 
