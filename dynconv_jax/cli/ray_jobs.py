@@ -155,11 +155,14 @@ def connected(
   Raises:
     MissingError: Ray is not installed.
     ConnectionError: no cluster answers there.
-    ValueError: the address is of another form, or no node has what a job needs.
+    ValueError: the address is of another form, or no node has what a job
+      needs, or none can have it.
   """
   extras.require('ray', 'ray')
   if not re.fullmatch(r'auto|[^\s/]+:\d{1,5}', address):
     raise ValueError(f"ray_address must be 'auto' or host:port; got {address}")
+  if gpus > 1 and gpus % 1:
+    raise ValueError(f'ray_gpus above 1 must be whole; got {gpus:g}')
   import ray
 
   address = _resolve(address)

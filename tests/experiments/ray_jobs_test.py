@@ -81,6 +81,11 @@ def test_an_address_where_nobody_answers(fake_ray, free_port):
     _connected('auto'),
   ):
     pass
+  with (
+    pytest.raises(ValueError, match='be whole; got 1.5'),
+    _connected('h:1', 1, 1.5),
+  ):
+    pass
   assert not fake_ray.calls
 
 
