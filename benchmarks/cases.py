@@ -25,16 +25,19 @@ class Peer(NamedTuple):
     worker: the process that runs it, a key of `workers.WORKERS`.
     packages: that it needs.
     dense: whether it computes everywhere.
+    gpu: whether it needs a GPU.
   """
 
   worker: str
   packages: tuple[str, ...]
   dense: bool = True
+  gpu: bool = False
 
 
 PEERS = {
   'torch': Peer('torch', ('torch',)),
   'torch_compiled': Peer('torch_compiled', ('torch',)),
+  'torch_cuda_graph': Peer('torch_cuda_graph', ('torch',), gpu=True),
   'torch_index': Peer('torch', ('torch',), dense=False),
   'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
   'openvino': Peer('openvino', ('onnx', 'openvino')),
@@ -59,9 +62,17 @@ def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
     missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
     if missing:
       print(f'{name} is left out: {", ".join(missing)} not installed')
+    elif peer.gpu and not _torch_sees_gpu():
+      print(f'{name} is left out: PyTorch sees no GPU')
     elif not (trained and name == 'torch_index'):
       available.append(name)
   return available
+
+
+def _torch_sees_gpu() -> bool:
+  import torch
+
+  return torch.cuda.is_available()
 
 
 @contextlib.contextmanager
@@ -125,14 +136,15 @@ def time_case(
     rounds,
   )
   dense = [peer for peer in peers if PEERS[peer].dense]
-  fastest = min(['dense', *dense], key=times.get)
+  jax = [kind for kind in ('dense', 'dense_launched') if kind in times]
+  fastest = min([*jax, *dense], key=times.get)
   own = {f'{k}_ms': v for k, v in times.items() if k not in peers}
   result = {
     **case,
     **info,
     **own,
     'peers': {peer: times[peer] for peer in peers},
-    'fastest_dense': 'jax' if fastest == 'dense' else fastest,
+    'fastest_dense': 'jax' if fastest in jax else fastest,
   }
   if 'sparse' not in times:
     return result

@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
 from unittest import mock
 
 from absl import flags
 
+from benchmarks import hlo
 from experiments import program
 
 _MODEL = flags.DEFINE_string('model', 'resnet50', 'Of the registry.')
@@ -70,8 +69,6 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
 device_description_str: "NVIDIA H200 141GB HBM3e"
 """
-# What takes no launch.
-_FREE = ('parameter', 'constant', 'get-tuple-element', 'bitcast', 'tuple')
 
 
 def main(argv: Sequence[str]) -> None:
@@ -93,36 +90,7 @@ def main(argv: Sequence[str]) -> None:
   )
   if done.returncode:
     raise OSError(f'nothing was compiled: {done.stderr[-2000:]}')
-  print(json.dumps(describe(done.stdout, done.stderr)))
-
-
-def describe(hlo: str, log: str) -> dict[str, Any]:
-  """Returns what a compiled module launches.
-
-  Args:
-    hlo: its text after all passes.
-    log: of XLA, in which each command buffer is a line.
-  """
-  recorded = re.findall(r'command buffer thunk with .* thunks: (.*)', log)
-  names = {name.strip() for line in recorded for name in line.split(',')}
-  entry = hlo[hlo.index('\nENTRY ') :]
-  found = re.findall(
-    r'^ +(?:ROOT )?%(\S+) = (\(.*?\) |\S+ )([\w-]+)\(', entry, re.MULTILINE
-  )
-  return {
-    'command_buffers': len(recorded),
-    'recorded': len(names),
-    'outside': [
-      name for name, _, op in found if op not in _FREE and name not in names
-    ],
-    # Not those of nothing.
-    'copies': [
-      shape.strip()
-      for _, shape, op in found
-      if op == 'copy' and '[0]' not in shape
-    ],
-    'kernels': entry.count('custom_call_target="triton_kernel_call'),
-  }
+  print(json.dumps(hlo.describe(done.stdout, done.stderr)))
 
 
 def _compile() -> str:

@@ -30,12 +30,14 @@ class Networks:
     trained: the run, or None.
     options: of the network, such as `gated_blocks`, by name.
     method: of the gated network; 'dense' where the trained one has no gates.
+    budget: that the run was trained for, or None.
   """
 
   def __init__(self, settings: Mapping[str, Any]):
     self.settings = {**settings, 'width_multiplier': 1.0}
     self.trained = None
     self.options = dict(settings.get('options') or {})
+    self.budget = None
     if settings['workdir']:
       self.trained = workdir.load_run(
         settings['workdir'], best=settings['checkpoint'] == 'best'
@@ -43,6 +45,7 @@ class Networks:
       self.settings['num_classes'] = len(self.trained.class_names)
       network = self.trained.network
       self.settings['method'] = network.method.method
+      self.budget = network.method.target() or None
       for name in ('model', 'image_size', 'compute_dtype', 'width_multiplier'):
         self.settings[name] = getattr(network.model, name)
       self.options = values_of(network.model.options)

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -130,6 +131,72 @@ class Torch(Peer):
         self.torch.from_numpy(np.array(level) > 0) for level in mask.maps
       ]
     return maps
+
+
+class TorchCudaGraph(Torch):
+  """PyTorch on a GPU, the network a CUDA graph for each batch.
+
+  Its batches are there in the compute dtype; JAX's are float32.
+
+  Attributes:
+    calls: of a step, as JAX's.
+    device: of PyTorch.
+  """
+
+  calls, device = 10, 'cuda'
+
+  def __init__(self, settings):
+    # The GPU's memory is PyTorch's.
+    jax.config.update('jax_platforms', 'cpu')
+    super().__init__(settings)
+    self.torch.backends.cudnn.benchmark = True
+    self.network.to(self.device)
+
+  def make(self, shape, mask_granularity=None, density=None):
+    graphs = {}
+
+    def run(images):
+      key = images.data_ptr()
+      if key not in graphs:
+        graphs[key] = self._record(images)
+      graph, logits = graphs[key]
+      graph.replay()
+      return logits
+
+    return run
+
+  def _record(self, images):
+    cuda = self.torch.cuda
+    with self.torch.no_grad():
+      # What is chosen and allocated at first must not be recorded.
+      stream = cuda.Stream()
+      stream.wait_stream(cuda.current_stream())
+      with cuda.stream(stream):
+        for _ in range(3):
+          self.network(images, None)
+      cuda.current_stream().wait_stream(stream)
+      graph = cuda.CUDAGraph()
+      with cuda.graph(graph):
+        logits = self.network(images, None).float()
+    return graph, logits
+
+  def convert(self, batch):
+    return super().convert(batch).to(self.device)
+
+  def step(self, kind, **case):
+    run, batches = self._run(kind, **case)
+    following = itertools.cycle(batches)
+
+    def step():
+      for _ in range(self.calls):
+        run(next(following))
+      self.torch.cuda.synchronize()
+
+    return step
+
+  def logits(self, of, **case):
+    run, batches = self._run(of, **case)
+    return run(batches[0]).cpu().tolist()
 
 
 class OnnxRuntime(Peer):

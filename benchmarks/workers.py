@@ -29,6 +29,8 @@ from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.sparsify import choose_plans, trace_blocks
 
 Step = Callable[[], None]
+# Without CUDA graphs: the host launches each kernel.
+_LAUNCHED = {'xla_gpu_enable_command_buffer': ''}
 
 
 def serve(name: str, settings: Mapping[str, Any]) -> None:
@@ -74,6 +76,10 @@ class Jax:
     shape = self.batches[0].shape
     dense = self.networks.model('dense')
     functions = {'dense': SparseExecutor(dense, shape, mode='dense')}
+    if self.settings['launched']:
+      functions['dense_launched'] = SparseExecutor(
+        dense, shape, mode='dense', compiler_options=_LAUNCHED
+      )
     backend = self._fast_backend(dense)
     if backend is not None:
       functions['native_dense'] = SparseExecutor(
@@ -114,7 +120,11 @@ class Jax:
     if density is not None:
       masks = masks_of(model, shape, density)
     sparse = SparseExecutor(
-      model, shape, mode=mode, backend=backend, density=density or 0.5
+      *(model, shape),
+      mode=mode,
+      backend=backend,
+      density=density or 0.5,
+      budget=self.networks.budget,
     )
     self.plans = sparse.plans
     given = {
@@ -124,13 +134,22 @@ class Jax:
     }
     if len(given) < len(masks):
       others = {k: mask for k, mask in masks.items() if k not in given}
-      sparse = SparseExecutor(
-        force_gates(model, others), shape, mode='sparse', plans=self.plans
-      )
+      model = force_gates(model, others)
+      sparse = SparseExecutor(model, shape, mode='sparse', plans=self.plans)
     functions = {'sparse': functools.partial(sparse, masks=given or None)}
+    if self.settings['launched']:
+      launched = SparseExecutor(
+        *(model, shape),
+        mode='sparse',
+        plans=self.plans,
+        compiler_options=_LAUNCHED,
+      )
+      functions['sparse_launched'] = functools.partial(
+        launched, masks=given or None
+      )
     if self.settings['masked_dense']:
       functions['masked_dense'] = SparseExecutor(
-        force_gates(model, masks), shape, mode='dense'
+        force_gates(self.model, masks), shape, mode='dense'
       )
     return functions
 
@@ -194,6 +213,7 @@ WORKERS = {
   'jax': Jax,
   'torch': peers.Torch,
   'torch_compiled': functools.partial(peers.Torch, compiled=True),
+  'torch_cuda_graph': peers.TorchCudaGraph,
   'onnxruntime': peers.OnnxRuntime,
   'openvino': peers.OpenVino,
   'litert': peers.LiteRt,

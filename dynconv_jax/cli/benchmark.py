@@ -92,6 +92,9 @@ flags.DEFINE_bool(
   'Time the gated network computed everywhere; for a GPU XLA takes minutes to '
   'compile it.',
 )
+flags.DEFINE_bool(
+  'launched', False, 'On a GPU, time JAX without CUDA graphs as well.'
+)
 _PER_BLOCK = flags.DEFINE_bool('per_block', False, 'Time each block as well.')
 _ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1)
 flags.DEFINE_integer('steps', 2, 'Timed calls a turn.', lower_bound=1)
@@ -105,7 +108,7 @@ _SUMMARY = (
 _OF_RUNS = ('checkpoint', 'split')
 _SETTINGS = (
   *(*_SUMMARY, *_OF_RUNS, 'workdir', 'num_batches', 'food101_dir'),
-  *('masked_dense', 'steps'),
+  *('masked_dense', 'launched', 'steps'),
 )
 
 

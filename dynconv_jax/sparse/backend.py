@@ -89,6 +89,20 @@ class Backend:
     """
     raise NotImplementedError
 
+  def run_gated(
+    self, block: Any, x: jax.Array, mask: ExecutionMask, gating: Gating
+  ) -> jax.Array:
+    """Returns what `run` does, in a forward pass of a network.
+
+    Args:
+      block: has `branch`, `name`, `stage`, `masker`, and what `pack` returned
+        as `packed.tree()`.
+      x: float[N, H, W, in_features].
+      mask: of `decide`.
+      gating: of this forward pass.
+    """
+    return self.run(block.packed.tree(), x, mask)
+
   def decide(
     self, block: Any, x: jax.Array, gating: Gating
   ) -> ExecutionMask | None:
@@ -134,6 +148,7 @@ class Backend:
 BACKENDS = {
   'cpu': 'dynconv_jax.sparse.backends.cpu:CpuBackend',
   'triton': 'dynconv_jax.sparse.backends.triton:TritonBackend',
+  'gluon': 'dynconv_jax.sparse.backends.gluon:GluonBackend',
   'xla': 'dynconv_jax.sparse.backends.xla:XlaBackend',
   'dense': 'dynconv_jax.sparse.backends.dense:DenseBackend',
 }

@@ -58,7 +58,7 @@ class SparseBlock(nnx.Module):
     if mask is None:
       return backend.run(self.packed.tree(), x, None)
     if self.dense is None:
-      out, overflow = backend.run(self.packed.tree(), x, mask), jnp.int32(0)
+      out, overflow = backend.run_gated(self, x, mask, gating), jnp.int32(0)
     else:
       load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
       overflow = load > self.plan.limit

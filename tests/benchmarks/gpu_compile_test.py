@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu_compile
+from benchmarks import hlo
 
 HLO = """HloModule jit_forward
 
@@ -31,14 +31,14 @@ LOG = (
 
 
 def test_what_is_launched_outside_of_graphs_is_told():
-  assert gpu_compile.describe(HLO, LOG) == {
+  assert hlo.describe(HLO, LOG) == {
     'command_buffers': 1,
     'recorded': 2,
     'outside': ['copy.1'],
     'copies': ['f32[2]{0}'],
     'kernels': 1,
   }
-  nothing = gpu_compile.describe(HLO, '')
+  nothing = hlo.describe(HLO, '')
   assert nothing['outside'] == ['call.1', 'copy.1', 'fusion']
 
 

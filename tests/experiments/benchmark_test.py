@@ -127,6 +127,13 @@ def test_peers_that_are_not_installed_are_left_out(capsys):
   assert 'torch is left out: no_such_package' in capsys.readouterr().out
 
 
+def test_peers_that_need_a_gpu_are_left_out(capsys):
+  with mock.patch.object(cases, '_torch_sees_gpu', lambda: False):
+    assert cases.available_peers(['torch_cuda_graph'], False) == []
+  pytest.importorskip('torch', reason='pip install -e .[torch]')
+  assert 'PyTorch sees no GPU' in capsys.readouterr().out
+
+
 def test_peers_that_compute_something_else_are_errors():
   expected = [[1.0, -2.0], [3.0, 4.0]]
   cases.check_equal('own', [[1.0, -2.0], [3.0, 4.0003]], expected, 1e-4)
@@ -158,6 +165,41 @@ def test_other_runtimes_compute_the_same(peer):
   expected, _ = jax.jit(networks.model('dense'))(networks.batches(2)[0])
   assert np.ptp(expected) > 0.1 * np.abs(expected).max()
   cases.check_equal(peer, timed.logits(of=peer, **case), expected, 1e-4)
+
+
+@pytest.mark.slow
+def test_pytorch_in_a_cuda_graph_computes_the_same():
+  """What records and replays is stood in for; a CPU computes at once."""
+  torch = pytest.importorskip('torch', reason='pip install -e .[torch]')
+  graph = mock.Mock()
+  stand_ins = {
+    'Stream': mock.Mock(),
+    'current_stream': mock.Mock(),
+    'stream': mock.MagicMock(),
+    'CUDAGraph': mock.Mock(return_value=graph),
+    'graph': mock.MagicMock(),
+    'synchronize': mock.Mock(),
+  }
+  settings = {
+    **{'workdir': None, 'model': 'resnet50', 'method': 'dynconv'},
+    **{'num_classes': 5, 'image_size': 64, 'compute_dtype': 'float32'},
+    'options': {},
+  }
+  case = {'batch_size': 2, 'mask_granularity': '1', 'density': 0.3}
+  with (
+    mock.patch.multiple(torch.cuda, **stand_ins),
+    mock.patch.object(workers.peers.TorchCudaGraph, 'device', 'cpu'),
+  ):
+    timed = workers.WORKERS['torch_cuda_graph'](settings)
+    networks = timed.networks
+    expected, _ = jax.jit(networks.model('dense'))(networks.batches(2)[0])
+    logits = timed.logits(of='torch_cuda_graph', **case)
+    cases.check_equal('torch_cuda_graph', logits, expected, 1e-4)
+    timed.step('torch_cuda_graph', **case)()
+  # Recorded once, replayed at each call.
+  assert stand_ins['CUDAGraph'].call_count == 1
+  assert graph.replay.call_count == 1 + timed.calls
+  stand_ins['synchronize'].assert_called_once()
 
 
 @pytest.mark.slow

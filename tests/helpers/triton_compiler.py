@@ -13,13 +13,22 @@ import jax.numpy as jnp
 import triton
 
 from dynconv_jax.sparse.backends import (
+  gluon_kernels,
+  triton_depthwise_kernels,
   triton_kernels,
   triton_launch,
   triton_mask_kernels,
+  triton_stem_kernels,
 )
 
 _PTXAS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
-_KERNELS = vars(triton_kernels) | vars(triton_mask_kernels)
+_KERNELS = {
+  **vars(triton_kernels),
+  **vars(triton_mask_kernels),
+  **vars(triton_stem_kernels),
+  **vars(triton_depthwise_kernels),
+  **vars(gluon_kernels),
+}
 
 
 class Used(NamedTuple):

@@ -19,7 +19,12 @@ import numpy as np
 from dynconv_jax.sparse import backends
 
 _FOLDER = pathlib.Path(backends.__file__).parent
-_KERNELS = ('triton_kernels', 'triton_mask_kernels')
+_KERNELS = (
+  'triton_depthwise_kernels',
+  'triton_kernels',
+  'triton_mask_kernels',
+  'triton_stem_kernels',
+)
 
 
 class Interpreter:

@@ -94,12 +94,15 @@ def reads_squares(conv: Conv) -> bool:
   )
 
 
-def convolve(x: jax.Array, layer: CudnnConv) -> jax.Array:
+def convolve(
+  x: jax.Array, layer: CudnnConv, precision: str | None = None
+) -> jax.Array:
   """Returns [N, h, w, features] in the dtype of x, before any activation.
 
   Args:
     x: float[N, H, W, in_features].
     layer: the convolution.
+    precision: of products in float32, as `lax.conv_general_dilated` takes it.
   """
   conv = layer.conv
   strides, pads = conv.strides, tuple(conv.pads(n) for n in x.shape[1:3])
@@ -113,6 +116,7 @@ def convolve(x: jax.Array, layer: CudnnConv) -> jax.Array:
     pads,
     dimension_numbers=('NHWC', 'OHWI', 'NHWC'),
     feature_group_count=conv.groups,
+    precision=precision,
   )
   return y + layer.bias.astype(x.dtype)
 

@@ -7,32 +7,38 @@ computed on the device: no count travels to the host, and nothing overflows.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.sparse.backend import Backend
-from dynconv_jax.sparse.backends import cudnn, triton_launch
+from dynconv_jax.sparse.backends import cudnn, triton_depthwise, triton_launch
 from dynconv_jax.sparse.backends.dense import DenseConv, run_dense
 from dynconv_jax.sparse.backends.triton_launch import cdiv, tile_side
 from dynconv_jax.sparse.backends.triton_masks import (
+  ZEROS,
+  ColumnSqueeze,
   ListedMask,
   Lists,
+  Positions,
+  Squeezed,
   decide,
   decides,
   list_positions,
   share_squeezes,
 )
+from dynconv_jax.sparse.backends.triton_stem import (
+  STEM_DEPTH,
+  TritonMaxPool,
+  TritonStem,
+)
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
-# Positions of a program of the stem, and of the pooling after it.
-_STEM_ROWS, _POOL_ROWS = 128, 16
-# The most channels of an image for which a row of the stem's taps is a tile.
-_STEM_DEPTH = 4
 # Bottlenecks up to this inner width keep the rows between their last two
 # convolutions in registers, if it is the same on both sides of the 3x3.
 FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
@@ -42,7 +48,7 @@ _MANY = 2 * 132 * 128 * 128
 
 
 class TritonBackend(Backend):
-  """Kernels in Triton, for bottlenecks and basic blocks."""
+  """Kernels in Triton, for bottlenecks, basic blocks, inverted residuals."""
 
   name = 'triton'
   # A conditional waits for the host at each block.
@@ -63,21 +69,37 @@ class TritonBackend(Backend):
     return True
 
   def supports(self, branch, dtype, platform):
-    return self.supports_platform(dtype, platform) and computes(branch)
+    return self.supports_platform(dtype, platform) and (
+      computes(branch) or triton_depthwise.computes(branch)
+    )
 
   def compiler_options(self, platform):
     return cudnn.COMPILER_OPTIONS
 
   def pack(self, block):
     triton_launch.load()
-    return block
+    return PackedBlock.pack(block)
 
   def run(self, packed, x, mask):
     if mask is None:
       # As the dense backend, but that XLA copies the kernels at each call.
-      return run_dense(cudnn.lay_out(packed), x)
+      return run_dense(cudnn.lay_out(packed.block), x)
     lists = mask.lists if isinstance(mask, ListedMask) else None
-    return run_block(packed, x, lists or Lists(*map(list_positions, mask.maps)))
+    lists = lists or Lists(*map(list_positions, mask.maps))
+    if triton_depthwise.computes(packed.block.branch):
+      its = packed.convolve or convolve
+      return triton_depthwise.run_block(packed.block, x, lists, its)
+    return run_block(packed, x, lists)[0]
+
+  def run_gated(self, block, x, mask, gating):
+    packed = block.packed.tree()
+    following = decides(block.masker) and block.masker.maskconv.following
+    if not (following and fuses(block.branch, x.dtype)):
+      return self.run(packed, x, mask)
+    name, squeezed = gating.scratch[self.name]
+    out, squeezed = run_block(packed, x, mask.lists, squeezed, following)
+    gating.scratch[self.name] = name, squeezed
+    return out
 
   def decide(self, block, x, gating):
     if not decides(block.masker):
@@ -96,7 +118,7 @@ class TritonBackend(Backend):
     if (
       conv.kernel.dtype == jnp.bfloat16
       and cudnn.reads_squares(c)
-      and c.in_features <= _STEM_DEPTH
+      and c.in_features <= STEM_DEPTH
       and c.activation == 'relu'
     ):
       return TritonStem(conv)
@@ -133,137 +155,121 @@ def computes(branch: Branch) -> bool:
   )
 
 
-class TritonStem(nnx.Module):
-  """The 7x7 convolution of ImageNet's networks in bfloat16, and its ReLU.
+def fuses(branch: Branch, dtype: jnp.dtype) -> bool:
+  """Returns whether one kernel computes a block after its first convolution.
 
   Args:
-    conv: gives the weights.
+    branch: that the kernels compute.
+    dtype: compute dtype.
+  """
+  _, inner, *last = branch.convs
+  narrow = inner.in_features == inner.features <= FUSED_WIDTH[jnp.dtype(dtype)]
+  return bool(last) and narrow and inner.groups == 1
+
+
+@flax.struct.dataclass
+class PackedBlock:
+  """A block as the kernels read it.
+
+  Attributes:
+    block: the folded block.
+    shortcut: its projection as cuDNN reads it, or None.
+    bias: float32[features], of the last convolution and of the projection.
+    convolve: computes those before the last kernel; None: `convolve`.
   """
 
-  def __init__(self, conv: FoldedConv):
-    conv = cudnn.lay_out_conv(conv)
-    self.layout = conv.replace(kernel=None, bias=None)
-    self.kernel, self.bias = nnx.Param(conv.kernel), nnx.Param(conv.bias)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns bfloat16[N, h, w, features] of float[N, H, W, 3]."""
-    layer = self.layout.replace(kernel=self.kernel[...], bias=self.bias[...])
-    return stem(x.astype(jnp.bfloat16), layer)
-
-
-class TritonMaxPool(nnx.Module):
-  """What `layers.MaxPool` computes."""
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float[N, h, w, C] of float[N, H, W, C]."""
-    return max_pool(x)
-
-
-def stem(images: jax.Array, layer: cudnn.CudnnConv) -> jax.Array:
-  """Returns the rectified first convolution, bfloat16[N, h, w, features].
-
-  Args:
-    images: bfloat16[N, H, W, 3].
-    layer: of `cudnn.lay_out_conv`, on squares of positions.
-  """
-  x = cudnn.rearrange(images, layer)
-  n, h, w, depth = x.shape
-  features, taps = layer.kernel.shape[:2]
-  return triton_launch.launch(
-    'convolve_rows',
-    *(x, layer.kernel, layer.bias),
-    out_shape=jax.ShapeDtypeStruct((n, h, w, features), x.dtype),
-    grid=cdiv(n * h * w, _STEM_ROWS),
-    SIZE=n * h * w,
-    TAPS=taps,
-    HEIGHT=h,
-    WIDTH=w,
-    DEPTH=depth,
-    FEATURES=features,
-    BLOCK_ROWS=_STEM_ROWS,
-    BLOCK_FEATURES=tile_side(features),
-    num_warps=4,
-    num_stages=2,
+  block: FoldedBlock
+  shortcut: cudnn.CudnnConv | None
+  bias: jax.Array
+  convolve: Callable[..., jax.Array] | None = flax.struct.field(
+    pytree_node=False, default=None
   )
 
-
-def max_pool(x: jax.Array) -> jax.Array:
-  """Returns the 3x3 maximum at stride 2, padding 1.
-
-  Args:
-    x: float32 or bfloat16[N, H, W, C].
-  """
-  n, height, width, features = x.shape
-  shape = (n, -(-height // 2), -(-width // 2), features)
-  size = math.prod(shape[:3])
-  return triton_launch.launch(
-    'max_pool',
-    x,
-    out_shape=jax.ShapeDtypeStruct(shape, x.dtype),
-    grid=cdiv(size, _POOL_ROWS),
-    SIZE=size,
-    HEIGHT=height,
-    WIDTH=width,
-    FEATURES=features,
-    BLOCK_ROWS=_POOL_ROWS,
-    BLOCK_FEATURES=tile_side(features),
-    num_warps=8,
-  )
+  @classmethod
+  def pack(cls, block: FoldedBlock) -> PackedBlock:
+    """Returns a folded block as the kernels read it."""
+    projection, bias = block.projection, block.convs[-1].bias
+    if projection is None:
+      return cls(block, None, bias)
+    shortcut = cudnn.lay_out_conv(projection)
+    return cls(block, shortcut, bias + projection.bias)
 
 
-def run_block(block: FoldedBlock, x: jax.Array, lists: Lists) -> jax.Array:
+def run_block(
+  packed: PackedBlock,
+  x: jax.Array,
+  lists: Lists,
+  squeezed: Squeezed | None = None,
+  following: ColumnSqueeze | None = None,
+) -> tuple[jax.Array, Squeezed | None]:
   """Returns a block's output, the branch computed at active positions only.
 
   Positions outside of the mask are not touched where the shortcut is the
-  identity, whose values are rectified already.
+  identity, whose values are rectified already. Where it is a projection, cuDNN
+  computes and rectifies it everywhere; at active positions it is a part of the
+  last product, and computed anew.
 
   Args:
-    block: the folded block.
+    packed: the block.
     x: float32 or bfloat16[N, H, W, in_features], rectified.
     lists: where the branch is executed.
+    squeezed: products of the map that the block's mask unit has read.
+    following: of the mask unit that reads the output; `fuses` the block.
 
   Returns:
-    float[N, h, w, features], in the dtype of x.
+    float[N, h, w, features], in the dtype of x, and what the mask unit after it
+    takes.
   """
-  active, needed = lists
+  block, (active, needed) = packed.block, lists
   end, middle = (
     (x.shape[0], *size) for size in block.branch.level_sizes(x.shape[1:3])
   )
   first, second, *last = block.convs
-  y = _convolve(x, x.shape, needed, needed, first, lookup=False)
-  base = x if block.projection is None else _project(x, end, active, block)
-  if not last:
-    return _convolve_add(y, middle, needed, active, second, base)
-  inner = second.conv
-  if inner.in_features == inner.features <= FUSED_WIDTH[x.dtype]:
+  run = packed.convolve or convolve
+  y = run(x, x.shape, needed, needed, first, lookup=False)
+  if fuses(block.branch, x.dtype):
     return _convolve_matmul_add(
-      y, middle, needed, active, second, last[0], base
+      *(y, middle, needed, active, second, last[0], packed, x),
+      *(squeezed, following),
     )
-  z = _convolve(y, middle, needed, active, second, lookup=True)
-  return _convolve_add(z, end, active, active, last[0], base)
+  if last:
+    y = run(y, middle, needed, active, second, lookup=True)
+    middle, needed, second = end, active, last[0]
+  return _convolve_add(y, middle, needed, active, second, packed, x), squeezed
 
 
-def _project(x, shape, active, block):
-  """The shortcut, rectified where the branch is not executed."""
-  layer = block.projection
-  size = math.prod(shape)
-  tiles = _tiles(size, layer, x.dtype)
-  if x.dtype == jnp.bfloat16 and layer.kernel.shape[2] <= 64:
-    tiles['BLOCK_ROWS'] = 64  # Nearly all of its time is the output's.
-  return triton_launch.launch(
-    'project',
-    *(x, active.rows, layer.matrix, layer.bias),
-    out_shape=jax.ShapeDtypeStruct((*shape, layer.bias.size), x.dtype),
-    grid=_grid(size, layer, tiles),
-    SIZE=size,
-    FEATURES=layer.bias.size,
-    **_geometry(x.shape, layer),
-    **tiles,
-  )
+def _shortcut(packed, x):
+  """The map that a block's output is written to, and the projection's part."""
+  projection = packed.block.projection
+  if projection is None:
+    constants = geometry((1, 1, 1), None)
+    return x, (x, x), constants
+  # In float32 XLA would round to TF32.
+  precision = 'highest' if x.dtype == jnp.float32 else None
+  base = jax.nn.relu(cudnn.convolve(x, packed.shortcut, precision))
+  constants = geometry(x.shape, projection)
+  return base, (x, projection.matrix), constants
 
 
-def _convolve(table, shape, read, written, layer, *, lookup):
-  """relu(convolution), float[positions, features] in the order of a list."""
+def convolve(
+  table: jax.Array,
+  shape: tuple[int, ...],
+  read: Positions,
+  written: Positions,
+  layer: FoldedConv,
+  *,
+  lookup: bool,
+) -> jax.Array:
+  """Returns a rectified convolution, float[positions, features], as listed.
+
+  Args:
+    table: a map, or the listed rows of one.
+    shape: (N, H, W, ...) of that map.
+    read: the positions that are listed.
+    written: positions of the output.
+    layer: a 1x1 or 3x3.
+    lookup: whether the table holds listed rows.
+  """
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup)
   return triton_launch.launch(
     'convolve',
@@ -274,66 +280,114 @@ def _convolve(table, shape, read, written, layer, *, lookup):
     ),
     grid=_grid(written.rows.size, layer, tiles),
     LOOKUP=lookup,
+    MAXIMUM=triton_depthwise.MAXIMA[layer.conv.activation],
+    REVERSED=lookup,
     TAPS=layer.conv.kernel_size,
     FEATURES=layer.bias.size,
-    **_geometry(shape, layer),
+    **geometry(shape, layer),
     **tiles,
   )
 
 
-def _convolve_add(table, shape, read, written, layer, base):
-  """relu(base + convolution) at the positions of a list, written in place."""
-  tiles = _tiles(
-    written.rows.size, layer, table.dtype, lookup=layer.conv.kernel_size > 1
-  )
+def _convolve_add(table, shape, read, written, layer, packed, x):
+  """relu(shortcut + convolution) at the positions of a list, in place."""
+  lookup = layer.conv.kernel_size > 1
+  tiles = _tiles(written.rows.size, layer, table.dtype, lookup)
   if table.dtype == jnp.bfloat16 and triton_launch.generation() < 9:
     # Else an A100's registers do not hold the tile of the shortcut too.
     tiles |= {'BLOCK_ROWS': 64, 'num_warps': 8}
+  base, projected, constants = _shortcut(packed, x)
   return triton_launch.launch(
     'convolve_add',
     *(table, read.rows, written.indices, written.count),
-    *(layer.kernel, layer.bias, base),
+    *(layer.kernel, packed.bias, *projected, base),
     out_shape=jax.ShapeDtypeStruct(base.shape, base.dtype),
-    input_output_aliases={6: 0},
+    input_output_aliases={8: 0},
     grid=_grid(written.rows.size, layer, tiles),
+    REVERSED=lookup,
     TAPS=layer.conv.kernel_size,
     FEATURES=layer.bias.size,
-    **_geometry(shape, layer),
+    **geometry(shape, layer),
+    **{f'X_{name}': value for name, value in constants.items()},
+    X_BLOCK_DEPTH=_block_depth(constants['DEPTH'], tiles),
     **tiles,
   )
 
 
-def _convolve_matmul_add(table, shape, read, written, layer, last, base):
-  """relu(base + last(relu(convolution))) likewise, for small inner widths."""
+def _convolve_matmul_add(
+  table, shape, read, written, layer, last, packed, x, squeezed, following
+):
+  """relu(shortcut + last(relu(convolution))) likewise, of small inner widths.
+
+  And what `following` multiplies it by.
+  """
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup=True)
   inner = tiles.pop('BLOCK_FEATURES')
   if table.dtype == jnp.float32:
     tiles |= {'BLOCK_DEPTH': 16, 'num_warps': 8}  # Else registers spill.
   else:
     tiles |= {'BLOCK_ROWS': max(64, inner), 'num_stages': 3}
-  return triton_launch.launch(
+    if following is not None and inner > 64:
+      tiles['num_warps'] = 8  # Else registers spill.
+  base, projected, constants = _shortcut(packed, x)
+  columns, terms = jnp.zeros((1, 1, 16), x.dtype), jnp.zeros(1)
+  unit = {'PARTS': 0, 'FIRST': 0, 'COLUMNS': 0, 'COLUMNS_WIDTH': 16}
+  if following is not None:
+    columns, terms = following.weights(x.dtype), squeezed.terms
+    unit = {
+      'PARTS': len(columns),
+      'FIRST': following.first,
+      'COLUMNS': following.columns,
+      'COLUMNS_WIDTH': columns.shape[2],
+    }
+  out, terms, *zeros = triton_launch.launch(
     'convolve_matmul_add',
     *(table, read.rows, written.indices, written.count),
-    *(layer.kernel, layer.bias, last.kernel, last.bias, base),
-    out_shape=jax.ShapeDtypeStruct(base.shape, base.dtype),
-    input_output_aliases={8: 0},
+    *(layer.kernel, layer.bias, last.kernel, packed.bias),
+    *(*projected, columns, base, terms),
+    out_shape=[
+      jax.ShapeDtypeStruct(base.shape, base.dtype),
+      jax.ShapeDtypeStruct(terms.shape, terms.dtype),
+      *ZEROS,
+    ],
+    input_output_aliases={11: 0} if following is None else {11: 0, 12: 1},
     grid=cdiv(written.rows.size, tiles['BLOCK_ROWS']),
+    **unit,
+    SIZE=math.prod(base.shape[:3]),
+    REVERSED=True,
     FEATURES=last.bias.size,
     BLOCK_INNER=inner,
     BLOCK_FEATURES=64,
-    **_geometry(shape, layer),
+    **geometry(shape, layer),
+    **{f'X_{name}': value for name, value in constants.items()},
+    X_BLOCK_DEPTH=_block_depth(constants['DEPTH'], tiles),
     **tiles,
   )
+  if following is None:
+    return out, squeezed
+  return out, Squeezed(terms, None, tuple(zeros))
 
 
-def _geometry(shape: tuple[int, ...], layer: FoldedConv) -> dict[str, int]:
-  """How a convolution reads a map of (N, H, W, ...)."""
+def geometry(
+  shape: tuple[int, ...], layer: FoldedConv | None
+) -> dict[str, int]:
+  """Returns how a convolution reads a map of (N, H, W, ...), as constants.
+
+  Args:
+    shape: of the map.
+    layer: None: there is none.
+  """
   return {
-    'STRIDES': layer.conv.strides,
+    'STRIDES': layer.conv.strides if layer else 1,
     'HEIGHT': shape[1],
     'WIDTH': shape[2],
-    'DEPTH': layer.kernel.shape[2],
+    'DEPTH': layer.kernel.shape[2] if layer else 0,
   }
+
+
+def _block_depth(depth: int, tiles: dict[str, int]) -> int:
+  """Channels of the shortcut's input that are multiplied at a time."""
+  return min(tile_side(max(depth, 1)), tiles['BLOCK_DEPTH'])
 
 
 def _tiles(

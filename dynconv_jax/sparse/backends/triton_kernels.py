@@ -20,6 +20,8 @@ def convolve(
   bias,  # float32[FEATURES]
   out,  # Out, [..., FEATURES]: rows in the order of the list.
   LOOKUP: tl.constexpr,
+  MAXIMUM: tl.constexpr,  # Of the output; 0: none.
+  REVERSED: tl.constexpr,
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
@@ -32,15 +34,17 @@ def convolve(
 ):
   """Computes rows of relu(convolution) at the listed positions."""
   tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
-  start = tl.program_id(0) // tiles * BLOCK_ROWS
+  number = _number(REVERSED)
+  start = number // tiles * BLOCK_ROWS
   row = start + tl.arange(0, BLOCK_ROWS)
   size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
     return
-  feature = tl.program_id(0) % tiles * BLOCK_FEATURES
+  feature = number % tiles * BLOCK_FEATURES
   feature += tl.arange(0, BLOCK_FEATURES)
   listed = row < size
   total = _products(
+    tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32),
     table,
     rows,
     kernel,
@@ -57,6 +61,8 @@ def convolve(
     BLOCK_DEPTH,
   )
   total = _relu(total + tl.load(bias + feature, feature < FEATURES)[None, :])
+  if MAXIMUM > 0:
+    total = tl.where(total > MAXIMUM, MAXIMUM, total)
   at = row[:, None].to(tl.int64) * FEATURES + feature[None, :]
   stored = listed[:, None] & (feature < FEATURES)[None, :]
   tl.store(out + at, total.to(out.dtype.element_ty), stored)
@@ -70,8 +76,16 @@ def convolve_add(
   count,  # int32[1]
   kernel,  # [TAPS, TAPS, DEPTH, FEATURES]
   bias,  # float32[FEATURES]
+  x,  # [N * X_HEIGHT * X_WIDTH, X_DEPTH]: the block's input.
+  projection,  # [X_DEPTH, FEATURES]
   base,  # [..., FEATURES]: the shortcut; out is the same memory.
   out,  # Out, [..., FEATURES]
+  X_STRIDES: tl.constexpr,
+  X_HEIGHT: tl.constexpr,
+  X_WIDTH: tl.constexpr,
+  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, base is read.
+  X_BLOCK_DEPTH: tl.constexpr,
+  REVERSED: tl.constexpr,
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
@@ -84,18 +98,22 @@ def convolve_add(
 ):
   """Writes relu(base + convolution) at the listed positions of a map."""
   tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
-  start = tl.program_id(0) // tiles * BLOCK_ROWS
+  number = _number(REVERSED)
+  start = number // tiles * BLOCK_ROWS
   row = start + tl.arange(0, BLOCK_ROWS)
   size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
     return
-  feature = tl.program_id(0) % tiles * BLOCK_FEATURES
+  feature = number % tiles * BLOCK_FEATURES
   feature += tl.arange(0, BLOCK_FEATURES)
   listed = row < size
   position = tl.where(listed, position, 0)
   # Before the products, during which it comes.
-  before = _read(base, position, listed, feature, FEATURES)
+  before = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], out.dtype.element_ty)
+  if X_DEPTH == 0:
+    before = _read(base, position, listed, feature, FEATURES)
   total = _products(
+    tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32),
     table,
     rows,
     kernel,
@@ -111,6 +129,20 @@ def convolve_add(
     FEATURES,
     BLOCK_DEPTH,
   )
+  total = _project(
+    total,
+    x,
+    projection,
+    position,
+    listed,
+    feature,
+    X_STRIDES,
+    X_HEIGHT,
+    X_WIDTH,
+    X_DEPTH,
+    FEATURES,
+    X_BLOCK_DEPTH,
+  )
   _add(total, bias, before, out, position, listed, feature, FEATURES)
 
 
@@ -124,8 +156,26 @@ def convolve_matmul_add(
   bias,  # float32[DEPTH]
   last_kernel,  # [DEPTH, FEATURES]
   last_bias,  # float32[FEATURES]
+  x,  # [N * X_HEIGHT * X_WIDTH, X_DEPTH]: the block's input.
+  projection,  # [X_DEPTH, FEATURES]
+  columns,  # [PARTS, FEATURES, COLUMNS_WIDTH], of `squeeze`.
   base,  # [..., FEATURES]: the shortcut; out is the same memory.
+  before_terms,  # As before of `squeeze`: terms is the same memory.
   out,  # Out, [..., FEATURES]
+  terms,  # Out, float32[FIRST + COLUMNS, SIZE]: as of `squeeze`.
+  zero,  # Out, int32[1]: 0, for `decide`.
+  dilated_zero,  # Out, int32[1]: 0, likewise.
+  X_STRIDES: tl.constexpr,
+  X_HEIGHT: tl.constexpr,
+  X_WIDTH: tl.constexpr,
+  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, base is read.
+  X_BLOCK_DEPTH: tl.constexpr,
+  PARTS: tl.constexpr,  # 0: no mask unit reads the map, terms are not written.
+  SIZE: tl.constexpr,
+  FIRST: tl.constexpr,
+  COLUMNS: tl.constexpr,
+  COLUMNS_WIDTH: tl.constexpr,
+  REVERSED: tl.constexpr,
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
@@ -136,8 +186,14 @@ def convolve_matmul_add(
   BLOCK_FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Writes relu(base + 1x1 of relu(3x3)) at the listed positions of a map."""
-  start = tl.program_id(0) * BLOCK_ROWS
+  """Writes relu(base + 1x1 of relu(3x3)) at the listed positions of a map.
+
+  The mask unit that reads the map next has its products of them from here.
+  """
+  if tl.program_id(0) == 0:
+    tl.store(zero, 0)
+    tl.store(dilated_zero, 0)
+  start = _number(REVERSED) * BLOCK_ROWS
   row = start + tl.arange(0, BLOCK_ROWS)
   size, position = tl.load(count), tl.load(indices + row)
   if start >= size:
@@ -145,8 +201,11 @@ def convolve_matmul_add(
   listed = row < size
   position = tl.where(listed, position, 0)
   inner, feature = tl.arange(0, BLOCK_INNER), tl.arange(0, BLOCK_FEATURES)
-  ahead = _read(base, position, listed, feature, FEATURES)
+  ahead = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], out.dtype.element_ty)
+  if X_DEPTH == 0:
+    ahead = _read(base, position, listed, feature, FEATURES)
   total = _products(
+    tl.zeros([BLOCK_ROWS, BLOCK_INNER], tl.float32),
     table,
     rows,
     kernel,
@@ -164,156 +223,109 @@ def convolve_matmul_add(
   )
   total += tl.load(bias + inner, inner < DEPTH, other=0.0)[None, :]
   hidden = _relu(total).to(table.dtype.element_ty)
+  column = tl.arange(0, COLUMNS_WIDTH)
+  squeezed = tl.zeros([BLOCK_ROWS, COLUMNS_WIDTH], tl.float32)
   for first in range(0, FEATURES, BLOCK_FEATURES):
     feature = first + tl.arange(0, BLOCK_FEATURES)
     before = ahead
-    ahead = _read(base, position, listed, feature + BLOCK_FEATURES, FEATURES)
+    if X_DEPTH == 0:
+      ahead = _read(base, position, listed, feature + BLOCK_FEATURES, FEATURES)
     weights = tl.load(
       last_kernel + inner[:, None] * FEATURES + feature[None, :],
       (inner < DEPTH)[:, None] & (feature < FEATURES)[None, :],
       other=0.0,
     )
     added = tl.dot(hidden, weights, input_precision='ieee')
-    _add(added, last_bias, before, out, position, listed, feature, FEATURES)
+    added = _project(
+      added,
+      x,
+      projection,
+      position,
+      listed,
+      feature,
+      X_STRIDES,
+      X_HEIGHT,
+      X_WIDTH,
+      X_DEPTH,
+      FEATURES,
+      X_BLOCK_DEPTH,
+    )
+    added = _add(
+      added, last_bias, before, out, position, listed, feature, FEATURES
+    )
+    for part in tl.static_range(PARTS):
+      weights = tl.load(
+        columns
+        + (part * FEATURES + feature)[:, None] * COLUMNS_WIDTH
+        + column[None, :],
+        (feature < FEATURES)[:, None],
+        other=0.0,
+      )
+      squeezed = tl.dot(added, weights, squeezed, input_precision='ieee')
+  if PARTS > 0:
+    at = (FIRST + column)[None, :] * SIZE + position[:, None]
+    tl.store(
+      terms + at, squeezed, listed[:, None] & (column < COLUMNS)[None, :]
+    )
 
 
 @triton.jit
-def convolve_rows(
-  x,  # [N, HEIGHT, WIDTH, DEPTH]
-  kernel,  # [FEATURES, TAPS, TAPS * DEPTH]
-  bias,  # [FEATURES]
-  out,  # Out, [N, HEIGHT, WIDTH, FEATURES]
-  SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
-  TAPS: tl.constexpr,
-  HEIGHT: tl.constexpr,
-  WIDTH: tl.constexpr,
-  DEPTH: tl.constexpr,
-  FEATURES: tl.constexpr,
-  BLOCK_ROWS: tl.constexpr,
-  BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
-):
-  """Computes relu(convolution) of a map of few channels.
+def _number(REVERSED: tl.constexpr):
+  """Returns the number of a program, from the last one down if REVERSED.
 
-  The taps of a row lie one after the other in memory: they are one tile.
+  What the kernel before wrote last is in the L2 cache: it is read first.
   """
-  position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-  column, feature = tl.arange(0, TAPS * DEPTH), tl.arange(0, BLOCK_FEATURES)
-  known = feature < FEATURES
-  top = position // WIDTH % HEIGHT - TAPS // 2
-  left = position % WIDTH - TAPS // 2
-  x_of = left[:, None] + (column // DEPTH)[None, :]
-  inside = (position < SIZE)[:, None] & (x_of >= 0) & (x_of < WIDTH)
-  start = (position - (TAPS // 2) * (WIDTH + 1)).to(tl.int64) * DEPTH
-  total = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
-  for tap in range(TAPS):
-    y_inside = (top + tap >= 0) & (top + tap < HEIGHT)
-    tile = tl.load(
-      x + (start + tap * WIDTH * DEPTH)[:, None] + column[None, :],
-      inside & y_inside[:, None],
-      other=0.0,
-    )
-    row = feature[None, :] * TAPS + tap
-    weights = tl.load(
-      kernel + row * (TAPS * DEPTH) + column[:, None], known[None, :], other=0.0
-    )
-    total = tl.dot(tile, weights, total, input_precision='ieee')
-  total += tl.load(bias + feature, known, other=0.0).to(tl.float32)[None, :]
-  at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
-  stored = (position < SIZE)[:, None] & known[None, :]
-  tl.store(out + at, _relu(total).to(out.dtype.element_ty), stored)
+  number = tl.program_id(0)
+  if REVERSED:
+    number = tl.num_programs(0) - 1 - number
+  return number
 
 
 @triton.jit
-def max_pool(
-  x,  # [N, HEIGHT, WIDTH, FEATURES]
-  out,  # Out, [N, h, w, FEATURES]
-  SIZE: tl.constexpr,  # N * h * w
-  HEIGHT: tl.constexpr,
-  WIDTH: tl.constexpr,
-  FEATURES: tl.constexpr,
-  BLOCK_ROWS: tl.constexpr,
-  BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
-):
-  """Computes the maxima of windows of 3x3 positions, two apart."""
-  out_height: tl.constexpr = (HEIGHT + 1) // 2
-  out_width: tl.constexpr = (WIDTH + 1) // 2
-  position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-  feature = tl.arange(0, BLOCK_FEATURES)
-  known = (feature < FEATURES)[None, :]
-  image = position // (out_height * out_width)
-  top = position // out_width % out_height * 2 - 1
-  left = position % out_width * 2 - 1
-  total = tl.full([BLOCK_ROWS, BLOCK_FEATURES], float('-inf'), tl.float32)
-  for tap in tl.static_range(9):
-    y, x_of = top + tap // 3, left + tap % 3
-    inside = (position < SIZE) & (y >= 0) & (y < HEIGHT)
-    inside &= (x_of >= 0) & (x_of < WIDTH)
-    row = (image * HEIGHT + y) * WIDTH + x_of
-    value = tl.load(
-      x + row[:, None].to(tl.int64) * FEATURES + feature[None, :],
-      inside[:, None] & known,
-      other=float('-inf'),
-    ).to(tl.float32)
-    # Keeps NaN.
-    total = tl.where((value > total) | (value != value), value, total)
-  at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
-  stored = (position < SIZE)[:, None] & known
-  tl.store(out + at, total.to(out.dtype.element_ty), stored)
-
-
-@triton.jit
-def project(
-  table,  # [N * HEIGHT * WIDTH, DEPTH]
-  rows,  # int32[SIZE]: -1 where the mask is inactive.
-  kernel,  # [DEPTH, FEATURES]
-  bias,  # float32[FEATURES]
-  out,  # Out, [SIZE, FEATURES]
-  SIZE: tl.constexpr,  # N * h * w
+def _project(
+  total,
+  x,
+  kernel,
+  position,
+  listed,
+  feature,
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
   DEPTH: tl.constexpr,
   FEATURES: tl.constexpr,
-  BLOCK_ROWS: tl.constexpr,
-  BLOCK_FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Computes the projection of a shortcut, rectified where nothing is added."""
-  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
-  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
-  tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
-  row = tl.program_id(0) // tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-  feature = tl.program_id(0) % tiles * BLOCK_FEATURES
-  feature += tl.arange(0, BLOCK_FEATURES)
-  inside = row < SIZE
-  active = tl.load(rows + row, inside, other=0) >= 0
-  image = row // (out_height * out_width)
-  y, x = row // out_width % out_height, row % out_width
-  total = _products(
-    table,
-    rows,
-    kernel,
-    (image * HEIGHT + y * STRIDES) * WIDTH + x * STRIDES,
-    inside,
-    feature,
-    False,
-    1,
-    1,
-    HEIGHT,
-    WIDTH,
-    DEPTH,
-    FEATURES,
-    BLOCK_DEPTH,
-  )
-  total += tl.load(bias + feature, feature < FEATURES, other=0.0)[None, :]
-  total = tl.where(active[:, None], total, _relu(total))
-  at = row[:, None].to(tl.int64) * FEATURES + feature[None, :]
-  stored = inside[:, None] & (feature < FEATURES)[None, :]
-  tl.store(out + at, total.to(out.dtype.element_ty), stored)
+  """Returns total and the projection of the shortcut; 0 channels: none."""
+  if DEPTH > 0:
+    out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+    out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+    top = position // out_width % out_height * STRIDES
+    left = position % out_width * STRIDES
+    row = (position // (out_height * out_width) * HEIGHT + top) * WIDTH + left
+    total = _products(
+      total,
+      x,
+      x,  # Nothing is looked up.
+      kernel,
+      row,
+      listed,
+      feature,
+      False,
+      1,
+      1,
+      HEIGHT,
+      WIDTH,
+      DEPTH,
+      FEATURES,
+      BLOCK_DEPTH,
+    )
+  return total
 
 
 @triton.jit
 def _products(
+  total,
   table,
   rows,
   kernel,
@@ -329,7 +341,7 @@ def _products(
   FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Returns float32[positions, features]: a convolution without its bias.
+  """Returns float32[positions, features]: total and a convolution.
 
   One loop over taps and channels, so that loads of the next tap are on their
   way while this one is multiplied. A 1x1 reads the rows `position`.
@@ -346,7 +358,6 @@ def _products(
   image = position // (out_height * out_width)
   top = position // out_width % out_height * STRIDES - 1
   left = position % out_width * STRIDES - 1
-  total = tl.zeros([position.shape[0], feature.shape[0]], tl.float32)
   row = tl.where(listed, position, -1)
   if TAPS > 1:
     row = _row(rows, image, top, left, 0, listed, LOOKUP, HEIGHT, WIDTH)
@@ -407,12 +418,13 @@ def _read(base, position, listed, feature, FEATURES: tl.constexpr):
 def _add(
   total, bias, before, out, position, listed, feature, FEATURES: tl.constexpr
 ):
-  """Writes relu(before + total + bias) at positions."""
+  """Writes relu(before + total + bias) at positions, and returns it."""
   at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
   stored = listed[:, None] & (feature < FEATURES)[None, :]
   total += tl.load(bias + feature, feature < FEATURES, other=0.0)[None, :]
-  total += before.to(tl.float32)
-  tl.store(out + at, _relu(total).to(out.dtype.element_ty), stored)
+  total = _relu(total + before.to(tl.float32)).to(out.dtype.element_ty)
+  tl.store(out + at, total, stored)
+  return total
 
 
 @triton.jit

@@ -47,7 +47,13 @@ def load() -> tuple[Any, Mapping[str, Any]]:
   try:
     from jaxlib import gpu_triton
 
-    from dynconv_jax.sparse.backends import triton_kernels, triton_mask_kernels
+    from dynconv_jax.sparse.backends import (
+      gluon_kernels,
+      triton_depthwise_kernels,
+      triton_kernels,
+      triton_mask_kernels,
+      triton_stem_kernels,
+    )
   except ImportError as error:
     raise ImportError(
       f"kernels for a GPU need Triton ({error}): pip install 'dynconv-jax[gpu]'"
@@ -63,7 +69,13 @@ def load() -> tuple[Any, Mapping[str, Any]]:
       "kernels for a GPU need JAX's CUDA support, which jaxlib "
       f"{version} has not got here: pip install 'jax[cuda12]' installs it"
     )
-  return gpu_triton, vars(triton_kernels) | vars(triton_mask_kernels)
+  return gpu_triton, {
+    **vars(triton_kernels),
+    **vars(triton_mask_kernels),
+    **vars(triton_stem_kernels),
+    **vars(triton_depthwise_kernels),
+    **vars(gluon_kernels),
+  }
 
 
 def launch(
@@ -78,7 +90,7 @@ def launch(
   """Returns the outputs of a kernel.
 
   Args:
-    kernel: its name in `triton_kernels.py` or `triton_mask_kernels.py`.
+    kernel: its name in one of the files `*_kernels.py`.
     *args: its inputs.
     out_shape: a tree of shapes and dtypes, its outputs.
     grid: programs.

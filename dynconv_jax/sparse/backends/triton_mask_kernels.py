@@ -40,21 +40,9 @@ def list_dilated(
   BLOCK: tl.constexpr,
 ):
   """Lists the positions that a 3x3 convolution at those of a list reads."""
-  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
-  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
   position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
   inside = position < SIZE
-  image = position // (HEIGHT * WIDTH)
-  top, left = position // WIDTH % HEIGHT - 1, position % WIDTH - 1
-  active = position < 0
-  for tap in tl.static_range(9):
-    y, x = top + tap // 3, left + tap % 3
-    read = inside & (y >= 0) & (x >= 0)
-    read &= (y % STRIDES == 0) & (x % STRIDES == 0)
-    y, x = y // STRIDES, x // STRIDES
-    read &= (y < out_height) & (x < out_width)
-    at = (image * out_height + y) * out_width + x
-    active |= tl.load(active_rows + at, read, other=-1) >= 0
+  active = _dilated(active_rows, position, inside, STRIDES, HEIGHT, WIDTH)
   _list(active, position, inside, indices, rows, count)
 
 
@@ -67,6 +55,7 @@ def squeeze(
   before,  # float32[FIRST + COLUMNS, SIZE]: terms is the same memory.
   terms,  # Out, likewise: products from FIRST on, all others as they were.
   zero,  # Out, int32[1]: 0, for `decide`.
+  dilated_zero,  # Out, int32[1]: 0, likewise.
   LISTED: tl.constexpr,
   SIZE: tl.constexpr,  # N * H * W
   PARTS: tl.constexpr,
@@ -80,6 +69,7 @@ def squeeze(
   """Multiplies a map by the weights of mask units, which are a sum of parts."""
   if tl.program_id(0) == 0:
     tl.store(zero, 0)
+    tl.store(dilated_zero, 0)
   start = tl.program_id(0) * BLOCK_ROWS
   position = start + tl.arange(0, BLOCK_ROWS)
   size = SIZE
@@ -117,11 +107,14 @@ def decide(
   bias,  # float32[1]
   given,  # float32[SIZE]: with OBEY, the mask to list; else not read.
   zero,  # int32[1], of `squeeze`; count is the same memory.
+  dilated_zero,  # int32[1], likewise; dilated_count is the same memory.
   logits,  # Out, float32[SIZE]
   indices,  # Out, int32[SIZE], as of `list_positions`.
   rows,  # Out, int32[SIZE]
   count,  # Out, int32[1], zero at first.
-  dilated_count,  # Out, int32[1]: 0, for `list_dilated`.
+  dilated_indices,  # Out, with DILATED as of `list_dilated`.
+  dilated_rows,  # Out, likewise.
+  dilated_count,  # Out, int32[1]: zero at first.
   SIZE: tl.constexpr,  # N * h * w
   OBEY: tl.constexpr,
   FIRST: tl.constexpr,  # Column of the unit's first tap; its average is last.
@@ -134,6 +127,11 @@ def decide(
   CELLS: tl.constexpr,  # GRANULARITY**2, rounded up to a power of two.
   WINDOW: tl.constexpr,  # The same of the map's positions that a tap averages.
   LANES: tl.constexpr,  # Positions of the map that are summed up at a time.
+  DILATED: tl.constexpr,  # An image is a program's, which dilates it too.
+  D_STRIDES: tl.constexpr,  # Of the convolution that reads the dilated map.
+  D_HEIGHT: tl.constexpr,
+  D_WIDTH: tl.constexpr,
+  D_BLOCK: tl.constexpr,
 ):
   """Sums up the logits of a mask unit and lists where they are not negative.
 
@@ -153,8 +151,6 @@ def decide(
   means: tl.constexpr = (
     HEIGHT * WIDTH if GRANULARITY == 1 else patch_rows * patch_columns
   )
-  if tl.program_id(0) == 0:
-    tl.store(dilated_count, 0)
   image = tl.program_id(0) // tiles
   map_of = terms + image * (HEIGHT * WIDTH)
   average = map_of + (FIRST + TAPS * TAPS) * plane
@@ -193,6 +189,41 @@ def decide(
   if OBEY:
     active = tl.load(given + position, inside, other=0.0) != 0
   _list(active, position, inside, indices, rows, count)
+  if DILATED:
+    # Other threads read what this one has stored.
+    tl.debug_barrier()
+    for first in range(0, D_HEIGHT * D_WIDTH, D_BLOCK):
+      place = first + tl.arange(0, D_BLOCK)
+      known = place < D_HEIGHT * D_WIDTH
+      place += image * (D_HEIGHT * D_WIDTH)
+      needed = _dilated(rows, place, known, D_STRIDES, D_HEIGHT, D_WIDTH)
+      _list(needed, place, known, dilated_indices, dilated_rows, dilated_count)
+
+
+@triton.jit
+def _dilated(
+  rows,
+  position,
+  inside,
+  STRIDES: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+):
+  """Returns whether a 3x3 convolution at listed positions reads others."""
+  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  image = position // (HEIGHT * WIDTH)
+  top, left = position // WIDTH % HEIGHT - 1, position % WIDTH - 1
+  active = position < 0
+  for tap in tl.static_range(9):
+    y, x = top + tap // 3, left + tap % 3
+    read = inside & (y >= 0) & (x >= 0)
+    read &= (y % STRIDES == 0) & (x % STRIDES == 0)
+    y, x = y // STRIDES, x // STRIDES
+    read &= (y < out_height) & (x < out_width)
+    at = (image * out_height + y) * out_width + x
+    active |= tl.load(rows + at, read, other=-1) >= 0
+  return active
 
 
 @triton.jit

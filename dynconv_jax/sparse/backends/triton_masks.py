@@ -29,8 +29,12 @@ from dynconv_jax.sparse.backends.triton_launch import (
 
 # Positions that a program lists, and that one of a mask unit sums up at a time.
 _LIST_BLOCK, _AVERAGE_BLOCK = 256, 1024
+# An image of up to so many positions is decided on and dilated by one program.
+_IMAGE = 1024
 # Mask units that share products, so that their matrix has 64 columns.
 UNITS = 6
+# Two counts that lists go on from.
+ZEROS = 2 * (jax.ShapeDtypeStruct((1,), jnp.int32),)
 
 
 class Positions(NamedTuple):
@@ -67,10 +71,12 @@ class Squeezed(NamedTuple):
   Attributes:
     terms: float32[columns, N * H * W].
     changed: positions of the map that have other values since; None: none.
+    zeros: `ZEROS`, where the products are those of the map as it is; else None.
   """
 
   terms: jax.Array
   changed: Positions | None
+  zeros: tuple[jax.Array, jax.Array] | None = None
 
 
 def list_positions(mask: jax.Array) -> Positions:
@@ -161,11 +167,12 @@ def decide(
   end, middle = (
     (x.shape[0], *size) for size in branch.level_sizes(x.shape[1:3])
   )
-  squeezed, zero = unit.squeeze(x, squeezed)
-  _, active, zero = unit.list_positions(
-    squeezed.terms, x.shape, end, given, zero
+  if squeezed is None or squeezed.zeros is None:
+    squeezed = unit.squeeze(x, squeezed)
+  # Else the block before has done it.
+  _, active, needed = unit.list_positions(
+    squeezed, x.shape, end, given, middle, branch.reads[0].strides
   )
-  needed = list_dilated(active, zero, middle, branch.reads[0].strides)
   mask = ListedMask(
     maps=tuple(
       (found.rows >= 0).astype(jnp.float32).reshape(shape)
@@ -176,7 +183,7 @@ def decide(
     stage=block.stage,
     lists=Lists(active, needed),
   )
-  return mask, squeezed._replace(changed=active)
+  return mask, Squeezed(squeezed.terms, active)
 
 
 def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
@@ -205,10 +212,11 @@ def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
   for group in groups:
     units = [block.masker for block in group]
     before = [None, *(block.name for block in group)]
-    columns = [
-      ColumnSqueeze(units, index, before[index]) for index in range(len(units))
-    ]
-    for unit, squeeze in zip(units, columns, strict=True):
+    squeezes, following = [], None
+    for index in reversed(range(len(units))):
+      following = ColumnSqueeze(units, index, before[index], following)
+      squeezes.append(following)
+    for unit, squeeze in zip(units, squeezes[::-1], strict=True):
       unit.maskconv = squeeze
 
 
@@ -237,12 +245,17 @@ class ColumnSqueeze(nnx.Module):
     units: the mask units that share products, in network order.
     index: of this one.
     before: the name of the block whose unit is the one before it, or None.
+    following: of the unit after it, or None.
   """
 
   def __init__(
-    self, units: Sequence[MaskUnit], index: int, before: str | None = None
+    self,
+    units: Sequence[MaskUnit],
+    index: int,
+    before: str | None = None,
+    following: ColumnSqueeze | None = None,
   ):
-    self.before = before
+    self.before, self.following = before, following
     found = [squeeze_columns(unit.maskconv) for unit in units]
     self.strides = units[index].strides
     self.granularity = units[index].granularity
@@ -261,29 +274,34 @@ class ColumnSqueeze(nnx.Module):
     self.parts = nnx.Param(jnp.asarray(np.stack(parts), jnp.bfloat16))
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
-  def squeeze(
-    self, x: jax.Array, squeezed: Squeezed | None
-  ) -> tuple[Squeezed, jax.Array]:
-    """Returns the products of a map, and int32[1], 0, for `list_positions`.
+  def weights(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns [parts, C, columns], which sum up to the matrix.
+
+    Args:
+      dtype: of the map.
+    """
+    return (self.matrix if dtype == jnp.float32 else self.parts)[...]
+
+  def squeeze(self, x: jax.Array, squeezed: Squeezed | None) -> Squeezed:
+    """Returns the products of a map as it is.
 
     Args:
       x: float32 or bfloat16[N, H, W, C].
       squeezed: of the unit before, of which what was changed is computed anew;
         None: the whole map is multiplied.
     """
-    exact, listed = x.dtype == jnp.float32, squeezed is not None
-    weights = (self.matrix if exact else self.parts)[...]
+    listed, weights = squeezed is not None, self.weights(x.dtype)
     terms, changed = jnp.zeros(1), Positions(*3 * (jnp.zeros(1, jnp.int32),))
     if listed:
-      terms, changed = squeezed
+      terms, changed, _ = squeezed
     rows, depth = math.prod(x.shape[:3]), x.shape[3]
     tiles = _squeeze_tiles(depth, weights.shape[2], x.dtype)
-    terms, zero = triton_launch.launch(
+    terms, *zeros = triton_launch.launch(
       'squeeze',
       *(x, weights, changed.indices, changed.count, terms),
       out_shape=[
         jax.ShapeDtypeStruct((self.first + self.columns, rows), jnp.float32),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        *ZEROS,
       ],
       input_output_aliases={4: 0} if listed else {},
       grid=cdiv(rows, tiles['BLOCK_ROWS']),
@@ -296,45 +314,50 @@ class ColumnSqueeze(nnx.Module):
       WIDTH=weights.shape[2],
       **tiles,
     )
-    return Squeezed(terms, None), zero
+    return Squeezed(terms, None, tuple(zeros))
 
   def list_positions(
     self,
-    terms: jax.Array,
+    squeezed: Squeezed,
     in_shape: tuple[int, ...],
     shape: tuple[int, int, int],
     given: jax.Array | None,
-    zero: jax.Array,
-  ) -> tuple[jax.Array, Positions, jax.Array]:
+    middle: tuple[int, int, int],
+    strides: int,
+  ) -> tuple[jax.Array, Positions, Positions]:
     """Returns the logits and the positions where they are not negative.
 
     Args:
-      terms: float32[columns, N * H * W], products of the map.
+      squeezed: products of the map as it is.
       in_shape: (N, H, W, C) of the map.
       shape: (N, h, w) of the mask.
       given: float32[N, h, w], lists where it is not 0 instead; or None.
-      zero: of `squeeze`.
+      middle: (N, H, W) of what a 3x3 convolution at those positions reads.
+      strides: of that convolution.
 
     Returns:
-      float32[N, h, w], one logit at all positions of a patch, the list, and
-      int32[1], 0, for `list_dilated`.
+      float32[N, h, w], one logit at all positions of a patch, the positions,
+      and those that the convolution reads.
     """
     side = self.granularity
     window = 1 if side == 1 else ceil_power((side * self.strides) ** 2)
     patches = cdiv(shape[1], side) * cdiv(shape[2], side)
+    dilated = side == 1 and patches <= _IMAGE
     # The positions that a tap reads are a tile.
     most = _LIST_BLOCK if side == 1 else max(1, min(32, 1024 // window))
-    block = min(most, tile_side(patches))
-    logits, *found, zero = triton_launch.launch(
+    block = min(_IMAGE if dilated else most, tile_side(patches))
+    pixels = math.prod(middle[1:])
+    logits, *found = triton_launch.launch(
       'decide',
-      *(terms, self.bias[...], self.bias[...] if given is None else given),
-      zero,
+      *(squeezed.terms, self.bias[...]),
+      self.bias[...] if given is None else given,
+      *squeezed.zeros,
       out_shape=[
         jax.ShapeDtypeStruct(shape, jnp.float32),
         *_list_shapes(math.prod(shape)),
-        jax.ShapeDtypeStruct((1,), jnp.int32),
+        *_list_shapes(math.prod(middle) if dilated else 1),
       ],
-      input_output_aliases={3: 3},
+      input_output_aliases={3: 3, 4: 6},
       grid=shape[0] * cdiv(patches, block),
       SIZE=math.prod(shape),
       OBEY=given is not None,
@@ -348,8 +371,17 @@ class ColumnSqueeze(nnx.Module):
       CELLS=ceil_power(side**2),
       WINDOW=window,
       LANES=min(_AVERAGE_BLOCK, tile_side(in_shape[1] * in_shape[2])),
+      DILATED=dilated,
+      D_STRIDES=strides,
+      D_HEIGHT=middle[1],
+      D_WIDTH=middle[2],
+      D_BLOCK=min(_IMAGE, tile_side(pixels)),
+      num_warps=8 if block > _LIST_BLOCK else 4,
     )
-    return logits, Positions(*found), zero
+    active, needed = Positions(*found[:3]), Positions(*found[3:])
+    if not dilated:
+      needed = list_dilated(active, needed.count, middle, strides)
+    return logits, active, needed
 
 
 def _squeeze_tiles(depth: int, width: int, dtype: jnp.dtype) -> dict[str, int]:

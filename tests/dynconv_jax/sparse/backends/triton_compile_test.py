@@ -1,5 +1,6 @@
 """Tests that GPU kernels fit into a multiprocessor, by Triton and ptxas."""
 
+import math
 from unittest import mock
 
 import jax
@@ -13,7 +14,12 @@ from dynconv_jax import create_model
 from dynconv_jax.branch import Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import execution_mask
-from dynconv_jax.sparse.backends import triton_launch, triton_masks
+from dynconv_jax.sparse.backends import (
+  gluon,
+  triton,
+  triton_launch,
+  triton_masks,
+)
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 
@@ -53,13 +59,10 @@ def list_both(branch, columns, index, x, hard):
       jnp.zeros((total, x.size // x.shape[-1])),
       triton_masks.list_positions(jnp.ones(x.shape[:3])),
     )
-  squeezed, zero = columns.squeeze(x, squeezed)
-  _, active, zero = columns.list_positions(
-    squeezed.terms, x.shape, hard.shape, None, zero
-  )
   middle = (len(x), *branch.level_sizes(x.shape[1:3])[1])
-  return triton_masks.list_dilated(
-    active, zero, middle, branch.reads[0].strides
+  return columns.list_positions(
+    columns.squeeze(x, squeezed),
+    *(x.shape, hard.shape, None, middle, branch.reads[0].strides),
   )
 
 
@@ -92,7 +95,7 @@ def test_kernels_fit_into_a_multiprocessor(
       jax.eval_shape(lambda x, f=module, g=pool: g(f(x)), images)
   variants = triton_compiler.variants(launches)
   assert {kernel for kernel, *_ in variants} == {
-    *('list_positions', 'squeeze', 'decide', 'list_dilated', 'project'),
+    *('list_positions', 'squeeze', 'decide', 'list_dilated'),
     *('convolve', 'convolve_add', 'convolve_matmul_add', 'max_pool'),
     *(('convolve_rows',) if dtype == jnp.bfloat16 else ()),
   }
@@ -117,10 +120,15 @@ def record_block(block, x, dtype):
 
   def run(block, x, hard):
     mask = execution_mask(branch, hard, x.shape[1:3], name='block')
-    return BACKEND.run(block, x, mask)
+    packed = triton.PackedBlock.pack(block)
+    return BACKEND.run(packed, x, mask)
 
   out = jax.eval_shape(run, block, x, hard)
   assert out.shape == (*hard.shape, branch.features) and out.dtype == dtype
+  # Units read one map while blocks stay as they are where they do not run.
+  if branch.stays and triton.fuses(branch, dtype):
+    for index in (1, triton_masks.UNITS - 2, triton_masks.UNITS - 1):
+      record_following(block, out, index, x, hard)
   for side in {56: (1, 4), 28: (1, 2), 14: (1, 14), 7: (1,)}[x.shape[1]]:
     unit = make_mask_unit(x.shape[-1], 3, branch.strides, side)
     # So many columns are rounded up to 64, 32 and 16.
@@ -131,3 +139,125 @@ def record_block(block, x, dtype):
         x,
         hard,
       )
+
+
+def record_following(block, out, index, x, hard):
+  """Records a block whose output a mask unit of its group reads next."""
+  units = [make_mask_unit(out.shape[-1], 3, 1, 1)] * triton_masks.UNITS
+  following = triton_masks.ColumnSqueeze(units, index)
+  columns = following.first + following.columns
+  terms = jax.ShapeDtypeStruct((columns, math.prod(out.shape[:3])), jnp.float32)
+
+  def run(block, x, hard, terms):
+    mask = execution_mask(block.branch, hard, x.shape[1:3], name='block')
+    return triton.run_block(
+      triton.PackedBlock.pack(block),
+      x,
+      triton_masks.Lists(*map(triton_masks.list_positions, mask.maps)),
+      triton_masks.Squeezed(terms, None),
+      following,
+    )[1]
+
+  assert jax.eval_shape(run, block, x, hard, terms).terms.shape == terms.shape
+
+
+def gluon_launches(generation):
+  """What blocks of ResNet-50 launch by the Gluon backend."""
+  import triton_compiler
+
+  launches, backend = [], gluon.GluonBackend()
+  with (
+    mock.patch.object(triton_launch, 'generation', lambda: generation),
+    mock.patch.object(triton_launch, 'load'),
+    mock.patch.object(
+      triton_launch, 'launch', triton_compiler.record(launches)
+    ),
+  ):
+    for block, x in resnet_blocks('resnet50', jnp.bfloat16):
+      size = block.branch.sizes(x.shape[1:3])[-1]
+      hard = jax.ShapeDtypeStruct((x.shape[0], *size), jnp.float32)
+
+      def run(block, x, hard):
+        mask = execution_mask(block.branch, hard, x.shape[1:3], name='block')
+        return backend.run(backend.pack(block), x, mask)
+
+      jax.eval_shape(run, block, x, hard)
+  return launches
+
+
+def test_wide_convolutions_are_gluon_s_on_a_hopper_gpu():
+  need('triton')
+  taps = [
+    dict(options)['TAPS']
+    for kernel, _, options in gluon_launches(9)
+    if kernel == 'convolve_gathered'
+  ]
+  # The 3x3 of the wide blocks of stages 3 and 4, two of each. The 1x1 before
+  # them, and those of stage 2, whose inputs have 256 channels and more.
+  assert taps.count(3) == 4 and taps.count(1) == 6
+  assert 'convolve_gathered' not in [kernel for kernel, *_ in gluon_launches(8)]
+
+
+@pytest.mark.slow
+def test_gluon_kernels_fit_into_a_multiprocessor(tmp_path, monkeypatch):
+  need('triton')
+  import triton_compiler
+
+  monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+  wide = next(
+    launch
+    for launch in gluon_launches(9)
+    if launch[0] == 'convolve_gathered' and dict(launch[2])['TAPS'] == 3
+  )
+  for tiles in gluon.TILES:
+    options = tuple((dict(wide[2]) | tiles).items())
+    used = triton_compiler.compile_launch(*wide[:2], options, 90)
+    assert used.shared <= 227 * 1024, (tiles, used)
+    assert used.tensor_cores and not used.spilled, (tiles, used)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_depthwise_kernels_fit_into_a_multiprocessor(
+  dtype, tmp_path, monkeypatch
+):
+  """Of MobileNetV2's blocks; its first expands nothing, XLA computes it."""
+  need('triton')
+  import triton_compiler
+
+  monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+  model = nnx.eval_shape(
+    lambda: create_model(
+      'mobilenet_v2', method='dense', dtype=dtype, rngs=nnx.Rngs(0)
+    )
+  )
+  blocks = {block.branch for block in model.blocks}
+  supported = [
+    b for b in blocks if BACKEND.supports(b, jnp.dtype(dtype), 'gpu')
+  ]
+  assert len(supported) == len(blocks) - 1
+  launches = []
+  with (
+    mock.patch.object(triton_launch, 'load'),
+    mock.patch.object(
+      triton_launch, 'launch', triton_compiler.record(launches)
+    ),
+  ):
+    for branch in supported:
+      folded = FoldedBlock(
+        tuple(fold(conv, dtype) for conv in branch.convs), None, branch
+      )
+      x = jax.ShapeDtypeStruct((2, 28, 28, branch.in_features), dtype)
+      hard = jnp.ones((2, *branch.sizes((28, 28))[-1]))
+      mask = execution_mask(branch, hard, (28, 28), name='block')
+      jax.eval_shape(
+        lambda block, x, m=mask: BACKEND.run(BACKEND.pack(block), x, m),
+        folded,
+        x,
+      )
+  for variant in triton_compiler.variants(launches):
+    if variant[0] == 'depthwise_matmul_add':
+      used = triton_compiler.compile_launch(*variant, 90)
+      assert used.shared <= 227 * 1024 // 2, (variant, used)
+      assert used.spilled <= 16 * 4, (variant, used)
+      assert dtype == jnp.float32 or used.tensor_cores, (variant, used)

@@ -42,7 +42,7 @@ def test_dilated_positions(interpreted, shape, strides):
 @pytest.mark.parametrize('granularity', (1, 3))
 @pytest.mark.parametrize('kernel_size', (1, 3))
 @pytest.mark.parametrize('strides', (1, 2))
-@pytest.mark.parametrize('size', ((1, 1), (5, 8), (15, 19)))
+@pytest.mark.parametrize('size', ((1, 1), (5, 8), (34, 31)))
 def test_mask_units(
   interpreted, kernel_size, strides, granularity, size, dtype
 ):
@@ -60,21 +60,26 @@ def test_mask_units(
   for index, unit in enumerate(units):
     expected = mask_logits(unit, x)
     columns = triton_masks.ColumnSqueeze(units, index)
-    squeezed, zero = columns.squeeze(x, squeezed)
-    read = (squeezed.terms, x.shape, expected.shape)
-    logits, found, zero = columns.list_positions(*read, None, zero)
+    squeezed = columns.squeeze(x, squeezed)
+    assert [zero.tolist() for zero in squeezed.zeros] == [[0], [0]]
+    # A bottleneck's 3x3 has the unit's stride.
+    read = squeezed, x.shape, expected.shape
+    dilated = shape, unit.strides
+    logits, found, needed = columns.list_positions(*read, None, *dilated)
     assert_near(logits, expected)
     check_list(found, logits >= 0)
-    assert zero.tolist() == [0]
+    mask = (logits >= 0).astype(jnp.float32)
+    check_list(needed, dilate(mask, unit.strides)[:, : size[0], : size[1]])
     given = jnp.asarray(rng.random(logits.shape) < 0.4, jnp.float32)
-    again, found, _ = columns.list_positions(*read, given, zero)
+    again, found, needed = columns.list_positions(*read, given, *dilated)
     np.testing.assert_array_equal(again, logits)
     check_list(found, given)
+    check_list(needed, dilate(given, unit.strides)[:, : size[0], : size[1]])
     changed = jnp.asarray(rng.random(shape) < 0.4)
     new = jnp.asarray(rng.normal(size=x.shape), dtype)
     x = jnp.where(changed[..., None], new, x)
     found = triton_masks.list_positions(changed.astype(jnp.float32))
-    squeezed = squeezed._replace(changed=found)
+    squeezed = triton_masks.Squeezed(squeezed.terms, found)
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -85,9 +90,9 @@ def test_a_unit_that_is_told_nothing_multiplies_the_whole_map(
   x = np.random.default_rng(0).normal(size=(2, 5, 8, 20))
   x = jnp.asarray(x, dtype)
   columns = triton_masks.ColumnSqueeze(units, 1)
-  squeezed, zero = columns.squeeze(x, None)
+  squeezed = columns.squeeze(x, None)
   logits, _, _ = columns.list_positions(
-    squeezed.terms, x.shape, x.shape[:3], None, zero
+    squeezed, x.shape, x.shape[:3], None, x.shape[:3], 1
   )
   assert_near(logits, mask_logits(units[1], x))
 

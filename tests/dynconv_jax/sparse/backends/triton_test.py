@@ -4,7 +4,6 @@ With a GPU they are run on it too; without one those tests are skipped.
 """
 
 import dataclasses
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,10 @@ from triton_cases import (
 from dynconv_jax import create_model
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool, max_pool
-from dynconv_jax.sparse.backends import cudnn, triton, triton_launch
+from dynconv_jax.sparse.backends import cudnn, triton
 from dynconv_jax.sparse.backends.dense import DenseConv, convolve, run_dense
+
+pack = triton.PackedBlock.pack
 
 
 @pytest.fixture(autouse=True)
@@ -46,10 +47,9 @@ def precision():
 @pytest.mark.parametrize('strides', (1, 2))
 @pytest.mark.parametrize('kind', BLOCKS)
 def test_blocks_equal_xla(interpreted, kind, strides, dtype):
-  load = mock.patch.object(triton_launch, 'load')
-  block = make_block(*BLOCKS[kind], strides, dtype=dtype)
-  with load:
-    compare(BACKEND.pack(block), (2, 7, 9, BLOCKS[kind][1]))
+  compare(
+    make_block(*BLOCKS[kind], strides, dtype=dtype), (2, 7, 9, BLOCKS[kind][1])
+  )
 
 
 @pytest.mark.parametrize('dtype', DTYPES)
@@ -58,6 +58,19 @@ def test_blocks_equal_xla(interpreted, kind, strides, dtype):
 def test_maps_of_any_size(interpreted, shape, strides, dtype):
   block = make_block('bottleneck', 8, 5, 8, strides, dtype=dtype)
   compare(block, (*shape, 8))
+
+
+def make_inverted(in_features, width, features, strides):
+  """Returns an inverted residual, as MobileNetV2's."""
+  return Branch(
+    (
+      Conv('a', 'an', in_features, width, activation='relu6'),
+      Conv('b', 'bn', width, width, 3, strides, width, 'relu6'),
+      Conv('c', 'cn', width, features),
+    ),
+    activation=None,
+    shortcut='identity' if in_features == features else 'none',
+  )
 
 
 UNUSUAL = {
@@ -76,13 +89,23 @@ UNUSUAL = {
     ),
     shortcut='projection',
   ),
+  'inverted': make_inverted(20, 37, 20, 1),
+  'inverted_strided': make_inverted(8, 48, 24, 2),
+  'inverted_wide': make_inverted(24, 40, 130, 1),
 }
 
 
-@pytest.mark.parametrize('kind', UNUSUAL)
-def test_what_is_supported_is_computed(interpreted, kind):
-  assert BACKEND.supports(UNUSUAL[kind], jnp.dtype(jnp.float32), 'gpu')
-  compare(fold(UNUSUAL[kind], jnp.float32), (2, 11, 8, 8))
+@pytest.mark.parametrize(
+  'kind,dtype',
+  (
+    *((kind, jnp.float32) for kind in UNUSUAL),
+    *((kind, jnp.bfloat16) for kind in UNUSUAL if 'inverted' in kind),
+  ),
+)
+def test_what_is_supported_is_computed(interpreted, kind, dtype):
+  branch = UNUSUAL[kind]
+  assert BACKEND.supports(branch, jnp.dtype(dtype), 'gpu')
+  compare(fold(branch, dtype), (2, 11, 8, branch.in_features))
 
 
 @pytest.mark.parametrize('kind', ('basic', 'bottleneck', 'bottleneck_wide'))
@@ -96,7 +119,7 @@ def test_nothing_is_read_that_was_not_computed(interpreted, kind):
   if kind == 'basic':  # Its first convolution reads one position further.
     read = mask_of(block, x, read).dilated
   spoilt = jnp.where(read[..., None] != 0, x, jnp.nan)
-  out = jax.jit(lambda *args: BACKEND.run(*args))(block, spoilt, mask)
+  out = jax.jit(lambda *args: BACKEND.run(*args))(pack(block), spoilt, mask)
   active = hard != 0
   assert_near(out[active], masked_dense(block, x, hard)[active])
   np.testing.assert_array_equal(jnp.isnan(out), jnp.isnan(spoilt))
@@ -106,7 +129,7 @@ def test_what_is_no_number_stays_so(interpreted):
   block = make_block('bottleneck', 8, 5, 8, 1, dtype=jnp.float32)
   x = make_input((2, 3, 3, 8), jnp.float32).at[1, 1, 1, 0].set(jnp.nan)
   mask = mask_of(block, x, jnp.ones(x.shape[:3]))
-  out = jax.jit(lambda *args: BACKEND.run(*args))(block, x, mask)
+  out = jax.jit(lambda *args: BACKEND.run(*args))(pack(block), x, mask)
   assert jnp.isnan(out[1]).all() and not jnp.isnan(out[0]).any()
 
 
@@ -114,7 +137,7 @@ def test_what_is_no_number_stays_so(interpreted):
 def test_without_a_mask_a_block_is_computed_everywhere(kind):
   block = make_block(*BLOCKS[kind], 2, dtype=jnp.float32)
   x = make_input((2, 7, 9, BLOCKS[kind][1]), jnp.float32)
-  assert_near(BACKEND.run(block, x, None), run_dense(block, x))
+  assert_near(BACKEND.run(pack(block), x, None), run_dense(block, x))
 
 
 @pytest.mark.parametrize('features', (40, 64))
@@ -204,6 +227,10 @@ PLAIN = make_branch('bottleneck', 6, 6, 6, 1)
     # Positions that are not executed would have to be rectified.
     dataclasses.replace(PLAIN, input_activated=False),
     dataclasses.replace(PLAIN, convs=PLAIN.convs[:1]),
+    dataclasses.replace(UNUSUAL['inverted'], activation='relu'),
+    dataclasses.replace(
+      UNUSUAL['inverted'], convs=UNUSUAL['inverted'].convs[1:], shortcut='none'
+    ),
     dataclasses.replace(PLAIN, convs=PLAIN.convs[:2]),
     dataclasses.replace(PLAIN, convs=(PLAIN.convs[0], *PLAIN.convs)),
   ),

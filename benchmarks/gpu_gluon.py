@@ -1,0 +1,102 @@
+"""Compares and times gathered products in Gluon with those in Triton on a GPU.
+
+python -m benchmarks.gpu_gluon [--check]
+
+The 3x3 convolutions of ResNet-50's stages 3 and 4 in bfloat16, on masks of no,
+one, some, and all positions. It is an error if the two differ. --check compares
+on few images and times nothing: that is what compute-sanitizer runs. The last
+line is JSON: microseconds of Triton, and of each of the Gluon kernel's tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks.cases import check_equal
+from dynconv_jax.branch import Conv
+from dynconv_jax.masks import dilate
+from dynconv_jax.sparse.backends import gluon, triton
+from dynconv_jax.sparse.backends.triton_masks import list_positions
+from dynconv_jax.sparse.calibrate import clustered_masks
+from dynconv_jax.sparse.fold import FoldedConv
+from experiments import program
+
+_CHECK = flags.DEFINE_bool('check', False, 'Compare only, on few images.')
+# Side of the map, and channels.
+_STAGES = ((14, 256), (7, 512))
+_CALLS = 50
+
+
+def main(argv: Sequence[str]) -> None:
+  """Compares, then times."""
+  if len(argv) > 1:
+    raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
+  if jax.default_backend() != 'gpu':
+    print(json.dumps({'skipped': 'there is no GPU'}))
+    return
+  found = []
+  for side, features in _STAGES:
+    shape = (2 if _CHECK.value else 128, side, side)
+    for name, hard in _masks(shape).items():
+      found.append(_compare(name, hard, features))
+      print(json.dumps(found[-1]), flush=True)
+  print(json.dumps(found))
+
+
+def _masks(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
+  one = np.zeros(shape, np.float32)
+  one[-1, -1, -1] = 1
+  rng = np.random.default_rng(0)
+  some = {d: clustered_masks(rng, shape, d) for d in (0.1, 0.3, 0.5)}
+  return {'none': 0 * one, 'one': one, 'all': one * 0 + 1} | some
+
+
+def _compare(name, hard, features):
+  rng = np.random.default_rng(1)
+  conv = Conv('conv', 'norm', features, features, 3, 1, 1, 'relu')
+  kernel = rng.normal(size=conv.kernel_shape) / (3 * features**0.5)
+  layer = FoldedConv(
+    jnp.asarray(kernel, jnp.bfloat16),
+    jnp.asarray(rng.normal(size=features), jnp.float32),
+    conv,
+  )
+  active = list_positions(jnp.asarray(hard))
+  needed = list_positions(dilate(jnp.asarray(hard), 1))
+  table = jnp.asarray(rng.normal(size=(hard.size, features)), jnp.bfloat16)
+  args = (table, (*hard.shape, features), needed, active, layer)
+  count = int(active.count[0])
+
+  def measure(convolve):
+    run = jax.jit(lambda table: convolve(table, *args[1:], lookup=True))
+    rows = np.asarray(run(table)[:count], np.float32)
+    start = time.perf_counter()
+    for _ in range(_CALLS if not _CHECK.value else 0):
+      out = run(table)
+    jax.block_until_ready(out if not _CHECK.value else run(table))
+    return rows, 1e6 * (time.perf_counter() - start) / _CALLS
+
+  expected, microseconds = measure(triton.convolve)
+  found = {'side': hard.shape[1], 'mask': name, 'rows': count}
+  found['triton'] = microseconds
+  for number, tiles in enumerate(gluon.TILES[: 1 if _CHECK.value else None]):
+    if not gluon.fits(layer, tiles):
+      continue
+    convolve = functools.partial(gluon.convolve_gathered, tiles=tiles)
+    rows, microseconds = measure(convolve)
+    if count:
+      # Sums in another order, rounded to bfloat16.
+      check_equal(f'gluon {tiles}', rows, expected, 2**-7)
+    found[f'gluon_{number}'] = microseconds
+  return found
+
+
+if __name__ == '__main__':
+  program.run(main)

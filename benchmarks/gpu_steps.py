@@ -1,0 +1,177 @@
+"""The steps of benchmarks.gpu_run, and what is read off them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+_LOG = re.compile(r'command_buffer_thunk\.cc:\d+\] (.*)')
+
+
+class Step(NamedTuple):
+  """A part of the run.
+
+  Attributes:
+    minutes: that it takes; one that takes twice as long is ended.
+    command: after `python -m`. Its last line is JSON, or is kept as text.
+    environment: in addition.
+    races: whether compute-sanitizer looks for races in shared memory.
+  """
+
+  minutes: float
+  command: tuple[str, ...]
+  environment: dict[str, str] = {}
+  races: bool = False
+
+
+def steps(dry_run: bool) -> dict[str, Step]:
+  """Returns the steps by their names, the most telling ones first.
+
+  Args:
+    dry_run: whether the network is a small one.
+  """
+  size = ('--model=resnet50', '--image_size=224')
+  batches, densities, rounds = (32, 1, 128), '0.1,0.3,0.5,1', ('--rounds=5',)
+  if dry_run:
+    size = ('--model=cifar_resnet8', '--image_size=32', '--num_classes=3')
+    batches, densities = (1,), '0.3'
+    rounds = ('--rounds=1', '--steps=1')
+  benchmark = ('experiments.benchmark', *size, '--compute_dtype=bfloat16')
+  benchmark += ('--nomasked_dense', *rounds)
+  itself = ('benchmarks.gpu_run', *(('--dry_run',) if dry_run else ()))
+  logged = {'TF_CPP_MIN_LOG_LEVEL': '0'}
+  logged['TF_CPP_VMODULE'] = 'command_buffer_thunk=5,command_buffer_cmd=1'
+  found = {
+    'tests': Step(
+      4,
+      ('pytest', '-q', '-k', 'on_a_gpu', 'tests/dynconv_jax/sparse/backends'),
+    ),
+    'graphs': Step(1, (*itself, '--inside=graphs'), logged),
+  }
+  for batch in batches:
+    found[f'times_{batch}'] = Step(
+      2.5,
+      (
+        *benchmark,
+        f'--batch_size={batch}',
+        f'--density={densities}',
+        '--mode=sparse',
+        '--launched',
+        '--peers=torch_cuda_graph',
+      ),
+    )
+  for density in densities.split(',')[1:3] or [densities]:
+    found[f'profile_{density}'] = Step(
+      1.5, (*itself, '--inside=profile', f'--density={density}')
+    )
+  found['gluon'] = Step(3, ('benchmarks.gpu_gluon',))
+  found['gluon_races'] = Step(
+    2, ('benchmarks.gpu_gluon', '--check'), races=True
+  )
+  found['auto'] = Step(
+    3,
+    (
+      *(*benchmark, '--peers=none', '--mode=auto'),
+      *(f'--batch_size={batches[-1]}', f'--density={densities}'),
+    ),
+  )
+  if not dry_run:
+    mobilenet = [a.replace('resnet50', 'mobilenet_v2') for a in benchmark]
+    found['mobilenet'] = Step(
+      4,
+      (
+        *(*mobilenet, '--batch_size=128,32,1', '--density=0.3,0.5'),
+        *('--mode=sparse', '--peers=torch_cuda_graph'),
+      ),
+    )
+    resnet101 = [a.replace('resnet50', 'resnet101') for a in benchmark]
+    found['resnet101'] = Step(
+      3,
+      (
+        *(*resnet101, '--batch_size=128', '--density=0.3,0.5'),
+        *('--mode=sparse', '--peers=torch_cuda_graph'),
+      ),
+    )
+  return found
+
+
+def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
+  """Returns how a step ended, and the last line of what it printed."""
+  start, failure, tool = time.monotonic(), None, []
+  sanitizer = shutil.which('compute-sanitizer')
+  if step.races and sanitizer:
+    tool = [sanitizer, '--tool=racecheck', '--error-exitcode=1']
+  with tempfile.TemporaryFile('w+', errors='replace') as printed:
+    try:
+      code = subprocess.run(
+        [*tool, sys.executable, '-m', *step.command],
+        env=os.environ | step.environment,
+        stdout=printed,
+        stderr=subprocess.STDOUT,
+        timeout=120 * step.minutes + 60,
+      ).returncode
+      if code:
+        failure = f'ended with {code}'
+    except subprocess.TimeoutExpired:
+      failure = 'took too long'
+    printed.seek(0)
+    text = printed.read()
+  with log.open('a') as file:
+    file.write(f'# {" ".join(step.command)}\n{text[-200_000:]}\n')
+  lines = [line for line in text.splitlines() if line.strip()]
+  result: Any = lines[-1] if lines else ''
+  for line in reversed(lines):
+    if line.startswith(('{', '[')):
+      try:
+        result = json.loads(line)
+        break
+      except ValueError:
+        continue
+  messages = collections.Counter(
+    re.sub(r'\d+', '#', message)[:120] for message in _LOG.findall(text)
+  )
+  return {
+    'ok': failure is None,
+    'failure': failure,
+    'seconds': round(time.monotonic() - start, 1),
+    'command': ' '.join([*tool, *step.command]),
+    'result': result,
+    **({'graph_log': messages.most_common(20)} if messages else {}),
+  }
+
+
+def find_card() -> str:
+  """Returns the name of the GPU, without using it."""
+  command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
+  try:
+    return subprocess.run(
+      command, capture_output=True, text=True, check=True
+    ).stdout.strip()
+  except (OSError, subprocess.CalledProcessError):
+    return 'none'
+
+
+def gpu_events(data: Any) -> list[tuple[str, float, float]]:
+  """Returns name, start, and duration in ns of what ran on a GPU, in order.
+
+  Args:
+    data: `jax.profiler.ProfileData`.
+  """
+  events = [
+    (event.name, event.start_ns, event.duration_ns)
+    for plane in data.planes
+    if '/device:GPU' in plane.name
+    for line in plane.lines
+    if line.name.startswith('Stream')
+    for event in line.events
+  ]
+  return sorted(events, key=lambda event: event[1])

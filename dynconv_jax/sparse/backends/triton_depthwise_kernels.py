@@ -1,0 +1,83 @@
+"""A Triton kernel for inverted residuals at the active positions of masks.
+
+Positions are numbered (image * height + row) * width + column; channels are
+last. See `triton_kernels.py`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def depthwise_matmul_add(
+  table,  # [rows, DEPTH]: listed rows of a map, looked up.
+  rows,  # int32[N * HEIGHT * WIDTH]: their places; -1: zeros.
+  indices,  # int32[...]: the output positions.
+  count,  # int32[1]
+  kernel,  # [3, 3, DEPTH]
+  bias,  # float32[DEPTH]
+  last_kernel,  # [DEPTH, FEATURES]
+  last_bias,  # float32[FEATURES]
+  base,  # [..., FEATURES]: the shortcut or zeros; out is the same memory.
+  out,  # Out, [..., FEATURES]
+  ADDED: tl.constexpr,  # There is a shortcut.
+  MAXIMUM: tl.constexpr,  # After the depthwise convolution; 0: none.
+  STRIDES: tl.constexpr,
+  HEIGHT: tl.constexpr,
+  WIDTH: tl.constexpr,
+  DEPTH: tl.constexpr,
+  FEATURES: tl.constexpr,
+  BLOCK_ROWS: tl.constexpr,
+  BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
+  BLOCK_DEPTH: tl.constexpr,
+):
+  """Writes base + 1x1 of the rectified depthwise 3x3 at listed positions.
+
+  What is between the two convolutions stays in registers.
+  """
+  out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
+  out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
+  start = tl.program_id(0) * BLOCK_ROWS
+  row = start + tl.arange(0, BLOCK_ROWS)
+  size, position = tl.load(count), tl.load(indices + row)
+  if start >= size:
+    return
+  listed = row < size
+  position = tl.where(listed, position, 0)
+  image = position // (out_height * out_width)
+  top = position // out_width % out_height * STRIDES - 1
+  left = position % out_width * STRIDES - 1
+  feature = tl.arange(0, BLOCK_FEATURES)
+  stored = listed[:, None] & (feature < FEATURES)[None, :]
+  at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
+  total = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], tl.float32)
+  for first in range(0, DEPTH, BLOCK_DEPTH):
+    depth = first + tl.arange(0, BLOCK_DEPTH)
+    known = depth < DEPTH
+    hidden = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
+    for tap in tl.static_range(9):
+      y, x = top + tap // 3, left + tap % 3
+      inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+      here = tl.load(rows + (image * HEIGHT + y) * WIDTH + x, inside, other=-1)
+      tile = tl.load(
+        table + here[:, None].to(tl.int64) * DEPTH + depth[None, :],
+        (here >= 0)[:, None] & known[None, :],
+        other=0.0,
+      )
+      weights = tl.load(kernel + tap * DEPTH + depth, known, other=0.0)
+      hidden += tile.to(tl.float32) * weights.to(tl.float32)[None, :]
+    hidden += tl.load(bias + depth, known, other=0.0)[None, :]
+    hidden = tl.where(hidden < 0, 0.0, hidden)  # Keeps NaN.
+    if MAXIMUM > 0:
+      hidden = tl.where(hidden > MAXIMUM, MAXIMUM, hidden)
+    weights = tl.load(
+      last_kernel + depth[:, None] * FEATURES + feature[None, :],
+      known[:, None] & (feature < FEATURES)[None, :],
+      other=0.0,
+    )
+    hidden = hidden.to(table.dtype.element_ty)
+    total = tl.dot(hidden, weights, total, input_precision='ieee')
+  total += tl.load(last_bias + feature, feature < FEATURES, other=0.0)[None, :]
+  if ADDED:
+    total += tl.load(base + at, stored, other=0.0).to(tl.float32)
+  tl.store(out + at, total.to(out.dtype.element_ty), stored)
