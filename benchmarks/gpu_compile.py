@@ -23,7 +23,7 @@ from unittest import mock
 from absl import flags
 
 from benchmarks import hlo
-from experiments import program
+from dynconv_jax.cli import program
 
 _MODEL = flags.DEFINE_string('model', 'resnet50', 'Of the registry.')
 _METHOD = flags.DEFINE_string('method', 'dynconv', 'A method.')

@@ -22,12 +22,12 @@ from absl import flags
 
 from benchmarks.cases import check_equal
 from dynconv_jax.branch import Conv
+from dynconv_jax.cli import program
 from dynconv_jax.masks import dilate
 from dynconv_jax.sparse.backends import gluon, triton
 from dynconv_jax.sparse.backends.triton_masks import list_positions
 from dynconv_jax.sparse.calibrate import clustered_masks
 from dynconv_jax.sparse.fold import FoldedConv
-from experiments import program
 
 _CHECK = flags.DEFINE_bool('check', False, 'Compare only, on few images.')
 # Side of the map, and channels.

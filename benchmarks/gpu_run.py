@@ -26,8 +26,8 @@ from absl import flags
 
 from benchmarks import cases, gpu_steps
 from dynconv_jax.checks import check_choice
+from dynconv_jax.cli import program
 from dynconv_jax.files import write_atomic
-from experiments import program
 
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder for what is found.')
 _STEPS = flags.DEFINE_list('steps', None, 'Those to do, done before or not.')
