@@ -164,6 +164,10 @@ def ending_together(passing: type[BaseException]) -> Iterator[None]:
     )
     if not _failed or not lost:
       raise
+    # Threads that save wait for it, too, and Python for them.
+    end = threading.Timer(2 * _GRACE, os._exit, [1])
+    end.daemon = True
+    end.start()
     raise ConnectionError(
       f'process {jax.process_index()} lost another process of the run, which '
       f'ended or failed ({str(error).splitlines()[0][:200]}). Checkpoints '

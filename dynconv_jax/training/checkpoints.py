@@ -62,10 +62,13 @@ def open_manager(
   manager = ocp.CheckpointManager(path, options=options)
   try:
     yield manager
-  except BaseException:
-    # What went wrong first is told; a save under way may fail for it, too.
-    with contextlib.suppress(Exception):
-      manager.close()
+  except BaseException as error:
+    # What went wrong first is told; a save under way may fail for it, too. It
+    # would wait for a process that is lost.
+    lost = isinstance(error, jax.errors.JaxRuntimeError)
+    if jax.process_count() == 1 or not lost:
+      with contextlib.suppress(Exception):
+        manager.close()
     raise
   with _explained(manager):
     manager.close()
