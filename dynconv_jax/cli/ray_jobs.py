@@ -74,22 +74,10 @@ class Cluster:
     """
     import ray
 
-    options = self._options(alone)
-    attempt, share = ray.remote(**options)(_attempt), _share(options)
     before = {name: _size(job.log) for name, job in jobs.items()}
-    tasks, waiting = {}, dict(jobs)
-    while ready := [
-      name
-      for name, job in waiting.items()
-      if all(need in tasks for need in job.needs if need in jobs)
-    ]:
-      for name in ready:
-        job = waiting.pop(name)
-        needed = [tasks[need] for need in job.needs if need in jobs]
-        tasks[name] = attempt.options(name=name).remote(
-          job.commands, job.log, os.getcwd(), share, *needed
-        )
-    ended = dict.fromkeys(waiting, processes.CYCLE)
+    tasks = self._submit(jobs, alone)
+    cycle = [name for name in jobs if name not in tasks]
+    ended = dict.fromkeys(cycle, processes.CYCLE)
     answered = time.monotonic()
     with processes.signals() as received:
       try:
@@ -116,6 +104,28 @@ class Cluster:
     if received:
       raise processes.Interrupted(received[0])
     return ended
+
+  def _submit(
+    self, jobs: Mapping[str, processes.Job], alone: bool
+  ) -> dict[str, Any]:
+    """Returns the tasks by name, without jobs that wait for each other."""
+    import ray
+
+    options = self._options(alone)
+    attempt, share = ray.remote(**options)(_attempt), _share(options)
+    tasks, waiting = {}, dict(jobs)
+    while ready := [
+      name
+      for name, job in waiting.items()
+      if all(need in tasks for need in job.needs if need in jobs)
+    ]:
+      for name in ready:
+        job = waiting.pop(name)
+        needed = [tasks[need] for need in job.needs if need in jobs]
+        tasks[name] = attempt.options(name=name).remote(
+          job.commands, job.log, os.getcwd(), share, *needed
+        )
+    return tasks
 
   def _options(self, alone: bool) -> dict[str, Any]:
     """Returns the options of the tasks, as `ray.remote` has them."""

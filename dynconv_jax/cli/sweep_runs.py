@@ -1,6 +1,7 @@
 """What a sweep does with a run: commands in its workdir, which give a row.
 
-All is named by plain values, so that it can be sent to another machine.
+All is named by plain values, so that it can be sent to another machine. JAX is
+not imported while a run trains: this process would hold it in vain.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 from dynconv_jax.files import write_atomic
-from dynconv_jax.plotting.results import read_results
-from dynconv_jax.training import workdir as workdir_lib
 
 TABLE = 'results.csv'
 TRAINED = 'trained.json'
@@ -109,6 +108,8 @@ def read_rows(table: pathlib.Path) -> dict[str, dict[str, str]]:
   Args:
     table: path of the CSV file.
   """
+  from dynconv_jax.plotting.results import read_results
+
   found = read_results(table) if table.exists() else []
   return {row['run']: row for row in found if row.get('split') == SPLIT}
 
@@ -119,14 +120,16 @@ def _command(name: str, **values: Any) -> list[str]:
 
 
 def _training_seconds(folder: pathlib.Path) -> int | str:
-  metrics = workdir_lib.read_metrics(folder)
+  from dynconv_jax.training.workdir import read_metrics
+
+  metrics = read_metrics(folder)
   seconds = [row['seconds'] for row in metrics if 'seconds' in row]
   return round(seconds[-1]) if seconds else ''
 
 
 def _commit() -> str:
   """Returns the commit of the code, '-dirty' if it was changed since."""
-  root = pathlib.Path(workdir_lib.__file__).parents[2]
+  root = pathlib.Path(__file__).parents[2]
   git = functools.partial(
     subprocess.run, cwd=root, capture_output=True, text=True
   )

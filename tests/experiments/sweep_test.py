@@ -379,13 +379,13 @@ def test_the_progress_line(tmp_path):
 
 def test_the_commit_of_the_code(tmp_path, monkeypatch):
   module = sweep_runs
-  package = tmp_path / 'dynconv_jax' / 'training'
+  package = tmp_path / 'dynconv_jax' / 'cli'
   package.mkdir(parents=True)
-  file = package / 'workdir.py'
+  file = package / 'sweep_runs.py'
   file.touch()
   (tmp_path / 'experiments').mkdir()
   (tmp_path / 'experiments' / 'a.py').touch()
-  monkeypatch.setattr(module.workdir_lib, '__file__', str(file))
+  monkeypatch.setattr(module, '__file__', str(file))
   monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
   assert module._commit() == 'unknown'
   who = ('-c', 'user.name=a', '-c', 'user.email=a@b', '-c', 'commit.gpgsign=0')
