@@ -58,6 +58,8 @@ class Records:
       self._path,
       ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step),
     )
+    # First: it may fail, and the file below would be left open.
+    self._wandb = _WandB(workdir, wandb) if wandb else None
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
     self._events = record_writer.RecordWriter(
@@ -68,7 +70,6 @@ class Records:
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(step + 1, session_log=start)
     self._events.flush()
-    self._wandb = _WandB(workdir, wandb) if wandb else None
 
   def __enter__(self) -> Records:
     return self

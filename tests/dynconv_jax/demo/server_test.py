@@ -81,7 +81,7 @@ def test_one_connection_takes_several_requests(ask, png):
     status, _, answer = ask('POST', '/predict?network=low', b'no picture')
     assert status == 400
     assert answer == {
-      'error': 'cannot use the photograph: not a JPEG, PNG or WebP image'
+      'error': 'cannot use the photograph: not a JPEG, PNG, or WebP image'
     }
   assert ask('GET', '/page.css')[0] == 200
 

@@ -387,8 +387,8 @@ class ErrorsTest(parameterized.TestCase):
     ({'name': 'vgg'}, r"unknown model 'vgg'; allowed: resnet18, resnet34"),
     ({'method': 'dynconf'}, r"'dynconf' \(did you mean 'dynconv'\?\)"),
     ({'method': None}, 'unknown method None; allowed: dense, drop, dynconv'),
-    ({'bugdet': 0.5}, 'unknown options bugdet; dense has none'),
-    ({'method': 'act', 'bugdet': 0.5}, 'bugdet; act has ponder_weight'),
+    ({'bugdet': 0.5}, 'unknown options bugdet; dense has drop_path'),
+    ({'method': 'act', 'bugdet': 0.5}, 'bugdet; act has drop_path, ponder_weight'),
     ({'num_classes': 0}, 'num_classes must be at least 1; got 0'),
     (
       {'width_multiplier': 0.06},
@@ -449,6 +449,14 @@ def test_stochastic_depth_drops_branches_of_images_in_training():
     0.2,
     0.4,
   ]
+  still = nnx.view(model, deterministic=True, use_running_average=True)
+  images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 16, 3)))
+  plain = create_model(
+    'cifar_resnet8', method='dense', num_classes=4, rngs=nnx.Rngs(0)
+  )
+  assert all(b.drop is None for b in plain.blocks)
+  plain = nnx.view(plain, deterministic=True, use_running_average=True)
+  np.testing.assert_array_equal(still(images)[0], plain(images)[0])
   block = model.blocks[2]
   x = np.random.default_rng(0).normal(size=(400, 4, 4, 32))
   x = jnp.asarray(np.maximum(x, 0), jnp.float32)
@@ -461,13 +469,5 @@ def test_stochastic_depth_drops_branches_of_images_in_training():
   assert 0.3 < dropped.mean() < 0.5
   expected = jnp.maximum(shortcut + branch / 0.6, 0)
   np.testing.assert_allclose(out[~dropped], expected[~dropped], atol=1e-4)
-  still = nnx.view(model, deterministic=True, use_running_average=True)
-  images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 16, 16, 3)))
-  plain = create_model(
-    'cifar_resnet8', method='dense', num_classes=4, rngs=nnx.Rngs(0)
-  )
-  assert all(b.drop is None for b in plain.blocks)
-  plain = nnx.view(plain, deterministic=True, use_running_average=True)
-  np.testing.assert_array_equal(still(images)[0], plain(images)[0])
   with pytest.raises(ValueError, match='dropout in training needs rngs'):
     model(images)
