@@ -340,7 +340,7 @@ def test_a_node_is_lost_and_the_table_is_complete(cluster, tmp_path):
     assert sweep.returncode == 0, errors
   with (tmp_path / 'results' / 'results.csv').open() as file:
     rows = {row['run']: row for row in csv.DictReader(file)}
-  assert sorted(rows) == ['dense_seed0', 'dense_seed1', 'dynconv_seed0']
+  assert sorted(rows) == ['dense_seed0', 'dense_seed1', 'dynconv']
   for name, row in rows.items():
     folder = runs / name
     summary = json.loads((folder / 'evaluation_test.json').read_text())
