@@ -347,7 +347,10 @@ class TrainTest(parameterized.TestCase):
       take(train(source, cache=cache, batch_size=1, skip_corrupt=True), 1)
 
   @parameterized.parameters(
-    (dict(source=Plain(1), batch_size=1), 'scenes need at least two examples.* got 1'),
+    (
+      dict(source=Plain(1), batch_size=1),
+      'scenes need at least two examples.* got 1',
+    ),
     (
       dict(augmentation=Augmentation(crop='pad', crop_padding=12)),
       'crop_padding must be less than object_size, 12; got 12',

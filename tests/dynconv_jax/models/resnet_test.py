@@ -388,7 +388,10 @@ class ErrorsTest(parameterized.TestCase):
     ({'method': 'dynconf'}, r"'dynconf' \(did you mean 'dynconv'\?\)"),
     ({'method': None}, 'unknown method None; allowed: dense, drop, dynconv'),
     ({'bugdet': 0.5}, 'unknown options bugdet; dense has drop_path'),
-    ({'method': 'act', 'bugdet': 0.5}, 'bugdet; act has drop_path, ponder_weight'),
+    (
+      {'method': 'act', 'bugdet': 0.5},
+      'bugdet; act has drop_path, ponder_weight',
+    ),
     ({'num_classes': 0}, 'num_classes must be at least 1; got 0'),
     (
       {'width_multiplier': 0.06},
