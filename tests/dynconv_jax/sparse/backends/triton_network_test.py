@@ -1,6 +1,8 @@
 """Tests of whole networks by GPU kernels, and of where the kernels serve."""
 
 import collections
+import contextlib
+import importlib
 import sys
 from unittest import mock
 
@@ -16,7 +18,13 @@ from triton_cases import DTYPES, need, on_gpu
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
-from dynconv_jax.sparse import BlockPlan, SparseExecutor, executor, sparsify
+from dynconv_jax.sparse import (
+  BlockPlan,
+  SparseExecutor,
+  backends,
+  executor,
+  sparsify,
+)
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.backends import triton, triton_launch
 from dynconv_jax.sparse.calibrate import clustered_masks
@@ -214,9 +222,15 @@ def test_a_cpu_has_no_kernels_for_a_gpu(make_network, monkeypatch):
     SparseExecutor(model, (1, 9, 9, 3), mode='sparse', plans=plans)
 
 
-def test_a_missing_package_is_told(as_on_gpu, make_network):
+def test_a_missing_package_is_told(as_on_gpu, make_network, monkeypatch):
   model = make_network('bottleneck', 'dynconv')
   kernels = 'dynconv_jax.sparse.backends.triton_kernels'
+  # First: what is imported while modules are patched is lost afterwards.
+  with contextlib.suppress(ImportError):
+    importlib.import_module(kernels)
+    importlib.import_module('dynconv_jax.sparse.backends.gluon_kernels')
+  # Else the package hands on its module that was imported before.
+  monkeypatch.delattr(backends, 'triton_kernels', raising=False)
   for absent, version, message in (
     ({kernels: None}, '0.11.2', r"pip install 'dynconv-jax\[gpu\]' installs"),
     ({}, '0.10.0', 'jaxlib 0.10.1 or newer, .* got 0.10.0'),
