@@ -34,6 +34,11 @@ _GRACE = 5.0
 # Arrays of fewer elements are not worth an all-gather of their own.
 _SMALLEST_SHARDED = 1024
 
+# What errors of JAX say when another process does not answer.
+_LOST = re.compile(
+  'Gloo|NCCL|ncclR|Connection|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|'
+  '[Hh]eartbeat|[Bb]arrier'
+)
 _failed = False
 
 
@@ -159,10 +164,7 @@ def ending_together(passing: type[BaseException]) -> Iterator[None]:
     raise
   except BaseException as error:
     _failed = jax.process_count() > 1
-    lost = isinstance(error, jax.errors.JaxRuntimeError) and re.search(
-      'Gloo|NCCL|ncclR|Connection|UNAVAILABLE|heartbeat', str(error)
-    )
-    if not _failed or not lost:
+    if not is_lost(error):
       raise
     # Threads that save wait for it, too, and Python for them.
     end = threading.Timer(2 * _GRACE, os._exit, [1])
@@ -173,6 +175,15 @@ def ending_together(passing: type[BaseException]) -> Iterator[None]:
       f'ended or failed ({str(error).splitlines()[0][:200]}). Checkpoints '
       'stay: the same commands go on from the last'
     ) from error
+
+
+def is_lost(error: BaseException) -> bool:
+  """Returns whether an error means that another process has ended."""
+  return (
+    jax.process_count() > 1
+    and isinstance(error, jax.errors.JaxRuntimeError)
+    and _LOST.search(str(error)) is not None
+  )
 
 
 def is_main() -> bool:

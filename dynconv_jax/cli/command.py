@@ -48,7 +48,10 @@ def main() -> None:
     print(metadata.version('dynconv-jax'))
     return
   words = 0
-  while ' '.join(arguments[: words + 1]) in _beginnings():
+  while (
+    words < len(arguments)
+    and ' '.join(arguments[: words + 1]) in _beginnings()
+  ):
     words += 1
   given, rest = ' '.join(arguments[:words]), arguments[words:]
   if given in COMMANDS:

@@ -9,8 +9,6 @@ from typing import Any
 from absl import flags
 
 from dynconv_jax.cli.flag_help import GROUP
-from dynconv_jax.methods.method import METHODS
-from dynconv_jax.models import registry
 from dynconv_jax.options import Option, Range, options_of
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training.config import Config
@@ -67,16 +65,7 @@ def define_places(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
   Returns:
     Their names.
   """
-  config_types = (
-    config_lib.DataConfig,
-    *(config_lib.DataConfig.options_type(n) for n in config_lib.DATASETS),
-  )
-  names = [
-    name
-    for kind in config_types
-    for name, option in config_lib.options_lib.options_of(kind).items()
-    if option.operational and option.kind is str
-  ]
+  names = config_lib.places_of(*config_lib.DATASETS)
   for name in names:
     flags.DEFINE_string(
       name,
@@ -146,16 +135,11 @@ def _groups(
     models: as `datasets`.
     methods: as `datasets`.
   """
-  for what, kind, choices in (
-    ('data', config_lib.DataConfig, [*config_lib.DATASETS, *datasets]),
-    ('model', config_lib.ModelConfig, [*registry.architectures(), *models]),
-    ('method', config_lib.MethodConfig, [*METHODS, *methods]),
-    ('optimization', config_lib.OptimizationConfig, []),
-    ('run', config_lib.RunConfig, []),
-  ):
+  choices = config_lib.choices(datasets, models, methods)
+  for what, kind in config_lib.PARTS.items():
     yield f'{GROUP}the {what}', list(options_of(kind))
     users = {}
-    for choice in choices:
+    for choice in choices.get(kind, ()):
       for name in options_of(kind.options_type(choice)):
         users.setdefault(name, []).append(choice)
     titles = {}

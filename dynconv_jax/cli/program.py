@@ -96,7 +96,7 @@ def check_given(name: str) -> None:
 
 
 def require_checkout(what: str) -> None:
-  """Checks that benchmarks/ lies beside the package, as in a checkout.
+  """Checks that benchmarks/ lies beside the package, and makes it importable.
 
   Args:
     what: needs it.
@@ -110,6 +110,9 @@ def require_checkout(what: str) -> None:
       f'{what} needs a checkout of dynconv_jax: what it times with is not '
       'installed'
     )
+  # An editable install finds the package alone.
+  if str(root) not in sys.path:
+    sys.path.append(str(root))
 
 
 def share_cpu(devices: int, batch_size: int) -> None:

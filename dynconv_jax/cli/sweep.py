@@ -255,10 +255,11 @@ def _train(
     if (folder / TRAINED).exists() and (
       epochs != workdir_lib.read_config(folder).optimization.epochs
     ):
-      (folder / TRAINED).unlink()  # It goes on, to be measured anew.
+      # It goes on, to be measured anew; last what tells that it has to.
       if run.name in rows:
         again = {'run': run.name, 'split': SPLIT, 'latency_ms': ''}
         write_result(table, again)
+      (folder / TRAINED).unlink()
   left = [
     run
     for run in runs

@@ -122,7 +122,7 @@ def check_hash(
   if found != sha256:
     raise ValueError(
       f'{place or path} is damaged or another file: its SHA-256 is {found}, '
-      f'expected {sha256}. Delete it and get it anew'
+      f'expected {sha256}'
     )
 
 

@@ -202,6 +202,8 @@ def drawn_output(func, args, kwargs) -> torch.Tensor | None:
     torch.Tensor, lambda x: torch.empty_like(x, device='meta'), (args, kwargs)
   )
   output = func(*shaped_args, **shaped_kwargs)
+  if not (output.is_floating_point() or output.is_complex()):
+    return None
   size, device = output.numel(), first_tensor(args).device
   values = torch.randn(_PERIOD, dtype=output.dtype, device=device)
   return values.repeat(-(-size // _PERIOD))[:size].view(output.shape)

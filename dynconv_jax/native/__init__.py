@@ -42,7 +42,7 @@ def register(
     path = build(source, flags)
     library = ctypes.CDLL(str(path))
   except (OSError, subprocess.SubprocessError) as error:
-    # Of templates' errors the rest fills pages.
+    # Template errors go on for pages.
     told = getattr(error, 'stderr', None) or str(error)
     logging.warning(
       'XLA computes what kernels of this package would compute faster: they '

@@ -64,7 +64,7 @@ def plot_learning_curves(
     None,
   )
   training = [row for row in metrics if row.get('split', 'train') == 'train']
-  others = [row for row in metrics if row not in training]
+  others = [row for row in metrics if row.get('split', 'train') != 'train']
   # One loss a panel: training's has terms that validation's lacks.
   panels = {
     'training loss (nats)': (training, 'loss', _draw_parts),

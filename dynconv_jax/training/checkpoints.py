@@ -65,8 +65,7 @@ def open_manager(
   except BaseException as error:
     # What went wrong first is told; a save under way may fail for it, too. It
     # would wait for a process that is lost.
-    lost = isinstance(error, jax.errors.JaxRuntimeError)
-    if jax.process_count() == 1 or not lost:
+    if not distributed.is_lost(error):
       with contextlib.suppress(Exception):
         manager.close()
     raise
@@ -263,6 +262,8 @@ def _explained(manager: ocp.CheckpointManager):
     yield
   # The writers raise errors of several kinds, from threads of their own.
   except Exception as error:  # noqa: BLE001
+    if distributed.is_lost(error):
+      raise
     steps = sorted(ocp.utils.checkpoint_steps(manager.directory))
     raise OSError(
       f'cannot save a checkpoint in {manager.directory} '
@@ -289,6 +290,8 @@ def _first_readable(manager, steps, args):
     # A damaged file may surface as almost any error of orbax, tensorstore or
     # the JSON reader; every one means the same here.
     except Exception as error:  # noqa: BLE001
+      if distributed.is_lost(error):
+        raise
       failures.append(f'step {step}: {_first_line(error)}')
       logging.warning('cannot read the checkpoint of %s', failures[-1])
       continue

@@ -183,14 +183,9 @@ class Config:
     Args:
       places: whether it says where things lie, which may differ by machine.
     """
-    elsewhere = {
-      name
-      for part in self._parts()
-      for name, known in options_lib.options_of(type(part)).items()
-      if not places and known.operational and known.kind is str
-    }
+    left_out = () if places else places_of(self.data.dataset)
     return to_flags(
-      {n: value for n, value in self.flat().items() if n not in elsewhere}
+      {n: value for n, value in self.flat().items() if n not in left_out}
     )
 
   @classmethod
@@ -292,6 +287,40 @@ def read_flags(text: str) -> dict[str, str]:
   return texts
 
 
+def places_of(*datasets: str) -> list[str]:
+  """Returns the options that say where data lies, not what it is.
+
+  Args:
+    datasets: whose own options count, too.
+  """
+  kinds = (DataConfig, *map(DataConfig.options_type, datasets))
+  return [
+    name
+    for kind in kinds
+    for name, known in options_lib.options_of(kind).items()
+    if known.operational and known.kind is str
+  ]
+
+
+def choices(
+  datasets: Sequence[str] = (),
+  models: Sequence[str] = (),
+  methods: Sequence[str] = (),
+) -> dict[type, list[str]]:
+  """Returns what can be chosen by name, for each part that has a choice.
+
+  Args:
+    datasets: names beside those of this package.
+    models: as `datasets`.
+    methods: as `datasets`.
+  """
+  return {
+    DataConfig: [*DATASETS, *datasets],
+    ModelConfig: [*registry.architectures(), *models],
+    MethodConfig: [*METHODS, *methods],
+  }
+
+
 def all_options(
   datasets: Sequence[str] = (),
   models: Sequence[str] = (),
@@ -307,11 +336,7 @@ def all_options(
   Raises:
     ValueError: a name is unknown, or two options share a name.
   """
-  chosen = {
-    DataConfig: [*DATASETS, *datasets],
-    ModelConfig: [*registry.architectures(), *models],
-    MethodConfig: [*METHODS, *methods],
-  }
+  chosen = choices(datasets, models, methods)
   found = {}
   for kind in PARTS.values():
     own = options_lib.options_of(kind)

@@ -132,6 +132,7 @@ def save_published(
     for name, text in read_texts(workdir).items()
     if name not in left_out
   }
+  flags.setdefault('normalization', run.normalization)
   metadata = {
     'model': run.network.model.model,
     'method': run.network.method.method,

@@ -58,18 +58,20 @@ class Records:
       self._path,
       ''.join(json.dumps(row) + '\n' for row in rows if row['step'] <= step),
     )
-    # First: it may fail, and the file below would be left open.
-    self._wandb = _WandB(workdir, wandb) if wandb else None
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
-    self._events = record_writer.RecordWriter(
-      f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
-    )
-    self._add(0, file_version='brain.Event:2')
-    # Tells TensorBoard to drop later steps of an earlier session, too.
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(step + 1, session_log=start)
-    self._events.flush()
+    with contextlib.ExitStack() as stack:  # Closes what an error leaves open.
+      self._events = record_writer.RecordWriter(
+        f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
+      )
+      stack.callback(self._events.close)
+      self._add(0, file_version='brain.Event:2')
+      # Tells TensorBoard to drop later steps of an earlier session, too.
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(step + 1, session_log=start)
+      self._events.flush()
+      self._wandb = _WandB(workdir, wandb) if wandb else None
+      stack.pop_all()
 
   def __enter__(self) -> Records:
     return self

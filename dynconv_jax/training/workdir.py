@@ -263,7 +263,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     else:
       damaged += 1
   if damaged:
-    logging.warning('left out %d damaged lines of %s', damaged, path)
+    logging.warning('damaged lines left out of %s: %d', path, damaged)
   return rows
 
 

@@ -31,6 +31,8 @@ def test_help_lists_every_command_in_a_line():
   listed = re.findall(r'^  (\w+(?: \w+)?)  +[A-Z].*\.$', done.stdout, re.M)
   assert listed == list(command.COMMANDS)
   assert _dynconv().returncode == 2
+  assert _dynconv('export').returncode == 2
+  assert '--workdir' in _dynconv('train').stderr
   exports = [name for name in listed if name.startswith('export ')]
   shown = _dynconv('export', '--help').stdout
   assert re.findall(r'^  (\w+ \w+)', shown, re.M) == exports

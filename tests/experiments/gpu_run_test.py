@@ -90,6 +90,5 @@ def test_a_dry_run_does_every_step(tmp_path):
   found = json.loads((tmp_path / 'gpu_run.json').read_text())['steps']
   assert set(found) == set(gpu_steps.steps(True))
   assert all(step['ok'] for step in found.values()), found
-  assert 'skipped' in found['tests']['result'] or found['tests']['ok']
   assert found['times_1']['result']['sparse_launched_ms'] > 0
   assert len(found['graphs']['result']['milliseconds']) == 20

@@ -224,8 +224,9 @@ def job(name, line, *needs):
     needs, lambda result: finished.append(name))
 def run(**options):
   with ray_jobs.connected(address, gpus=0, retries=1, **options) as cluster:
-    jobs = [job('a', 'sleep 1; touch up'), job('b', 'echo bad >&2; exit 3')]
-    jobs += [job('c', 'true', 'b'), job('d', 'test -e up', 'a', 'elsewhere')]
+    jobs = [job('a', f'sleep 1; touch {folder}/up')]
+    jobs += [job('b', 'echo bad >&2; exit 3'), job('c', 'true', 'b')]
+    jobs += [job('d', f'test -e {folder}/up', 'a', 'elsewhere')]
     jobs += [job('e', 'true', 'f'), job('f', 'true', 'e')]
     ended = cluster.run_jobs(dict(jobs), lambda running, ended: None)
     last = cluster.run_jobs(

@@ -74,6 +74,8 @@ def _interpret(kernel, inputs, outputs, options):
   constants = {k: v for k, v in options.items() if k.isupper()}
   tensors = [tensor(np.array(a)) for a in inputs]
   tensors += [tensor(a) for a in outputs]  # They share memory.
+  for i, j in options.get('input_output_aliases', {}).items():
+    tensors[i] = tensors[len(inputs) + j]
   function = _interpreted_kernels()[kernel]
   function[(options['grid'],)](*tensors, **constants)
   return outputs

@@ -81,7 +81,7 @@ def convolve_gathered(
   """Returns what `triton.convolve` does, by Gluon where that fits.
 
   Args:
-    table: see `triton.convolve`, as all but the last one.
+    table: a map, or the listed rows of one.
     shape: of the map.
     read: positions.
     written: positions.
@@ -89,7 +89,8 @@ def convolve_gathered(
     lookup: whether the table holds listed rows.
     tiles: sizes.
   """
-  if not fits(layer, tiles):
+  # The kernel looks up the rows of a 3x3, and reads the map for a 1x1.
+  if not fits(layer, tiles) or lookup != (layer.conv.kernel_size > 1):
     return convolve(table, shape, read, written, layer, lookup=lookup)
   size, features = written.rows.size, layer.bias.size
   grid = cdiv(size, tiles['BLOCK_ROWS']) * (features // tiles['BLOCK_FEATURES'])

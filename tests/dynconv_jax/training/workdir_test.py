@@ -377,4 +377,5 @@ def test_lines_of_metrics_that_are_damaged_are_left_out(tmp_path):
   (tmp_path / workdir.METRICS_FILE).write_bytes(b'\n'.join(lines))
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
     assert workdir.read_metrics(tmp_path) == [row, row]
-  assert f'left out 9 damaged lines of {tmp_path}' in logs.output[0]
+  assert f'damaged lines left out of {tmp_path}' in logs.output[0]
+  assert logs.output[0].endswith(': 9')
