@@ -7,17 +7,21 @@ import numpy as np
 import pytest
 from flax import nnx
 from triton_cases import (
+  BLOCKS,
   DTYPES,
   assert_near,
   check_list,
+  make_block,
+  make_input,
   make_mask_unit,
   make_masks,
+  mask_of,
 )
 
 from dynconv_jax.masks import dilate
 from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
 from dynconv_jax.models.blocks import BasicBlock
-from dynconv_jax.sparse.backends import triton_masks
+from dynconv_jax.sparse.backends import triton, triton_masks
 
 
 def test_positions_of_many_tiles(interpreted):
@@ -95,6 +99,34 @@ def test_a_unit_that_is_told_nothing_multiplies_the_whole_map(
     squeezed, x.shape, x.shape[:3], None, x.shape[:3], 1
   )
   assert_near(logits, mask_logits(units[1], x))
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_a_narrow_bottleneck_multiplies_what_it_writes(interpreted, dtype):
+  """The products of the unit that reads its output, at active positions."""
+  block = make_block(*BLOCKS['bottleneck'], 1, dtype=dtype)
+  assert triton.fuses(block.branch, dtype)
+  features = block.branch.features
+  units = [make_mask_unit(features, 3, 1, 1, seed) for seed in range(3)]
+  x = make_input((2, 5, 8, features), dtype)
+  mask = mask_of(block, x, np.random.default_rng(0).random((2, 5, 8)) < 0.4)
+  before = triton_masks.ColumnSqueeze(units, 0).squeeze(x, None)
+  following = triton_masks.ColumnSqueeze(units, 1)
+  lists = triton_masks.Lists(*map(triton_masks.list_positions, mask.maps))
+  packed = triton.PackedBlock.pack(block)
+  out, found = triton.run_block(packed, x, lists, before, following)
+  assert found.changed is None
+  assert [zero.tolist() for zero in found.zeros] == [[0], [0]]
+  active = np.flatnonzero(mask.hard)
+  rest = np.flatnonzero(np.asarray(mask.hard) == 0)
+  first, terms = following.first, np.asarray(found.terms)
+  whole = np.asarray(following.squeeze(out, None).terms)
+  # The kernel multiplies what it rounds to the dtype of the map.
+  assert_near(terms[first:, active], whole[first:, active])
+  old = np.asarray(before.terms)
+  np.testing.assert_array_equal(terms[:, rest], old[:, rest])
+  np.testing.assert_array_equal(terms[:first], old[:first])
+  assert np.abs(terms[first:, active] - old[first:, active]).max() > 0.1
 
 
 def mask_logits(unit, x):
