@@ -102,7 +102,7 @@ def test_two_processes_share_batches_and_kernels(tmp_path, monkeypatch):
   assert [status for status, _ in ended] == [0, 0], ended[0][1] + ended[1][1]
   alone = {'sys': sys}
   exec(_SHARED, alone)
-  before = jax.config.jax_disable_most_optimizations
+  before = jax.config.read('jax_disable_most_optimizations')
   jax.config.update('jax_disable_most_optimizations', True)
   try:
     expected, _ = alone['results'](alone['load'](fakes))

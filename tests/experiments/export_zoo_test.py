@@ -10,7 +10,7 @@ import pytest
 from dynconv_jax import interop
 from dynconv_jax.interop import zoo
 from dynconv_jax.training import loop, workdir
-from dynconv_jax.training.published import load_published
+from dynconv_jax.training.published import load_published, save_published
 
 
 @pytest.fixture
@@ -151,3 +151,17 @@ def test_errors_leave_nothing(program, run, tmp_path, change, more, message):
     )
   assert not (tmp_path / 'zoo').exists()
   assert not index.exists()
+
+
+def test_a_run_from_before_an_option(run, tmp_path):
+  """Its flags lack the normalization; the file has it all the same."""
+  flags = run / 'flags.txt'
+  lines = flags.read_text().splitlines()
+  kept = [line for line in lines if not line.startswith('--normalization=')]
+  assert len(kept) == len(lines) - 1
+  flags.write_text('\n'.join(kept) + '\n')
+  old, path = workdir.load_run(run), tmp_path / 'old.safetensors'
+  save_published(path, old, run)
+  loaded = load_published(str(path))
+  assert loaded.normalization == old.normalization == 'imagenet'
+  assert interop.source_normalization(str(path)) == 'imagenet'
