@@ -37,7 +37,7 @@ _SIZES = flags.DEFINE_list(
   'WIDTHxHEIGHT of drawn pictures, pixels.',
 )
 _IMAGE_SIZES = flags.DEFINE_list(
-  'image_size', ['64', '160', '224'], 'Sides of the inputs, in pixels.'
+  'image_sizes', ['64', '160', '224'], 'Sides of the inputs, in pixels.'
 )
 _NUM_IMAGES = flags.DEFINE_integer(
   'num_images', 100, 'Photographs, spread evenly over all.', lower_bound=1

@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import re
+import socket
 import sys
 import threading
 import time
@@ -79,6 +80,8 @@ def start(
   _check(given, cluster, timeout)
   if not cluster and (num_processes or 1) == 1:
     return False
+  if coordinator_address and process_id == 0:
+    _check_port(coordinator_address)
   method = {None: 'deactivate', 'auto': None}.get(cluster, cluster)
   watch = threading.Timer(timeout, _give_up, [given, timeout])
   watch.daemon = True
@@ -120,6 +123,19 @@ def _check(given: dict[str, Any], cluster: str | None, timeout: int) -> None:
     raise ValueError(f'process_id must be in [0, {upper}); got {number}')
   if timeout < 1:
     raise ValueError(f'the timeout must be >= 1 second; got {timeout}')
+
+
+def _check_port(address: str) -> None:
+  """Raises OSError where jaxlib might end the process by a signal."""
+  dualstack = socket.has_dualstack_ipv6()
+  family = socket.AF_INET6 if dualstack else socket.AF_INET
+  port = int(address.rsplit(':', 1)[1])
+  try:
+    socket.create_server(
+      ('', port), family=family, dualstack_ipv6=dualstack
+    ).close()
+  except (OSError, OverflowError) as error:
+    raise OSError(f'cannot start at {address}: {error}') from error
 
 
 def _give_up(given: dict[str, Any], timeout: int) -> None:

@@ -121,7 +121,7 @@ def test_a_trained_network_and_its_images_are_read(dynconv_run):
 
 
 def test_peers_that_are_not_installed_are_left_out(capsys):
-  missing = cases.Peer('torch', ('torch', 'no_such_package'))
+  missing = cases.Peer('torch', ('json', 'no_such_package'))
   with mock.patch.dict(cases.PEERS, torch=missing, litert=cases.Peer('', ())):
     assert cases.available_peers(['torch', 'litert'], False) == ['litert']
   assert 'torch is left out: no_such_package' in capsys.readouterr().out

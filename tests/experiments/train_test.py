@@ -104,7 +104,7 @@ def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
 )
 def test_the_flag_files_here_give_sound_configurations(path):
   config = _parse(f'--flagfile={path}')
-  config.check()
+  config.check(resumed=True)  # Its pretrained weights may not be installed.
   assert config != Config()
   assert path.read_text().startswith('# python -m experiments.train ')
 

@@ -112,7 +112,7 @@ def test_what_is_supported_is_computed(interpreted, kind, dtype):
 def test_nothing_is_read_that_was_not_computed(interpreted, kind):
   """What is not a number at inactive positions stays there."""
   block = make_block(*BLOCKS[kind], 1, dtype=jnp.float32)
-  x = make_input((2, 7, 9, 20), jnp.float32)
+  x = make_input((2, 7, 9, BLOCKS[kind][1]), jnp.float32)
   hard = jnp.zeros(x.shape[:3]).at[0, 2:4, 2:5].set(1)
   mask = mask_of(block, x, hard)
   read = mask.dilated
