@@ -2,10 +2,11 @@
 
 python -m benchmarks.gpu_gluon [--check]
 
-The 3x3 convolutions of ResNet-50's stages 3 and 4 in bfloat16, on masks of no,
-one, some, and all positions. It is an error if the two differ. --check compares
-on few images and times nothing: that is what compute-sanitizer runs. The last
-line is JSON: microseconds of Triton, and of each of the Gluon kernel's tiles.
+The 3x3 and first 1x1 convolutions of ResNet-50's stages 3 and 4 in bfloat16, on
+masks with no, one, some, and all positions active. It is an error if the two
+differ. --check compares on few images and times nothing; compute-sanitizer runs
+it. The last line is JSON: microseconds of Triton, and of each of the Gluon
+kernel's tiles.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ def main(argv: Sequence[str]) -> None:
   for side, features in _STAGES:
     shape = (2 if _CHECK.value else 128, side, side)
     for name, hard in _masks(shape).items():
-      found.append(_compare(name, hard, features))
-      print(json.dumps(found[-1]), flush=True)
+      for kernel_size in (3, 1):
+        found.append(_compare(name, hard, features, kernel_size))
+        print(json.dumps(found[-1]), flush=True)
   print(json.dumps(found))
 
 
@@ -59,10 +61,13 @@ def _masks(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
   return {'none': 0 * one, 'one': one, 'all': one * 0 + 1} | some
 
 
-def _compare(name, hard, features):
+def _compare(name, hard, features, kernel_size):
   rng = np.random.default_rng(1)
-  conv = Conv('conv', 'norm', features, features, 3, 1, 1, 'relu')
-  kernel = rng.normal(size=conv.kernel_shape) / (3 * features**0.5)
+  lookup = kernel_size == 3
+  inputs = features if lookup else 4 * features
+  padding = kernel_size // 2
+  conv = Conv('conv', 'norm', inputs, features, kernel_size, 1, padding, 'relu')
+  kernel = rng.normal(size=conv.kernel_shape) / (kernel_size * inputs**0.5)
   layer = FoldedConv(
     jnp.asarray(kernel, jnp.bfloat16),
     jnp.asarray(rng.normal(size=features), jnp.float32),
@@ -70,12 +75,13 @@ def _compare(name, hard, features):
   )
   active = list_positions(jnp.asarray(hard))
   needed = list_positions(dilate(jnp.asarray(hard), 1))
-  table = jnp.asarray(rng.normal(size=(hard.size, features)), jnp.bfloat16)
-  args = (table, (*hard.shape, features), needed, active, layer)
+  rows = (hard.size,) if lookup else hard.shape  # Listed rows, or the map.
+  table = jnp.asarray(rng.normal(size=(*rows, inputs)), jnp.bfloat16)
+  args = (table, (*hard.shape, inputs), needed, active, layer)
   count = int(active.count[0])
 
   def measure(convolve):
-    run = jax.jit(lambda table: convolve(table, *args[1:], lookup=True))
+    run = jax.jit(lambda table: convolve(table, *args[1:], lookup=lookup))
     rows = np.asarray(run(table)[:count], np.float32)
     start = time.perf_counter()
     for _ in range(_CALLS if not _CHECK.value else 0):
@@ -84,7 +90,8 @@ def _compare(name, hard, features):
     return rows, 1e6 * (time.perf_counter() - start) / _CALLS
 
   expected, microseconds = measure(triton.convolve)
-  found = {'side': hard.shape[1], 'mask': name, 'rows': count}
+  found = {'side': hard.shape[1], 'kernel_size': kernel_size}
+  found |= {'mask': name, 'rows': count}
   found['triton'] = microseconds
   for number, tiles in enumerate(gluon.TILES[: 1 if _CHECK.value else None]):
     if not gluon.fits(layer, tiles):

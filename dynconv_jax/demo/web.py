@@ -92,6 +92,9 @@ def export_web(
   files['networks.json'] = json.dumps(description).encode()
   for path, content in files.items():
     write_atomic(output / path, content)
+  for path in output.glob('networks/*.onnx'):
+    if f'networks/{path.name}' not in files:  # Of an earlier export.
+      path.unlink()
   return {path: len(content) for path, content in files.items()}
 
 

@@ -136,7 +136,6 @@ def save_published(
   metadata = {
     'model': run.network.model.model,
     'method': run.network.method.method,
-    'width_multiplier': str(run.network.model.width_multiplier),
     'step': str(run.step),
     'class_names': json.dumps(run.class_names),
     'flags': json.dumps(flags),

@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 
+from PIL import Image
+
 ROOT = pathlib.Path(__file__).parents[2]
 _DATA = ('--spots_size=24', '--spots_train=64', '--spots_test=20')
 _RUN = (
@@ -119,16 +121,20 @@ def kills(campaign: Campaign, number: int, reference, seconds: float) -> None:
 def kernels(campaign: Campaign, number: int) -> None:
   """Kills compilations, and damages what they made."""
   code = (
-    'from dynconv_jax.sparse.backends import library; print(library.build())'
+    'from dynconv_jax import native\n'
+    'from dynconv_jax.sparse.backends import cpu\n'
+    'print(native.build(cpu._SOURCE))'
   )
   command = [sys.executable, '-c', code]
   shared = dict(cwd=ROOT, env=campaign.environment, text=True)
 
   def build():
     done = subprocess.run(command, **shared, capture_output=True)
+    if done.returncode:
+      sys.exit(done.stderr)
     path = pathlib.Path(done.stdout.strip())
     left = {p.name for p in path.parent.iterdir()} - {'.lock', path.name}
-    return path, f'{done.stderr[-300:]} {left}' if left or not path.name else ''
+    return path, f'{done.stderr[-300:]} {left}' if left else ''
 
   for _ in range(number):
     process = subprocess.Popen(command, **shared, stdout=subprocess.DEVNULL)
@@ -144,7 +150,10 @@ def kernels(campaign: Campaign, number: int) -> None:
     path.write_bytes(damaged)
     again, problem = build()
     sound = again == path and path.stat().st_size > 100_000
-    campaign.note('damaged library of kernels', problem or '' * sound)
+    campaign.note(
+      'damaged library of kernels',
+      problem or ('' if sound else f'{again} {path}'),
+    )
 
 
 def sweep(campaign: Campaign) -> None:
@@ -185,13 +194,47 @@ def full_disk(campaign: Campaign, reference) -> None:
     status, output = campaign.train(workdir)
     same = status == 0 and result(workdir) == reference
     campaign.note('training after a full disk', '' if same else output[-500:])
-  run = f'--workdir={campaign.folder / "reference"}'
-  weights = f'--output={campaign.folder / "w.safetensors"}'
-  for command in (('evaluate', '--num_maps=4'), ('export_weights', weights)):
+  outcome = campaign.train(
+    campaign.folder / 'unprepared', campaign.folder / 'small', limit=4
+  )
+  campaign.note('full disk in preparation', campaign.refused(outcome, 'small'))
+  reference_run = campaign.folder / 'reference'
+  run = f'--workdir={reference_run}'
+  weights = campaign.folder / 'weights.safetensors'
+  for command, limit in (
+    (('export_weights', run, f'--output={weights}'), 1),
+    (('export_weights', run, f'--output={weights}'), 0),
+    (('export_onnx', run, f'--output={weights}.onnx'), 1),
+    (('export_stablehlo', run, f'--output={weights}.stablehlo'), 1),
+    (('evaluate', run, '--num_maps=4'), 1),
+    (('plot', run), 1),
+    (('predict', run, photograph(campaign), f'--output_dir={weights}_'), 1),
+    (
+      (
+        *('import_weights', f'--from_torch={weights}'),
+        *('--model=cifar_resnet8', '--method=dynconv', '--image_size=16'),
+        *('--width_multiplier=0.25', f'--workdir={weights}_run'),
+      ),
+      1,
+    ),
+  ):
     outcome = campaign.call(
-      f'experiments.{command[0]}', run, *command[1:], limit=1
+      f'experiments.{command[0]}', *command[1:], limit=limit
     )
-    campaign.note(f'full disk in {command[0]}', campaign.refused(outcome, ''))
+    if limit:
+      problem = campaign.refused(outcome, str(campaign.folder))
+      campaign.note(f'full disk in {command[0]}', problem)
+    elif outcome[0]:
+      sys.exit(outcome[1])
+  same = result(reference_run) == reference
+  campaign.note('run that programs read on a full disk', '' if same else 'lost')
+
+
+def photograph(campaign: Campaign) -> pathlib.Path:
+  """Returns a small image file."""
+  path = campaign.folder / 'photograph.png'
+  Image.new('RGB', (40, 30), 'orange').save(path)
+  return path
 
 
 def double_start(campaign: Campaign) -> None:
@@ -284,6 +327,36 @@ def damaged_files(campaign: Campaign) -> None:
       campaign.note(f'damaged {name}', campaign.refused(outcome, name))
 
 
+def damaged_data(campaign: Campaign) -> None:
+  """Damages each file of a prepared data set, and images to classify."""
+  original = campaign.folder / 'data'
+  files = sorted(p for p in original.rglob('*') if p.is_file())
+  for number, path in enumerate(files):
+    content = path.read_bytes()
+    half = len(content) // 2
+    flipped = (
+      content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
+    )
+    cases = {'': b'', 'cut': content[:half], 'other': b'garbage' * 100}
+    if path.suffix not in ('.txt', '.json'):  # Those may be sound text again.
+      cases['flipped'] = flipped
+    for case, damaged in cases.items():
+      data = campaign.folder / f'damaged{number}{case}'
+      shutil.copytree(original, data)
+      (data / path.relative_to(original)).write_bytes(damaged)
+      outcome = campaign.train(
+        campaign.folder / f'on_damaged{number}{case}', data
+      )
+      name = path.name.split('-0')[0]
+      campaign.note(f'damaged {name}', campaign.refused(outcome, str(data)))
+  run = f'--workdir={campaign.folder / "reference"}'
+  path = photograph(campaign)
+  for damaged in (b'', path.read_bytes()[:50], b'garbage'):
+    path.write_bytes(damaged)
+    outcome = campaign.call('experiments.predict', run, path)
+    campaign.note('damaged photograph', campaign.refused(outcome, path.name))
+
+
 def main() -> None:
   """Runs the campaign, and prints its table."""
   parser = argparse.ArgumentParser(description=__doc__)
@@ -302,6 +375,7 @@ def main() -> None:
     expected = result(reference)
     flips(campaign, given.flips)
     damaged_files(campaign)
+    damaged_data(campaign)
     double_start(campaign)
     full_disk(campaign, expected)
     kernels(campaign, max(1, given.kills // 4))

@@ -12,23 +12,10 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from dynconv_jax.sparse.backends import (
-  gluon_kernels,
-  triton_depthwise_kernels,
-  triton_kernels,
-  triton_launch,
-  triton_mask_kernels,
-  triton_stem_kernels,
-)
+from dynconv_jax.sparse.backends import triton_launch
 
 _PTXAS = pathlib.Path(triton.__file__).parent / 'backends/nvidia/bin/ptxas'
-_KERNELS = {
-  **vars(triton_kernels),
-  **vars(triton_mask_kernels),
-  **vars(triton_stem_kernels),
-  **vars(triton_depthwise_kernels),
-  **vars(gluon_kernels),
-}
+_KERNELS = triton_launch.import_kernels()
 
 
 class Used(NamedTuple):

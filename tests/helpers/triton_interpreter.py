@@ -17,14 +17,11 @@ import jax
 import numpy as np
 
 from dynconv_jax.sparse import backends
+from dynconv_jax.sparse.backends import triton_launch
 
 _FOLDER = pathlib.Path(backends.__file__).parent
-_KERNELS = (
-  'triton_depthwise_kernels',
-  'triton_kernels',
-  'triton_mask_kernels',
-  'triton_stem_kernels',
-)
+# Triton does not interpret Gluon.
+_KERNELS = [k for k in triton_launch.KERNEL_MODULES if k.startswith('triton')]
 
 
 class Interpreter:

@@ -7,6 +7,7 @@ CUDA graphs, so that one launch by the host starts a whole network.
 from __future__ import annotations
 
 import functools
+import importlib
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,10 @@ import jaxlib.version
 _TARGET, _SINCE = 'triton_kernel_call_ffi', (0, 10, 1)
 _TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
 _ALIGNMENT = 16
+KERNEL_MODULES = (
+  *('triton_kernels', 'triton_mask_kernels', 'triton_stem_kernels'),
+  *('triton_depthwise_kernels', 'gluon_kernels'),
+)
 
 
 def capability() -> int:
@@ -35,6 +40,14 @@ def generation() -> int:
   return capability() // 10
 
 
+def import_kernels() -> dict[str, Any]:
+  """Returns the kernels by name; needs Triton."""
+  kernels = {}
+  for name in KERNEL_MODULES:
+    kernels |= vars(importlib.import_module(f'{__package__}.{name}'))
+  return kernels
+
+
 @functools.cache
 def load() -> tuple[Any, Mapping[str, Any]]:
   """Returns `jaxlib.gpu_triton` and the kernels by their names.
@@ -47,13 +60,7 @@ def load() -> tuple[Any, Mapping[str, Any]]:
   try:
     from jaxlib import gpu_triton
 
-    from dynconv_jax.sparse.backends import (
-      gluon_kernels,
-      triton_depthwise_kernels,
-      triton_kernels,
-      triton_mask_kernels,
-      triton_stem_kernels,
-    )
+    kernels = import_kernels()
   except ImportError as error:
     raise ImportError(
       f"kernels for a GPU need Triton ({error}): pip install 'dynconv-jax[gpu]'"
@@ -69,13 +76,7 @@ def load() -> tuple[Any, Mapping[str, Any]]:
       "kernels for a GPU need JAX's CUDA support, which jaxlib "
       f"{version} has not got here: pip install 'jax[cuda12]' installs it"
     )
-  return gpu_triton, {
-    **vars(triton_kernels),
-    **vars(triton_mask_kernels),
-    **vars(triton_stem_kernels),
-    **vars(triton_depthwise_kernels),
-    **vars(gluon_kernels),
-  }
+  return gpu_triton, kernels
 
 
 def launch(

@@ -18,6 +18,10 @@ pytest.importorskip('onnx', reason='pip install dynconv_jax[onnx]')
 @pytest.fixture(scope='module')
 def site(networks, photograph_file, tmp_path_factory):
   folder = tmp_path_factory.mktemp('site')
+  # An earlier export left these.
+  (folder / 'networks').mkdir()
+  for name in ('networks.json', 'networks/7-dense.onnx'):
+    (folder / name).touch()
   examples = [('disc', photograph_file.read_bytes())]
   sizes = web.export_web([networks[0], networks[2]], folder, examples)
   return folder, sizes
