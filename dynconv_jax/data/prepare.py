@@ -191,9 +191,11 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     class_names = tuple(features['label'].names)
     stored = json.loads(contents['features.json'])['featuresDict']['features']
     number = int(stored['label']['classLabel']['numClasses'])
-    if len(class_names) != number:
+    # TFDS makes up names if there are none.
+    lines = contents['label.labels.txt'].split('\n')
+    if (found := sum(bool(line.strip()) for line in lines)) != number:
       raise ValueError(
-        f'label.labels.txt holds {len(class_names)} of {number} class names'
+        f'label.labels.txt holds {found} of {number} class names'
       )
     decoders = {
       name: tfds.decode.SkipDecoding()

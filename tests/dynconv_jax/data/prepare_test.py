@@ -183,6 +183,7 @@ def _empty(path):
     ('label.labels.txt', _remove, 'cannot be read ('),
     ('label.labels.txt', _garbage, 'cannot be read ('),
     ('label.labels.txt', _cut, 'holds 1 of 2 class names'),
+    ('label.labels.txt', _empty, 'holds 0 of 2 class names'),
   ],
 )
 def test_damaged_files(data_dir, name, damage, message):
