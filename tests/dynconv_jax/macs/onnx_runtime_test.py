@@ -185,7 +185,7 @@ class BlocksTest(parameterized.TestCase):
     self.assertEqual(report.by_layer['conv'].macs, 2 * macs + 2 * outputs)
     shape = (1, 6, 6, 20) if channels_last else (1, 20, 6, 6)
     self.assertEqual(report.by_layer['after'].output_shape, shape)
-    self.assertIn('filled up to blocks', report.notes[0])
+    self.assertIn('padded to whole blocks', report.notes[0])
 
   def test_enlarged(self):
     node = helper.make_node('Upsample', ['x'], ['y'], scales=[1, 1, 2, 3])

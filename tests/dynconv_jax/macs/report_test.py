@@ -318,7 +318,7 @@ def test_large_trees_are_printed_to_the_depth_that_fits():
   for i in range(40):
     builder.add(f'blocks.{i}.fc', formulas.matmul(2, 4, 3))
   text = str(builder.build())
-  assert text.endswith('modules to depth 2 of 3; to_tree() has all')
+  assert text.endswith('modules to depth 2 of 3; to_tree() shows all')
   assert ' 39 ' in text and 'fc' not in text
 
 

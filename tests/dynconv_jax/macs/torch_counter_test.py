@@ -125,8 +125,8 @@ class HigherOrderTest(parameterized.TestCase):
     module = nn.Sequential(Functional(looped))
     with self.assertWarnsRegex(
       report_lib.UncountedWarning,
-      'while_loop in 0 is not counted: how often it runs is not known; pass'
-      ' trip_counts, or data and run=True',
+      'while_loop in 0 is not counted: its number of iterations is not known;'
+      ' pass trip_counts, or data and run=True',
     ):
       report = count_macs(module, (8, 8))
     self.assertEqual(report.total, 0)
