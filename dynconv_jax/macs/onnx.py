@@ -177,8 +177,8 @@ def _inputs(
   if unknown:
     example = ', '.join(f'{name!r}: ...' for name in unknown)
     raise ValueError(
-      f'the model has unknown dimensions {list(unknown)}; pass their sizes:'
-      f' dimensions={{{example}}}'
+      f'the model has unknown dimensions {list(unknown)}: pass their'
+      f' sizes, dimensions={{{example}}}'
     )
   if extra := sorted(dimensions.keys() - used):
     raise ValueError(f'the inputs of the model have no dimensions {extra}')

@@ -412,7 +412,7 @@ class UncountedTest(absltest.TestCase):
       [
         'Fused in own is not counted: it is of the domain com.example',
         "Neg in minus is not counted: the shapes of ['m', 'y'] depend on"
-        ' values, by NonZero in positions',
+        ' tensor values (NonZero in positions)',
       ],
     )
     self.assertEqual(

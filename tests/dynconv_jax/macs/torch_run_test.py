@@ -167,7 +167,7 @@ class RunTest(parameterized.TestCase):
     module = Gated().eval()
     drawn, run = (count_macs(module, x, run=r) for r in ('drawn', True))
     self.assertEqual(drawn.by_layer, run.by_layer)
-    self.assertIn('drawn for the outputs of products too', drawn.notes[0])
+    self.assertIn('random outputs of products', drawn.notes[0])
 
   def test_drawn_values_are_not_computed(self):
     seen = []

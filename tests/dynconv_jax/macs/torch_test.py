@@ -469,7 +469,7 @@ class ErrorTest(parameterized.TestCase):
 
   def test_parameters_without_a_shape(self):
     module = nn.LazyLinear(4)
-    with self.assertRaisesRegex(ValueError, 'parameters that have no shape'):
+    with self.assertRaisesRegex(ValueError, 'parameters without a shape'):
       count_macs(module, (2, 4))
 
   def test_without_pytorch(self):
