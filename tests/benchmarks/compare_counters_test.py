@@ -1,4 +1,4 @@
-"""Tests of why counters differ, as docs/macs_comparison.md says."""
+"""Checks the explanations of docs/macs_comparison.md for differing counts."""
 
 import pytest
 from absl.testing import absltest
@@ -17,7 +17,7 @@ class CompareTest(absltest.TestCase):
       compare_counters.resnet50(), (1, 3, 64, 64)
     )
     biases = 1000
-    # Outputs of the convolutions, all normalised: stem, then by stages.
+    # Outputs of all normalized convolutions: the stem, then by stage.
     stem, sides = 64 * 32**2, (16, 8, 4, 2)
     normalised, rectified = stem, stem
     for stage, (side, blocks) in enumerate(
