@@ -104,5 +104,5 @@ def test_a_gated_network_has_the_weights_of_the_dense_one():
   assert weights.keys() == expected.keys()
   for path, value in weights.items():
     np.testing.assert_array_equal(value[...], expected[path][...])
-  # Gives the folded batch norms nontrivial values.
+  # The batch norms to fold have nontrivial statistics.
   assert np.ptp(dense.bn1.mean[...]) > 0.1

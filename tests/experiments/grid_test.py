@@ -158,7 +158,7 @@ def test_every_error_is_named_at_once():
 def test_an_invalid_run_is_named_once_for_all_like_it():
   with pytest.raises(ValueError) as error:
     make_runs(BASE, ['method=dense,dynamic', 'image_size=32,0', 'seed=0,1'])
-  # With each of the two sizes, not with each seed.
+  # Once for each of the two sizes, not for each seed.
   assert str(error.value).count("'dynamic'") == 2
   assert '(dense_image_size0_seed0 and 1 more)' in str(error.value)
   assert '(dynamic_image_size32_seed0 and 1 more)' in str(error.value)

@@ -115,7 +115,7 @@ def test_what_is_no_number_is_an_error():
   with pytest.raises(ValueError, match='milestones must be numbers.*0.5,'):
     _parse('--milestones=0.5,')
   assert _parse('--classes=').data.classes == ()
-  # An error if the classes of the data are known.
+  # Rejected later, when the classes of the data are known.
   assert _parse('--classes=,').data.classes == ('', '')
   with pytest.raises(flags.IllegalFlagValueError, match='flag --epochs=many'):
     _parse('--epochs=many')

@@ -308,7 +308,7 @@ def test_real_weights_on_real_photographs():
   got, expected = _logits_of_both(photographs(224, 64))
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
-  # Plates, not one class for all images, and food classes of ImageNet.
+  # Several classes, most of them ImageNet's food classes.
   assert len(set(expected.argmax(1))) > 8
   food = (expected.argmax(1) >= 923) & (expected.argmax(1) <= 969)
   assert food.mean() > 0.5

@@ -160,7 +160,7 @@ def test_training_step_costs_three_forward_passes_less_one_of_the_stem():
     logits, _ = nnx.merge(graphdef, params, rest)(images)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
-  # Statistics as constants, unlike abstract ones.
+  # Make the statistics constants, which abstract arrays cannot be.
   rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest)
   step = conv(jax.grad(loss), params, images(2, 224))
   forward = conv(loss, params, images(2, 224))

@@ -467,7 +467,7 @@ class BackendTest(absltest.TestCase):
         if info.type.HasField('tensor_type') and isinstance(array, np.ndarray):
           kind = info.type.tensor_type
           kind.shape.CopyFrom(value('', array.shape).type.tensor_type.shape)
-      # Messages about these are not what is tested.
+      # Remove the declared shapes, so that they are inferred.
       del graph.value_info[:]
       for info in graph.output:
         info.type.tensor_type.ClearField('shape')

@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
 
 
 def masked(name, level=0, kind='positions') -> MaskedLayer:
-  # The report sets the count, whatever the mask says about its cost.
+  # The report determines the MACs; the value in the mask, 0, is not used.
   return MaskedLayer(name, 0, level, kind)
 
 

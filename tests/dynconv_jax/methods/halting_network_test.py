@@ -205,7 +205,7 @@ class NetworkTest(parameterized.TestCase):
 
       return jax.grad(objective)(nnx.as_pure(params))
 
-    # The ponder cost alone would contribute too little: the output must help.
+    # The output must contribute to the gradient, not only the ponder cost.
     for weight in (0.0, 0.01):
       given = dict(nnx.to_flat_state(grads(params, weight)))
       units = [path for path in given if 'masker' in path]

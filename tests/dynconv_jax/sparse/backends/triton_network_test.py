@@ -208,7 +208,7 @@ def test_auto_times_the_kernels_against_dense_execution(
 
   with mock.patch.object(executor, 'calibrate', calibrate):
     SparseExecutor(model, (1, 9, 9, 3))
-  # Different shapes for all four.
+  # All four blocks have different shapes.
   assert asked == [(b.name, 'triton', 1.0) for b in model.blocks]
 
 
