@@ -32,7 +32,7 @@ Models = Iterator[tuple[str, Callable[[], report.Report]]]
 def models(table: str, exports: str, names: list[str]) -> Models:
   """Yields the models of a table with a word in `names`; all if it is empty."""
 
-  def wanted(name: str) -> bool:
+  def is_selected(name: str) -> bool:
     return not names or not set(names).isdisjoint(name.split())
 
   if table == 'jax':
@@ -40,7 +40,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     from dynconv_jax.macs import count_macs as count_jax
 
     for name, make in jax_models.models().items():
-      if not wanted(name):
+      if not is_selected(name):
         continue
       function, args, _ = make()
       yield name, functools.partial(count_jax, function, *args)
@@ -48,7 +48,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     from dynconv_jax.macs.onnx import count_macs as count_onnx
 
     for path in sorted(pathlib.Path(exports).glob('*.onnx')):
-      if wanted(path.stem):
+      if is_selected(path.stem):
         yield path.stem, functools.partial(count_onnx, path)
   else:
     import torch
@@ -60,7 +60,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     if table == 'detection':
       run, found = 'drawn', public_models.detection()
     for name, (make, inputs, *_) in found.items():
-      if not wanted(name):
+      if not is_selected(name):
         continue
       torch.manual_seed(0)
       args, kwargs = counter_peers.split(inputs)

@@ -201,7 +201,7 @@ class Counter:
       if x and not _is_known(scope, x)
     ]
     if not known and not is_registered:
-      reason = f'it is of the domain {node.domain}'
+      reason = f'it is unknown in the domain {node.domain}'
       if not node.domain:
         reason = 'it is not an ONNX operator'
     elif unknown and not is_registered:

@@ -259,8 +259,8 @@ def _without_data(
 ) -> torch.Tensor:
   if tensor.layout != torch.strided:
     raise NotImplementedError(
-      f'a tensor of {tensor.layout} has no number of stored elements without'
-      ' data'
+      f'the number of stored elements of a tensor of {tensor.layout} depends on'
+      ' its data'
     )
   return fake.from_tensor(tensor)
 

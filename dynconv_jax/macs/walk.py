@@ -324,7 +324,7 @@ class Walk:
       self._leave_out('pallas_call', stacks, 'the kernel has no cost_estimate')
     elif self._convention.name == 'conv':
       self._leave_out(
-        'pallas_call', stacks, 'its cost_estimate does not tell convolutions'
+        'pallas_call', stacks, 'its cost_estimate does not name convolutions'
       )
     else:
       macs = cost.flops // 2

@@ -381,7 +381,7 @@ class UnknownTest(parameterized.TestCase):
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'Own in own is not counted: it is of the domain com.microsoft',
+        'Own in own is not counted: it is unknown in the domain com.microsoft',
         "MatMul in product is not counted: the shapes of ['b', 'y'] depend on"
         ' Own in own, which is not known',
       ],

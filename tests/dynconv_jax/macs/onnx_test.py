@@ -410,7 +410,7 @@ class UncountedTest(absltest.TestCase):
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'Fused in own is not counted: it is of the domain com.example',
+        'Fused in own is not counted: it is unknown in the domain com.example',
         "Neg in minus is not counted: the shapes of ['m', 'y'] depend on"
         ' tensor values (NonZero in positions)',
       ],

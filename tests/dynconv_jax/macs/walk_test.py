@@ -322,7 +322,7 @@ def test_pallas_call_counts_its_estimate(batch):
   g = jax.vmap(f) if batch else f
   assert macs.count_macs(g, x, convention='flops').total == 108 * times
   assert count(g, x).total == 101 * times // 2
-  with pytest.warns(macs.UncountedWarning, match='does not tell convolutions'):
+  with pytest.warns(macs.UncountedWarning, match='does not name convolutions'):
     assert macs.count_macs(g, x, convention='conv').uncounted
   with pytest.warns(macs.UncountedWarning, match='has no cost_estimate'):
     count(functools.partial(f, cost=None), _SQUARE)
