@@ -19,19 +19,19 @@ class CompareTest(absltest.TestCase):
     biases = 1000
     # Outputs of all normalized convolutions: the stem, then by stage.
     stem, sides = 64 * 32**2, (16, 8, 4, 2)
-    normalised, rectified = stem, stem
+    normalized, rectified = stem, stem
     for stage, (side, blocks) in enumerate(
       zip(sides, (3, 4, 6, 3), strict=True)
     ):
       planes, before = 64 * 2**stage, side if stage == 0 else 2 * side
       block = 2 * planes * side**2 + 4 * planes * side**2
       wider = planes * (before**2 - side**2)  # conv1 of the strided block.
-      normalised += blocks * block + wider + 4 * planes * side**2
+      normalized += blocks * block + wider + 4 * planes * side**2
       rectified += blocks * block + wider
     pooled = 64 * 32**2 + 2048 * 2**2
     self.assertEqual(
       counts['ptflops (pytorch)'],
-      counts['conv+linear'] + biases + 2 * (normalised + rectified + pooled),
+      counts['conv+linear'] + biases + 2 * (normalized + rectified + pooled),
     )
     self.assertEqual(counts['ptflops'], counts['ptflops (pytorch)'])
     self.assertEqual(counts['ptflops (aten)'], counts['conv+linear'] + biases)
