@@ -1,8 +1,8 @@
-"""Counts four PyTorch networks by our conventions and by other counters.
+"""Counts four PyTorch networks in all conventions and with other counters.
 
   python -m benchmarks.compare_counters
 
-prints a table of docs/macs_comparison.md in Markdown, in millions of MACs (of
+prints a table of docs/macs_comparison.md in Markdown, in millions of MACs (or
 FLOPs for `flops`). Needs `pip install torch ptflops==0.7.5`.
 """
 
@@ -41,7 +41,7 @@ def resnet101() -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-  """Returns MobileNetV1: a strided stem, 13 depthwise and pointwise pairs."""
+  """Returns MobileNetV1: a strided stem, 13 depthwise-pointwise pairs."""
   layers: list[nn.Module] = []
 
   def add(inputs, outputs, kernel, stride, groups):
@@ -110,7 +110,7 @@ class Recurrent(nn.Module):
 
 
 def ptflops_macs(module: nn.Module, shape: Sequence[int], backend: str) -> int:
-  """Returns the MACs that ptflops counts for one example."""
+  """Returns ptflops's MACs for one example."""
   import ptflops
 
   macs, _ = ptflops.get_model_complexity_info(
@@ -125,7 +125,7 @@ def ptflops_macs(module: nn.Module, shape: Sequence[int], backend: str) -> int:
 
 
 def torch_macs(module: nn.Module, shape: Sequence[int]) -> int:
-  """Returns half the FLOPs that torch.utils.flop_counter counts."""
+  """Returns half the FLOPs of torch.utils.flop_counter."""
   counter = flop_counter.FlopCounterMode(display=False)
   with torch.no_grad(), counter:
     module.eval()(torch.zeros(*shape))
@@ -133,7 +133,7 @@ def torch_macs(module: nn.Module, shape: Sequence[int]) -> int:
 
 
 def compare(module: nn.Module, shape: Sequence[int]) -> dict[str, int]:
-  """Returns {counter: what it counts} for one example."""
+  """Returns {counter: count} for one example."""
   counts = {
     name: count_macs(module, tuple(shape), convention=name).total
     for name in conventions.CONVENTIONS

@@ -1,7 +1,7 @@
-"""Counters of PyTorch models, ours and others, by one interface.
+"""A common interface to counters for PyTorch models.
 
-Each takes a model and its inputs, one argument or a dict of arguments by name,
-and returns multiply-accumulates.
+Each function takes a model and its inputs (one argument, or a dict of keyword
+arguments) and returns multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ COUNTERS = {
 
 
 class Positional(nn.Module):
-  """A model of `transformers` for tracers: arguments by position, a tuple."""
+  """Wraps a `transformers` model for tracers: positional arguments, tuples."""
 
   def __init__(self, module, names):
     super().__init__()
@@ -108,7 +108,7 @@ class Positional(nn.Module):
 
 
 def positional(model, inputs) -> tuple[nn.Module, tuple[Any, ...]]:
-  """Returns a model and its arguments, all of which are positional."""
+  """Returns a model that takes positional arguments, and its arguments."""
   args, kwargs = split(inputs)
   if not kwargs:
     return model, args

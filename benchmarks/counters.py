@@ -1,16 +1,16 @@
-"""Counts public models by this counter and by others.
+"""Compares this MAC counter with others on public models.
 
   pip install -e '.[counters]'
   python -m benchmarks.counters [--table=TABLE] [--output=FILE] [NAME...]
 
-makes a TABLE of docs/macs_comparison.md, 'torch' with other counters,
-'detection', 'onnx' or 'jax': multiply-accumulates of one image or
-of one sequence of 128 tokens, by `conv+linear`. Nothing is downloaded: the
-models have random weights.
+makes a table of docs/macs_comparison.md: 'torch' (with other counters),
+'detection', 'onnx' or 'jax'. It counts multiply-accumulates of one image or of
+one sequence of 128 tokens, in the convention `conv+linear`. Nothing is
+downloaded: the models have random weights.
 
-Each cell is computed in a process of its own: some counters leave PyTorch
-patched, and what takes too long or dies costs no other cell. Rows that FILE
-has are kept, so a table that was cut off goes on.
+Each cell is computed in a separate process, because some counters leave PyTorch
+patched, and so that a timeout or crash affects one cell only. Rows that FILE
+already contains are kept, so an interrupted table can be resumed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from dynconv_jax.macs.torch import count_macs
 
 _EXPORTERS = ('traced', 'dynamo')
 
-# Slow imports of a table, of which no thread remains.
+# Slow imports for each table that leave no threads behind.
 _TORCH = ['benchmarks.public_models', 'timm', 'torchvision', 'transformers']
 _IMPORTED_ONCE = {
   'torch': _TORCH,
@@ -57,12 +57,12 @@ _IMPORTED_ONCE = {
   'jax': ['benchmarks.jax_models', 'equimo', 'flax.nnx', 'haiku', 'keras'],
 }
 
-# What makes cells of a row, by the names of their columns.
+# Functions that compute the cells of a row, by the names of their columns.
 Columns = Mapping[tuple[str, ...], Callable[[str], list[str]]]
 
 
 def of_counter(name: str, counter: str) -> list[str]:
-  """Returns the cell of a counter, and the seconds if it is ours."""
+  """Returns the cell of a counter, and the seconds for this counter."""
   model, inputs = _made(name)
   start = time.process_time()
   macs = counter_peers.COUNTERS[counter](model, inputs)
@@ -71,18 +71,18 @@ def of_counter(name: str, counter: str) -> list[str]:
 
 
 def of_known(name: str) -> list[str]:
-  """Returns the cell of what is published or has a closed form."""
+  """Returns the cell with the published or closed-form count."""
   return [_billions(public_models.known(name))]
 
 
 def of_onnx(
   name: str, exporter: str, asked: list[str], folder: str
 ) -> list[str]:
-  """Returns the cells of a PyTorch model that is exported to ONNX.
+  """Returns the cells of a PyTorch model exported to ONNX.
 
-  The first exporter's begin with PyTorch's total. The others are what ONNX's
-  total has more, without and with work on constants, and the seconds of the
-  former; none if `exporter` was not `asked` for.
+  For the first exporter, the first cell is PyTorch's total. The other cells are
+  the difference of ONNX's total, without and with work on constants, and the
+  seconds of the former. They are omitted if `exporter` is not in `asked`.
   """
   if exporter not in asked and exporter != _EXPORTERS[0]:
     return []
@@ -95,7 +95,7 @@ def of_onnx(
   try:
     if not os.path.exists(path):
       export(model, inputs, path, exporter == 'dynamo')
-  except Exception as error:  # Exporters refuse models in many ways.
+  except Exception as error:  # Exporters fail in many ways.
     print(f'{name}, {exporter}: {error!r:.2000}', file=sys.__stderr__)
     return [*first, 'not exported']
   start = time.process_time()
@@ -112,7 +112,7 @@ def of_onnx(
 
 
 def export(model, inputs, path: str, dynamo: bool) -> None:
-  """Writes the ONNX file of a model, or none if that fails."""
+  """Writes a model to an ONNX file; writes nothing if the export fails."""
   model, args = counter_peers.positional(model, inputs)
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
     draft = os.path.join(folder, 'model.onnx')
@@ -124,7 +124,7 @@ def export(model, inputs, path: str, dynamo: bool) -> None:
       opset_version=18 if dynamo else 17,
       verbose=False,
     )
-    # A count needs no weights, which are large.
+    # Counting does not need the weights, which are large.
     weights = f'{os.path.basename(path)}.weights'
     onnx.save(
       onnx.load(draft),
@@ -141,7 +141,7 @@ def of_detection(name: str) -> list[str]:
   make, inputs, boxes = public_models.detection()[name]
   torch.manual_seed(0)
   model = make().eval()
-  torch.set_num_threads(1)  # A thread that waits for another takes time, too.
+  torch.set_num_threads(1)  # CPU time includes threads that wait for others.
   start = time.process_time()
   macs = count_macs(model, inputs, run='drawn').total
   seconds = f'{time.process_time() - start:.1f}'
@@ -175,8 +175,8 @@ def columns(options: argparse.Namespace, folder: str) -> Columns:
   """Returns the columns of a table.
 
   Args:
-    options: of the command line.
-    folder: where ONNX files lie.
+    options: the command line options.
+    folder: folder of ONNX files.
   """
   if options.table == 'jax':
     return {('known', 'ours', 'seconds'): of_jax}
@@ -208,7 +208,7 @@ def _send(sender, cells: Callable[[str], list[str]], name: str) -> None:
     ):
       warnings.simplefilter('ignore')
       sender.send(cells(name))
-  except Exception:  # Anything may go wrong in what others wrote.
+  except Exception:  # Other counters may raise anything.
     print(f'{name}:\n{traceback.format_exc()[-2000:]}', file=sys.stderr)
     sender.send(['fails'])
 
@@ -216,8 +216,8 @@ def _send(sender, cells: Callable[[str], list[str]], name: str) -> None:
 def in_a_process(
   cells: Callable[[str], list[str]], name: str, limit_s: float
 ) -> list[str]:
-  """Returns cells that a process of its own computes, or why there are none."""
-  # Not a fork of this one, whose threads for tensors a child would wait for.
+  """Computes cells in a separate process, or returns the reason for failure."""
+  # A fork of this process would wait for its threads.
   context = multiprocessing.get_context('forkserver')
   receiver, sender = context.Pipe(duplex=False)
   process = context.Process(target=_send, args=(sender, cells, name))
@@ -233,12 +233,12 @@ def in_a_process(
 
 
 class Table:
-  """A table of a Markdown file.
+  """A table in a Markdown file.
 
   Args:
-    names: of the columns.
-    order: names of rows, in order.
-    path: of the file; one that has no such table gets it at its end. If None,
+    names: names of the columns.
+    order: names of the rows, in order.
+    path: the file. If it has no such table, the table is appended. If None,
       rows are printed instead.
   """
 
@@ -250,11 +250,11 @@ class Table:
       print(self._head, end='', flush=True)
 
   def rows(self) -> dict[str, str]:
-    """Returns the lines of the rows that there are, by their names."""
+    """Returns the existing lines, by the name of their row."""
     return self._read()[1]
 
   def add(self, name: str, cells: list[str]) -> None:
-    """Writes a row in its place."""
+    """Writes a row at its position."""
     line = f'| {name} | {" | ".join(cells)} |\n'
     if self._path is None:
       print(line, end='', flush=True)
@@ -278,7 +278,7 @@ class Table:
 
 
 def main() -> None:
-  """Makes the table of the models named, or of all."""
+  """Makes the table for the named models, or for all."""
   parser = argparse.ArgumentParser(description=main.__doc__)
   parser.add_argument(
     '--table', choices=('torch', 'detection', 'onnx', 'jax'), default='torch'
@@ -290,14 +290,16 @@ def main() -> None:
     parser.add_argument(
       kind, type=functools.partial(_of, known), default=known, metavar='A,B'
     )
-  parser.add_argument('--output', help='a Markdown file with the table')
-  parser.add_argument('--exports', help='a folder that keeps ONNX files')
-  parser.add_argument('--limit_s', type=float, default=600, help='of a cell')
-  parser.add_argument('names', nargs='*', metavar='NAME', help='of models')
+  parser.add_argument('--output', help='Markdown file with the table')
+  parser.add_argument('--exports', help='folder that keeps ONNX files')
+  parser.add_argument(
+    '--limit_s', type=float, default=600, help='time limit per cell in seconds'
+  )
+  parser.add_argument('names', nargs='*', metavar='NAME', help='model names')
   options = parser.parse_args()
   models = _models(options.table)
   if unknown := set(options.names) - {name.split()[1] for name in models}:
-    parser.error(f'unknown models: {sorted(unknown)}; there are {models}')
+    parser.error(f'unknown models: {sorted(unknown)}; known: {models}')
   multiprocessing.set_forkserver_preload(
     ['benchmarks.counters', *_IMPORTED_ONCE[options.table]]
   )
@@ -321,10 +323,10 @@ def main() -> None:
 
 
 def _of(known: list[str], text: str) -> list[str]:
-  """Returns names that are separated by commas."""
+  """Parses names separated by commas."""
   names = text.split(',')
   if unknown := [name for name in names if name not in known]:
-    raise argparse.ArgumentTypeError(f'must be of {known}; got {unknown}')
+    raise argparse.ArgumentTypeError(f'must be among {known}; got {unknown}')
   return names
 
 

@@ -1,4 +1,4 @@
-"""Public JAX models of Keras, Haiku and Equimo, and their MACs by layer."""
+"""Public JAX models from Keras, Haiku and Equimo, and their known MACs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-os.environ['KERAS_BACKEND'] = 'jax'  # Before Keras is imported.
+os.environ['KERAS_BACKEND'] = 'jax'  # Must be set before importing Keras.
 
 _KERAS = """
   VGG16 VGG19 ResNet50 ResNet101 ResNet50V2 ResNet152V2 DenseNet121
@@ -20,7 +20,7 @@ _KERAS = """
   EfficientNetV2S ConvNeXtTiny
 """
 
-# What torchvision states of networks that are the same.
+# Torchvision's figures for the same networks.
 _HAIKU = {
   'ResNet18': 1.814,
 }
@@ -33,7 +33,7 @@ _EQUIMO = {
 
 
 def models() -> dict[str, Callable[[], tuple[Callable, tuple, float | None]]]:
-  """Returns {name: what makes (function, arguments, known billions)}."""
+  """Returns {name: function that returns (function, args, known billions)}."""
   found = {f'keras {name}': _keras(name) for name in _KERAS.split()}
   found |= {f'haiku {x}': _haiku(x, macs) for x, macs in _HAIKU.items()}
   return found | {f'equimo {x}': _equimo(x, y) for x, y in _EQUIMO.items()}
@@ -67,14 +67,14 @@ def _keras(name: str):
 
 
 def _by_layer(model: Any) -> int:
-  """Returns the sum over Keras's layers of positions times weights."""
+  """Returns the sum over Keras layers of output positions times weights."""
   macs = 0
   for layer in model.layers:
-    # The positions of the output but for its features.
+    # The output positions: its shape without batch and features.
     positions = math.prod(layer.output.shape[1:-1]) if layer.weights else 0
     for name in ('kernel', 'depthwise_kernel', 'pointwise_kernel'):
       kernel = getattr(layer, name, None)
-      # Another name of `depthwise_kernel`, in some layers.
+      # In some layers this is another name of `depthwise_kernel`.
       if kernel is not None and not (
         name == 'depthwise_kernel' and getattr(layer, 'kernel', None) is kernel
       ):

@@ -16,8 +16,9 @@ _TORCHVISION = """
   regnet_y_400mf convnext_tiny vit_b_16 swin_t swin_v2_t maxvit_t
 """
 
-# {boxes: (options, names)}. Boxes depend on weights. Torchvision's figures are
-# of trained ones and an image of noise; with these options they do not depend.
+# {boxes: (options, names)}. In general, the number of boxes depends on the
+# weights; torchvision used trained weights and an image of noise. With these
+# options it does not.
 _DETECTION = {
   'one stage': (
     {},
@@ -78,9 +79,9 @@ _TOKENS = 128
 
 
 def models() -> dict[str, tuple[Callable[[], nn.Module], Any]]:
-  """Returns {name: (what makes the model, its inputs)}.
+  """Returns {name: (function that creates the model, its inputs)}.
 
-  Inputs are one positional argument, or a dict of arguments by name.
+  Inputs are one positional argument, or a dict of keyword arguments.
   """
   import timm
   import torchvision
@@ -120,7 +121,7 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Any]]:
 
 
 def detection() -> dict[str, tuple[Callable[[], nn.Module], Any, str]]:
-  """Returns {name: (what makes the model, its inputs, its boxes)}."""
+  """Returns {name: (function that creates the model, inputs, boxes)}."""
   import torchvision
 
   found = {}
@@ -136,7 +137,7 @@ def detection() -> dict[str, tuple[Callable[[], nn.Module], Any, str]]:
 
 
 def known(name: str) -> float | None:
-  """Returns a model's MACs in billions, where they are published or closed."""
+  """Returns a model's MACs in billions, if published or in closed form."""
   library, _, model = name.partition(' ')
   if library == 'torchvision':
     return _weights(model).meta['_ops']
@@ -145,7 +146,7 @@ def known(name: str) -> float | None:
 
 
 def _weights(name: str):
-  """Returns torchvision's first weights of a model, which are not read."""
+  """Returns torchvision's first weights enum of a model (not downloaded)."""
   import torchvision
 
   return next(iter(torchvision.models.get_model_weights(name)))
@@ -158,10 +159,10 @@ def _config(name: str):
 
 
 def _closed_form(name: str) -> int | None:
-  """Returns the MACs of some transformers, from their sizes alone.
+  """Returns the MACs of some transformers, computed from their sizes.
 
-  A layer has its projections, two products of attention with all pairs of
-  tokens, and a perceptron, or a router and those experts that a token takes.
+  A layer has projections, two attention products over all pairs of tokens, and
+  a perceptron, or a router and the experts that each token uses.
   """
   n = _TOKENS
   if name in ('Bert', 'DistilBert', 'GPT2'):

@@ -1,11 +1,12 @@
-"""Counts public models in two fresh processes, whose reports may not differ.
+"""Counts public models in two fresh processes and compares the reports.
 
   python -m benchmarks.recount --table=torch|detection|onnx|jax
     [--exports=DIR] [NAME...]
 
-The two have other hash seeds and numbers of threads. Reports are compared in
-whole: layers in order, shapes, parameters, notes, what is missing. ONNX files
-are those that `benchmarks.counters --table=onnx --exports=DIR` left in DIR.
+The processes have different hash seeds and numbers of threads. Their reports
+must be identical: layers in order, shapes, parameters, notes, and uncounted
+operations. ONNX files are those that
+`benchmarks.counters --table=onnx --exports=DIR` wrote to DIR.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from collections.abc import Callable, Iterator
 
 from dynconv_jax.macs import report
 
-# Models by name, and what counts each.
+# Models by name, and functions that count them.
 Models = Iterator[tuple[str, Callable[[], report.Report]]]
 
 
 def models(table: str, exports: str, names: list[str]) -> Models:
-  """Yields the models of a table that have a word among `names`, or all."""
+  """Yields the models of a table with a word in `names`; all if it is empty."""
 
-  def wanted(name: str) -> bool:
+  def is_selected(name: str) -> bool:
     return not names or not set(names).isdisjoint(name.split())
 
   if table == 'jax':
@@ -39,7 +40,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     from dynconv_jax.macs import count_macs as count_jax
 
     for name, make in jax_models.models().items():
-      if not wanted(name):
+      if not is_selected(name):
         continue
       function, args, _ = make()
       yield name, functools.partial(count_jax, function, *args)
@@ -47,7 +48,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     from dynconv_jax.macs.onnx import count_macs as count_onnx
 
     for path in sorted(pathlib.Path(exports).glob('*.onnx')):
-      if wanted(path.stem):
+      if is_selected(path.stem):
         yield path.stem, functools.partial(count_onnx, path)
   else:
     import torch
@@ -59,7 +60,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
     if table == 'detection':
       run, found = 'drawn', public_models.detection()
     for name, (make, inputs, *_) in found.items():
-      if not wanted(name):
+      if not is_selected(name):
         continue
       torch.manual_seed(0)
       args, kwargs = counter_peers.split(inputs)
@@ -70,14 +71,14 @@ def models(table: str, exports: str, names: list[str]) -> Models:
 
 
 def main() -> None:
-  """Prints each model with its total; fails if any report differs."""
+  """Prints each model with its total; fails if any reports differ."""
   parser = argparse.ArgumentParser(description=main.__doc__)
   parser.add_argument(
     '--table', choices=('torch', 'detection', 'onnx', 'jax'), default='torch'
   )
-  parser.add_argument('--exports', default='.', help='the folder of ONNX files')
-  parser.add_argument('--once', action='store_true', help='prints digests')
-  parser.add_argument('names', nargs='*', metavar='NAME', help='of models')
+  parser.add_argument('--exports', default='.', help='folder of ONNX files')
+  parser.add_argument('--once', action='store_true', help='print digests only')
+  parser.add_argument('names', nargs='*', metavar='NAME', help='model names')
   options = parser.parse_args()
   if options.once:
     _print_digests(models(options.table, options.exports, options.names))
@@ -94,7 +95,7 @@ def main() -> None:
 
 
 def _run(seed: int) -> list[str]:
-  """Returns the lines of a fresh process, a name, total and digest each."""
+  """Runs a fresh process; returns lines of name, total and digest."""
   environment = os.environ | {
     'PYTHONHASHSEED': str(seed),
     'OMP_NUM_THREADS': str(seed),

@@ -1,4 +1,4 @@
-"""Set up before any test: compiled programs are kept, absl flags are parsed."""
+"""Shared setup: keeps compiled programs and parses absl flags."""
 
 import os
 import shutil
@@ -8,26 +8,26 @@ import tempfile
 import pytest
 from absl import flags
 
-# Folders whose tests compile much and compute little.
+# Folders whose tests compile a lot and compute little.
 _COMPILING = ('backends', 'interop', 'layers', 'methods', 'models', 'sparse')
 
 
 def pytest_configure(config):
   if not hasattr(config, 'workerinput'):
     _keep_compiled_programs(config)
-  # Once: grain's workers and the programs need them.
+  # Needed once, by grain's workers and by the programs.
   if not flags.FLAGS.is_parsed():
     flags.FLAGS(sys.argv[:1])
 
 
 def pytest_collection_modifyitems(items):
-  """Files with slow tests come first: at the end no process waits for them."""
+  """Runs files with slow tests first, so no process waits at the end."""
   slow = {item.path for item in items if item.get_closest_marker('slow')}
   items.sort(key=lambda item: item.path not in slow)
 
 
 def _keep_compiled_programs(config):
-  """Compiles what tests and the programs they start have in common once."""
+  """Caches compiled programs for all tests and the programs they start."""
   folder = tempfile.mkdtemp(prefix='dynconv_jax_compiled_')
   config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
   os.environ |= {
@@ -39,11 +39,11 @@ def _keep_compiled_programs(config):
 
 @pytest.fixture(autouse=True)
 def _compile_quickly(request):
-  """Has XLA optimize little where that takes longer than what is computed."""
+  """Reduces XLA's optimization where compiling dominates the time."""
   if request.path.parent.name not in _COMPILING:
     yield
     return
-  import jax  # Not before its cache is set.
+  import jax  # Imported only after the cache is set.
 
   jax.config.update('jax_disable_most_optimizations', True)
   yield

@@ -1,4 +1,4 @@
-"""What the documentation says of the code holds."""
+"""Tests that the documentation matches the code."""
 
 import ast
 import pathlib
@@ -14,7 +14,7 @@ PAGES = [*ROOT.glob('docs/**/*.md'), *ROOT.glob('results/**/*.md')]
 
 
 def _allowed():
-  """Returns what each part may import, as architecture.md says."""
+  """Returns the imports that architecture.md allows for each part."""
   page = (ROOT / 'docs/architecture.md').read_text()
   rows = re.findall(r'^\| `(\w+)` \|.*\|(.*)\|$', page, re.MULTILINE)
   return {part: set(re.findall(r'`(\w+)`', cell)) for part, cell in rows}
@@ -40,7 +40,7 @@ def test_imports_point_where_the_architecture_says():
   allowed = _allowed()
   files = [p for p in PACKAGE.rglob('*.py') if p.parent != PACKAGE]
   files += [p for p in PACKAGE.glob('*.py') if p.stem != '__init__']
-  # Every part has its row, so that none goes unchecked.
+  # Every part needs a row, so that none goes unchecked.
   assert set(map(_part, files)) == set(allowed) | HELPERS
   wrong = []
   for path in files:

@@ -1,7 +1,7 @@
-"""Tries an installed wheel as a user would, from a folder of the user's own.
+"""Tries an installed wheel like a user, from a separate folder.
 
-VENV/bin/python tests/smoke.py, with the Python that dynconv-jax[train] is
-installed for. Ends with status 0 if all of it works.
+Run VENV/bin/python tests/smoke.py with a Python that has dynconv-jax[train]
+installed. Exits with status 0 if everything works.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ _TRAIN = (
 
 
 def main() -> None:
-  """Runs the checks; the first that fails raises."""
+  """Runs the checks; the first failure raises an error."""
   top = {
     file.parts[0]
     for file in importlib.metadata.files('dynconv-jax')
@@ -28,7 +28,7 @@ def main() -> None:
   assert top == {'dynconv_jax'}, top
   program = pathlib.Path(sys.executable).with_name('dynconv')
   with tempfile.TemporaryDirectory() as folder:
-    # What users have in their folder is theirs.
+    # Files in a user's folder belong to the user.
     own = pathlib.Path(folder, 'experiments')
     own.mkdir()
     (own / '__init__.py').touch()

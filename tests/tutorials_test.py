@@ -1,4 +1,4 @@
-"""The tutorials run as they are written, on little data."""
+"""Tests that the tutorials run as written, on little data."""
 
 import importlib.util
 import json
@@ -32,13 +32,13 @@ def test_own_network_learns_where_to_look():
   )
   assert done.returncode == 0, done.stderr[-2000:]
   result = json.loads(done.stdout.splitlines()[-1])
-  assert result['accuracy'] > 0.5  # Of six classes.
+  assert result['accuracy'] > 0.5  # of six classes
   assert result['executed'] < 0.6 * result['dense']
   assert result['on_object'] > 1.5
 
 
 def _draw_photos(folder):
-  """Writes two classes, that differ in color, in three splits."""
+  """Writes two classes that differ in color, in three splits."""
   rng = np.random.default_rng(0)
   for split, count in (('train', 8), ('val', 2), ('test', 2)):
     for name, color in (('red', (200, 0, 0)), ('blue', (0, 0, 200))):

@@ -1,4 +1,4 @@
-"""The wheel holds what a user needs, and nothing in the user's way."""
+"""Tests that the wheel contains what a user needs, and nothing else."""
 
 import pathlib
 import shutil
@@ -38,7 +38,7 @@ def test_a_wheel_serves_from_a_folder_of_the_users(tmp_path):
   _run(sys.executable, '-m', 'venv', '--without-pip', tmp_path / 'venv')
   python = tmp_path / 'venv/bin/python'
   _run(*pip, f'--python={python}', 'install', '--no-deps', '--no-index', wheel)
-  # What the package needs is taken from this environment.
+  # Dependencies are taken from this environment.
   (site,) = (tmp_path / 'venv').glob('lib/python*/site-packages')
   (site / 'outer.pth').write_text(sysconfig.get_path('purelib') + '\n')
   _run(python, ROOT / 'tests/smoke.py')

@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Put gates into your own network
 #
-# This tutorial builds a small residual network, puts DynConv's gates into it,
-# trains it, counts what it executes, shows where it looks, and runs it
-# sparsely. It takes a minute or two on a CPU. The page is an executed script:
-# download it, or open it as a notebook with
+# This tutorial builds a small residual network, adds DynConv's gates, trains
+# it, counts what it executes, shows where it looks, and runs it sparsely. It
+# takes a minute or two on a CPU. The page is an executed script: download it,
+# or open it as a notebook with
 # [jupytext](https://jupytext.readthedocs.io).
 
 # %%
@@ -45,13 +45,13 @@ from dynconv_jax.sparse import sparsify
 #
 # 1. Its residual blocks are `GatedBlock`s, here `BasicBlock`s. Each takes a
 #    `gate`; `None` leaves a block dense.
-# 2. `__call__` makes one `Gating`, hands it to every block, and returns
+# 2. `__call__` creates one `Gating`, passes it to every block, and returns
 #    `gating.finish()`, one execution mask per gated block.
 # 3. `foldable` names the other pairs of convolution and batch norm, for sparse
 #    execution.
 #
-# A `MaskUnit` decides per position. Any other `Gate` works as well, such as one
-# of your own.
+# A `MaskUnit` decides per position. Any other `Gate` works as well, including
+# your own.
 
 # %%
 SHAPES = [(24, 24, 1), (24, 24, 1), (24, 48, 2), (48, 48, 1)]
@@ -89,7 +89,7 @@ class Net(nnx.Module):
 
 model = Net(len(spots.CLASS_NAMES), rngs=nnx.Rngs(0))
 for block in model.blocks:
-  block.masker.open(2.0)  # Masks start open, and close as they learn where.
+  block.masker.open(2.0)  # Masks start open and close during training.
 
 # %% [markdown]
 # ## The data
@@ -114,8 +114,8 @@ test_images, test_objects, test_labels = load('test', 200)
 #
 # Gates sample with Gumbel noise, so a training call needs `rngs` with a stream
 # `gumbel`. The loss is cross-entropy plus DynConv's sparsity loss, whose target
-# falls from 1 to the budget in the first half. The noise ends in the last
-# third: then training decides as evaluation does.
+# falls from 1 to the budget in the first half. The last third has no noise, so
+# that training makes the same decisions as evaluation.
 
 # %%
 STEPS, BATCH, BUDGET = 450, 64, 0.4
@@ -157,9 +157,9 @@ for i in range(STEPS):
 # %% [markdown]
 # ## What it executes
 #
-# `nnx.view` gives the network in evaluation: no noise, running statistics.
+# `nnx.view` switches the network to evaluation: no noise, running statistics.
 # `count_macs` counts the dense MACs layer by layer, and
-# `report.executed(masks)` those that each image needs.
+# `report.executed(masks)` returns the MACs that each image needs.
 
 # %%
 view = nnx.view(model, deterministic=True, use_running_average=True)
@@ -205,10 +205,11 @@ np.testing.assert_allclose(sparse_logits, logits, rtol=0, atol=1e-5 * scale)
 # %% [markdown]
 # ## What next
 #
-# - A block of another shape: describe its convolutions with a `Branch`, as
-#   `examples/backbone.py` does. Masks, MACs, and sparse execution follow from
-#   it.
-# - Another task: `examples/unet.py` segments, `examples/vit.py` drops tokens.
-# - The command line: a factory that takes `num_classes`, `gate`, `dtype`,
-#   `width_multiplier`, and `rngs` trains with every method by
+# - For a block of another shape, describe its convolutions with a `Branch`, as
+#   `examples/backbone.py` does. Masks, MAC counts, and sparse execution are
+#   derived from it.
+# - For other tasks, see `examples/unet.py`, which segments, and
+#   `examples/vit.py`, which drops tokens.
+# - For the command line, write a factory that takes `num_classes`, `gate`,
+#   `dtype`, `width_multiplier`, and `rngs`. It trains with every method:
 #   `--model=package.module:factory`.

@@ -1,4 +1,4 @@
-"""What networks cost in multiply-accumulates, exactly and layer by layer."""
+"""Exact multiply-accumulate counts of networks, layer by layer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name):
-  # On demand: counting PyTorch or ONNX does not import JAX.
+  # Imported lazily: counting PyTorch or ONNX models does not need JAX.
   if name == 'count_macs':
     from dynconv_jax.macs.jaxpr import count_macs
 

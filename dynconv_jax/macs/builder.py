@@ -1,4 +1,4 @@
-"""Gathers what the front ends find into a report."""
+"""Collects the work that the front ends find into a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dynconv_jax.macs import conventions, formulas, report
 
 
 class ReportBuilder:
-  """Gathers the work of a network's operations into a `Report`."""
+  """Collects the work of a network's operations into a `Report`."""
 
   def __init__(
     self, convention: str | conventions.Convention, padding: bool = True
@@ -33,15 +33,16 @@ class ReportBuilder:
     parameters: int = 0,
     itemsize: int = 0,
   ) -> None:
-    """Adds work to a layer; what the convention gives no price is left out.
+    """Adds work to a layer, unless the convention does not count it.
 
     Args:
-      name: the layer's path in the model. Work of one name is one layer.
-      work: from a function of `formulas`, times how often it is done.
+      name: the layer's path in the model. Work with the same name is merged
+        into one layer.
+      work: from a function in `formulas`, times the number of executions.
       output_shape: shape of the operation's result, in the framework's layout.
-      parameters: elements of weights that this operation brings in; pass them
-        once for a weight that is used several times.
-      itemsize: bytes of an element of the result; 0 where it is not known.
+      parameters: number of weights that this operation introduces. If a weight
+        is used several times, pass it once.
+      itemsize: bytes per element of the result; 0 if unknown.
     """
     macs = self._convention(work, self._padding)
     if not macs:
@@ -62,23 +63,23 @@ class ReportBuilder:
     self._layers[name] = layer
 
   def set_parameters(self, by_module: Mapping[str, int], size: int = 0) -> None:
-    """Says what parameters the model has, used or not.
+    """Sets the parameters of the model, used or not.
 
     Args:
-      by_module: {path: elements of the parameters that the module holds
-        itself}, in the model's order. A parameter that several modules share
-        stands with one of them.
-      size: of all of them in bytes; 0 where it is not known.
+      by_module: {path: number of parameters that the module owns directly}, in
+        the model's order. A parameter shared by several modules is listed under
+        one of them.
+      size: total size of the parameters in bytes; 0 if unknown.
     """
     self._parameters = dict(by_module)
     self._parameter_bytes = size
 
   def note(self, text: str) -> None:
-    """Adds a sentence that is shown below the table, once."""
+    """Adds a sentence to show below the table; duplicates are dropped."""
     self._notes[text] = None
 
   def leave_out(self, operation: str, layer: str, reason: str = '') -> None:
-    """Notes an operation that is not counted; warns once for each name."""
+    """Records an uncounted operation; warns once per operation name."""
     entry = report.Uncounted(operation, layer)
     if all(entry.operation != other.operation for other in self._uncounted):
       warnings.warn(
@@ -90,10 +91,10 @@ class ReportBuilder:
     self._uncounted[entry] = None
 
   def build(self) -> report.Report:
-    """Returns the report of all that was added."""
+    """Returns the report of everything added so far."""
     layers = self._layers
     if self._parameters is not None:
-      # What the model says of a layer holds, however often it is used.
+      # The model's own parameter counts win, however often a layer is used.
       layers = {
         name: dataclasses.replace(
           layer, parameters=self._parameters.get(name, 0)

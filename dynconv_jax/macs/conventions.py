@@ -1,4 +1,4 @@
-"""Counting conventions by name: what of an operation's work is counted."""
+"""Counting conventions: which part of an operation's work counts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from dynconv_jax.macs import formulas
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-  """How work is priced.
+  """A rule that turns work into one number.
 
   Attributes:
-    name: the name it is chosen by.
+    name: the name to select it by.
     unit: 'MACs' or 'FLOPs'.
-    formula: the price in one line, as the tables and the docs show it.
-    price: the price of some work, given the multiply-accumulates to charge.
+    formula: the rule in one line, as shown in tables and docs.
+    price: returns the count for some work, given its number of
+      multiply-accumulates.
   """
 
   name: str
@@ -25,7 +26,7 @@ class Convention:
   price: Callable[[formulas.Work, int], int]
 
   def __call__(self, work: formulas.Work, padding: bool = True) -> int:
-    """Returns the price of `work`, with or without its input padding."""
+    """Returns the count for `work`, with or without input padding."""
     return self.price(work, work.macs if padding else work.inside_macs)
 
 
@@ -61,8 +62,8 @@ CONVENTIONS = {
     Convention(
       'ptflops',
       'MACs',
-      'macs + bias + 2 an element of a batch norm + 1 an element of an'
-      ' activation or of what is pooled, as ptflops 0.7.5 by modules',
+      'macs + bias + 2 per element of a batch norm + 1 per element of an'
+      ' activation or pooling input, as ptflops 0.7.5 counts modules',
       _ptflops,
     ),
     Convention(
@@ -76,10 +77,10 @@ CONVENTIONS = {
 
 
 def get_convention(name: str | Convention) -> Convention:
-  """Returns the convention of that name.
+  """Returns a convention by name; a `Convention` is returned unchanged.
 
   Raises:
-    ValueError: if there is none.
+    ValueError: if there is no convention with this name.
   """
   if isinstance(name, Convention):
     return name

@@ -1,4 +1,4 @@
-"""The work of an einsum, from its equation and shapes alone."""
+"""The work of an einsum, computed from its equation and shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from dynconv_jax.macs import formulas
 
-# A letter, or a negative number for a dimension that an ellipsis stands for.
+# A letter, or a negative number for a dimension covered by an ellipsis.
 Label = str | int
 
 
@@ -16,20 +16,22 @@ def work(
   shapes: Sequence[Sequence[int]],
   path: Sequence[int] | None = None,
 ) -> formulas.Work:
-  """Returns the work of an einsum, whose operands meet two by two.
+  """Returns the work of an einsum that contracts two operands at a time.
 
-  Two operands are a matrix product: outputs times what is contracted, so an
-  outer product is one multiply-accumulate an output. A label that one operand
-  has alone, and that nothing needs later, is summed before.
+  Each pair is a matrix product: the number of outputs times the size of the
+  contracted dimensions. An outer product is one multiply-accumulate per output.
+  A label that only one operand has, and that is not needed later, is summed
+  first.
 
   Args:
-    equation: such as 'ij,jk->ik'; without '->' as in NumPy; '...' broadcasts.
-    shapes: of the operands.
-    path: positions of the operands that meet, pair after pair, as PyTorch
-      writes it; their result is then last. None: from the left.
+    equation: such as 'ij,jk->ik'. '->' is optional, as in NumPy; '...'
+      broadcasts.
+    shapes: shapes of the operands.
+    path: positions of the operands to contract, pair after pair, as PyTorch
+      writes them; the result is appended. None: from left to right.
   """
   labels, result, sizes = parse(equation, shapes)
-  # What is broadcast along a label does not have it.
+  # An operand that is broadcast along a label does not depend on it.
   operands = [
     {k for k, size in zip(names, shape, strict=True) if size == sizes[k]}
     for names, shape in zip(labels, shapes, strict=True)
@@ -61,7 +63,7 @@ def work(
 def parse(
   equation: str, shapes: Sequence[Sequence[int]]
 ) -> tuple[list[list[Label]], list[Label], dict[Label, int]]:
-  """Returns the labels of each operand and of the result, and their sizes."""
+  """Returns the labels of each operand, those of the result, and all sizes."""
   terms, arrow, result = equation.replace(' ', '').partition('->')
   sizes: dict[Label, int] = {}
   operands = []

@@ -1,4 +1,4 @@
-"""What a walk through a jaxpr finds: work, and arrays that may be weights."""
+"""Results of a walk through a jaxpr: work, and arrays that may be weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynconv_jax.macs import formulas
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """An array from outside, or a view of one: perhaps a layer's weights."""
+  """An array passed in from outside, or a view of one; possibly weights."""
 
   key: Any
   parameters: int
@@ -24,7 +24,7 @@ class Weight:
 
 @dataclasses.dataclass(eq=False)
 class Entry:
-  """Work found in the walk; or none, and the reason why it is not counted."""
+  """Work found in the walk; `work` is None if it cannot be counted."""
 
   layer: str
   operation: str
@@ -32,13 +32,13 @@ class Entry:
   shape: tuple[int, ...] = ()
   weights: tuple[Weight, ...] = ()
   reason: str = ''
-  # How many biases its output can take; 0 once it has one.
+  # Number of biases that the output can take; 0 once it has a bias.
   features: int = 0
   itemsize: int = 0
 
 
 def repeated(entries: Sequence[Entry], times: int) -> list[Entry]:
-  """Multiplies the work of entries; none are left if it is done no time."""
+  """Multiplies the work of entries; returns an empty list for zero times."""
   for entry in entries:
     if entry.work is not None:
       entry.work *= times
@@ -51,7 +51,7 @@ def weight(key: Any, array: Any) -> Weight | None:
 
 
 def constant(value: Any) -> Weight | int | None:
-  """Returns what is known of an array or number of the program itself."""
+  """Returns what is known about a constant array or number of the program."""
   if getattr(value, 'shape', ()):
     return weight(id(value), value)
   dtype = getattr(value, 'dtype', type(value))
@@ -59,10 +59,10 @@ def constant(value: Any) -> Weight | int | None:
 
 
 def weights_operand(eqn, inputs) -> int:
-  """Returns which operand of a product holds the layer's weights, 0 or 1.
+  """Returns which operand of a product is the layer's weights, 0 or 1.
 
-  It is the one from outside. Where both are, it is the second, as in x @ w,
-  unless only the first is a matrix, as in w @ x.
+  It is the operand passed in from outside. If both are, it is the second, as in
+  x @ w, unless only the first is a matrix, as in w @ x.
   """
   if eqn.primitive.name != 'dot_general':
     return 1

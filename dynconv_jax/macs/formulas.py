@@ -1,10 +1,10 @@
-"""What each kind of operation costs, from its shape alone.
+"""The cost of each kind of operation, computed from its shapes.
 
-Every front end (JAX, PyTorch, ONNX) describes its operations to these
-functions and nowhere computes a cost of its own, so that one network has one
-count. A function returns the `Work` of an operation: what a convention needs
-to price it. The formulas are written out in docs/macs.md; those of linear
-algebra are in `linalg.py`.
+All front ends (JAX, PyTorch, ONNX) describe their operations to these functions
+and compute no costs themselves, so a network has the same count in every
+framework. Each function returns the `Work` of an operation, which contains
+everything that a convention needs. docs/macs.md lists the formulas; those for
+linear algebra are in `linalg.py`.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-  """What one operation, or several of the same layer, does.
+  """The work of one operation, or of several operations of one layer.
 
   Attributes:
     kind: one of KINDS.
-    macs: multiply-accumulates, those on input padding included.
+    macs: multiply-accumulates, including those on input padding.
     inside_macs: multiply-accumulates that read an element of the input; at
       most `macs`.
-    bias: additions of a bias to the outputs of a convolution or matmul.
-    operations: arithmetic on elements that is neither of these, one each.
-    ptflops: what ptflops 0.7.5 charges for the module beyond `macs + bias`:
+    bias: bias additions to the outputs of a convolution or matmul.
+    operations: all other arithmetic operations on elements.
+    ptflops: what ptflops 0.7.5 counts for the module beyond `macs + bias`:
       its norms, activations and pooling.
     positions: output positions over the batch that an execution mask can
-      select from: N * h * w of a convolution, N * tokens of a linear layer; 0
-      where there are none or they are not known.
-    outputs: elements of the output of a convolution or matmul.
+      select: N * h * w for a convolution, N * tokens for a linear layer; 0 if
+      there are none or they are unknown.
+    outputs: elements in the output of a convolution or matmul.
   """
 
   kind: str
@@ -57,19 +57,19 @@ class Work:
       raise ValueError(f'kind must be one of {KINDS}; got {self.kind!r}')
 
   def __add__(self, other: Work) -> Work:
-    """Returns the sum; the kind is the one that comes first in KINDS."""
+    """Returns the sum. Its kind is the one listed first in KINDS."""
     kind = min(self.kind, other.kind, key=KINDS.index)
     return Work(
       kind, *(a + b for a, b in zip(self.counts, other.counts, strict=True))
     )
 
   def __mul__(self, times: int) -> Work:
-    """Returns the work of doing this `times` times over."""
+    """Returns the work of `times` executions."""
     return Work(self.kind, *(count * times for count in self.counts))
 
   @property
   def counts(self) -> tuple[int, ...]:
-    """All but the kind; `dataclasses.astuple` copies each."""
+    """All fields except the kind (`dataclasses.astuple` makes copies)."""
     return tuple(vars(self).values())[1:]
 
 
@@ -88,7 +88,7 @@ def convolution(
   batch_groups: int = 1,
   bias: bool = False,
 ) -> Work:
-  """Returns the work of a convolution of any number of spatial dimensions.
+  """Returns the work of a convolution with any number of spatial dimensions.
 
   Args:
     batch: images in the input.
@@ -98,10 +98,11 @@ def convolution(
     kernel_size: spatial shape of the kernel, before dilation.
     strides: step of the window in each dimension; 1 by default.
     padding: (low, high) in each dimension; negative values crop; 0 by default.
-    input_dilation: factor by which zeros spread the input, which is the stride
-      of a transposed convolution; 1 by default.
+    input_dilation: spacing of the input elements, with zeros in between; the
+      stride of a transposed convolution; 1 by default.
     kernel_dilation: spacing of the kernel's taps; 1 by default.
-    feature_groups: groups of channels; `in_features` for a depthwise one.
+    feature_groups: groups of channels; `in_features` for a depthwise
+      convolution.
     batch_groups: groups of the batch, as in gradients of grouped kernels.
     bias: whether a bias is added to each output.
   """
@@ -147,15 +148,15 @@ def transposed_convolution(
   feature_groups: int = 1,
   bias: bool = False,
 ) -> Work:
-  """Returns the work of a transposed convolution as PyTorch and ONNX put it.
+  """Returns the work of a transposed convolution in PyTorch's and ONNX's terms.
 
-  Each input element meets each tap once, cropped or not, and no more than each
-  output once. Where the stride is 1, no zeros spread the input, and the
-  convolution that it equals would read padding instead.
+  Each input element is multiplied by each tap once, even if the product is
+  cropped, but at most once per output. With stride 1 there are no zeros between
+  input elements, and the equivalent convolution would read padding instead.
 
-  Args are those of `convolution`, but `strides` spreads the input, `padding`
-  is what (low, high) crops from the output, and `output_padding` is added at
-  its high end.
+  Args are those of `convolution`, except that `strides` is the input dilation,
+  `padding` is cropped from the output (low, high), and `output_padding` is
+  added to its high end.
   """
   kernel_dilation = kernel_dilation or (1,) * len(input_size)
   padding = [
@@ -198,8 +199,8 @@ def matmul(
 ) -> Work:
   """Returns the work of [batch, rows, inner] times [batch, inner, columns].
 
-  A linear layer has its batch and positions in `rows`; `bias` adds one to
-  each output.
+  For a linear layer, `rows` includes the batch and all positions. `bias` adds
+  one addition per output.
   """
   outputs = batch * rows * columns
   macs = outputs * inner
@@ -214,14 +215,15 @@ def matmul(
 
 
 def of_complex(work: Work, steps: int = 2) -> Work:
-  """Returns the real work of `work` that is done on complex numbers.
+  """Returns the real-valued work of `work` done on complex numbers.
 
-  A complex multiply-accumulate is four real ones: four multiplications and
-  four additions. An addition is two. `fft` counts real operations already.
+  A complex multiply-accumulate is four real ones (four multiplications and four
+  additions). A complex addition is two real ones. `fft` already counts real
+  operations.
 
   Args:
-    work: as of real numbers.
-    steps: real operations for each of `work.operations`.
+    work: the work as if on real numbers.
+    steps: real operations per complex operation in `work.operations`.
   """
   return dataclasses.replace(
     work,
@@ -235,7 +237,7 @@ def of_complex(work: Work, steps: int = 2) -> Work:
 def attention(
   batch: int, queries: int, keys: int, key_size: int, value_size: int
 ) -> Work:
-  """Returns the work of softmax(Q K^T / scale) V over `batch` times heads."""
+  """Returns the work of softmax(Q K^T / scale) V; `batch` includes heads."""
   scores = matmul(queries, key_size, keys, batch=batch)
   values = matmul(queries, keys, value_size, batch=batch)
   size = batch * queries * keys
@@ -243,9 +245,9 @@ def attention(
 
 
 def softmax(elements: int, rows: int) -> Work:
-  """Returns the work of a softmax over each of `rows`: 5 an element - 2 a row.
+  """Returns the work of a softmax: 5 per element minus 2 per row.
 
-  Maximum, difference, exponential, sum and quotient.
+  The steps are maximum, difference, exponential, sum and quotient.
   """
   return Work(
     'activation', operations=5 * elements - 2 * rows, ptflops=elements
@@ -253,7 +255,7 @@ def softmax(elements: int, rows: int) -> Work:
 
 
 def activation(elements: int, operations: int = 1) -> Work:
-  """Returns the work of an activation of `operations` steps an element."""
+  """Returns the work of an activation with `operations` steps per element."""
   return Work('activation', operations=operations * elements, ptflops=elements)
 
 
@@ -266,17 +268,18 @@ def norm(
 ) -> Work:
   """Returns the work of a normalization.
 
-  (x - mean) * (scale * rsqrt(variance + epsilon)) + bias: 3 an element and 3
-  a feature; without scale and bias 2 and 2.
+  (x - mean) * (scale * rsqrt(variance + epsilon)) + bias: 3 per element and 3
+  per feature; 2 and 2 without scale and bias.
 
   Args:
     elements: size of the input.
-    features: statistics that the input is normalized by: channels of a batch
-      norm with running statistics, groups times batch of a group norm.
+    features: number of means and variances: channels for a batch norm with
+      running statistics, groups times batch for a group norm.
     affine: whether scale and bias are applied.
-    statistics_groups: means computed from the input itself, 0 when they are
-      given: 3 an element (sum, square, sum of squares) and 2 a group (its two
-      divisions, square and difference, less the two first summands).
+    statistics_groups: number of means computed from the input, 0 if they are
+      given. Adds 3 per element (sum, square, sum of squares) and 2 per group
+      (two divisions, a square and a difference, minus the first summand of each
+      of the two sums).
   """
   operations = (3 if affine else 2) * (elements + features)
   if statistics_groups:
@@ -287,39 +290,39 @@ def norm(
 
 
 def pool(inputs: int, outputs: int, window: int, *, mean: bool = False) -> Work:
-  """Returns the work of pooling: window - 1 an output, and one for a mean.
+  """Returns the work of pooling: window - 1 per output, plus 1 for a mean.
 
   Args:
-    inputs: size of the input, which is what ptflops charges.
+    inputs: size of the input, which is what ptflops counts.
     outputs: size of the output.
-    window: elements in a window, padding included.
-    mean: whether the sum is divided.
+    window: elements in a window, including padding.
+    mean: whether the sum is divided by the window size.
   """
   return Work('pool', operations=outputs * (window - 1 + mean), ptflops=inputs)
 
 
 def reduction(inputs: int, outputs: int) -> Work:
-  """Returns the work of reducing: one for each element that disappears."""
+  """Returns the work of a reduction: one per element that is reduced away."""
   return Work('reduction', operations=max(inputs - outputs, 0))
 
 
 def elementwise(elements: int) -> Work:
-  """Returns the work of one operation on each of `elements` outputs."""
+  """Returns the work of one operation on each of `elements` elements."""
   return Work('elementwise', operations=elements)
 
 
 def sort(elements: int, length: int) -> Work:
-  """Returns the work of sorting runs of `length`: log2(length) an element."""
+  """Returns the work of sorting rows of `length`: log2(length) per element."""
   steps = math.ceil(math.log2(length)) if length > 1 else 0
   return Work('reduction', operations=elements * steps)
 
 
 def fft(elements: int, lengths: Sequence[int]) -> Work:
-  """Returns the work of Fourier transforms: 5 log2(length) an element.
+  """Returns the work of Fourier transforms: 5 log2(length) per element.
 
   Args:
-    elements: complex elements transformed; half of them for real data.
-    lengths: extent of each dimension that is transformed.
+    elements: number of complex elements; half the number of real ones.
+    lengths: size of each transformed dimension.
   """
   size = math.prod(lengths)
   steps = 5 * math.log2(size) if size > 1 else 0
@@ -328,7 +331,7 @@ def fft(elements: int, lengths: Sequence[int]) -> Work:
 
 @dataclasses.dataclass(frozen=True)
 class _Dimension:
-  """One spatial dimension of a convolution; they are independent."""
+  """One spatial dimension of a convolution; dimensions are independent."""
 
   input_size: int
   taps: int
@@ -346,11 +349,11 @@ class _Dimension:
     return max((padded - window) // self.stride + 1, 0)
 
   def pairs(self) -> int:
-    """Returns the (output, tap) pairs that are work, padding included.
+    """Returns the number of (output, tap) pairs, including those on padding.
 
-    Zeros that spread an input are never work: there each input element meets
-    each tap once, whether its product is cropped or not, and no more than
-    each output once.
+    The zeros of a dilated input are never work: each input element is
+    multiplied by each tap once, even if the product is cropped, but at most
+    once per output.
     """
     if self.input_dilation == 1:
       return self.output_size * self.taps
@@ -358,10 +361,10 @@ class _Dimension:
     return self.input_size * min(-(-self.taps // step), self.output_size)
 
   def inside_pairs(self) -> int:
-    """Returns the (output, tap) pairs that read an element of the input.
+    """Returns the number of (output, tap) pairs that read an input element.
 
     Output o reads element (o * stride + tap * kernel_dilation - low) /
-    input_dilation, where that is a whole number in [0, input_size).
+    input_dilation if that is an integer in [0, input_size).
     """
     divisor = math.gcd(self.stride, self.input_dilation)
     period = self.input_dilation // divisor

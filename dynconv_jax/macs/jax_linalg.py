@@ -1,4 +1,4 @@
-"""What JAX's primitives of linear algebra do, dense and sparse."""
+"""The work of JAX's linear algebra primitives, dense and sparse."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dynconv_jax.macs import formulas, linalg
 
 
 def _each(formula: Callable[[Any, tuple[int, ...]], formulas.Work]):
-  """Returns the formula of a batch of matrices from that of one.
+  """Turns the formula for one matrix into one for a batch of matrices.
 
   Args:
-    formula: from the equation and the shape of the first operand's matrices.
+    formula: takes the equation and the matrix shape of the first operand.
   """
 
   def batched(eqn) -> formulas.Work:
@@ -58,7 +58,7 @@ def _schur(eqn, shape) -> formulas.Work:
 
 
 def _tridiagonal_solve(eqn) -> formulas.Work:
-  """Thomas' algorithm: a step down and a step up, each a product a side."""
+  """Thomas' algorithm: a forward and a backward sweep over all columns."""
   *batch, size, columns = eqn.invars[3].aval.shape
   macs = max(size - 1, 0) * (1 + 2 * columns)
   divisions = size * (1 + columns)
@@ -72,7 +72,7 @@ def _symmetric_product(eqn) -> formulas.Work:
 
 
 def _sparse_dot(eqn) -> formulas.Work:
-  """Each element that is stored meets the free dimensions of the other side."""
+  """Multiplies each stored element by the free dimensions of the other side."""
   data, rhs = eqn.invars[0].aval, eqn.invars[-1].aval
   (_, contract), (_, batch) = eqn.params['dimension_numbers']
   used = {*contract, *batch}
@@ -81,7 +81,7 @@ def _sparse_dot(eqn) -> formulas.Work:
 
 
 def _sampled_dot(eqn) -> formulas.Work:
-  """Only the products at the given indices."""
+  """Counts only the products at the given indices."""
   (contract, _), _ = eqn.params['dimension_numbers']
   shape = eqn.invars[0].aval.shape
   inner = math.prod(shape[i] for i in contract)
@@ -94,10 +94,10 @@ def _sparse_matrix(eqn) -> formulas.Work:
   return formulas.matmul(eqn.invars[0].aval.size, 1, math.prod(columns))
 
 
-# {primitive: its formula, from the equation}
+# {primitive: formula that takes the equation}
 WORK = {
   'cholesky': _each(lambda _, shape: linalg.cholesky(shape[0])),
-  # A rotation for each element of the triangle: two outputs of two products.
+  # One rotation per element of the triangle: two outputs, two products each.
   'cholesky_update': _each(
     lambda _, shape: formulas.matmul(shape[0], 2, shape[0] + 1)
   ),

@@ -1,4 +1,4 @@
-"""Counts a JAX function or model from its jaxpr: nothing is ever run."""
+"""Counts a JAX function or model from its jaxpr, without running it."""
 
 from __future__ import annotations
 
@@ -23,40 +23,46 @@ def count_macs(
   trip_counts: int | Mapping[str, int] | None = None,
   branch: str | int = 'max',
 ) -> report.Report:
-  """Returns what a function or model costs for arguments like these.
+  """Counts the multiply-accumulates of a function or model.
 
-  Layers are named by the `jax.named_scope`s around them, joined by dots. The
-  modules of NNX and Equinox models need none: theirs is their path in the
-  model. Several uses of a layer, gradients too, are one entry. Outside any
-  scope, convolutions and matrix products are `conv_0`, `matmul_0` and so on.
+  Layers are named by the `jax.named_scope`s around them, joined by dots. NNX
+  and Equinox modules need no scopes: they are named by their path in the model.
+  Repeated uses of a layer, including gradients, are one entry. Outside any
+  scope, convolutions and matrix products are named `conv_0`, `matmul_0` and so
+  on.
 
   Args:
-    f: a function, or a model that is called like one. NNX models may be
-      abstract, from `nnx.eval_shape`.
-    *args: what `f` is called with, pytrees of arrays or
-      `jax.ShapeDtypeStruct`, and NNX models. Other values reach `f` as given.
-    kwargs: arguments by name, likewise.
-    convention: a name in `conventions.CONVENTIONS`, but not 'ptflops'.
-    padding: whether positions of input padding count as work.
-    trip_counts: how often the body of a `while` runs: one number, or
-      {layer name around the loop: number}. A loop that counts by a constant to
-      a constant needs none; another that does work is left out with a warning.
-    branch: which branch of a `cond` or `switch` counts: 'max' or 'min' for the
-      dearest or cheapest, an index (`lax.cond` has the false branch first), or
-      the name of a branch's function, the dearest where there is none of that
-      name. Of `lax.platform_dependent` the default branch counts always: the
-      others are the same computation written for one platform.
+    f: a function or a callable model. NNX models may be abstract, from
+      `nnx.eval_shape`.
+    *args: arguments of `f`: NNX models and pytrees of arrays or
+      `jax.ShapeDtypeStruct`. Other values are passed through unchanged.
+    kwargs: keyword arguments of `f`, of the same types.
+    convention: a name in `conventions.CONVENTIONS`, except 'ptflops'.
+    padding: whether to count multiply-accumulates on input padding.
+    trip_counts: number of iterations of each `while` body: one number, or
+      {layer name around the loop: number}. Not needed for a loop that counts by
+      a constant to a constant. Any other loop that does work is left out, with
+      a warning.
+    branch: which branch of a `cond` or `switch` to count: 'max' or 'min' for
+      the most or least expensive one, an index (`lax.cond` lists the false
+      branch first), or the name of a branch's function (if a `cond` has no such
+      branch, its most expensive one counts). For `lax.platform_dependent`, the
+      default branch always counts, because the others are the same computation
+      written for one platform.
+
+  Returns:
+    A report of the work for the whole batch.
 
   Raises:
-    TypeError: if `f` cannot be called.
+    TypeError: if `f` is not callable.
     ValueError: if `f` cannot be traced with these arguments, the convention is
-      unknown or needs modules, or an option does not fit the program.
+      unknown or needs modules, or an option does not match the program.
   """
   convention = conventions.get_convention(convention)
   if convention.name == 'ptflops':
     raise ValueError(
       "the convention 'ptflops' charges norm, activation and pooling modules,"
-      ' which a jaxpr no longer shows; count a PyTorch or ONNX model by it'
+      ' which a jaxpr does not contain; use it for PyTorch or ONNX models'
     )
   if not callable(f):
     raise TypeError(f'f must be a function or model; got {type(f).__name__}')
@@ -79,10 +85,10 @@ def count_macs(
   walk.report_to(builder)
   parameters = scopes.parameters_of(roots)
   for argument in (*args, *kwargs.values()):
-    # The variables of Linen are named as its modules are.
+    # Linen variables are named like the modules.
     if isinstance(argument, Mapping) and 'params' in argument:
-      held = scopes.arrays_of(argument['params'])
-      parameters += _below_root(held, walk.layers())
+      own = scopes.arrays_of(argument['params'])
+      parameters += _below_root(own, walk.layers())
   if parameters:
     sizes: dict[str, int] = {}
     for module, array in parameters:
@@ -99,7 +105,7 @@ def _values(numbers: Any) -> list[Any]:
 
 
 def _trace(f, args, kwargs) -> core.ClosedJaxpr:
-  """Returns the jaxpr of f(*args, **kwargs), its layers named by scopes."""
+  """Returns the jaxpr of f(*args, **kwargs), with layers named by scopes."""
   leaves, tree = jax.tree.flatten((f, args, kwargs), is_leaf=scopes.is_nnx)
   nnx = _nnx() if any(map(scopes.is_nnx, leaves)) else None
   split = [nnx.split(x) if scopes.is_nnx(x) else (None, x) for x in leaves]
@@ -128,7 +134,7 @@ def _trace(f, args, kwargs) -> core.ClosedJaxpr:
       return jax.make_jaxpr(traced)(*arrays)
   except Exception as error:
     given = [*map(_describe, args), *map(_describe, kwargs.values())]
-    hint = '; pass an NNX model as an argument, not by a closure'
+    hint = '; pass an NNX model as an argument, not through a closure'
     raise ValueError(
       f'{getattr(f, "__name__", type(f).__name__)} cannot be traced with the'
       f' arguments ({", ".join(given)}): {error}'
@@ -143,19 +149,21 @@ def _describe(argument: Any) -> str:
 
 
 def _below_root(
-  held: list[tuple[str, Any]], layers: set[str]
+  parameters: list[tuple[str, Any]], layers: set[str]
 ) -> list[tuple[str, Any]]:
-  """Returns Linen's parameters by the names of layers, its root's included."""
+  """Returns Linen's parameters, prefixed with the root module of `layers`."""
   roots = {'', *(f'{name.partition(".")[0]}.' for name in layers)}
-  found = {
-    root: sum(root + name in layers for name, _ in held) for root in roots
+  matches = {
+    root: sum(root + name in layers for name, _ in parameters) for root in roots
   }
-  root = max(sorted(roots), key=found.get)
-  return [((root + name).removesuffix('.'), array) for name, array in held]
+  root = max(sorted(roots), key=matches.get)
+  return [
+    ((root + name).removesuffix('.'), array) for name, array in parameters
+  ]
 
 
 def _named(f, args, kwargs) -> list[tuple[str, Any]]:
-  """Returns the modules among the arguments, by the names of those."""
+  """Returns the modules among the arguments, with the arguments' names."""
   try:
     arguments = inspect.signature(f).bind(*args, **kwargs).arguments
   except (TypeError, ValueError):
@@ -164,7 +172,7 @@ def _named(f, args, kwargs) -> list[tuple[str, Any]]:
 
 
 def _nnx() -> Any:
-  from flax import nnx  # Only where a model of NNX was passed.
+  from flax import nnx  # Only imported if an NNX model was passed.
 
   return nnx
 

@@ -1,7 +1,7 @@
-"""What linear algebra costs, from the sizes of its dense matrices.
+"""The cost of linear algebra on dense matrices, computed from their sizes.
 
-Multiply-accumulates are of the kind 'matmul'. The source of the estimates is
-Golub and Van Loan, Matrix Computations, 4th edition.
+Multiply-accumulates have the kind 'matmul'. The estimates are from Golub and
+Van Loan, Matrix Computations, 4th edition.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from dynconv_jax.macs import formulas
 
 
 def triangular_solve(size: int, columns: int) -> formulas.Work:
-  """Returns the work of solving a triangular system for `columns` sides."""
+  """Returns the work of a triangular solve with `columns` right-hand sides."""
   return _factorized(
     columns * size * (size - 1) // 2, size * columns, divisions=size * columns
   )
 
 
 def cholesky(size: int) -> formulas.Work:
-  """Returns the work of a Cholesky factorization; a root is a division."""
+  """Returns the work of a Cholesky factorization; roots count as divisions."""
   return _factorized(
     size * (size**2 - 1) // 6, size**2, divisions=size * (size + 1) // 2
   )
@@ -34,9 +34,9 @@ def lu(rows: int, columns: int) -> formulas.Work:
 
 
 def qr(rows: int, columns: int) -> formulas.Work:
-  """Returns the work of Householder's QR factorization, without forming Q.
+  """Returns the work of a Householder QR factorization, without forming Q.
 
-  Reflector k has the norm of a column and is applied to those after it.
+  Reflector k takes the norm of a column and is applied to the columns after it.
   """
   steps = range(min(rows, columns))
   macs = sum((rows - k) * (2 * (columns - k - 1) + 1) for k in steps)
@@ -44,13 +44,13 @@ def qr(rows: int, columns: int) -> formulas.Work:
 
 
 def apply_q(rows: int, columns: int, reflectors: int) -> formulas.Work:
-  """Returns the work of a product with the Q of a QR factorization."""
+  """Returns the work of multiplying by the Q of a QR factorization."""
   macs = sum(2 * (rows - k) * columns for k in range(reflectors))
   return _factorized(macs, rows * columns)
 
 
 def form_q(rows: int, columns: int, reflectors: int) -> formulas.Work:
-  """Returns the work of forming Q; reflector k reaches columns from k on."""
+  """Returns the work of forming Q; reflector k affects columns from k on."""
   macs = sum(2 * (rows - k) * (columns - k) for k in range(reflectors))
   return _factorized(macs, rows * columns)
 
@@ -58,8 +58,8 @@ def form_q(rows: int, columns: int, reflectors: int) -> formulas.Work:
 def eigh(size: int, vectors: bool = True) -> formulas.Work:
   """Returns the usual estimate for a symmetric eigenproblem.
 
-  9 n^3 operations, or 4/3 n^3 without vectors (Golub and Van Loan, Matrix
-  Computations, 4th edition, section 8.3); half as many multiply-accumulates.
+  9 n^3 operations, or 4/3 n^3 without vectors (Golub and Van Loan, section
+  8.3); half as many multiply-accumulates.
   """
   return _factorized(
     (27 if vectors else 4) * size**3 // 6, size**2 if vectors else size
@@ -69,7 +69,7 @@ def eigh(size: int, vectors: bool = True) -> formulas.Work:
 def eig(size: int, vectors: bool = True) -> formulas.Work:
   """Returns the usual estimate for a general eigenproblem or Schur form.
 
-  25 n^3 operations, or 10 n^3 without vectors (the same, section 7.5).
+  25 n^3 operations, or 10 n^3 without vectors (section 7.5).
   """
   return _factorized(
     (25 if vectors else 10) * size**3 // 2, size**2 if vectors else size
@@ -79,7 +79,7 @@ def eig(size: int, vectors: bool = True) -> formulas.Work:
 def hessenberg(size: int) -> formulas.Work:
   """Returns the usual estimate for a reduction to Hessenberg form.
 
-  10/3 n^3 operations (the same, section 7.4).
+  10/3 n^3 operations (section 7.4).
   """
   return _factorized(5 * size**3 // 3, size**2)
 
@@ -88,7 +88,7 @@ def svd(rows: int, columns: int, vectors: bool = True) -> formulas.Work:
   """Returns the usual estimate for a singular value decomposition.
 
   4 m n^2 - 4/3 n^3 operations for the values alone, 14 m n^2 + 8 n^3 with
-  thin vectors, m >= n (the same, section 8.6, Golub and Reinsch).
+  thin vectors, m >= n (section 8.6, Golub-Reinsch).
   """
   m, n = max(rows, columns), min(rows, columns)
   twice = 14 * m * n**2 + 8 * n**3 if vectors else 4 * m * n**2 - 4 * n**3 // 3

@@ -1,4 +1,4 @@
-"""How often a loop runs that counts by a constant to a constant."""
+"""Trip counts of loops that count by a constant to a constant."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-# Comparisons, and what they are with their sides exchanged.
+# Comparisons, and their equivalents with the two sides swapped.
 _FLIPPED = {'lt': 'gt', 'le': 'ge', 'gt': 'lt', 'ge': 'le', 'ne': 'ne'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Count:
-  """A whole number that a loop carries, plus a constant."""
+  """An integer carried by a loop, plus a constant."""
 
   carried: Any
   offset: int = 0
@@ -20,7 +20,7 @@ class Count:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """Whether one whole number is smaller than another, say."""
+  """A comparison of two integers."""
 
   name: str
   left: Any
@@ -28,15 +28,15 @@ class Comparison:
 
 
 def arithmetic(name: str, left: Any, right: Any) -> Any:
-  """Returns what is known of two whole numbers' sum, comparison or such.
+  """Evaluates a binary operation on integers as far as they are known.
 
   Args:
-    name: 'add', 'sub', 'mul' or a comparison; nothing is known of others.
-    left: an int, a `Count`, or something else, of which nothing is known.
+    name: 'add', 'sub', 'mul' or a comparison; other operations are unknown.
+    left: an int, a `Count`, or anything else if unknown.
     right: likewise.
 
   Returns:
-    an int, a `Count`, a `Comparison` or None.
+    an int, a `Count`, a `Comparison`, or None if unknown.
   """
   if not all(isinstance(number, int | Count) for number in (left, right)):
     return None
@@ -59,19 +59,22 @@ def fixed_trips(
   carry: Sequence[Any],
   stop: Sequence[Any],
 ) -> int | None:
-  """Returns how often a loop runs that counts by a constant to a constant.
+  """Returns the trip count of a loop that counts by a constant to a constant.
 
   Args:
-    condition: what is known of it, for the numbers of `carry`.
-    start: what is known of what is carried in.
-    carry: what stands for it in a pass.
-    stop: what is known of what a pass hands on.
+    condition: what is known about the condition, in terms of `carry`.
+    start: what is known about the initial carried values.
+    carry: symbols for the carried values at the start of an iteration.
+    stop: what is known about the carried values at the end of an iteration.
+
+  Returns:
+    the number of iterations, or None if unknown.
   """
   if not isinstance(condition, Comparison):
     return None
 
   def values(number):
-    """Returns where a number starts, and its step."""
+    """Returns the initial value and the step of a number."""
     if isinstance(number, int):
       return number, 0
     for before, known, after in zip(start, carry, stop, strict=True):
@@ -88,7 +91,7 @@ def fixed_trips(
   distance, step = right[0] - left[0], left[1] - right[1]
   if name in ('gt', 'ge'):
     name, distance, step = _FLIPPED[name], -distance, -step
-  # It runs while t * step < distance, in passes t = 0, 1, ...
+  # The loop runs while t * step < distance, for t = 0, 1, ...
   if name == 'ne':
     exact = step and not distance % step and distance // step >= 0
     return distance // step if exact else None

@@ -33,31 +33,34 @@ def count_macs(
   branch: str = 'max',
   constants: bool = False,
 ) -> report.Report:
-  """Returns what an ONNX model costs.
+  """Counts the multiply-accumulates of an ONNX model.
 
-  A `Scan` and a `Loop` count times their number of steps. Layers have the
-  names of the modules that an exporter noted, else of the nodes.
+  The bodies of `Scan` and `Loop` count once per iteration. Layers are named by
+  the modules that the exporter recorded, or else by the nodes.
 
   Args:
-    model: a file, or a loaded model. Weights in files of their own need not be
-      there; small integers, which shapes may depend on, are read.
-    dimensions: sizes of the symbolic dimensions of the inputs by name, such as
+    model: a file name or a loaded model. External weight files may be missing;
+      small integer tensors, which shapes may depend on, are read if present.
+    dimensions: sizes of the symbolic input dimensions by name, such as
       {'batch': 1}; a dimension without a name is 'INPUT[AXIS]'.
     convention: a name in `conventions.CONVENTIONS`.
-    padding: whether positions of input padding count as work.
-    trip_counts: steps of each `Loop` that the model does not fix: one number,
-      or {layer name of the loop: number}. A loop without one that does work is
-      left out with a warning.
-    branch: which branch of an `If` counts, where its condition is not known:
-      'max' or 'min' for the dearer or cheaper, 'then' or 'else'.
-    constants: whether work on constants alone counts, which a runtime does once
-      and PyTorch at each call. A note lists it where it does not.
+    padding: whether to count multiply-accumulates on input padding.
+    trip_counts: number of iterations of each `Loop` whose number the model does
+      not fix: one number, or {layer name of the loop: number}. A loop without
+      one that does work is left out, with a warning.
+    branch: which branch of an `If` to count if its condition is unknown: 'max'
+      or 'min' for the more or less expensive one, 'then' or 'else'.
+    constants: whether to count work on constants alone, which a runtime does
+      once and PyTorch does at each call. If False, a note lists this work.
+
+  Returns:
+    A report of the work for the whole batch.
 
   Raises:
-    FileNotFoundError: if there is no such file.
+    FileNotFoundError: if the file does not exist.
     ValueError: if the convention or branch is unknown, the file or model is
-      damaged, a dimension is unknown, or a trip count is no count or names no
-      loop.
+      damaged, a dimension is unknown, or `trip_counts` is negative or names a
+      loop that does not exist.
   """
   if branch not in ('max', 'min', 'then', 'else'):
     raise ValueError(
@@ -87,28 +90,30 @@ def count_macs(
 
 
 def _load(model: Any) -> tuple[onnx.ModelProto, pathlib.Path | None]:
-  """Returns the model, and where its file lies."""
+  """Returns the model and the directory of its file (None without a file)."""
   name, folder = 'the model', None
   if isinstance(model, (str, os.PathLike)):
     name = os.fspath(model)
     folder = pathlib.Path(name).absolute().parent
     if not os.path.isfile(name):
-      raise FileNotFoundError(f'there is no file {name}')
+      raise FileNotFoundError(f'{name} does not exist')
     try:
       model = onnx.load(name, load_external_data=False)
     except DecodeError as error:
-      raise ValueError(f'{name} is damaged or no ONNX file: {error}') from error
+      raise ValueError(
+        f'{name} is damaged or not an ONNX file: {error}'
+      ) from error
   elif not isinstance(model, onnx.ModelProto):
     raise ValueError(
       f'model must be a file name or an onnx.ModelProto; got {type(model)}'
     )
   if not (model.graph.node and model.opset_import):
-    raise ValueError(f'{name} is damaged or no ONNX file: its graph is empty')
+    raise ValueError(f'{name} is damaged or not an ONNX file: empty graph')
   return model, folder
 
 
 def _inlined(model: onnx.ModelProto) -> onnx.GraphProto:
-  """Returns the graph with the functions of the model written out.
+  """Returns the graph with the model's functions inlined.
 
   Its initializers have no data.
   """
@@ -135,11 +140,11 @@ def _inlined(model: onnx.ModelProto) -> onnx.GraphProto:
 def _inputs(
   graph: onnx.GraphProto, dimensions: Mapping[str, int]
 ) -> dict[str, onnx_values.Value]:
-  """Returns what is known of the inputs of the model.
+  """Returns what is known about the model's inputs.
 
   Raises:
-    ValueError: if a size is none or is not known, or if nothing has a dimension
-      of that name.
+    ValueError: if a size is not a positive int, a dimension of the model has no
+      size, or the model has no dimension with a given name.
   """
   for name, size in dimensions.items():
     if not _is_int(size, least=1):
@@ -170,10 +175,10 @@ def _inputs(
       else:
         unknown[name] = None
   if unknown:
-    given = ', '.join(f'{name!r}: ...' for name in unknown)
+    example = ', '.join(f'{name!r}: ...' for name in unknown)
     raise ValueError(
-      f'the model has unknown dimensions {list(unknown)}: give their sizes as'
-      f' dimensions={{{given}}}'
+      f'the model has unknown dimensions {list(unknown)}: pass their'
+      f' sizes, dimensions={{{example}}}'
     )
   if extra := sorted(dimensions.keys() - used):
     raise ValueError(f'the inputs of the model have no dimensions {extra}')

@@ -1,4 +1,4 @@
-"""ONNX's operators that run graphs: what they do, and their outputs."""
+"""ONNX's control flow operators: their work and their outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import onnx
 from dynconv_jax.macs import onnx_values
 from dynconv_jax.macs.onnx_values import Value
 
-# A loop is gone through step by step for as many nodes as this.
+# Maximum number of nodes to visit when running a loop step by step.
 _MOST_NODES_OF_A_LOOP = 10000
 
 
 def _if(counter, name, node, attributes, scope) -> list[Value]:
-  """Counts the branch that is taken, or else the one that is asked for."""
+  """Counts the branch that is taken if known, or else the requested one."""
   condition = scope.values[node.input[0]]
   names = ('then_branch', 'else_branch')
   if condition.data is not None:
@@ -36,10 +36,10 @@ def _if(counter, name, node, attributes, scope) -> list[Value]:
 
 
 def _scan(counter, name, node, attributes, scope) -> list[Value]:
-  """Counts a step as often as its sequences are long."""
+  """Counts the body times the length of the scanned sequences."""
   values = [scope.values[x] if x else None for x in node.input]
   scanned = attributes['num_scan_inputs']
-  # Opset 8 has lengths first, and a batch before the steps.
+  # Opset 8 has an input of lengths first, and a batch dimension before steps.
   old = counter.inference.version('') < 9
   state = values[1 if old else 0 : len(values) - scanned]
   sequences = values[len(values) - scanned :]
@@ -47,7 +47,7 @@ def _scan(counter, name, node, attributes, scope) -> list[Value]:
   if any(value.shape is None for value in (*state, *sequences)):
     if counter.may_cost(node):
       counter.leave_out(node, name, 'its number of steps depends on values')
-    cause = f'follow from {node.op_type} in {name}, whose steps are not known'
+    cause = f'depend on {node.op_type} in {name}, whose steps are not known'
     return [Value(onnx.TypeProto(), cause=cause)] * len(node.output)
   lead = 1 if old else 0
   batch = state[0].shape[0] if old and state else 1
@@ -68,9 +68,10 @@ def _scan(counter, name, node, attributes, scope) -> list[Value]:
 
 
 def _loop(counter, name, node, attributes, scope) -> list[Value]:
-  """Counts a step as often as the loop runs, if that is known.
+  """Counts the body times the trip count, if that is known.
 
-  A loop whose steps differ, or that ends by a condition, is gone through.
+  A loop whose iterations differ, or that ends by a condition, is run step by
+  step on what is known about its values.
   """
   counter.loops[name] = None
   body = attributes['body']
@@ -86,7 +87,7 @@ def _loop(counter, name, node, attributes, scope) -> list[Value]:
     body, scope, name, [step, going, *(x.variable() for x in state)]
   )
   all_known = len(counter.uncounted) == len(before)
-  # A loop that goes on whatever happens runs to its number of steps.
+  # A loop whose condition is always true runs all of its steps.
   goes_on = outputs[0].data is not None and bool(outputs[0].data.item())
   stable = all(
     a.shape == b.shape for a, b in zip(state, outputs[1:], strict=False)
@@ -125,21 +126,21 @@ def _loop(counter, name, node, attributes, scope) -> list[Value]:
 
 
 def _run_loop(counter, name, body, scope, limit, state, ends=True):
-  """Goes through a loop step by step; returns its records and outputs.
+  """Runs a loop step by step; returns its records and outputs.
 
   Args:
-    limit: the most steps; None if it has no limit.
-    ends: whether its condition may end it before.
+    limit: the maximum number of steps; None for no limit.
+    ends: whether the condition may end the loop earlier.
 
   Returns:
-    None if its end depends on values, or if it has too many steps.
+    None if the end depends on unknown values, or if there are too many steps.
   """
   done, stacks = [], []
   last = counter.visited + _MOST_NODES_OF_A_LOOP
   count, step = len(state), 0
   while limit is None or step < limit:
     now = [onnx_values.array(np.asarray(x)) for x in (step, True)]
-    # Their data are known, but are others at each step.
+    # Their data is known, but differs from step to step.
     inputs = [dataclasses.replace(x, constant=False) for x in (*now, *state)]
     records, outputs = counter.body(body, scope, name, inputs)
     going = outputs[0].data
@@ -165,15 +166,15 @@ def _resized(value: Value, shape: Sequence[int] | None) -> Value:
 
 
 def _unknown(value: Value, cause: str = '') -> Value:
-  """Returns a value of which no more than the type is known."""
-  cause = value.cause or cause or 'depend on values'
+  """Returns a value of which only the type is known."""
+  cause = value.cause or cause or 'depend on tensor values'
   if not value.type.HasField('tensor_type'):
     return dataclasses.replace(value.variable(), cause=cause)
   return dataclasses.replace(_resized(value, None).variable(), cause=cause)
 
 
 def _stacked(value, steps, axis, lead=(), cause='') -> Value:
-  """Returns what a loop makes of a value of each step."""
+  """Returns the output that stacks a value over the steps of a loop."""
   if value.shape is None or steps is None:
     return _unknown(value, cause)
   axis %= len(value.shape) + 1
@@ -181,6 +182,6 @@ def _stacked(value, steps, axis, lead=(), cause='') -> Value:
   return _resized(value, (*lead, *shape)).variable()
 
 
-# Each takes the counter, the layer's name, the node, its attributes by name and
-# the scope; it records what the node does and returns its outputs.
+# Each function takes the counter, the layer's name, the node, its attributes by
+# name and the scope. It records the node's work and returns its outputs.
 RUN = {'If': _if, 'Loop': _loop, 'Scan': _scan}

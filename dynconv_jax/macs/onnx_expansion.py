@@ -1,4 +1,4 @@
-"""Writes an operator as the ONNX operators that it stands for."""
+"""Rewrites an operator as equivalent standard ONNX operators."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _FLOAT = onnx.TensorProto.FLOAT
 
 
 class Expansion:
-  """What a node stands for: ONNX's newest operators, and values they read.
+  """The equivalent of a node: operators of the newest opset, and their inputs.
 
   Attributes:
-    inputs: names of the node's inputs; '' for those that are left out.
-    outputs: names of its outputs, alike.
+    inputs: names of the node's inputs; '' for omitted ones.
+    outputs: names of its outputs; '' for omitted ones.
     params: its attributes by name.
-    nodes: what was added.
-    values: what the nodes read beside the inputs.
+    nodes: the nodes added so far.
+    values: values that the nodes read in addition to the inputs.
   """
 
   def __init__(self, node, inputs, params):
@@ -35,7 +35,7 @@ class Expansion:
     self._prefix = f'{next(x for x in node.output if x)}/'
 
   def has(self, index: int) -> bool:
-    """Returns whether the node has an input."""
+    """Returns whether the node has an input at this index."""
     return len(self.inputs) > index and bool(self.inputs[index])
 
   def shape(self, index: int) -> tuple[int, ...]:
@@ -43,7 +43,7 @@ class Expansion:
     return self._known[self.inputs[index]].shape
 
   def data(self, index: int) -> np.ndarray | None:
-    """Returns the data of an input, where it is known."""
+    """Returns the data of an input, or None if unknown."""
     return self._known[self.inputs[index]].data if self.has(index) else None
 
   def add(
@@ -62,7 +62,7 @@ class Expansion:
     elem_type: int | None = None,
     out: str = '',
   ) -> str:
-    """Returns the name of a value of that shape, computed from an input."""
+    """Returns the name of a new value of this shape, derived from an input."""
     source = self._known[self.inputs[like]]
     kind = elem_type or source.type.tensor_type.elem_type or _FLOAT
     out = out or f'{self._prefix}value{len(self.values)}'
@@ -77,12 +77,12 @@ class Expansion:
     packed: int,
     whole: Sequence[int] | None = None,
   ) -> str:
-    """Returns the name of a weight that an input has in another form.
+    """Returns the name of a weight that an input stores in another form.
 
     Args:
       shape: of the weight.
-      packed: the input.
-      whole: shape of all of the weights, of which this is one.
+      packed: index of the input.
+      whole: shape of the full set of weights, if this is one of several.
     """
     name = self.value(shape, packed, _FLOAT)
     all_of_it = self.value(whole, packed, _FLOAT) if whole else name
@@ -92,7 +92,7 @@ class Expansion:
     return name
 
   def dequantize(self, *indices: int) -> int:
-    """Makes inputs real numbers; returns the type that the first had."""
+    """Makes inputs real-valued; returns the original type of the first one."""
     kinds = [
       self._known[self.inputs[i]].type.tensor_type.elem_type for i in indices
     ]
@@ -107,32 +107,32 @@ class Expansion:
       self.add('Identity', name, out=self.outputs[index])
 
   def declare(self, index: int, shape: Sequence[int]) -> None:
-    """Says what shape a further output has."""
+    """Sets the shape of an additional output."""
     if len(self.outputs) > index and self.outputs[index]:
       self.value(shape, out=self.outputs[index])
 
   def summed(self, name: str, index: int) -> str:
-    """Returns a value plus an input, if the node has it."""
+    """Returns a value plus an input, or the value if there is no such input."""
     return (
       self.add('Add', name, self.inputs[index]) if self.has(index) else name
     )
 
   def activated(self, name: str) -> str:
-    """Returns a value after the node's activation, if it has one."""
+    """Applies the node's activation to a value, if it has one."""
     kind = self.params.get('activation', b'').decode()
     kind = 'Swish' if kind == 'Silu' else kind
     return self.add(kind, name) if kind and kind != 'none' else name
 
 
-# Writes what a node stands for.
+# Adds the equivalent of a node to an expansion.
 Writer = Callable[[Expansion], None]
 
 
 def channels_first(rank: int) -> list[int]:
-  """Returns the order that puts the channels first."""
+  """Returns the permutation that moves the channels first."""
   return [0, rank - 1, *range(1, rank - 1)]
 
 
 def channels_last(rank: int) -> list[int]:
-  """Returns the order that puts the channels last."""
+  """Returns the permutation that moves the channels last."""
   return [0, *range(2, rank), 1]

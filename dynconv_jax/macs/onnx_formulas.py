@@ -1,4 +1,4 @@
-"""The work of ONNX's operators other than products, by name."""
+"""The work of all ONNX operators except products, by name."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def _norm(operation) -> formulas.Work:
     statistics_groups=0 if given else groups,
   )
   if name == 'LayerNormalization':
-    # ptflops does not see scale and bias of PyTorch's layer norm.
+    # ptflops ignores the scale and bias of PyTorch's layer norm.
     done = dataclasses.replace(done, ptflops=elements)
   return done
 
 
 def _is_training(operation) -> bool:
-  """Returns whether a batch norm computes its statistics."""
+  """Returns whether a batch norm computes its own statistics."""
   if operation.version >= 14:
     return bool(operation.params.get('training_mode', 0))
   if operation.version >= 7:
@@ -54,7 +54,7 @@ def _is_training(operation) -> bool:
 
 
 def _rms_norm(operation) -> formulas.Work:
-  """Squares, their mean and its root; a product each with that and a scale."""
+  """Squares, their mean and its root; products with the root and a scale."""
   shape, elements = operation.inputs[0].shape, operation.outputs[0].size
   groups = math.prod(shape[: operation.params.get('axis', -1)])
   return formulas.Work(
@@ -84,18 +84,18 @@ def _pool(operation) -> formulas.Work:
     window = math.prod(operation.params['kernel_shape'])
   mean = name.endswith('AveragePool')
   done = formulas.pool(inputs, outputs, window, mean=mean)
-  if name.endswith('LpPool'):  # The powers, and a root of their sum.
+  if name.endswith('LpPool'):  # The powers and a root of their sum.
     done += formulas.elementwise(outputs * (window + 1))
   return dataclasses.replace(done, ptflops=2 * inputs)
 
 
 def rows_of_softmax(operation: Any) -> int:
-  """Returns the rows that Softmax, LogSoftmax or Hardmax works on."""
+  """Returns the number of rows that a Softmax, LogSoftmax or Hardmax has."""
   shape = operation.inputs[0].shape
   if operation.version >= 13:
     axis = operation.params.get('axis', -1)
     return operation.inputs[0].size // max(shape[axis], 1) if shape else 1
-  # Before, all dimensions from the axis on were one.
+  # Before opset 13, all dimensions from the axis on were one row.
   return math.prod(shape[: operation.params.get('axis', 1)])
 
 
@@ -120,7 +120,7 @@ def _resize(operation) -> formulas.Work:
 
 
 def _grid_sample(operation) -> formulas.Work:
-  """Returns the work of sampling between pixels: the weighted sum."""
+  """Counts the weighted sum of the neighboring pixels."""
   mode = operation.params.get('mode', b'linear')
   taps = {b'nearest': 1, b'cubic': 4, b'bicubic': 4}.get(mode, 2)
   dimensions = len(operation.inputs[0].shape) - 2
@@ -130,9 +130,9 @@ def _grid_sample(operation) -> formulas.Work:
 
 
 def _roi_align(operation) -> formulas.Work | None:
-  """The mean or maximum of samples between pixels, each of four of them."""
+  """The mean or maximum of interpolated samples, four pixels each."""
   samples = operation.params.get('sampling_ratio', 0) ** 2
-  if not samples:  # As many as the box has pixels.
+  if not samples:  # The number of samples depends on the box.
     return None
   return formulas.elementwise(operation.outputs[0].size * 8 * samples)
 
@@ -147,7 +147,7 @@ def _reduction(operation) -> formulas.Work:
 
 
 def _cumulative(operation) -> formulas.Work:
-  """Sums or products along an axis: all elements but a row's first."""
+  """Sums or products along an axis: one step per element but a row's first."""
   elements, shape = operation.inputs[0].size, operation.inputs[0].shape
   axis = operation.inputs[1].value
   length = shape[int(axis.item())] if axis is not None else elements
@@ -176,7 +176,7 @@ def _combine_images(operation) -> formulas.Work:
 
 
 def _of_several(operation) -> formulas.Work:
-  """Sum, mean, maximum or minimum of several tensors."""
+  """The sum, mean, maximum or minimum of several tensors."""
   steps = len(operation.inputs) - 1 + (operation.name == 'Mean')
   return formulas.elementwise(operation.outputs[0].size * steps)
 
@@ -191,7 +191,7 @@ def _fourier(operation) -> formulas.Work:
   length = signal.shape[axis]
   if is_given(operation, 1) and operation.inputs[1].value is not None:
     length = int(operation.inputs[1].value.item())
-  # The last dimension is 1 for real numbers, 2 for complex ones.
+  # The last dimension is 1 for real and 2 for complex numbers.
   batch = math.prod(signal.shape[:-1]) // max(signal.shape[axis], 1)
   is_real = signal.shape[-1] == 1 or operation.outputs[0].shape[-1] == 1
   return formulas.fft(batch * length // (2 if is_real else 1), [length])
@@ -214,7 +214,7 @@ def _short_time_fourier(operation) -> formulas.Work | None:
 
 
 def _rotary(operation) -> formulas.Work:
-  """Two products and a sum for each element that is rotated."""
+  """Two products and a sum per rotated element."""
   x, params = operation.inputs[0], operation.params
   head = x.shape[-1]
   if len(x.shape) == 3:
@@ -223,7 +223,7 @@ def _rotary(operation) -> formulas.Work:
   return formulas.elementwise(3 * x.size * rotated // max(head, 1))
 
 
-# Operators by the kind of their work.
+# Operators by their kind of work.
 NORMS = {
   'BatchNormalization': _norm,
   'InstanceNormalization': _norm,
@@ -247,7 +247,7 @@ POOLS = dict.fromkeys(
   _pool,
 )
 
-# Steps for each input and for each output, beside the reduction itself.
+# Additional steps per input and per output, besides the reduction itself.
 _STEPS_OF_REDUCTIONS = {
   'ReduceMean': (0, 1),
   'ReduceL1': (1, 0),

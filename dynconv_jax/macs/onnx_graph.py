@@ -1,4 +1,4 @@
-"""Walks an ONNX graph, and the graphs within it, and gathers its work."""
+"""Walks an ONNX graph and its subgraphs and collects their work."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dynconv_jax.macs.onnx_values import Value
 
 @dataclasses.dataclass
 class Scope:
-  """What is known of the values of a graph and of those around it.
+  """What is known about the values of a graph and of its outer graphs.
 
   Attributes:
-    values: by name.
-    noted: types of values of this graph that the model notes.
+    values: known values by name.
+    noted: types that the model declares for values of this graph.
   """
 
   values: dict[str, Value] = dataclasses.field(default_factory=dict)
@@ -39,7 +39,7 @@ class Scope:
 
 @dataclasses.dataclass
 class _Record:
-  """Work of a layer, or work on constants alone, which nothing repeats."""
+  """Work of a layer; work on constants alone does not repeat in loops."""
 
   layer: str
   operator: str
@@ -61,18 +61,18 @@ class Counter:
     records: the work so far.
     uncounted: {operation and layer: why it is not counted}.
     loops: the names of the loops so far.
-    visited: how many nodes were gone through, those of loops many times.
-    inference: of the model's operators.
-    trip_counts: as it was given.
-    branch: as it was given.
+    visited: number of nodes visited; nodes in loops count once per step.
+    inference: shape inference for the model's operators.
+    trip_counts: the argument.
+    branch: the argument.
 
   Args:
     opsets: {domain: version of its operator set}, '' for ONNX's own.
-    convention: by which the dearest branch is found.
-    trip_counts: how often loops run.
-    branch: which branch of an `If` counts.
-    folder: where the model lies; None if it is not a file.
-    constants: whether work on constants alone counts.
+    convention: used to find the most expensive branch.
+    trip_counts: number of iterations of loops.
+    branch: which branch of an `If` to count.
+    folder: directory of the model's file; None if there is none.
+    constants: whether to count work on constants alone.
   """
 
   def __init__(
@@ -104,15 +104,15 @@ class Counter:
     scope: Scope,
     initializers: Sequence[onnx.TensorProto] | None = None,
   ) -> list[Value]:
-    """Records the nodes of a graph, whose scope has its inputs.
+    """Records the nodes of a graph; `scope` must contain the graph's inputs.
 
     Args:
       graph: the graph.
-      scope: what is known; it then has the graph's values too.
-      initializers: its constants, where the graph does not have them itself.
+      scope: known values; the values of the graph are added to it.
+      initializers: the constants, if the graph itself does not contain them.
 
     Returns:
-      its outputs.
+      the outputs of the graph.
     """
     tensors = graph.initializer if initializers is None else initializers
     for tensor in tensors:
@@ -135,8 +135,8 @@ class Counter:
     if name not in scope.values:
       raise ValueError(
         'the model is damaged, or does not fit its inputs:'
-        f' {owner.name or type(owner).__name__} reads {name!r}, which nothing'
-        ' makes'
+        f' {owner.name or type(owner).__name__} reads {name!r}, which no node'
+        ' computes'
       )
     return scope.values[name]
 
@@ -159,7 +159,7 @@ class Counter:
       self._operator(node, name, attributes, inputs, scope, inference)
 
   def _operator(self, node, name, attributes, inputs, scope, inference):
-    """Infers and prices a node that does one thing."""
+    """Infers the outputs of a single operator and records its work."""
     operator = _operator_name(node)
     known = inference.schema(node) is not None
     known |= onnx_microsoft.possible_work(node) is not None
@@ -172,11 +172,11 @@ class Counter:
     )
     causes = [value.cause for value in inputs.values() if value.cause]
     if not known:
-      cause = f'follow from {node.op_type} in {name}, which is not known'
+      cause = f'depend on {node.op_type} in {name}, which is not known'
     elif causes:
       cause = causes[0]
     else:
-      cause = f'depend on values, by {node.op_type} in {name}'
+      cause = f'depend on tensor values ({node.op_type} in {name})'
     noted = scope.noted
     if shapes := onnx_ops.registered_shapes(operation):
       noted = _noted_shapes(node, shapes, inputs)
@@ -201,9 +201,9 @@ class Counter:
       if x and not _is_known(scope, x)
     ]
     if not known and not is_registered:
-      reason = f'it is of the domain {node.domain}'
+      reason = f'it is unknown in the domain {node.domain}'
       if not node.domain:
-        reason = 'it is no operator of ONNX'
+        reason = 'it is not an ONNX operator'
     elif unknown and not is_registered:
       causes = [value.cause for value in (*inputs, *outputs) if value.cause]
       reason = f'the shapes of {unknown} {(causes or ["are not known"])[0]}'
@@ -230,7 +230,7 @@ class Counter:
     )
 
   def _expanded(self, node, name, attributes, scope, inference) -> bool:
-    """Counts a node as the ONNX operators that it stands for, if it does."""
+    """Counts a node through its equivalent operators; False if it has none."""
     if inference is self._newest:
       return False
     inputs = [scope.values[x] if x else None for x in node.input]
@@ -262,14 +262,14 @@ class Counter:
     return True
 
   def leave_out(self, node: onnx.NodeProto, name: str, reason: str) -> None:
-    """Notes that a node of a layer is not counted."""
+    """Records that a node of a layer is not counted."""
     entry = report.Uncounted(node.op_type, name)
     self.uncounted.setdefault(entry, reason)
 
   def body(
     self, graph, scope, name, inputs: Sequence[Value] = ()
   ) -> tuple[list[_Record], list[Value]]:
-    """Returns what one run of the inner graph of the node `name` does."""
+    """Returns the work and the outputs of one run of a subgraph of `name`."""
     before = self.records, self._around
     self.records, self._around = [], f'{name}.'
     inside = Scope(dict(scope.values), noted_types(graph, {}))
@@ -280,7 +280,7 @@ class Counter:
         value, type=kind, cause=cause
       )
     outputs = self.graph(graph, inside)
-    # Weights of the inner graph are known by their names.
+    # Weights of the subgraph are identified by their names.
     for weight in frozenset().union(*(x.weights for x in outputs)):
       if weight in inside.values:
         scope.values.setdefault(weight, inside.values[weight])
@@ -289,11 +289,11 @@ class Counter:
     return records, outputs
 
   def cost(self, records: list[_Record]) -> int:
-    """Returns the price of work that is not on constants alone."""
+    """Returns the count of records, without work on constants alone."""
     return sum(self._convention(x.work) for x in records if not x.constant)
 
   def may_cost(self, node: onnx.NodeProto) -> bool:
-    """Returns whether the convention may have a price for what a node does."""
+    """Returns whether the convention may count the work of a node."""
     graphs = [x.g for x in node.attribute if x.HasField('g')]
     if graphs:
       return any(self.may_cost(inner) for x in graphs for inner in x.node)
@@ -304,10 +304,10 @@ class Counter:
     return onnx_ops.may_cost(operator, self._convention)
 
   def report_to(self, builder: ReportBuilder) -> None:
-    """Adds all that was recorded; a weight belongs to its first use.
+    """Adds all records to the report; a weight belongs to its first use.
 
     Raises:
-      ValueError: if a trip count names a loop that there is not.
+      ValueError: if `trip_counts` names a loop that does not exist.
     """
     trips = self.trip_counts
     names = trips.keys() if isinstance(trips, Mapping) else set()
@@ -335,7 +335,7 @@ class Counter:
       builder.note(note)
 
   def _constant_work(self) -> str:
-    """Returns what is left out as done on constants alone, '' if nothing is."""
+    """Returns a note on the work left out as constant, '' if there is none."""
     if self._constants:
       return ''
     prices: dict[str, int] = {}
@@ -350,16 +350,16 @@ class Counter:
       return ''
     parts = [f'{name} {price:,}' for name, price in prices.items()]
     return (
-      f'Not in the total, because it depends on constants alone'
-      f' ({self._convention.unit}): {", ".join(parts)}; in all'
-      f' {sum(prices.values()):,}, which constants=True counts.'
+      f'Not in the total, because it depends only on constants'
+      f' ({self._convention.unit}): {", ".join(parts)};'
+      f' {sum(prices.values()):,} in total. Count it with constants=True.'
     )
 
 
 def noted_types(
   graph: onnx.GraphProto, dimensions: Mapping[str, int]
 ) -> dict[str, onnx.TypeProto]:
-  """Returns the types that a graph notes of its values.
+  """Returns the types that a graph declares for its values.
 
   Args:
     graph: the graph.
@@ -382,7 +382,7 @@ def noted_types(
 
 
 def layer_name(node: onnx.NodeProto) -> str:
-  """Returns the path of the module that a node comes from, or its name."""
+  """Returns the path of the module that a node belongs to, or its name."""
   weight = node.input[1] if len(node.input) > 1 else ''
   if node.op_type in ('Conv', 'ConvTranspose', 'Gemm') and weight.endswith(
     '.weight'
@@ -395,7 +395,7 @@ def layer_name(node: onnx.NodeProto) -> str:
     return node.name
   path: list[str] = []
   for part in node.name.split('/')[1:-1]:
-    # In a sequence an exporter writes 'layer1/layer1.0' for 'layer1.0'.
+    # In a sequence, an exporter writes 'layer1/layer1.0' for 'layer1.0'.
     if path and part.startswith(f'{path[-1]}.'):
       path.pop()
     path.append(part)
@@ -409,7 +409,7 @@ def _operator_name(node: onnx.NodeProto) -> str:
 
 
 def _is_known(scope: Scope, name: str) -> bool:
-  """Returns whether a value has all the shape that a formula may need."""
+  """Returns whether the shape of a value is known, or it is not a tensor."""
   value = scope.values[name]
   kind = value.type.WhichOneof('value')
   return value.shape is not None or kind not in (None, 'tensor_type')

@@ -1,7 +1,7 @@
-"""Operators of ONNX Runtime, as the ONNX operators that they stand for.
+"""ONNX Runtime's own operators, expressed as standard ONNX operators.
 
-What ONNX Runtime's optimizer and quantizer write, of the domains com.microsoft
-and com.microsoft.nchwc.
+These are operators of the domains com.microsoft and com.microsoft.nchwc that
+ONNX Runtime's optimizer and quantizer generate.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def expand(
   inputs: Sequence[Value | None],
   attributes: dict[str, Any],
 ) -> Expansion | None:
-  """Returns what a node stands for.
+  """Returns the standard operators that a node is equivalent to.
 
   Args:
     node: of any domain.
-    inputs: what is known of its inputs; None for those that are left out.
+    inputs: what is known about its inputs; None for omitted ones.
     attributes: by name.
 
   Returns:
-    None if it is an operator of ONNX, or is not known, or if the shapes of its
-    inputs are not.
+    None if the node is a standard operator, or it or the shapes of its inputs
+    are unknown.
   """
   write = _expansion(node)
   unknown = any(value is not None and value.shape is None for value in inputs)
@@ -51,7 +51,7 @@ def expand(
 
 
 def possible_work(node: onnx.NodeProto) -> formulas.Work | None:
-  """Returns an example of what a node may do; None if it is not known here."""
+  """Returns an example of a node's work; None if the operator is unknown."""
   if _expansion(node) is None:
     return None
   kind = 'elementwise'
@@ -64,7 +64,7 @@ def possible_work(node: onnx.NodeProto) -> formulas.Work | None:
 
 
 def note(node: onnx.NodeProto) -> str:
-  """Returns what is to be known of how a node counts, '' if nothing is."""
+  """Returns a note on how a node is counted, '' if there is none."""
   return onnx_nchwc.note(node)
 
 
@@ -82,7 +82,7 @@ def _expansion(node: onnx.NodeProto) -> Writer | None:
 
 
 def _standard(operator: str, *kept: int, but: Sequence[str] = ()) -> Writer:
-  """Returns the expansion to one operator that takes some of the inputs."""
+  """Expands to one operator that takes the inputs at the `kept` indices."""
 
   def expansion(body: Expansion) -> None:
     inputs = [body.inputs[i] if body.has(i) else '' for i in kept]
@@ -93,7 +93,7 @@ def _standard(operator: str, *kept: int, but: Sequence[str] = ()) -> Writer:
 
 
 def _quantized(operator: str, *kept: int, but: Sequence[str] = ()) -> Writer:
-  """Returns the expansion to an operator on the numbers that integers mean."""
+  """Expands to a real-valued operator, with quantized inputs and output."""
 
   def expansion(body: Expansion) -> None:
     kind = body.dequantize(*kept)
@@ -128,7 +128,7 @@ def _fused_convolution(body: Expansion) -> None:
 
 
 def _channels_last(operator: str, always: bool = True) -> Writer:
-  """Returns the expansion of an operator on channels that come last."""
+  """Expands an operator on channels-last tensors."""
 
   def expansion(body: Expansion) -> None:
     params = {k: v for k, v in body.params.items() if k != 'channels_last'}
@@ -155,7 +155,7 @@ def _channels_last(operator: str, always: bool = True) -> Writer:
 
 
 def _gemm(left: int, right: int, bias: int) -> Writer:
-  """Returns the expansion to Gemm, given the numbers of its inputs."""
+  """Expands to Gemm; the arguments are indices of its inputs."""
 
   def expansion(body: Expansion) -> None:
     kind = body.dequantize(*(i for i in (left, right, bias) if body.has(i)))
@@ -168,7 +168,7 @@ def _gemm(left: int, right: int, bias: int) -> Writer:
     if body.has(bias):
       inputs.append(body.inputs[bias])
     done = body.activated(body.add('Gemm', *inputs, **params))
-    # QGemm's output is quantized where it has a zero point.
+    # The output of QGemm is quantized if it has a zero point.
     body.end(body.add('Cast', done, to=kind) if body.has(8) else done)
 
   return expansion
@@ -190,14 +190,14 @@ def _fused_matmul(body: Expansion) -> None:
 
 
 def _quantized_weight(body: Expansion) -> None:
-  """Products with weights that are packed: N outputs of K inputs."""
+  """Expands a product with packed weights: N outputs of K inputs."""
   weight = body.weight((body.params['K'], body.params['N']), packed=1)
   done = body.add('MatMul', body.inputs[0], weight)
   body.end(body.summed(done, 5))
 
 
 def _integer_to_float(bias: int, quantized: bool) -> Writer:
-  """Returns the expansion of a product of integers that is scaled after."""
+  """Expands an integer product whose result is then scaled."""
 
   def expansion(body: Expansion) -> None:
     left = body.inputs[0]
@@ -212,7 +212,7 @@ def _integer_to_float(bias: int, quantized: bool) -> Writer:
 
 
 def _biased(activation: str, bias: int = 1) -> Writer:
-  """Returns the expansion of an activation of a sum with a bias."""
+  """Expands an activation of a sum with a bias."""
 
   def expansion(body: Expansion) -> None:
     body.end(body.add(activation, body.summed(body.inputs[0], bias)))
@@ -309,5 +309,5 @@ _OTHERS = {
   'Unique': _standard('Unique', 0),
 }
 
-# Written without their domain.
+# Operators that ONNX Runtime writes without their domain.
 _WITHOUT_DOMAIN = {'SimplifiedLayerNormalization': onnx_transformers.rms_norm}

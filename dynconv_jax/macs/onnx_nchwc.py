@@ -1,8 +1,8 @@
-"""ONNX Runtime's operators on blocks of channels, as ONNX operators.
+"""ONNX Runtime's operators on blocks of channels, as standard ONNX operators.
 
-Its optimizer writes them for CPUs, of the domain com.microsoft.nchwc. Tensors
-have the shape [N, C, ...] with C a multiple of the block of 8 or 16 channels
-that the machine has.
+ONNX Runtime's optimizer generates these operators of the domain
+com.microsoft.nchwc for CPUs. Tensors have the shape [N, C, ...], with C a
+multiple of the machine's block size of 8 or 16 channels.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dynconv_jax.macs.onnx_expansion import Expansion, Writer
 DOMAIN = 'com.microsoft.nchwc'
 
 _BLOCKS = (
-  f'Convolutions of {DOMAIN} count with channels filled up to blocks, as ONNX'
-  ' Runtime runs them and as their weights are stored. The model before this'
-  ' optimization (ORT_ENABLE_EXTENDED or below) has its own channels.'
+  f'Convolutions of {DOMAIN} count with channels padded to whole blocks, as'
+  ' ONNX Runtime runs them and stores their weights. For the original channels,'
+  ' count the model before this optimization (ORT_ENABLE_EXTENDED or below).'
 )
 
 
 def note(node: onnx.NodeProto) -> str:
-  """Returns what is to be known of how a node counts, '' if nothing is."""
+  """Returns a note on how a node is counted, '' if there is none."""
   return _BLOCKS if (node.domain, node.op_type) == (DOMAIN, 'Conv') else ''
 
 
@@ -31,7 +31,7 @@ def _convolution(body: Expansion) -> None:
   keys = ('auto_pad', 'dilations', 'group', 'kernel_shape', 'pads', 'strides')
   params = {k: body.params[k] for k in keys if k in body.params}
   batch, _, *sizes = body.shape(0)
-  # What was reordered has whole blocks of channels, as the weight has.
+  # Reordered inputs and weights have whole blocks of channels.
   channels = body.shape(1)[1] * params.get('group', 1)
   image = body.value((batch, channels, *sizes))
   done = body.add('Conv', image, *(x for x in body.inputs[1:3] if x), **params)

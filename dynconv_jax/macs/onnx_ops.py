@@ -1,4 +1,4 @@
-"""What ONNX's operators are: their work, and which of them cost nothing."""
+"""ONNX's operators: their work, and which of them are free."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-  """What is known of an input or output.
+  """What is known about an input or output.
 
   Attributes:
-    shape: None if it is not known.
-    dtype: NumPy's; None if it is not known, or no tensor.
-    value: of a small tensor that does not depend on what the model is given.
+    shape: None if unknown.
+    dtype: NumPy dtype; None if unknown or not a tensor.
+    value: data of a small tensor that does not depend on the model's inputs.
   """
 
   shape: Shape | None
@@ -42,14 +42,14 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-  """A node, as formulas see it.
+  """A node, as passed to formulas.
 
   Attributes:
     name: the operator; 'domain::OpType' unless it is ONNX's own.
     version: of the operator set of its domain.
-    inputs: None for those that are left out.
-    outputs: None for those that are left out.
-    params: attributes by name, with the defaults of that version. Text is
+    inputs: None for omitted ones.
+    outputs: None for omitted ones.
+    params: attributes by name, with the defaults of that version. Strings are
       bytes.
   """
 
@@ -67,19 +67,21 @@ _REGISTERED: dict[str, tuple[Formula, Callable | None]] = {}
 def register_onnx(
   name: str, outputs: Callable[[Operation], Sequence[Shape]] | None = None
 ) -> Callable[[Formula], Formula]:
-  """Returns a decorator that makes a function the formula of an operator.
+  """Returns a decorator that registers a function as an operator's formula.
 
-  The function takes an `Operation` and returns a `macs.Work`. It goes before
-  ours, and also serves an operator whose outputs have no known shape.
+  The function takes an `Operation` and returns a `macs.Work`. It takes
+  precedence over built-in formulas, and is also called if the shapes of the
+  outputs are unknown.
 
   Args:
     name: 'domain::OpType', or 'OpType' alone for ONNX's own.
-    outputs: a function from the `Operation`, whose `outputs` are then empty, to
-      the shapes of its outputs, for an operator that ONNX does not know in a
-      model that does not note them. They have the dtype of the first input.
+    outputs: a function that takes the `Operation` (with empty `outputs`) and
+      returns the shapes of its outputs. Needed if ONNX does not know the
+      operator and the model does not declare the shapes. The outputs have the
+      dtype of the first input.
 
   Raises:
-    ValueError: if that is no name of an operator.
+    ValueError: if `name` is not an operator's name.
   """
   if not re.fullmatch(r'([\w.]+::)?\w+', name):
     raise ValueError(f"name must be 'domain::OpType' or 'OpType'; got {name!r}")
@@ -97,20 +99,20 @@ def is_registered(name: str) -> bool:
 
 
 def registered_shapes(operation: Operation) -> list[Shape]:
-  """Returns the shapes of the outputs by a user's function; [] without one."""
+  """Returns output shapes by the user's function; [] if there is none."""
   _, outputs = _REGISTERED.get(operation.name, (None, None))
   return [tuple(shape) for shape in outputs(operation)] if outputs else []
 
 
 def is_free(name: str) -> bool:
-  """Returns whether an operator does nothing that any convention counts."""
+  """Returns whether an operator does no work in any convention."""
   return name in FREE and name not in _REGISTERED
 
 
 def possible_work(name: str) -> formulas.Work:
-  """Returns an example of what an operator may do, whatever its shapes.
+  """Returns an example of an operator's work.
 
-  Those that are not known may do anything.
+  An unknown operator may do any work.
   """
   for kind, table in _KINDS.items():
     if name in table and name not in _REGISTERED:
@@ -121,12 +123,12 @@ def possible_work(name: str) -> formulas.Work:
 
 
 def may_cost(name: str, convention: conventions.Convention) -> bool:
-  """Returns whether a convention may have a price for an operator."""
+  """Returns whether a convention may count an operator's work."""
   return not is_free(name) and convention(possible_work(name)) > 0
 
 
 def work(operation: Operation) -> formulas.Work | None:
-  """Returns what an operator does; None if that is not known."""
+  """Returns the work of an operator; None if unknown."""
   name = operation.name
   if name in _REGISTERED:
     done = _REGISTERED[name][0](operation)
@@ -141,7 +143,7 @@ def work(operation: Operation) -> formulas.Work | None:
       return table[name](operation)
   tensors = [x for x in (*operation.inputs, *operation.outputs) if x]
   if not any(is_floating(x.dtype) for x in tensors):
-    # Arithmetic on indices and masks alone is none.
+    # Arithmetic on indices and masks alone does not count.
     return formulas.elementwise(0)
   for table in (onnx_formulas.NORMS, onnx_formulas.POOLS, onnx_formulas.OTHERS):
     if name in table:
@@ -157,20 +159,20 @@ def work(operation: Operation) -> formulas.Work | None:
 
 
 def parameters(op_type: str, inputs: Sequence[str]) -> list[str]:
-  """Returns the inputs of a node that are weights if they are constant."""
+  """Returns the inputs of a node that are weights if constant."""
   if op_type == 'BatchNormalization':
     return list(inputs[1:3])
   return [value for value in inputs if value]
 
 
 def is_floating(dtype: np.dtype | None) -> bool:
-  """Returns whether elements are numbers that have a fraction."""
-  # Kinds of the extension types, such as bfloat16, are 'V'.
+  """Returns whether a dtype is floating-point or complex."""
+  # Extension types such as bfloat16 have the kind 'V'.
   return dtype is not None and dtype.kind in 'fcV'
 
 
 def _linear_model(operation) -> formulas.Work:
-  """A classifier or regressor: its coefficients meet each row once."""
+  """A classifier or regressor: one product of each row and coefficients."""
   params, shape = operation.params, operation.inputs[0].shape
   rows = math.prod(shape[:-1])
   bias = bool(params.get('intercepts'))
@@ -179,7 +181,7 @@ def _linear_model(operation) -> formulas.Work:
 
 
 def _support_vectors(operation) -> formulas.Work:
-  """Each row meets each support vector, and these the coefficients."""
+  """Products of rows and support vectors, then of kernels and coefficients."""
   params, shape = operation.params, operation.inputs[0].shape
   rows = math.prod(shape[:-1])
   vectors = len(params.get('support_vectors', ())) // max(shape[-1], 1)
@@ -191,7 +193,7 @@ def _support_vectors(operation) -> formulas.Work:
   return products + kernel + formulas.matmul(macs, 1, 1)
 
 
-# Of the domain ai.onnx.ml.
+# Operators of the domain ai.onnx.ml.
 _LEARNED = {
   'ai.onnx.ml::LinearClassifier': _linear_model,
   'ai.onnx.ml::LinearRegressor': _linear_model,
@@ -199,7 +201,7 @@ _LEARNED = {
   'ai.onnx.ml::SVMRegressor': _support_vectors,
 }
 
-# Steps for each element, and what ptflops 0.7.5 charges for PyTorch's module.
+# Steps per element, and what ptflops 0.7.5 counts for PyTorch's module.
 _ACTIVATIONS = {
   'Relu': (1, 2),
   'LeakyRelu': (2, 1),
@@ -224,11 +226,11 @@ _ACTIVATIONS = {
 
 
 def words(text: str) -> frozenset[str]:
-  """Returns the names in a text."""
+  """Splits a text into a set of names."""
   return frozenset(text.split())
 
 
-# Steps for each element.
+# Steps per element.
 _ELEMENTWISE = {
   'QuantizeLinear': 2,
   'DequantizeLinear': 2,
@@ -249,7 +251,7 @@ _ELEMENTWISE = {
   1,
 )
 
-# Operators whose work depends on values: no product is among it.
+# Operators whose work depends on values. None of them is a product.
 _DATA_DEPENDENT = words("""
   MaxRoiPool NonMaxSuppression ai.onnx.ml::TreeEnsemble
   ai.onnx.ml::TreeEnsembleClassifier ai.onnx.ml::TreeEnsembleRegressor
@@ -257,7 +259,7 @@ _DATA_DEPENDENT = words("""
   ai.onnx.preview.training::Momentum
 """)
 
-# Operators that only make, move or choose.
+# Operators that only create, move or select data.
 FREE = words("""
   And Bernoulli BitCast BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor
   Cast CastLike CenterCropPad Compress Concat ConcatFromSequence Constant
@@ -276,13 +278,13 @@ FREE = words("""
   ai.onnx.ml::OneHotEncoder ai.onnx.ml::ZipMap
 """)
 
-# Operators whose results are others each time.
+# Operators whose results differ from run to run.
 RANDOM = words("""
   Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform
   RandomUniformLike
 """)
 
-# Those without a kind of their own that ptflops charges for.
+# Operators without a kind of their own that ptflops counts.
 _CHARGED = ('Softmax', 'LogSoftmax', 'Resize', 'Upsample')
 
 _KINDS = {

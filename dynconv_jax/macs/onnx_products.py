@@ -1,4 +1,4 @@
-"""The work of ONNX's convolutions, matrix products and layers of them."""
+"""The work of ONNX's convolutions, matrix products and composite layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynconv_jax.macs import einsum, formulas, linalg, recurrent
 
 
 def is_given(operation: Any, index: int) -> bool:
-  """Returns whether an operation has the input of that number."""
+  """Returns whether an operation has an input at this index."""
   inputs = operation.inputs
   return len(inputs) > index and inputs[index] is not None
 
@@ -19,7 +19,7 @@ def is_given(operation: Any, index: int) -> bool:
 def convolution(
   operation: Any, data: int = 0, weight: int = 1, bias: int = 2
 ) -> formulas.Work:
-  """Returns the work of a convolution, given the numbers of its inputs."""
+  """Returns the work of a convolution, given the indices of its inputs."""
   batch, in_features, *input_size = operation.inputs[data].shape
   out_features, _, *kernel_size = operation.inputs[weight].shape
   params = operation.params
@@ -35,7 +35,7 @@ def convolution(
     strides=strides,
     padding=_padding(
       params,
-      # What is missing for an output of size ceil(input / stride).
+      # The total padding for an output of size ceil(input / stride).
       [
         max((-(-size // stride) - 1) * stride + step * (taps - 1) + 1 - size, 0)
         for size, taps, stride, step in zip(
@@ -64,7 +64,7 @@ def _transposed_convolution(operation) -> formulas.Work:
       input_size, kernel_size, strides, dilations, extra, strict=True
     )
   ]
-  # An output shape that is asked for takes the place of the padding.
+  # An explicit output shape overrides the padding.
   size = operation.outputs[0].shape[2:]
   cropped = [max(a - b, 0) for a, b in zip(whole, size, strict=True)]
   if 'output_shape' in params:
@@ -87,7 +87,7 @@ def _transposed_convolution(operation) -> formulas.Work:
 
 
 def _padding(params, automatic: Sequence[int]) -> list[tuple[int, int]]:
-  """Returns (low, high) of each dimension, `automatic` being their sums."""
+  """Returns (low, high) per dimension; `automatic` contains their sums."""
   mode = params.get('auto_pad', b'NOTSET')
   if mode == b'SAME_UPPER':
     return [(total // 2, total - total // 2) for total in automatic]
@@ -101,7 +101,7 @@ def _padding(params, automatic: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _deformable_convolution(operation) -> formulas.Work:
-  """Its taps read between the pixels; which are padding is not known."""
+  """Taps read between pixels; which of them read padding is unknown."""
   output, weight = operation.outputs[0], operation.inputs[1]
   macs = output.size * math.prod(weight.shape[1:])
   return formulas.Work(
@@ -115,7 +115,7 @@ def _deformable_convolution(operation) -> formulas.Work:
 
 
 def _causal_convolution(operation) -> formulas.Work:
-  """A depthwise convolution after the last inputs of the step before."""
+  """A depthwise convolution over the inputs and the state before them."""
   batch, features, length = operation.inputs[0].shape
   taps = operation.inputs[1].shape[-1]
   earlier = taps - 1 if is_given(operation, 3) else 0
@@ -144,7 +144,7 @@ def _gemm(operation) -> formulas.Work:
 
 
 def matmul(operation: Any, left: int = 0, right: int = 1) -> formulas.Work:
-  """Returns the work of a matrix product, given the numbers of its inputs."""
+  """Returns the work of a matrix product, given the indices of its inputs."""
   output = operation.outputs[0].shape
   outputs, rank = math.prod(output), len(operation.inputs[right].shape)
   columns = output[-1] if rank > 1 and output else 1
@@ -153,7 +153,7 @@ def matmul(operation: Any, left: int = 0, right: int = 1) -> formulas.Work:
     rows,
     operation.inputs[left].shape[-1],
     columns,
-    # A matrix is the weight of a linear layer, not one of a batch.
+    # A 2-D operand is the weight of a linear layer, not part of a batch.
     positions=rows if rank == 2 else 0,
   )
 
@@ -179,7 +179,7 @@ def _attention(operation) -> formulas.Work:
   else:
     heads, sizes = query[1], (query[3], value[3])
   keys, queries = key[-2], query[-2]
-  if is_given(operation, 4):  # Keys of earlier positions.
+  if is_given(operation, 4):  # Cached keys of earlier positions.
     keys += operation.inputs[4].shape[2]
   done = formulas.attention(query[0] * heads, queries, keys, *sizes)
   if is_given(operation, 3):
@@ -196,7 +196,7 @@ def _flexible_attention(operation) -> formulas.Work | None:
 
 
 def _linear_attention(operation) -> formulas.Work:
-  """Each token updates a state of every head, and each query reads one."""
+  """Each token updates one state per head, and each query reads one."""
   batch, tokens, features = operation.inputs[0].shape
   params = operation.params
   heads, shared = params['q_num_heads'], params['kv_num_heads']
@@ -210,7 +210,7 @@ def _linear_attention(operation) -> formulas.Work:
 
 
 def _recurrent(cell: recurrent.Cell) -> Callable[[Any], formulas.Work]:
-  """Returns the formula of a recurrent layer."""
+  """Returns the formula for a recurrent layer."""
 
   def formula(operation) -> formulas.Work:
     *steps_and_batch, inputs = operation.inputs[0].shape
@@ -218,7 +218,7 @@ def _recurrent(cell: recurrent.Cell) -> Callable[[Any], formulas.Work]:
     rows = math.prod(steps_and_batch)
     bias = is_given(operation, 3)
     done = recurrent.layer(cell, rows, inputs=inputs, hidden=hidden, bias=bias)
-    if is_given(operation, 7):  # An LSTM's peepholes: 2 steps each of 3.
+    if is_given(operation, 7):  # An LSTM's peepholes: 3 times 2 steps.
       done += formulas.elementwise(6 * rows * hidden)
     return done * directions
 

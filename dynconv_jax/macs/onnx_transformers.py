@@ -1,4 +1,4 @@
-"""ONNX Runtime's operators of transformers, as ONNX operators."""
+"""ONNX Runtime's transformer operators, as standard ONNX operators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FLOAT = onnx.TensorProto.FLOAT
 
 
 def _attend(body, query, key, value, heads, shared=None, mask='', past=()):
-  """Adds ONNX's attention of [batch, length, heads x size]."""
+  """Adds ONNX's attention of [batch, length, heads * size] tensors."""
   return body.add(
     'Attention',
     query,
@@ -28,7 +28,7 @@ def _attend(body, query, key, value, heads, shared=None, mask='', past=()):
 
 
 def attention(quantized: bool) -> Writer:
-  """Returns the expansion of self-attention that projects its input."""
+  """Expands self-attention that includes the input projection."""
   mask, past = (99, 8) if quantized else (5, 4)
 
   def expansion(body: Expansion) -> None:
@@ -56,7 +56,7 @@ def attention(quantized: bool) -> Writer:
 
 
 def multi_head_attention(body: Expansion) -> None:
-  """Attention of projected queries, keys and values, packed or not."""
+  """Expands attention of projected queries, keys and values, packed or not."""
   heads = body.params['num_heads']
   shape = body.shape(0)
   batch, length = shape[:2]
@@ -90,7 +90,7 @@ def multi_head_attention(body: Expansion) -> None:
 
 
 def group_query_attention(body: Expansion) -> None:
-  """Attention whose keys and values several heads share, with a cache."""
+  """Expands attention with shared keys and values and with a cache."""
   heads, shared = body.params['num_heads'], body.params['kv_num_heads']
   batch, length, features = body.shape(0)
   size = features // heads if body.has(1) else features // (heads + 2 * shared)
@@ -113,7 +113,7 @@ def group_query_attention(body: Expansion) -> None:
 
 
 def _rotate(body: Expansion, name: str) -> str:
-  """Two products and a sum an element, as ONNX's rotary embedding."""
+  """Adds two products and a sum per element: ONNX's rotary embedding."""
   products = [body.add('Mul', name, name) for _ in range(2)]
   return body.add('Add', *products)
 
@@ -123,7 +123,7 @@ def rotary(body: Expansion) -> None:
 
 
 def skip_norm(simplified: bool, bias: int) -> Writer:
-  """Returns the expansion of a norm of a sum, which is an output too."""
+  """Expands a norm of a sum; the sum is an output too."""
 
   def expansion(body: Expansion) -> None:
     total = body.summed(body.add('Add', *body.inputs[:2]), bias)
@@ -149,7 +149,7 @@ def rms_norm(body: Expansion) -> None:
 
 
 def embedding_norm(body: Expansion) -> None:
-  """The norm of a sum of two or three embeddings."""
+  """Expands the norm of a sum of two or three embeddings."""
   batch, length = body.shape(0)
   total = body.value((batch, length, body.shape(2)[1]), elem_type=_FLOAT)
   for _ in range(2 if body.has(4) else 1):
@@ -160,7 +160,7 @@ def embedding_norm(body: Expansion) -> None:
 
 
 def group_norm(skip: bool) -> Writer:
-  """Returns the expansion of a group norm on channels that come last."""
+  """Expands a group norm on channels-last tensors."""
 
   def expansion(body: Expansion) -> None:
     name, rank = body.inputs[0], len(body.shape(0))
@@ -188,12 +188,12 @@ def group_norm(skip: bool) -> Writer:
 
 
 def experts(weights: Sequence[int], packs: bool) -> Writer:
-  """Returns the expansion of perceptrons of which k are chosen for each row.
+  """Expands a mixture of perceptrons of which each row uses k.
 
   Args:
-    weights: numbers of the inputs that are weights, [experts, ...]; the second
-      is the last layer, a third has the first layer's shape.
-    packs: whether a byte has more than one element of a weight.
+    weights: indices of the weight inputs, [experts, ...]. The second is the
+      last layer; a third has the first layer's shape.
+    packs: whether a byte contains more than one element of a weight.
   """
 
   def expansion(body: Expansion) -> None:
@@ -209,7 +209,7 @@ def experts(weights: Sequence[int], packs: bool) -> Writer:
       name = body.value((chosen, shape[0]))
       if index == weights[1]:
         name = body.add('Swish', name)
-      # A row meets the weight of one of the experts.
+      # Each row is multiplied by the weight of one expert.
       weight = body.weight(shape, index, whole=(experts, *shape))
       body.add('MatMul', name, weight)
     body.end(body.value((*rows, hidden)))

@@ -1,9 +1,9 @@
-"""What is known of the values of an ONNX graph before anything runs.
+"""What is known about the values of an ONNX graph without running it.
 
-Node by node, ONNX's own inference gives shapes. It is told the values of what
-shapes depend on: small constants, and what ONNX's reference evaluator computes
-from these and from the shapes that are already known. So a shape that a model
-computes from the shape of its input is as known as one that it states.
+ONNX's shape inference runs node by node. It receives the values that shapes
+depend on: small constants, and what ONNX's reference evaluator computes from
+these and from known shapes. Shapes that the model computes from the shape of
+its input are therefore known like shapes that it declares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx import TypeProto, numpy_helper, shape_inference
 
 from dynconv_jax.macs import onnx_ops
 
-# Shapes depend on integers and on a few numbers that scale them; larger arrays
+# Shapes depend on integers and on a few floats that scale them; larger arrays
 # of floats are weights.
 _LARGEST_INTEGERS = 65536
 _LARGEST_FLOATS = 64
@@ -32,15 +32,15 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-  """What is known of a value.
+  """What is known about a value.
 
   Attributes:
-    type: as far as it is known; empty if it is not.
-    data: of a small value that does not depend on what the model is given.
-    constant: whether it depends on nothing that the model is given, but for
-      its shape.
+    type: the type, as far as known; empty if unknown.
+    data: the data of a small value that does not depend on the model's inputs.
+    constant: whether it does not depend on the model's inputs, except on their
+      shapes.
     weights: the initializers that it was computed from.
-    cause: why its shape is not known; '' if it is.
+    cause: why its shape is unknown; '' if it is known.
   """
 
   type: TypeProto
@@ -51,21 +51,21 @@ class Value:
 
   @functools.cached_property
   def shape(self) -> Shape | None:
-    """The shape of a tensor, None if any of it is unknown."""
+    """The shape of a tensor; None if any dimension is unknown."""
     return shape_of(self.type)
 
   @functools.cached_property
   def tensor(self) -> onnx_ops.Tensor:
-    """The value as formulas see it."""
+    """The value as passed to formulas."""
     return onnx_ops.Tensor(self.shape, dtype_of(self.type), self.data)
 
   def variable(self) -> Value:
-    """Returns the value as one that differs from step to step of a loop."""
+    """Returns the value as one that varies between the steps of a loop."""
     return dataclasses.replace(self, data=None, constant=False)
 
 
 def shape_of(kind: TypeProto) -> Shape | None:
-  """Returns the shape of a tensor's type, None if any of it is unknown."""
+  """Returns the shape of a tensor type; None if any dimension is unknown."""
   tensor = kind.tensor_type
   if not kind.HasField('tensor_type') or not tensor.HasField('shape'):
     return None
@@ -75,14 +75,14 @@ def shape_of(kind: TypeProto) -> Shape | None:
 
 
 def dtype_of(kind: TypeProto) -> np.dtype | None:
-  """Returns NumPy's type of a tensor's elements, None if it is not known."""
+  """Returns the NumPy dtype of a tensor type; None if unknown."""
   if not kind.HasField('tensor_type') or not kind.tensor_type.elem_type:
     return None
   return onnx.helper.tensor_dtype_to_np_dtype(kind.tensor_type.elem_type)
 
 
 def tensor_type(elem_type: int, shape: Sequence[int] | None) -> TypeProto:
-  """Returns the type of a tensor."""
+  """Returns a tensor type."""
   return onnx.helper.make_tensor_type_proto(elem_type, shape)
 
 
@@ -92,9 +92,9 @@ def constant(
   """Returns an initializer or constant, with its data if it is small.
 
   Args:
-    tensor: the constant; its data may lie in a file of its own.
+    tensor: the constant; its data may be in an external file.
     name: of the value.
-    folder: where the model lies; None if it is not a file.
+    folder: directory of the model's file; None if there is none.
   """
   dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
   is_weight = tensor.data_type not in _NOT_WEIGHTS
@@ -111,7 +111,7 @@ def array(
   weights: frozenset[str] = frozenset(),
   constant: bool = True,
 ) -> Value:
-  """Returns the value of an array that is known."""
+  """Returns the value of a known array."""
   kind = onnx.helper.np_dtype_to_tensor_dtype(data.dtype)
   return Value(tensor_type(kind, data.shape), data, constant, weights)
 
@@ -128,7 +128,7 @@ def _data(tensor, dtype, folder) -> np.ndarray | None:
         tensor, str(folder)
       )
     except (OSError, ValueError, onnx.checker.ValidationError):
-      return None  # Weights need not be there.
+      return None  # Files of weights may be missing.
   try:
     return numpy_helper.to_array(tensor)
   except (TypeError, ValueError):
@@ -168,10 +168,10 @@ class Inference:
     """Returns the outputs of a node.
 
     Args:
-      node: not one that runs a graph of its own.
-      inputs: by name, those that the node has.
-      noted: types of values that the graph notes.
-      cause: why the shapes of outputs that are not known are not.
+      node: any node without a subgraph.
+      inputs: the inputs that the node has, by name.
+      noted: types that the graph declares for its values.
+      cause: why the shapes of outputs are unknown, if they are.
 
     Raises:
       ValueError: if the node does not fit its inputs.
@@ -207,11 +207,11 @@ class Inference:
     return result
 
   def schema(self, node: onnx.NodeProto) -> onnx.defs.OpSchema | None:
-    """Returns ONNX's definition of an operator, None if it has none."""
+    """Returns ONNX's definition of an operator; None if there is none."""
     return _schema(node.op_type, self.version(node.domain), node.domain)
 
   def version(self, domain: str) -> int:
-    """Returns the version of a domain's operators that the model uses."""
+    """Returns the operator set version that the model uses for a domain."""
     domain = '' if is_onnx(domain) else domain
     return self._opsets.get(domain, 1)
 
@@ -226,7 +226,7 @@ class Inference:
     )
 
   def _inferred(self, schema, node, inputs) -> dict[str, TypeProto]:
-    # What follows an operator that is not known may still say its shape.
+    # An operator after an unknown one may still determine its output shape.
     guess = tensor_type(onnx.TensorProto.FLOAT, None)
     try:
       return shape_inference.infer_node_outputs(
@@ -244,8 +244,8 @@ class Inference:
         opset_imports=self._imports,
       )
     except _REFUSALS as error:
-      # It may be that the rest is needed to say more; and what costs nothing
-      # need not be right.
+      # The missing inputs may be needed to infer more, and an operator that
+      # costs nothing need not be valid.
       all_known = all(value.shape is not None for value in inputs.values())
       if not all_known or onnx_ops.is_free(node.op_type):
         return {}
@@ -255,7 +255,7 @@ class Inference:
       ) from error
 
   def _fold(self, node, inputs, types) -> list[np.ndarray] | None:
-    """Returns what a node of small constants computes, None if it is not."""
+    """Evaluates a node on small constants; None if that is not possible."""
     values = list(inputs.values())
     if not values or any(value.data is None for value in values):
       return None
@@ -285,8 +285,8 @@ class Inference:
         None, {name: value.data for name, value in inputs.items()}
       )
     except Exception:  # noqa: BLE001
-      # Whatever the evaluator cannot do is not known; its errors are of no
-      # common class.
+      # Treat results as unknown if the evaluator fails; its errors have no
+      # common base class.
       return None
     if not all(isinstance(output, np.ndarray) for output in outputs):
       return None
@@ -296,7 +296,7 @@ class Inference:
 
 
 def merged(kind: TypeProto, noted: TypeProto | None) -> TypeProto:
-  """Returns a type with what the model notes of a shape that is not known."""
+  """Returns a type, with unknown sizes taken from the declared type."""
   if noted is None or shape_of(kind) is not None:
     return kind
   if not kind.WhichOneof('value'):
@@ -318,10 +318,10 @@ def _size(dim: Any) -> int | None:
 
 
 def _types_without_inference(node, types) -> dict[str, TypeProto]:
-  """Returns the types of outputs for which ONNX has no function.
+  """Returns output types of operators without an inference function.
 
-  Those of the first versions, which broadcast to the first input alone, and of
-  the norms that ONNX defines by others.
+  These are the first versions of operators, which broadcast to the first input
+  only, and norms that ONNX defines as functions.
   """
   name, first = node.op_type, types[0]
   if name in _LIKE_THEIR_FIRST:
@@ -331,7 +331,7 @@ def _types_without_inference(node, types) -> dict[str, TypeProto]:
     targets = given.get('targets', given.get('n_targets', 1))
     kind = onnx.TensorProto.FLOAT
     return {node.output[0]: tensor_type(kind, (*shape[:-1], targets))}
-  # The newest version, if it is written alike.
+  # Try the newest version of the operator, with the attributes it still has.
   schema = _schema(name, onnx.defs.onnx_opset_version(), node.domain)
   if schema is None or not schema.has_type_and_shape_inference_function:
     return {}
@@ -392,7 +392,7 @@ def _shape_data(node: onnx.NodeProto, shape: Shape) -> np.ndarray:
 @functools.cache
 def _schema(op_type: str, version: int, domain: str):
   domain = '' if is_onnx(domain) else domain
-  # ONNX Runtime knows some operators before ONNX does.
+  # ONNX Runtime uses some operators before they are in an opset of ONNX.
   for known in ((version, domain), (domain,)):
     try:
       return onnx.defs.get_schema(op_type, *known)

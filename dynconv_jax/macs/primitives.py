@@ -1,8 +1,8 @@
-"""The work of each JAX primitive, handed to the formulas by its shapes.
+"""The work of each JAX primitive, computed from its shapes.
 
-A new primitive is a word in one of the sets or a function in `_WORK`; users
-register their own with `macs.register`. What holds other computations (jit,
-scan, ...) is walked in walk.py.
+To support a primitive, add it to one of the sets or add a function to `_WORK`;
+users register their own with `macs.register`. Primitives that contain other
+computations (jit, scan, ...) are handled in walk.py.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _names(text: str) -> frozenset[str]:
   return frozenset(text.split())
 
 
-# Hand on their first operand element by element: behind them a weight is
-# still a weight, and the output of a convolution still that.
+# Pass on their first operand: a weight is still a weight afterwards, and the
+# output of a convolution still the output of that convolution.
 LAYOUT = _names("""
   
   broadcast_in_dim convert_element_type copy copy_p expand_dims
@@ -35,7 +35,7 @@ LAYOUT = _names("""
   
 """)
 
-# Move, make or choose data, draw random bits, or communicate: no arithmetic.
+# Create, move or select data, draw random bits, or communicate: no arithmetic.
 _FREE = LAYOUT | _names("""
   
   after_all all_gather all_gather_invariant all_gather_reduced all_to_all
@@ -58,7 +58,7 @@ _FREE = LAYOUT | _names("""
   
 """)
 
-# One operation for each element of the output.
+# One operation per element of the output.
 _ELEMENTWISE = _names("""
   
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e
@@ -70,7 +70,7 @@ _ELEMENTWISE = _names("""
   
 """)
 
-# One operation for each element that disappears.
+# One operation per element that is reduced away.
 _REDUCTIONS = _names("""
   
   argmax argmin reduce reduce_and reduce_max reduce_min reduce_or reduce_prod
@@ -98,23 +98,22 @@ _SCATTERS = _names("""
 """)
 
 
-# Real operations of one complex operation; of any other function two, one for
-# each part.
+# Real operations per complex operation; 2 for all others, one for each part.
 _COMPLEX_STEPS = {'mul': 6, 'square': 6, 'div': 11, 'abs': 4}
 
-# {name of a primitive, jitted function or kernel: its formula}
+# {name of a primitive, jitted function or kernel: formula}
 _REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
 def register_jax(name: str) -> Callable:
-  """Returns a decorator that makes a function the formula of an operation.
+  """Returns a decorator that registers a function as an operation's formula.
 
-  The function gets its `inputs` and `outputs`, lists of what has a shape and a
-  dtype, and its `params` by name.
+  The function takes an object with `inputs` and `outputs` (lists of objects
+  with a shape and a dtype) and `params` (by name).
 
   Args:
-    name: of a primitive, a Pallas kernel, or a function that is jitted, called
-      back or has custom derivatives.
+    name: name of a primitive, a Pallas kernel, a callback, or a function that
+      is jitted or has custom derivatives.
   """
 
   def decorator(formula: Callable[..., formulas.Work]) -> Callable:
@@ -125,7 +124,7 @@ def register_jax(name: str) -> Callable:
 
 
 def registered(eqn: Any) -> formulas.Work | None:
-  """Returns the work of an equation by a user's formula, if there is one."""
+  """Returns the work of an equation by a user's formula; None without one."""
   if not _REGISTERED:
     return None
   params = eqn.params
@@ -155,12 +154,12 @@ def registered(eqn: Any) -> formulas.Work | None:
 
 
 def work_of(eqn: Any) -> formulas.Work | None:
-  """Returns the work of an equation; None if its primitive is not known.
+  """Returns the work of an equation; None if its primitive is unknown.
 
-  Arithmetic that involves no floating-point number (of indices, say) is none.
+  Arithmetic without floating-point numbers, e.g. on indices, does not count.
   """
   name = eqn.primitive.name
-  # A collective may be in two halves: psum_start and psum_done.
+  # A collective may be split in two: psum_start and psum_done.
   if (
     name in _FREE or name.removesuffix('_start').removesuffix('_done') in _FREE
   ):
@@ -184,7 +183,7 @@ def _real_work_of(eqn, name) -> formulas.Work | None:
   if name in _ELEMENTWISE:
     return formulas.elementwise(output.size)
   if name in _REDUCTIONS:
-    # A reduction with several operands, as in argmax, is one for each.
+    # A reduction with several operands, such as argmax, counts once for each.
     return formulas.reduction(operand.size, output.size) * len(eqn.outvars)
   if name in _CUMULATIVE:
     length = operand.shape[eqn.params['axis']]
@@ -196,11 +195,11 @@ def _real_work_of(eqn, name) -> formulas.Work | None:
 
 
 def out_features(eqn: Any, weights: int = 1) -> int:
-  """Returns how many biases the output of a product can take, one a feature.
+  """Returns how many biases the output of a product can take.
 
   Args:
     eqn: a convolution or matrix product.
-    weights: which operand holds the weights, 0 or 1.
+    weights: index of the operand with the weights, 0 or 1.
   """
   if eqn.primitive.name == 'conv_general_dilated':
     spec = eqn.params['dimension_numbers'].rhs_spec
@@ -214,7 +213,7 @@ def out_features(eqn: Any, weights: int = 1) -> int:
 
 
 def is_complex(aval: Any) -> bool:
-  """Returns whether these are complex numbers."""
+  """Returns whether an abstract value is complex."""
   return jax.dtypes.issubdtype(getattr(aval, 'dtype', bool), np.complexfloating)
 
 
@@ -242,7 +241,7 @@ def _dot(eqn) -> formulas.Work:
 
 
 def _ragged_dot(eqn) -> formulas.Work:
-  """A row meets the matrix of its own group alone."""
+  """Multiplies each row by the matrix of its own group only."""
   numbers = eqn.params['ragged_dot_dimension_numbers']
   return _matmul(
     eqn, numbers.dot_dimension_numbers, numbers.rhs_group_dimensions
@@ -262,7 +261,7 @@ def _matmul(eqn, dimension_numbers, groups=()) -> formulas.Work:
 
 
 def _select_and_scatter(eqn) -> formulas.Work:
-  """Gradient of a maximum pool: finds each window's element, adds there."""
+  """Gradient of max pooling: finds the maximum of each window, adds to it."""
   source = eqn.invars[0].aval.size
   window = math.prod(eqn.params['window_dimensions'])
   return formulas.pool(eqn.invars[1].aval.size, source, window, mean=True)
@@ -288,7 +287,7 @@ def _scaled_matmul(eqn) -> formulas.Work:
 
 
 def _fused_attention(products: int):
-  """Returns the formula of cuDNN's attention, by its number of products."""
+  """Returns the formula for cuDNN's attention, given its number of products."""
 
   def formula(eqn) -> formulas.Work:
     query, key = (v.aval.shape for v in eqn.invars[:2])
@@ -326,7 +325,7 @@ _WORK = {
   'ragged_dot_general': _ragged_dot,
   'scaled_dot': _dot,
   **dict.fromkeys(('scaled_matmul', 'scaled_matmul_wrapper'), _scaled_matmul),
-  # Backward: the scores once more, and two gradients for each product.
+  # Backward: recomputed scores, and two gradients for each product.
   **{
     f'dot_product_attention_{fp8}{way}{wrapper}': _fused_attention(products)
     for fp8 in ('', 'fp8_')

@@ -1,4 +1,4 @@
-"""What a recurrent layer costs, from its sizes alone."""
+"""The cost of a recurrent layer, computed from its sizes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Cell:
   """A recurrent cell.
 
   Attributes:
-    gates: outputs of its two matrix products for each hidden unit.
-    operations: element-wise ones a hidden unit and step.
-    ptflops: what ptflops 0.7.5 takes these to be.
+    gates: outputs of each of its two matrix products per hidden unit.
+    operations: element-wise operations per hidden unit and step.
+    ptflops: how many operations ptflops 0.7.5 counts instead.
   """
 
   gates: int
@@ -22,13 +22,13 @@ class Cell:
   ptflops: int
 
 
-# The sum of the two products and an activation.
+# A sum of the two products, and an activation.
 RNN = Cell(gates=1, operations=2, ptflops=1)
-# Three sums of the two products, three activations, the reset gate's product
-# and (h - n) * z + n, which is a difference, a product and a sum.
+# Three sums of the two products, three activations, the product with the reset
+# gate, and (h - n) * z + n: a difference, a product and a sum.
 GRU = Cell(gates=3, operations=10, ptflops=7)
-# Four sums of the two products, five activations, three products and the
-# cell's sum.
+# Four sums of the two products, five activations, three products and the sum
+# of the cell state.
 LSTM = Cell(gates=4, operations=13, ptflops=10)
 
 
@@ -48,7 +48,7 @@ def layer(
     rows: steps times batch.
     inputs: features of the input.
     hidden: hidden units.
-    projection: size that an LSTM projects its output to; None for none.
+    projection: size of an LSTM's projected output; None without a projection.
     bias: whether each of the two products has a bias.
   """
   features = cell.gates * hidden

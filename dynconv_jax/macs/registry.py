@@ -1,11 +1,11 @@
-"""Formulas of users for operations that the counter does not know."""
+"""Registration of user-defined formulas for operations."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
 
-# Where each front end keeps its table, and the function that adds to it.
+# The module of each front end's table, and the function that adds to it.
 _TABLES = {
   'jax': ('primitives', 'register_jax'),
   'torch': ('torch_ops', 'register_torch'),
@@ -18,27 +18,27 @@ def register(
 ) -> Callable[[Callable], Callable]:
   """Returns a decorator that registers a function as an operation's formula.
 
-  The formula says what one run of the operation does, and takes precedence over
-  ours:
+  The formula returns the work of one execution of the operation. It takes
+  precedence over the built-in formula:
 
       @macs.register('my_kernel')
       def my_kernel(operation):
         rows, inner = operation.inputs[0].shape
         return macs.formulas.matmul(rows, inner, operation.outputs[0].shape[1])
 
-  It takes one object that describes the operation and returns a `macs.Work`.
-  The object has `inputs` and `outputs`, lists of what has a shape, and
-  `params`, what else there is by name.
+  Its argument is an object that describes the operation, with `inputs` and
+  `outputs` (lists of objects with a shape) and `params` (other arguments by
+  name). It returns a `macs.Work`.
 
   Args:
-    name: of the operation. JAX: a primitive, a Pallas kernel, or a function
-      that is jitted, called back or has custom derivatives. PyTorch:
+    name: name of the operation. JAX: a primitive, a Pallas kernel, a callback,
+      or a function that is jitted or has custom derivatives. PyTorch:
       'namespace::operator'. ONNX: 'domain::OpType', or 'OpType' alone for
       ONNX's own.
     framework: 'jax', 'torch' or 'onnx'.
 
   Raises:
-    ValueError: if there is no such framework, or the name is empty.
+    ValueError: if the framework is unknown or the name is empty.
   """
   if framework not in _TABLES:
     raise ValueError(

@@ -1,4 +1,4 @@
-"""What a network costs, layer by layer; weighted by execution masks."""
+"""Reports of a network's cost by layer, optionally weighted by masks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dynconv_jax.macs import conventions, formulas, tables
 
 @dataclasses.dataclass(frozen=True)
 class LayerMacs:
-  """What one layer costs for the arguments as given (the whole batch).
+  """The cost of one layer for the given arguments (the whole batch).
 
   Attributes:
     name: its path in the model, such as 'layer2.0.conv2'.
     kind: the kind of its heaviest operation, one of `formulas.KINDS`.
-    output_shape: shape of its first operation of that kind; of a group, of
-      its dearest layer.
-    parameters: elements of its weights, counted once.
-    macs: its price by the report's convention (FLOPs by the convention
-      `flops`).
-    positions: output positions over the batch: N * h * w of convolutions,
-      N * tokens of linear layers; 0 where they are not known.
-    activations: elements that its convolutions and matrix products output.
-    activation_bytes: their size in bytes; 0 where it is not known.
+    output_shape: output shape of its first operation of that kind; for a
+      group, of its most expensive layer.
+    parameters: number of weights; shared weights count once.
+    macs: its count in the report's convention (FLOPs for `flops`).
+    positions: output positions over the batch: N * h * w for convolutions,
+      N * tokens for linear layers; 0 if unknown.
+    activations: elements in the outputs of its convolutions and matrix
+      products.
+    activation_bytes: size of `activations` in bytes; 0 if unknown.
   """
 
   name: str
@@ -44,7 +44,7 @@ class LayerMacs:
 
 
 class Uncounted(NamedTuple):
-  """An operation whose cost is not known, and the layer that it stands in."""
+  """An operation whose cost is unknown, and the layer that contains it."""
 
   operation: str
   layer: str
@@ -52,20 +52,19 @@ class Uncounted(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-  """What a network costs for the arguments as given (the whole batch).
+  """The cost of a network for the given arguments (the whole batch).
 
   Attributes:
     convention: the counting convention.
-    padding: whether positions of input padding count as work.
+    padding: whether multiply-accumulates on input padding count.
     by_layer: {layer name: LayerMacs}, in order of execution.
     uncounted: the operations that are missing from the count.
-    unpriced: multiply-accumulates that the convention leaves out: those of
+    unpriced: multiply-accumulates that the convention does not count, such as
       matrix products in `conv`.
-    parameters_by_module: {path: elements of the parameters that the module
-      holds itself}, of all modules; None where only the weights of the layers
-      are known.
-    parameter_bytes: size of the parameters in bytes; 0 where it is not known.
-    notes: what else is to be known about the count, one sentence each.
+    parameters_by_module: {path: number of parameters that the module owns
+      directly}, for all modules; None if only the weights of layers are known.
+    parameter_bytes: size of the parameters in bytes; 0 if unknown.
+    notes: sentences about how the network was counted.
   """
 
   convention: conventions.Convention
@@ -79,42 +78,46 @@ class Report:
 
   @property
   def total(self) -> int:
-    """The sum over the layers."""
+    """The sum over all layers."""
     return sum(layer.macs for layer in self.by_layer.values())
 
   @property
   def parameters(self) -> int:
-    """The model's parameters; the weights of the layers if it is unknown."""
+    """The model's parameters, or the weights of its layers if unknown."""
     if self.parameters_by_module is not None:
       return sum(self.parameters_by_module.values())
     return sum(layer.parameters for layer in self.by_layer.values())
 
   @property
   def activations(self) -> int:
-    """Elements that convolutions and matrix products output."""
+    """Elements in the outputs of convolutions and matrix products."""
     return sum(layer.activations for layer in self.by_layer.values())
 
   @property
   def activation_bytes(self) -> int:
-    """Size of `activations` in bytes; 0 where it is not known."""
+    """Size of `activations` in bytes; 0 if unknown."""
     return sum(layer.activation_bytes for layer in self.by_layer.values())
 
   def executed(
     self, masks: Sequence[Any], batch: int | None = None
   ) -> np.ndarray:
-    """Returns float64[N]: what each image costs where its masks execute.
+    """Returns the cost of each image if masks select where layers run.
 
-    A layer that a mask names costs its share of active positions; every other
-    layer its whole. A product of attention (kind 'pairs') costs its share of
-    active pairs, n_q * n_k. Masks of ones give `total` over the batch exactly.
+    A masked layer costs its share of active positions. All other layers cost
+    their full count. A product of attention (kind 'pairs') costs its share of
+    active pairs, n_q * n_k. If all masks are ones, the result is exactly
+    `total` divided by the batch size.
 
     Args:
-      masks: `masks.ExecutionMask`s: `maps`, each [n, h, w] or [n, tokens] of
-        {0, 1}, and the `layers` that they mask: a name, the `level` of its map
-        and a `kind`, 'positions' or 'pairs'. n need not be the batch that was
-        counted.
-      batch: images that were counted; None: as the positions of the layers
-        tell.
+      masks: `masks.ExecutionMask`s, with `maps` (each [n, h, w] or [n, tokens]
+        of {0, 1}) and the `layers` that they mask (a name, the `level` of its
+        map, and a `kind`, 'positions' or 'pairs'). n can differ from the batch
+        size that was counted.
+      batch: number of images that were counted; by default, inferred from the
+        positions of the layers.
+
+    Returns:
+      float64[n], the count of each image.
 
     Raises:
       ValueError: if a masked layer is not in the report, is masked twice, or
@@ -134,7 +137,7 @@ class Report:
       weights = active.sum(axis=tuple(range(1, active.ndim)))
       pairs = getattr(layer, 'kind', 'positions') == 'pairs'
       if pairs:
-        # Of all heads and sizes: they do not tell the batch.
+        # These include all heads and sizes, so they do not tell the batch size.
         weights, size, number = weights**2, size**2, counted.macs
         exact = self.convention.unit == 'MACs'
       else:
@@ -151,13 +154,13 @@ class Report:
     if batch is None:
       if not batches:
         raise ValueError(
-          'the masks name products of attention alone, which do not tell how'
-          ' many images were counted; give batch='
+          'the masks only name products of attention, which do not tell how'
+          ' many images were counted; pass batch='
         )
       if len(set(batches.values())) > 1:
         raise ValueError(
-          'the masks fit the layers at different batch sizes:'
-          f' {batches}; were they made from images of another size?'
+          f'the layers and masks imply different batch sizes: {batches}; do the'
+          ' masks belong to images of another size?'
         )
       batch = next(iter(batches.values()))
 
@@ -179,10 +182,10 @@ class Report:
       raise ValueError(f'layers masked more than once: {twice}')
 
   def grouped(self, depth: int) -> Report:
-    """Returns the report with layers merged by the first `depth` names.
+    """Returns a report with layers merged by the first `depth` path elements.
 
-    At depth 1, 'layer2.0.conv2' is part of 'layer2'. Masks name layers in
-    full, so `executed` is for the report that was not grouped.
+    At depth 1, 'layer2.0.conv2' is part of 'layer2'. Masks use full layer
+    names, so call `executed` on the original report.
     """
     if depth < 1:
       raise ValueError(f'depth must be at least 1; got {depth}')
@@ -197,11 +200,11 @@ class Report:
     )
 
   def rows(self, sort: str = 'order') -> list[dict[str, Any]]:
-    """Returns the table's rows: name, kind, output_shape, parameters, ...
+    """Returns the rows of the table as dicts (name, kind, output_shape, ...).
 
     Args:
-      sort: 'order' (of execution), 'name', 'macs' or 'parameters', the last
-        two from the largest.
+      sort: 'order' (of execution), 'name', 'macs' or 'parameters'; the last
+        two sort in descending order.
     """
     if sort not in ('order', 'name', 'macs', 'parameters'):
       raise ValueError(
@@ -227,7 +230,7 @@ class Report:
     return rows
 
   def to_table(self, sort: str = 'order') -> str:
-    """Returns the layers as aligned text, with a line for the total.
+    """Returns the layers as aligned text, with a total.
 
     Args:
       sort: as in `rows`.
@@ -235,19 +238,19 @@ class Report:
     return tables.layers(self, sort)
 
   def to_tree(self, depth: int | None = None) -> str:
-    """Returns the modules as aligned text, each indented below its parent.
+    """Returns the modules as aligned text, indented by depth.
 
-    A module's line has the sum of what is inside of it.
+    The line of a module is the sum over everything inside it.
 
     Args:
-      depth: levels to show; None: all.
+      depth: number of levels to show; None for all.
     """
     if depth is not None and depth < 1:
       raise ValueError(f'depth must be at least 1; got {depth}')
     return tables.modules(self, depth)
 
   def __str__(self) -> str:
-    """Returns the tree of modules, as deep as 60 rows allow."""
+    """Returns the tree of modules, limited in depth to fit 60 rows."""
     return tables.modules_that_fit(self)
 
   def __repr__(self) -> str:
@@ -290,11 +293,11 @@ class Report:
 
 
 class UncountedWarning(UserWarning):
-  """An operation does work that the report does not contain."""
+  """Warns about an operation whose work is missing from a report."""
 
 
 class Distribution(NamedTuple):
-  """MACs an image: their mean, percentiles and histogram."""
+  """Mean, percentiles and histogram of the MACs per image."""
 
   mean: float
   percentiles: dict[float, float]
@@ -310,9 +313,9 @@ def distribution(
   """Returns the distribution of `Report.executed` over images.
 
   Args:
-    executed: float[N], MACs of each image; batches are concatenated.
+    executed: float[N], MACs of each image; concatenate the results of batches.
     percentiles: in [0, 100].
-    bins: of the histogram, equally wide from the least to the most.
+    bins: number of histogram bins of equal width, from minimum to maximum.
   """
   executed = np.asarray(executed, np.float64)
   if executed.ndim != 1 or not executed.size:
@@ -330,7 +333,7 @@ def distribution(
 
 
 def merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
-  """Returns layers as one, shaped as the first or dearest of its kind."""
+  """Merges layers; the shape is that of the first or most expensive one."""
   kind = min((layer.kind for layer in layers), key=formulas.KINDS.index)
   alike = [layer for layer in layers if layer.kind == kind]
   shaped = max(alike, key=lambda layer: layer.macs) if dearest else alike[0]
@@ -340,7 +343,7 @@ def merge(name: str, layers: Sequence[LayerMacs], dearest: bool) -> LayerMacs:
     shaped.output_shape,
     sum(layer.parameters for layer in layers),
     sum(layer.macs for layer in layers),
-    # A mask selects from the positions of one kind.
+    # A mask selects among the positions of one kind.
     sum(layer.positions for layer in alike),
     sum(layer.activations for layer in layers),
     sum(layer.activation_bytes for layer in layers),

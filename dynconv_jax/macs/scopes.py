@@ -1,10 +1,10 @@
-"""Names layers in a trace by where their modules stand in the model.
+"""Names the layers of a trace by the path of their module in the model.
 
-JAX keeps a name stack with every operation, which `jax.named_scope` fills;
-Linen and Haiku enter a scope for each module of their own. NNX and Equinox do
-not, so while a function is traced the `__call__` of their modules is wrapped
-to enter one. Neither library is imported: a model of theirs exists only where
-somebody else has.
+JAX keeps a name stack with every operation, which `jax.named_scope` extends.
+Linen and Haiku enter a scope for each module. NNX and Equinox do not, so this
+module wraps the `__call__` of their modules during tracing to enter one. It
+does not import these libraries: a model of theirs can only exist if they are
+already imported.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ import jax
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
-# Marks a scope of ours: the paths of the module around and of the module.
+# Marks scopes entered here: the paths of the outer module and of the module.
 _PATH = '@module:'
 
-# The classes of a process are wrapped for the length of a trace.
+# Classes are wrapped process-wide during a trace.
 _lock = threading.RLock()
 
 _traces = itertools.count()
 
 
 def is_nnx(value: Any) -> bool:
-  """Returns whether this is a graph node of NNX: a module, Rngs and so on."""
+  """Returns whether this is an NNX graph node, such as a module or Rngs."""
   nnx = sys.modules.get('flax.nnx')
   return nnx is not None and isinstance(value, nnx.Pytree)
 
 
 def is_module(value: Any) -> bool:
-  """Returns whether this is a module of NNX or Equinox."""
+  """Returns whether this is an NNX or Equinox module."""
   return isinstance(value, tuple(_bases())) and _holds_layers(type(value))
 
 
 def layer_name(*stacks: Any) -> str:
-  """Returns the layer's name for the name stacks around an operation.
+  """Returns the layer name for the name stacks around an operation.
 
   Args:
-    *stacks: `eqn.source_info.name_stack`s, from the outermost jaxpr inwards.
+    *stacks: `eqn.source_info.name_stack`s, outermost jaxpr first.
   """
   scopes = [
     scope
     for stack in stacks
     for entry in stack.stack
-    # Transformations such as jvp are entries too, of another class.
+    # Transformations such as jvp are also entries, of another class.
     if type(entry).__name__ == 'Scope'
     for scope in _split(entry.name)
-    # Equinox enters the class of its layers, jnp.einsum its formula.
+    # Equinox enters the class of its layers, jnp.einsum its equation.
     if not scope.startswith('eqx.') and '->' not in scope
   ]
   before, path, within = [], None, []
@@ -63,7 +63,7 @@ def layer_name(*stacks: Any) -> str:
     if not scope.startswith(_PATH):
       (before if path is None else within).append(scope)
       continue
-    # Relative to the module around it: jit may have traced this for another.
+    # Relative to the outer module: jit may have traced this for another one.
     around, inner = scope.removeprefix(_PATH).split(_PATH)
     if path is None or not (inner == around or _within(around, inner)):
       path = inner
@@ -93,9 +93,10 @@ def modules_of(f: Callable) -> list[tuple[str, Any]]:
 
 
 def parameters_of(roots: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
-  """Returns (path of the module, array) of each parameter of the modules.
+  """Returns (path of the module, array) for each parameter of the modules.
 
-  Parameters are NNX's `Param`s and Equinox's floating-point arrays, each once.
+  Parameters are NNX's `Param`s and Equinox's floating-point arrays. Shared
+  parameters are returned once.
 
   Args:
     roots: (name, module), as for `Scopes.add_roots`.
@@ -112,7 +113,7 @@ def parameters_of(roots: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 def arrays_of(tree: Any, prefix: str = '') -> list[tuple[str, Any]]:
-  """Returns (path of what holds it, array) of each array in a pytree."""
+  """Returns (path of its container, array) for each array in a pytree."""
   found = []
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype'):
@@ -125,7 +126,7 @@ def arrays_of(tree: Any, prefix: str = '') -> list[tuple[str, Any]]:
 
 
 def _arrays(module: Any) -> list[tuple[str, Any]]:
-  """Returns (path of the module that holds it, array) of each parameter."""
+  """Returns (path of its module, array) for each parameter."""
   if is_nnx(module):
     nnx = sys.modules['flax.nnx']
     params = nnx.to_flat_state(nnx.state(module, nnx.Param))
@@ -146,25 +147,25 @@ def _unique(roots: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:
 
 
 class Scopes:
-  """Finds the paths of the modules that are called in one trace."""
+  """Tracks the paths of the modules that are called in one trace."""
 
   def __init__(self):
-    # id -> (path, module); holding the module keeps its id from being reused.
+    # id -> (path, module); keeping the module prevents reuse of its id.
     self._paths: dict[int, tuple[str, Any]] = {}
     self._stack: list[str] = []
     self._called: set[str] = set()
 
   def add_roots(self, roots: Iterable[tuple[str, Any]]) -> None:
-    """Names the modules in each root; by its own name if there are several."""
+    """Registers the modules in each root; prefixes names if several roots."""
     roots = _unique(roots)
     for name, module in roots:
       self._register(name if len(roots) > 1 else '', module)
 
   @contextlib.contextmanager
   def active(self) -> Iterator[None]:
-    """Wraps every class of modules while the context is open."""
-    # jit and remat reuse what they once traced, without names or with those of
-    # another count; they trace again where the metadata is not the same.
+    """Wraps all module classes while the context is open."""
+    # jit and remat reuse earlier traces, which have no names or the names of
+    # another count. They trace again if the metadata differs.
     metadata = set_xla_metadata(dynconv_jax_trace=str(next(_traces)))
     with _lock, metadata:
       replaced = []
@@ -201,10 +202,10 @@ class Scopes:
   def _guess(self, module: Any) -> str:
     """Returns the path of the module that this one is probably a copy of.
 
-    Transformations such as grad, nnx.scan and nnx.remat call copies. One
-    stands for the first of its class, in the module around it, that was not
-    called yet. (A transformed function that JAX traces once and uses for
-    several modules names them all alike.)
+    Transformations such as grad, nnx.scan and nnx.remat call copies. A copy is
+    matched with the first module of its class, inside the outer module, that
+    has not been called yet. (If JAX traces a transformed function once and uses
+    it for several modules, all of them get the same name.)
     """
     around = self._stack[-1] if self._stack else ''
     alike = [
@@ -238,19 +239,19 @@ def _split(scope: str) -> list[str]:
 
 
 def _within(path: str, inner: str) -> bool:
-  """Returns whether `inner` is the path of something inside of `path`."""
+  """Returns whether `inner` is a path strictly inside `path`."""
   return inner != path and inner.startswith(path and f'{path}.')
 
 
 def _holds_layers(cls: type) -> bool:
-  # Equinox makes modules of transformed functions too, equinox.filter_grad's.
+  # Equinox also makes modules of transformed functions (equinox.filter_grad).
   return not cls.__module__.startswith('equinox._')
 
 
 def _bases() -> list[type]:
   libraries = ('flax.nnx', 'equinox')
   loaded = [sys.modules[name] for name in libraries if name in sys.modules]
-  # A library that is half imported has no Module yet.
+  # A library that is still being imported has no Module yet.
   return [lib.Module for lib in loaded if hasattr(lib, 'Module')]
 
 

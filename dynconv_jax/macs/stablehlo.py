@@ -1,7 +1,7 @@
-"""The work of an exported JAX function, from the StableHLO that it holds.
+"""The work of an exported JAX function, from its StableHLO.
 
-`jax.export` keeps no jaxpr. What its StableHLO does is handed to the same
-formulas.
+`jax.export` does not keep the jaxpr, so the operations of the StableHLO module
+are passed to the same formulas.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _ELEMENTWISE = _names(
   """
 )
 
-# Real operations of one complex operation; two for any other.
+# Real operations per complex operation; 2 for all others.
 _COMPLEX_STEPS = {'multiply': 6, 'divide': 11, 'abs': 4}
 
 _ARITHMETIC = {'add': 'add', 'subtract': 'sub', 'multiply': 'mul'}
 
-# What JAX, not a user, calls scopes.
+# Scope names that JAX adds, not users.
 _CONTROL = re.compile(r'while|body|cond|closed_call|branch_\d+_fun|.*\(.*')
 
 
@@ -59,9 +59,9 @@ class Operation(NamedTuple):
   Attributes:
     name: 'dot_general'.
     scope: the named scopes around it, joined by dots.
-    work: what it does; None if that is not known.
-    shape: of its result.
-    reason: why its work is not known.
+    work: its work; None if unknown.
+    shape: shape of its result.
+    reason: why its work is unknown.
   """
 
   name: str
@@ -77,15 +77,17 @@ def operations(
   trips: Callable[[str, int | None], int | None],
   branch: str | int = 'max',
 ) -> list[Operation]:
-  """Returns what an exported function does, loops and branches resolved.
+  """Returns the operations of an exported function.
+
+  Loops are multiplied out and branches selected.
 
   Args:
     exported: a `jax.export.Exported`.
-    price: of operations, by which branches are compared.
-    trips: from a loop's scope and the trips that the program fixes, if it does,
-      to its trips; None for a loop that is left out.
-    branch: 'max', 'min' or an index. StableHLO keeps no names of branches:
-      another string is 'max'.
+    price: returns the count of operations, to compare branches.
+    trips: takes a loop's scope and the trip count that the program fixes, or
+      None; returns the trip count, or None to leave the loop out.
+    branch: 'max', 'min' or an index. StableHLO has no branch names: any other
+      string means 'max'.
   """
   with mlir.make_ir_context():
     module = ir.Module.parse(exported.mlir_module())
@@ -101,7 +103,7 @@ def operations(
 
 
 class _Walk:
-  """Gathers the operations of a block, and of those within it."""
+  """Collects the operations of a block and its nested blocks."""
 
   def __init__(self, functions, price, trips, branch):
     self.found: list[Operation] = []
@@ -109,11 +111,11 @@ class _Walk:
     self._price = price
     self._trips = trips
     self._branch = branch
-    # What is known of values: whole numbers.
+    # Integers known so far, by value.
     self._known: dict[Any, Any] = {}
 
   def block(self, block, arguments) -> list[Any]:
-    """Walks a block; returns what is known of what it returns."""
+    """Walks a block; returns what is known about its outputs."""
     for value, known in zip(block.arguments, arguments, strict=True):
       self._known[value] = known
     outputs = []
@@ -188,7 +190,7 @@ class _Walk:
 
   def _case(self, op) -> list[Any]:
     branches = []
-    # The first region of `if` is what runs if true; `cond` has false first.
+    # The first region of `if` is the true branch; `cond` lists false first.
     regions = list(op.regions)
     if op.operation.name == 'stablehlo.if':
       regions.reverse()
@@ -221,11 +223,11 @@ def _repeated(operations: list[Operation], times: int) -> list[Operation]:
 
 
 def _work(op, name: str, dialect: str) -> formulas.Work | None:
-  """Returns the work of an operation; None if it is not known."""
+  """Returns the work of an operation; None if unknown."""
   if name in _FREE:
     return formulas.elementwise(0)
   types = [value.type for value in (*op.operands, *op.results)]
-  # Tokens are no arrays.
+  # Tokens are not arrays.
   arrays = [t for t in types if isinstance(t, ir.RankedTensorType)]
   work = _real_work(op, name, dialect, arrays)
   is_done = work is None or name == 'fft'
@@ -255,7 +257,7 @@ def _real_work(op, name, dialect, arrays) -> formulas.Work | None:
     source = _size(op.operands[1].type)
     return formulas.pool(_size(operand), source, window, mean=True)
   if name == 'scatter':
-    # Without arithmetic in its body it only moves.
+    # A scatter whose body has no arithmetic only moves data.
     adds = len(list(op.regions[0].blocks[0].operations)) > 1
     updates = _size(op.operands[len(op.operands) - len(op.results)].type)
     return formulas.elementwise(updates if adds else 0)
@@ -343,7 +345,7 @@ def _is_scalar_integer(array) -> bool:
 
 
 def _is_whole(op) -> bool:
-  """Returns whether all operands are integers, one each."""
+  """Returns whether all operands are scalar integers."""
   return all(_is_scalar_integer(value.type) for value in op.operands)
 
 
@@ -354,7 +356,7 @@ def _whole_constant(op) -> int | None:
 
 
 def _scope(location) -> str:
-  """Returns the named scopes that a location tells, without the operation."""
+  """Returns the named scopes of a location, without the operation."""
   if not isinstance(location, ir.NameLoc):
     return ''
   scopes = location.name_str.split('/')[:-1]

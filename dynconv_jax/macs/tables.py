@@ -1,4 +1,4 @@
-"""A report as text and HTML: its layers, or the tree of its modules."""
+"""Formats a report as text or HTML: a table of layers or a module tree."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
   from dynconv_jax.macs.report import Report
 
-# A printed tree goes as deep as this many rows allow.
+# Maximum number of rows of a printed tree.
 _ROWS = 60
 
 
 class _Module(NamedTuple):
-  """A module of the tree: its own kind and shape, and sums of all inside."""
+  """A module: its own kind and shape, and sums over everything inside it."""
 
   kind: str
   output_shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class _Module(NamedTuple):
 
 
 def layers(report: Report, sort: str = 'order') -> str:
-  """Returns the layers as aligned text, with a line for the total."""
+  """Returns the layers as aligned text, with a total."""
   lines = []
   rest = report.parameters
   for row in report.rows(sort):
@@ -36,7 +36,7 @@ def layers(report: Report, sort: str = 'order') -> str:
 
 
 def modules(report: Report, depth: int | None = None) -> str:
-  """Returns the modules as aligned text, each indented below its parent."""
+  """Returns the modules as aligned text, indented by depth."""
   lines = [
     _line(report, '  ' * (level - 1) + name, module)
     for level, name, module in _tree(report)
@@ -46,14 +46,14 @@ def modules(report: Report, depth: int | None = None) -> str:
 
 
 def modules_that_fit(report: Report) -> str:
-  """Returns the modules as deep as a screen or two allow."""
+  """Returns the modules as text, limited in depth to fit `_ROWS` rows."""
   levels = [level for level, _, _ in _tree(report)]
   depth = deepest = max(levels, default=1)
   while depth > 1 and sum(level <= depth for level in levels) > _ROWS:
     depth -= 1
   text = modules(report, depth)
   if depth < deepest:
-    text += f'\nmodules to depth {depth} of {deepest}; to_tree() has all'
+    text += f'\nmodules to depth {depth} of {deepest}; to_tree() shows all'
   return text
 
 
@@ -79,7 +79,7 @@ def modules_as_html(report: Report) -> str:
 
 
 def one_line(report: Report) -> str:
-  """Returns the total, and what is missing from it."""
+  """Returns the total, and the number of uncounted operations, in one line."""
   count = len(report.uncounted)
   missing = f', {count} operations not counted' if count else ''
   if not report.total and report.unpriced:
@@ -92,7 +92,7 @@ def one_line(report: Report) -> str:
 
 
 def unpriced(report: Report) -> str:
-  """Returns what the convention leaves out, '' if that is nothing."""
+  """Returns what the convention does not count, '' if nothing."""
   if not report.unpriced:
     return ''
   return (
@@ -103,7 +103,7 @@ def unpriced(report: Report) -> str:
 
 
 def quantity(number: int, unit: str = '') -> str:
-  """Returns a count in four digits: '960', '12.35 k', '4.087 G'."""
+  """Formats a count with four digits: '960', '12.35 k', '4.087 G'."""
   if number < 1000:
     return f'{number} {unit}'.rstrip()
   value, prefixes = number / 1000, 'kMGTPE'
@@ -113,7 +113,7 @@ def quantity(number: int, unit: str = '') -> str:
 
 
 def _tree(report: Report) -> list[tuple[int, str, _Module]]:
-  """Returns (depth, name in its parent, module), depth first."""
+  """Returns (depth, name in its parent, module), in depth-first order."""
   held = report.parameters_by_module
   found = {
     name: _Module(layer.kind, layer.output_shape, layer.parameters, layer.macs)
@@ -182,7 +182,7 @@ def _text(report: Report, first: str, lines: Sequence[tuple[str, ...]]) -> str:
 
 
 def _footer(report: Report) -> list[str]:
-  """Returns the lines below a table: memory, and what is not in it."""
+  """Returns the lines below a table: memory, notes and uncounted operations."""
   sizes = [
     f'{name} {quantity(count)} ({quantity(size, "B")})'
     for name, count, size in (

@@ -1,12 +1,12 @@
 """Counts a PyTorch module from the operations that it dispatches.
 
-The module runs once on fake tensors, which have a shape and no data, under a
-dispatch mode that sees every operation. That keeps Python control flow as it
-is and needs no graph, where `torch.export` would have to trace one. Inference
-mode makes composite operations arrive whole, so that a linear layer keeps its
-bias whatever the layout of its input.
+The module runs once on fake tensors, which have a shape but no data, under a
+dispatch mode that sees every operation. Unlike tracing with `torch.export`,
+this needs no graph and keeps Python control flow. In inference mode, composite
+operations are not decomposed, so a linear layer keeps its bias for every input
+layout.
 
-A module that looks at values of its tensors runs once on data instead.
+A module that depends on the values of its tensors runs once on data instead.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from torch.utils import _pytree as pytree
 
 from dynconv_jax.macs import torch_counter, torch_ops
 
-# One of these is loaded where something may be compiled.
+# If one of these is loaded, parts of the module may be compiled.
 _COMPILING = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
 
-# A note of a report: its count depends on the data.
-_RAN = 'counted by a run on {data}: other values may give another count'
-_DRAWN = 'random data, drawn for the outputs of products too'
+# Notes for counts that depend on data.
+_RAN = 'counted by a run on {data}; the count may differ for other values'
+_DRAWN = 'random data, including random outputs of products'
 
 
 @dataclasses.dataclass(frozen=True)
 class AsIs:
-  """An argument that reaches the module as given, be it a tuple of ints."""
+  """Marks an argument to pass unchanged, even if it looks like a shape."""
 
   value: Any
 
@@ -64,45 +64,53 @@ def count_macs(
   run: bool | str | None = None,
   backward: bool = False,
 ) -> report.Report:
-  """Returns what a module costs for inputs like `args`.
+  """Counts the multiply-accumulates of a module.
 
-  The module is counted in evaluation mode and left as it was. Layers are
-  named by the path of the module that was running, what `module` does itself
-  by its class.
+  The module is counted in evaluation mode and left unchanged. Layers are named
+  by the path of the module that runs them; work of `module` itself is named by
+  its class.
 
   Args:
-    module: on any device, 'meta' included, or a `torch.export.ExportedProgram`.
-    *args: what `module` is called with: tensors, nests of tensors and other
-      values, or shapes, tuples or lists of ints, which stand for a tensor of
-      the module's dtype on its device. `AsIs((2, 3))` passes the tuple itself.
-    kwargs: arguments by name, likewise.
+    module: on any device, including 'meta', or a
+      `torch.export.ExportedProgram`.
+    *args: arguments of `module`: tensors, nested structures of tensors and
+      other values, or shapes. A shape is a tuple or list of ints and stands for
+      a tensor of the module's dtype on its device. `AsIs((2, 3))` passes the
+      tuple itself.
+    kwargs: keyword arguments of `module`, of the same types.
     convention: a name in `conventions.CONVENTIONS`.
-    padding: whether positions of input padding count as work.
-    branch: which branch of a `torch.cond` counts: 'max' or 'min' for the dearer
-      or cheaper, 'true' or 'false'. A run on data counts the one it takes.
-    trip_counts: how often the body of a `while_loop` runs: one number, or
-      {layer name around the loop: number}. A loop without one that does work
-      is left out with a warning. A run on data counts the steps it takes.
-    run: whether the module runs on data; False allocates and computes nothing.
-      By default it does only if it cannot run on shapes alone, as where it
-      looks at values of its tensors; the report then says so. Where a shape is
-      given, the data is normally distributed, the same each time. 'drawn' runs
-      on data but draws what convolutions and products put out: much faster,
-      where the count does not hang on these values.
-    backward: whether the gradients of the outputs by the parameters, and by
-      inputs that require them, count too. The module then is counted in the
-      mode, training or evaluation, that it is in.
+    padding: whether to count multiply-accumulates on input padding.
+    branch: which branch of a `torch.cond` to count: 'max' or 'min' for the more
+      or less expensive one, 'true' or 'false'. A run on data counts the branch
+      that it takes.
+    trip_counts: number of iterations of each `while_loop` body: one number, or
+      {layer name around the loop: number}. A loop without one that does work is
+      left out, with a warning. A run on data counts the iterations that it
+      takes.
+    run: whether to run the module on data; False allocates and computes
+      nothing. By default, the module runs on data only if it cannot run on
+      shapes alone, for example because it depends on the values of its tensors;
+      a note in the report then says so. Given shapes become normally
+      distributed data, the same each time. 'drawn' runs on data but replaces
+      the outputs of convolutions and products by random numbers. This is much
+      faster and suits counts that do not depend on these values.
+    backward: whether to count the gradients of the outputs with respect to the
+      parameters and to inputs that require gradients. The module is then
+      counted in its current mode, training or evaluation.
+
+  Returns:
+    A report of the work for the whole batch.
 
   Raises:
     TypeError: if `module` is not an nn.Module.
-    ValueError: if an option does not fit, or the module does not run on these
-      inputs or has parameters without a shape.
+    ValueError: if an option is invalid, the module does not run on these
+      inputs, or it has parameters without a shape.
   """
   if isinstance(module, torch.export.ExportedProgram):
     module = module.module()
   if not isinstance(module, nn.Module):
     raise TypeError(f'module must be a torch.nn.Module; got {type(module)}')
-  # A compiled module is counted by what was compiled.
+  # A compiled module is counted as the original one.
   module = getattr(module, '_orig_mod', module)
   options = torch_counter.Options(
     conventions.get_convention(convention), branch, trip_counts, backward
@@ -132,7 +140,7 @@ def count_macs(
 def _check(
   module: nn.Module, options: torch_counter.Options, run: bool | str | None
 ) -> None:
-  """Raises an error if an option or the module does not fit."""
+  """Raises an error if an option or the module is invalid."""
   if options.branch not in ('max', 'min', 'true', 'false'):
     raise ValueError(
       f"branch must be 'max', 'min', 'true' or 'false'; got {options.branch!r}"
@@ -142,12 +150,14 @@ def _check(
     if count is not None and (type(count) is not int or count < 0):
       raise ValueError(f'trip_counts must be integers >= 0; got {count!r}')
   if options.backward and options.convention.name == 'ptflops':
-    raise ValueError("the convention 'ptflops' prices no backward pass")
+    raise ValueError(
+      "the convention 'ptflops' does not support the backward pass"
+    )
   lazy = nn.parameter.UninitializedTensorMixin
   if any(isinstance(weight, lazy) for weight in module.parameters()):
     raise ValueError(
-      f'{type(module).__name__} has parameters that have no shape yet: call it'
-      ' once before counting'
+      f'{type(module).__name__} has parameters without a shape: call it once'
+      ' before counting'
     )
   if run not in (None, True, False, 'drawn'):
     raise ValueError(f"run must be True, False, 'drawn' or None; got {run!r}")
@@ -167,7 +177,7 @@ def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
 
 
 class _Failure(Exception):
-  """The module did not run."""
+  """An error raised while running the module."""
 
   def __init__(self, module, shapes, layer, cause):
     super().__init__(str(cause))
@@ -182,9 +192,9 @@ class _Failure(Exception):
       | fake_tensor.DynamicOutputShapeException,
     ):
       return ValueError(
-        f'{name} looks at the values of its tensors in {layer}'
-        f' ({self.cause.func}), and shapes have none: pass weights and inputs'
-        ' with data, and run=True'
+        f'{name} depends on the values of its tensors in {layer}'
+        f' ({self.cause.func}), so shapes are not enough: pass weights and'
+        ' inputs with data, and run=True'
       )
     return ValueError(
       f'{name} does not run on inputs of shapes {shapes}:'
@@ -193,7 +203,7 @@ class _Failure(Exception):
 
 
 def _count(module, args, kwargs, options, run) -> torch_counter.Counter:
-  """Returns the counter of one run, on fake tensors if `run` is False.
+  """Returns the counter after one run, on fake tensors if `run` is False.
 
   Raises:
     _Failure: if the module does not run.
@@ -204,13 +214,13 @@ def _count(module, args, kwargs, options, run) -> torch_counter.Counter:
   with contextlib.ExitStack() as stack:
     stack.enter_context(_left_as_it_was(module))
     if _COMPILING & sys.modules.keys():
-      # What is compiled is counted by what was compiled.
+      # Compiled functions are counted as the original ones.
       stack.enter_context(torch.compiler.set_stance('force_eager'))
       stack.enter_context(warnings.catch_warnings())
       warnings.filterwarnings('ignore', 'flex_attention called without')
     if not options.backward:
       stack.enter_context(torch.inference_mode())
-      # The module of an exported program has one mode, and no `eval`.
+      # The module of an exported program has a fixed mode and no `eval`.
       with contextlib.suppress(NotImplementedError):
         module.eval()
     else:
@@ -249,7 +259,8 @@ def _without_data(
 ) -> torch.Tensor:
   if tensor.layout != torch.strided:
     raise NotImplementedError(
-      f'a shape does not tell how much a tensor of {tensor.layout} stores'
+      f'the number of stored elements of a tensor of {tensor.layout} depends on'
+      ' its data'
     )
   return fake.from_tensor(tensor)
 
@@ -262,7 +273,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _differentiate(counter, module, inputs, output) -> None:
-  """Computes the gradients of all outputs by parameters and inputs."""
+  """Computes the gradients of all outputs by the parameters and inputs."""
   outputs, sources = (
     [
       leaf
@@ -275,12 +286,12 @@ def _differentiate(counter, module, inputs, output) -> None:
     )
   )
   if not outputs:
-    raise ValueError('no output depends on what requires a gradient')
+    raise ValueError('no output depends on a tensor that requires a gradient')
   counter.differentiate(outputs, sources)
 
 
 def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
-  """Returns the arguments with tensors copied and a tensor for each shape."""
+  """Returns the arguments, with tensors copied and shapes made into tensors."""
   weights = [x for x in _tensors_of(module) if x.is_floating_point()]
   dtype = weights[0].dtype if weights else torch.get_default_dtype()
   device = weights[0].device if weights else torch.device('cpu')
@@ -301,7 +312,7 @@ def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
       return copy_of(value)
     if callable(value):
       return value
-    # A cache of keys and values, say, that the module adds to.
+    # For example a cache of keys and values that the module appends to.
     with contextlib.suppress(Exception):
       return copy.deepcopy(value)
     return value
@@ -312,7 +323,7 @@ def _inputs(module, copy_of, args, kwargs) -> tuple[tuple, dict]:
 def _replace_tensors(
   module: nn.Module, copy_of: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-  """Puts copies in place of weights, so that no update reaches these."""
+  """Replaces weights by copies, so that updates do not reach the originals."""
   copies: dict[int, torch.Tensor] = {}
 
   def replace(value):
@@ -328,7 +339,7 @@ def _replace_tensors(
     for tensors in (child._parameters, child._buffers):
       tensors.update({name: replace(x) for name, x in tensors.items()})
     for name, value in child.__dict__.items():
-      # Recurrent layers hold their weights in a list, too.
+      # Recurrent layers also keep their weights in a list.
       if isinstance(value, torch.Tensor):
         child.__dict__[name] = replace(value)
       elif type(value) is list and any(id(x) in copies for x in value):
@@ -337,16 +348,16 @@ def _replace_tensors(
 
 @contextlib.contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-  """Undoes what a forward pass leaves behind: modes, caches, buffers, hooks.
+  """Undoes the effects of a forward pass on modes, caches, buffers and hooks.
 
-  Also turns off attention's fused kernels, which hide what they compute.
+  Also turns off fused attention kernels, which hide the operations inside.
   """
   attributes = [
     (child.__dict__, dict(child.__dict__))
     for child in module.modules()
     if not isinstance(child, torch.jit.ScriptModule)
   ]
-  # Weights, hooks and caches, which are changed in place.
+  # Weights, hooks and caches, which are modified in place.
   containers = [
     (value, copy.copy(value))
     for _, original in attributes
@@ -356,7 +367,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
   modes = {child: child.training for child in module.modules()}
   fused = torch.backends.mha.get_fastpath_enabled()
   torch.backends.mha.set_fastpath_enabled(False)
-  # It logs the errors that it raises.
+  # The fake tensor mode logs the errors that it raises.
   silent, fake_tensor.log.disabled = fake_tensor.log.disabled, True
   try:
     yield

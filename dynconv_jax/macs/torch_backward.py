@@ -1,7 +1,7 @@
 """The work of the gradients of PyTorch's operations.
 
-Each gradient of a product costs what the product costs, as in JAX. What a
-fused kernel computes anew to save memory is no work of the network.
+Each gradient of a product costs as much as the product, as in JAX. Values that
+a fused kernel recomputes to save memory do not count.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dynconv_jax.macs import formulas, torch_formulas, torch_recurrent
 
 
 def _gradients(work: formulas.Work, count: int) -> formulas.Work:
-  """Returns `count` times the products of a forward pass, no more."""
+  """Returns `count` times the products of a forward pass, nothing else."""
   return formulas.Work(work.kind, work.macs * count, work.inside_macs * count)
 
 
@@ -34,7 +34,7 @@ def _attention(a) -> formulas.Work:
     types.SimpleNamespace(**(vars(a) | {'output': a.out}))
   )
   work = _gradients(forward, 2)
-  # Through the softmax, 3 an element, and the scaling.
+  # Through the softmax (3 per element) and the scaling.
   return work + formulas.elementwise(4 * (forward.macs // _pair(a)))
 
 
@@ -52,7 +52,7 @@ def _cudnn_recurrent(a) -> formulas.Work:
 
 
 def _norm(a) -> formulas.Work:
-  """Two sums by features, and the input's gradient from them."""
+  """Two sums per feature, and the input's gradient."""
   inputs = torch_formulas.input_of(a)
   return formulas.Work('norm', operations=9 * inputs.numel())
 
@@ -62,7 +62,7 @@ def _softmax(a) -> formulas.Work:
 
 
 def _steps(steps: int):
-  """Returns the formula of as many operations on each element."""
+  """Returns the formula for `steps` operations per element."""
 
   def formula(a) -> formulas.Work:
     return formulas.Work('activation', operations=steps * a.output.numel())
@@ -71,7 +71,7 @@ def _steps(steps: int):
 
 
 def _upsample(taps: int):
-  """Returns the formula of adding each output's gradient to as many inputs."""
+  """Returns the formula for adding each output gradient to `taps` inputs."""
 
   def formula(a) -> formulas.Work:
     return formulas.elementwise(2 * taps * a.grad_output.numel())
@@ -80,7 +80,7 @@ def _upsample(taps: int):
 
 
 def _scattered(a) -> formulas.Work:
-  """Each element of the output's gradient is added somewhere."""
+  """Adds each element of the output gradient to one input element."""
   return formulas.elementwise(a.grad_output.numel())
 
 

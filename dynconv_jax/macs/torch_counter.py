@@ -1,7 +1,7 @@
 """A dispatch mode that records the work of every operation of a forward pass.
 
-It sees each operation, be it called by a module, a function or an operator;
-module hooks only name what is seen.
+It sees all operations, no matter whether a module, a function or an operator
+calls them. Module hooks only provide names.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dynconv_jax.macs import (
 )
 from dynconv_jax.macs.builder import ReportBuilder
 
-# Higher-order operators that run something else than PyTorch's operations.
+# Higher-order operators that run code outside PyTorch's operations.
 _OPAQUE = (
   'aoti_call_delegate',
   'call_torchbind',
@@ -38,7 +38,7 @@ _OPAQUE = (
   'inline_asm_elementwise',
 )
 
-# Operations of these only record, check or communicate.
+# Operations in these namespaces only record, check or communicate.
 _FREE_NAMESPACES = (
   'prim',
   'profiler',
@@ -49,7 +49,7 @@ _FREE_NAMESPACES = (
 
 
 class Record(NamedTuple):
-  """What one operation did."""
+  """The work of one operation."""
 
   layer: str
   work: formulas.Work
@@ -58,7 +58,7 @@ class Record(NamedTuple):
 
 
 class Options(NamedTuple):
-  """What a count depends on beside the module; as in `torch.count_macs`."""
+  """The options of a count; see `torch.count_macs`."""
 
   convention: conventions.Convention
   branch: str
@@ -82,7 +82,8 @@ class Counter(TorchDispatchMode):
     module: the network.
     options: how to count.
     real: whether tensors have data.
-    drawn: whether outputs of products are drawn, if tensors have data.
+    drawn: whether to replace outputs of products by random numbers, if tensors
+      have data.
     """
     super().__init__()
     self.failed_in = ''
@@ -97,8 +98,8 @@ class Counter(TorchDispatchMode):
     self._records: list[Record] = []
     self._uncounted: dict[report.Uncounted, str] = {}
     self._loops: dict[str, None] = {}
-    # Nodes of the graph of gradients that have a layer, and the number of the
-    # first that each module which is running can have made.
+    # Nodes of the autograd graph that have a layer, and for each running
+    # module the first sequence number that its nodes can have.
     self._owned: set[Any] = set()
     self._firsts = [0]
     self._differentiating = False
@@ -110,7 +111,7 @@ class Counter(TorchDispatchMode):
 
   @contextlib.contextmanager
   def named(self) -> Iterator[None]:
-    """Follows which module is running."""
+    """Tracks which module is running."""
     handles = [
       module_hooks.register_module_forward_pre_hook(self._start),
       module_hooks.register_module_forward_hook(self._stop, always_call=True),
@@ -122,7 +123,7 @@ class Counter(TorchDispatchMode):
         handle.remove()
 
   def run(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """Returns what a module returns."""
+    """Runs a module and returns its output."""
     if isinstance(module, torch.fx.GraphModule) and any(
       'nn_module_stack' in node.meta for node in module.graph.nodes
     ):
@@ -131,7 +132,7 @@ class Counter(TorchDispatchMode):
 
   @contextlib.contextmanager
   def in_layer(self, layer: str) -> Iterator[list[Any]]:
-    """Names what runs within; what is put in the list is the layer's output."""
+    """Names the enclosed work; the caller appends the layer's output."""
     outputs: list[Any] = []
     self._push(layer, self._running[-1][1])
     try:
@@ -142,14 +143,14 @@ class Counter(TorchDispatchMode):
   def differentiate(
     self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]
   ) -> None:
-    """Computes the gradients of outputs by inputs."""
+    """Computes the gradients of outputs with respect to inputs."""
     self._differentiating = True
     ones = [torch.ones_like(output) for output in outputs]
     torch.autograd.grad(outputs, inputs, ones, allow_unused=True)
 
   def _start(self, module, args):
     del args
-    # A module made in a forward pass has no path: its caller's is used.
+    # A module created during a forward pass has no path: use the caller's.
     self._push(self._names.get(module, self.layer), module)
 
   def _push(self, layer: str, module: nn.Module) -> None:
@@ -167,10 +168,10 @@ class Counter(TorchDispatchMode):
     self._firsts.pop()
 
   def _own_gradients(self, output: Any) -> None:
-    """Makes the gradients of what the running module computed that module's.
+    """Assigns the gradient nodes of the running module to its layer.
 
-    Modules within it have ended before and own theirs; what went before it
-    has lower numbers.
+    Its submodules have finished and own their nodes; nodes created before the
+    module started have lower numbers.
     """
     first, running = self._firsts[-1], self._running[-1]
     leaves = pytree.tree_leaves(output)
@@ -198,7 +199,7 @@ class Counter(TorchDispatchMode):
     if func.namespace in _FREE_NAMESPACES:
       return func(*args, **kwargs)
     if not torch_ops.is_known(func, args):
-      # Composite operations are counted by their parts.
+      # Count composite operations by their parts.
       with self:
         output = func.decompose(*args, **kwargs)
       if output is not NotImplemented:
@@ -213,7 +214,7 @@ class Counter(TorchDispatchMode):
     work = torch_ops.work(func, args, kwargs, output, self._running[-1][1])
     if work is not None:
       if self._differentiating:
-        # Neither a mask nor a buffer is for gradients.
+        # Masks and activation memory do not apply to gradients.
         work = dataclasses.replace(work, positions=0, outputs=0)
       tensor = torch_ops.first_tensor(output)
       shape, itemsize = (), 0
@@ -231,13 +232,13 @@ class Counter(TorchDispatchMode):
     self._uncounted.setdefault(entry, reason)
 
   def higher_order(self, func, args, kwargs, mode: Any) -> Any:
-    """Counts an operator on functions by what these do.
+    """Counts a higher-order operator by the work of its functions.
 
     Args:
       func: the operator.
-      args: its arguments.
-      kwargs: its arguments by name.
-      mode: what its functions run under.
+      args: its positional arguments.
+      kwargs: its keyword arguments.
+      mode: the mode to run its functions under.
     """
     name = func.name()
     if not self._real and name == 'cond':
@@ -249,7 +250,7 @@ class Counter(TorchDispatchMode):
     kernel = kernel or func.py_kernels.get(keys.CompositeExplicitAutograd)
     kernel = kernel or func.py_kernels.get(keys.CPU)
     if kernel is None or name in _OPAQUE:
-      self._leave_out(name, 'what it runs is not seen')
+      self._leave_out(name, 'the code that it runs is not visible')
       return func(*args, **kwargs)
     with mode:
       return kernel(*args, **kwargs)
@@ -279,7 +280,7 @@ class Counter(TorchDispatchMode):
     elif self._price(test) or self._price(step):
       self._leave_out(
         'while_loop',
-        'how often it runs is not known; pass trip_counts, or data and'
+        'its number of iterations is not known; pass trip_counts, or data and'
         ' run=True',
       )
     return output
@@ -287,7 +288,7 @@ class Counter(TorchDispatchMode):
   def _apart(
     self, mode: Any, function: Callable[..., Any], operands: Sequence[Any]
   ) -> tuple[Any, list[Record]]:
-    """Returns what a function returns and what it does, without adding it."""
+    """Returns a function's output and its records, without adding these."""
     before, self._records = self._records, []
     with mode:
       output = function(*operands)
@@ -298,10 +299,10 @@ class Counter(TorchDispatchMode):
     return sum(self._options.convention(record.work) for record in records)
 
   def report_to(self, builder: ReportBuilder) -> None:
-    """Adds all that was recorded, work of one layer and kind as one.
+    """Adds all records to the report, merged by layer and kind of work.
 
     Raises:
-      ValueError: if a trip count names a loop that there is not.
+      ValueError: if `trip_counts` names a loop that does not exist.
     """
     trips = self._options.trip_counts
     names = trips.keys() if isinstance(trips, Mapping) else set()
@@ -339,10 +340,10 @@ class Counter(TorchDispatchMode):
 
 
 class Differentiable(TorchFunctionMode):
-  """Takes operators apart whose gradients would not be seen as such.
+  """Replaces operators whose gradients the dispatch mode would not see.
 
-  PyTorch traces the gradients of operators on functions, their values anew, and
-  makes products of elements of an einsum that contracts nothing.
+  PyTorch traces the gradients of operators on functions and recomputes values.
+  For an einsum that contracts nothing, it multiplies element by element.
   """
 
   def __init__(self, counter: Counter):
@@ -359,7 +360,7 @@ class Differentiable(TorchFunctionMode):
 
 
 class _Exported(torch.fx.Interpreter):
-  """Runs an exported graph; its nodes say which modules they come from."""
+  """Runs an exported graph; its nodes tell which modules they come from."""
 
   def __init__(self, module: torch.fx.GraphModule, counter: Counter):
     super().__init__(module)
@@ -378,7 +379,7 @@ def _times(record: Record, times: int) -> Record:
 
 
 def _scan(combine, init, xs, extra) -> tuple[Any, ...]:
-  """Runs a scan over the first dimension step by step."""
+  """Runs a scan over the first dimension, step by step."""
   carry, steps = tuple(init), []
   for slices in zip(*(x.unbind() for x in xs), strict=True):
     outputs = combine(*carry, *slices, *extra)
@@ -387,7 +388,7 @@ def _scan(combine, init, xs, extra) -> tuple[Any, ...]:
   return (*carry, *(torch.stack(ys) for ys in zip(*steps, strict=True)))
 
 
-# Operators whose own kernels refuse to run under a mode.
+# Operators whose own kernels do not run under a mode.
 _BODIES: dict[str, Callable[..., Any]] = {
   'cond': lambda predicate, on_true, on_false, operands: (
     on_true if predicate else on_false

@@ -1,4 +1,4 @@
-"""The work of `torch.einsum`: outputs times what is contracted, as in JAX."""
+"""The work of `torch.einsum`: outputs times contracted size, as in JAX."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def _einsum(a) -> formulas.Work:
 
 
 def einsum(equation: Any, *operands: Any) -> torch.Tensor:
-  """Returns `torch.einsum`, an outer product by `matmul`.
+  """Returns `torch.einsum`, with outer products computed by `matmul`.
 
-  Where gradients are recorded, PyTorch would make products of elements of it,
-  and of its gradients.
+  When it records gradients, PyTorch would turn an outer product and its
+  gradients into element-wise products.
   """
   tensors = operands
   if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -32,7 +32,7 @@ def einsum(equation: Any, *operands: Any) -> torch.Tensor:
 
 
 def _outer_product(equation: str, *tensors: torch.Tensor) -> Any:
-  """Returns an outer product by `matmul`; None if the einsum is none."""
+  """Returns an outer product by `matmul`; None for any other einsum."""
   shapes = [tensor.shape for tensor in tensors]
   operands, result, sizes = einsum_work.parse(equation, shapes)
   sides = []

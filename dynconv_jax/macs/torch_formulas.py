@@ -1,7 +1,7 @@
-"""The work of PyTorch's operations, handed to the formulas by its arguments.
+"""The work of PyTorch's operations, computed from their arguments.
 
-A function takes the arguments of an operation by the names that its schema
-has, and its first result as `output`.
+Each function takes an object with the arguments of an operation, named as in
+its schema, and its first result as `output`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def input_of(a) -> torch.Tensor:
 
 
 def _per_dimension(value: Any, dimensions: int) -> list[int]:
-  """Returns one int for each dimension of an int or a list of one or more."""
+  """Expands an int or a list to one int per dimension."""
   values = [value] if isinstance(value, int) else list(value)
   return values * dimensions if len(values) == 1 else values
 
@@ -84,7 +84,7 @@ def _time_first_convolution(a) -> formulas.Work:
 
 
 def _deformable_convolution(a) -> formulas.Work:
-  """Its taps read between the pixels; which are padding is not known."""
+  """Taps read between pixels; which of them read padding is unknown."""
   outputs = a.output.numel()
   macs = outputs * math.prod(a.weight.shape[1:])
   return formulas.Work(
@@ -97,12 +97,12 @@ def _deformable_convolution(a) -> formulas.Work:
   )
 
 
-# Names of the right side of a product.
+# Names of the right operand of a product.
 _RIGHT = ('mat2', 'batch2', 'vec', 'other')
 
 
 def matmul(left: str, bias: str | None = None):
-  """Returns the formula of a product with an inner product an output."""
+  """Returns the formula of a product with one inner product per output."""
 
   def formula(a) -> formulas.Work:
     operand = getattr(a, left)
@@ -146,8 +146,8 @@ def _outer(a) -> formulas.Work:
 
 
 def _grouped_matmul(a) -> formulas.Work:
-  # Groups of columns of a 2-D left and rows of a 2-D right side: each output
-  # sees its own group only, and together they see all of the inner dimension.
+  # Groups of columns (left) and rows (right) of two 2-D operands: each output
+  # uses its own group only; together they cover the whole inner dimension.
   outputs, inner = a.output.numel(), a.self.shape[-1]
   if a.self.dim() == a.mat2.dim() == 2:
     outputs //= a.output.shape[0]
@@ -155,7 +155,7 @@ def _grouped_matmul(a) -> formulas.Work:
 
 
 def grouped_matmul_output(a) -> torch.Tensor:
-  """Returns an empty result: its own shape function takes bfloat16 alone."""
+  """Returns an empty result; PyTorch's shape function only takes bfloat16."""
   rows, columns = a.self.shape[-2], a.mat2.shape[-1]
   if a.self.dim() == a.mat2.dim() == 2:
     shape = (a.offs.shape[0], rows, columns)
@@ -167,13 +167,13 @@ def grouped_matmul_output(a) -> torch.Tensor:
 
 
 def _sparse_matmul(left: torch.Tensor, right: torch.Tensor) -> formulas.Work:
-  """A product of matrices whose zeros are not stored takes part in none."""
+  """Counts the products of stored elements only."""
   pairs = _stored(left, 1) * _stored(right, 0)
   return formulas.matmul(int(pairs.sum()), 1, 1)
 
 
 def _stored(matrix: torch.Tensor, dim: int) -> torch.Tensor:
-  """Returns how many elements of each column (dim 1) or row (0) are stored."""
+  """Returns the number of stored elements per column (dim 1) or row (0)."""
   size = matrix.shape[dim]
   if matrix.layout == torch.strided:
     return torch.full((size,), matrix.numel() // max(size, 1))
@@ -194,7 +194,7 @@ def _bilinear(a) -> formulas.Work:
 
 
 def attention(a) -> formulas.Work:
-  # Batch dimensions are broadcast, heads repeated: the output has them all.
+  # Batch dimensions are broadcast and heads repeated; the output has them all.
   *batch, queries, value_size = a.output.shape
   batch, keys = math.prod(batch), a.key.shape[-2]
   done = formulas.attention(batch, queries, keys, a.query.shape[-1], value_size)
@@ -204,12 +204,12 @@ def attention(a) -> formulas.Work:
 
 
 def _distances(a) -> formulas.Work:
-  """Norms of the differences of all pairs of rows."""
+  """Norms of the differences between all pairs of rows."""
   features = (a.x1 if hasattr(a, 'x1') else a.self).shape[-1]
   outputs = a.output.numel()
   if getattr(a, 'p', 2) != 2:
     return formulas.elementwise(outputs * 3 * features)
-  # A difference, and its square added to the others.
+  # A difference, and a multiply-accumulate for its square.
   return formulas.matmul(outputs, features, 1) + formulas.elementwise(
     outputs * (features + 1)
   )
@@ -228,7 +228,7 @@ def _batch_norm(a) -> formulas.Work:
 
 
 def _own_norm(a) -> formulas.Work:
-  """A norm by groups, layers or instances: by statistics of its input."""
+  """A group, layer or instance norm, with statistics of its input."""
   if hasattr(a, 'num_groups'):
     groups = a.input.shape[0] * a.num_groups
   elif hasattr(a, 'group'):
@@ -246,7 +246,7 @@ def _own_norm(a) -> formulas.Work:
 
 
 def _pool(dimensions: int, mean: bool):
-  """Returns the formula of a pooling over windows of one size."""
+  """Returns the formula of pooling with a fixed window."""
 
   def formula(a) -> formulas.Work:
     window = math.prod(_per_dimension(a.kernel_size, dimensions))
@@ -256,7 +256,7 @@ def _pool(dimensions: int, mean: bool):
 
 
 def _adaptive_pool(dimensions: int, mean: bool):
-  """Returns the formula of a pooling to a given size."""
+  """Returns the formula of pooling to a given output size."""
 
   def formula(a) -> formulas.Work:
     sizes = zip(
@@ -284,13 +284,13 @@ def _fft(a) -> formulas.Work:
   largest = max(inputs.numel(), a.output.numel())
   if not (inputs.is_complex() and a.output.is_complex()):
     largest //= 2
-  # The real side of a transform has its whole length.
+  # The real side of a transform has its full length.
   whole = a.output if inputs.is_complex() else inputs
   return formulas.fft(largest, [whole.shape[dim] for dim in a.dim])
 
 
 def _upsample(taps: int):
-  """Returns the formula of an interpolation of `taps` inputs an output."""
+  """Returns the formula of interpolation from `taps` inputs per output."""
 
   def formula(a) -> formulas.Work:
     outputs = a.output.numel()
@@ -301,7 +301,7 @@ def _upsample(taps: int):
 
 
 def _grid_sample(dimensions: int):
-  """Returns the formula of sampling between pixels: the weighted sum."""
+  """Returns the formula of interpolated sampling: the weighted sum."""
 
   def formula(a) -> formulas.Work:
     # Linear, nearest, cubic.
@@ -315,7 +315,7 @@ def _names(names: str, formula: Any) -> dict[str, Any]:
   return dict.fromkeys(names.split(), formula)
 
 
-# Inputs that an interpolated output depends on.
+# Number of inputs that an interpolated output depends on.
 UPSAMPLE_TAPS = {
   'nearest1d': 1,
   'nearest2d': 1,

@@ -1,4 +1,4 @@
-"""The work of `torch.linalg`, by the operations below it."""
+"""The work of `torch.linalg`, by the operations that it dispatches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def _each(operand: str, formula: Callable[..., formulas.Work]):
   """Returns the formula of an operation on each matrix of a batch.
 
   Args:
-    operand: the argument that has the matrices.
-    formula: from (a, rows, columns) to the work on one of them.
+    operand: name of the argument with the matrices.
+    formula: takes (a, rows, columns) and returns the work for one matrix.
   """
 
   def of_batch(a) -> formulas.Work:
@@ -24,11 +24,11 @@ def _each(operand: str, formula: Callable[..., formulas.Work]):
 
 
 def _solve(operand: str, factorize=None, times: int = 2):
-  """Returns the formula of solving as many triangular systems."""
+  """Returns the formula of `times` triangular solves, after a factorization."""
 
   def formula(a) -> formulas.Work:
     *batch, size, _ = getattr(a, operand).shape
-    # All right sides, be they columns, rows or vectors of their own.
+    # All right-hand sides: columns, rows or separate vectors.
     columns = a.output.numel() // max(size, 1)
     work = linalg.triangular_solve(size, columns) * times
     if factorize is not None:

@@ -1,8 +1,8 @@
-"""What PyTorch's operations do, by their names.
+"""The work of PyTorch's operations, by name.
 
-An operation is one of four: it has a formula (`torch_formulas.py` and its
-neighbors), it is an activation, it is free, or its tags say that it works
-element by element or reduces. All others are not known.
+A known operation has a formula (`torch_formulas.py` and similar files), is an
+activation, is free, or is tagged as pointwise or as a reduction. All others are
+unknown.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from dynconv_jax.macs import (
   torch_quantized,
 )
 
-# {operation: the formula of a user}
+# {operation: user's formula}
 _REGISTERED: dict[str, Callable[..., formulas.Work]] = {}
 
 
 class FormulaError(TypeError):
-  """A user's formula does not return work."""
+  """A user's formula did not return `Work`."""
 
 
 def register_torch(name: str) -> Callable:
-  """Returns a decorator that makes a function the formula of an operation.
+  """Returns a decorator that registers a function as an operation's formula.
 
-  The function takes one object that describes a run of the operation: `inputs`
-  and `outputs`, lists of tensors, which may have no data, and `params`, its
-  other arguments by the names that its schema has. The operation is not taken
-  apart, and all of its overloads have the formula.
+  The function takes an object that describes one execution of the operation,
+  with `inputs` and `outputs` (lists of tensors, which may have no data) and
+  `params` (its other arguments, named as in its schema). The formula applies to
+  all overloads, and the operation is not decomposed.
 
   Args:
     name: 'namespace::operation'.
@@ -56,7 +56,7 @@ def register_torch(name: str) -> Callable:
 
 
 def is_known(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
-  """Returns whether the operation has a formula of its own.
+  """Returns whether the operation has its own formula.
 
   Args:
     func: the operation.
@@ -66,7 +66,7 @@ def is_known(func: torch._ops.OpOverload, args: tuple[Any, ...]) -> bool:
   if name in _REGISTERED:
     return True
   if name in _CONVOLUTIONS_IN_PARTS:
-    # Complex ones would be three of real numbers.
+    # Complex convolutions would be decomposed into three real ones.
     return func._overloadname == 'padding' or args[0].is_complex()
   return name in _FORMULAS or name in _ACTIVATIONS
 
@@ -78,12 +78,12 @@ def work(
   output: Any,
   module: nn.Module,
 ) -> formulas.Work | None:
-  """Returns what an operation does; None if that is not known.
+  """Returns the work of an operation; None if unknown.
 
   Args:
     func: the operation.
-    args: its arguments.
-    kwargs: its arguments by name.
+    args: its positional arguments.
+    kwargs: its keyword arguments.
     output: its result.
     module: the module that called it.
   """
@@ -117,7 +117,7 @@ def work(
     func.is_view
     or not inputs
     or name in _FREE
-    # Arithmetic on indices and masks alone is none.
+    # Arithmetic on indices and masks alone does not count.
     or not any(x.is_floating_point() or x.is_complex() for x in tensors)
   ):
     return formulas.elementwise(0)
@@ -139,7 +139,7 @@ def work(
 
 
 def _registered(name, inputs, outputs, arguments) -> formulas.Work:
-  """Returns the work of an operation by the formula of a user."""
+  """Returns the work of an operation by the user's formula."""
   params = {
     key: value
     for key, value in arguments.items()
@@ -158,10 +158,10 @@ def _registered(name, inputs, outputs, arguments) -> formulas.Work:
 
 
 def possible_work(func: torch._ops.OpOverload) -> formulas.Work:
-  """Returns an example of what an operation that is not known may do.
+  """Returns an example of the work of an unknown operation.
 
-  PyTorch's own have names that tell convolutions and matrix products from all
-  else; those of other libraries may do anything.
+  The names of PyTorch's own operations identify convolutions and matrix
+  products. Operations of other libraries may do any work.
   """
   name = func._schema.name.partition('::')[2]
   if func.namespace not in ('aten', 'prims', 'torchvision', 'quantized'):
@@ -174,9 +174,10 @@ def possible_work(func: torch._ops.OpOverload) -> formulas.Work:
 
 
 def shaped_output(func, args, kwargs) -> Any:
-  """Returns an empty result where PyTorch's own shape function does not serve.
+  """Returns an empty result of an operation that needs a shape function here.
 
-  Recurrent layers would be run step by step. None for all other operations.
+  PyTorch's own shape function would run recurrent layers step by step. Returns
+  None for all other operations.
   """
   name = _name(func)
   if name == '_grouped_mm':
@@ -192,9 +193,9 @@ def shaped_output(func, args, kwargs) -> Any:
 
 
 def drawn_output(func, args, kwargs) -> torch.Tensor | None:
-  """Returns normal values in the shape of what a product would compute.
+  """Returns normally distributed values in the output shape of a product.
 
-  None for all other operations.
+  Returns None for all other operations.
   """
   if _name(func) not in _DRAWN or func._schema.is_mutable:
     return None
@@ -210,7 +211,7 @@ def drawn_output(func, args, kwargs) -> torch.Tensor | None:
 
 
 def first_tensor(output: Any) -> torch.Tensor | None:
-  """Returns the first tensor of a result, None if there is none."""
+  """Returns the first tensor of a result; None if there is none."""
   leaves = pytree.tree_leaves(output)
   return next((x for x in leaves if isinstance(x, torch.Tensor)), None)
 
@@ -220,7 +221,7 @@ def _name(func: torch._ops.OpOverload) -> str:
 
 
 def _short(name: str) -> str:
-  """Returns a name without 'aten::'; in place or not is the same."""
+  """Returns a name without 'aten::' and without the suffix for in-place."""
   return name.removeprefix('aten::').removesuffix('_')
 
 
@@ -229,7 +230,7 @@ def _is_tagged(func: torch._ops.OpOverload) -> bool:
 
 
 def _bind(func, args, kwargs) -> types.SimpleNamespace:
-  """Returns the arguments by the names that the operation's schema has."""
+  """Returns the arguments, named as in the operation's schema."""
   schema = func._schema.arguments
   values = {argument.name: argument.default_value for argument in schema}
   names = [argument.name for argument in schema]
@@ -245,13 +246,13 @@ _FORMULAS: dict[str, Callable[[Any], formulas.Work]] = {
   **torch_backward.FORMULAS,
 }
 
-# Real operations of one complex operation; of any other two, one for each part.
+# Real operations per complex operation; 2 for all others, one for each part.
 _COMPLEX_STEPS = {'mul': 6, 'square': 6, 'div': 11, 'abs': 4}
 
-# Formulas that are in real operations, of complex numbers too.
+# Formulas that count real operations, even for complex numbers.
 _REAL = ('_fft_r2c', '_fft_c2r', '_fft_c2c')
 
-# Steps of an activation for each element.
+# Steps per element of an activation.
 _ACTIVATIONS = {
   'relu': 1,
   'hardtanh': 2,
@@ -274,7 +275,7 @@ _ACTIVATIONS = {
   'glu': 2,
 }
 
-# Operations on each element of more than one step, of none, or without a tag.
+# Element-wise operations with several steps, with none, or without a tag.
 _STEPS = {
   'addcmul': 2,
   'addcdiv': 2,
@@ -316,27 +317,28 @@ _SCANS = ('cumsum', 'cumprod', 'cummax', 'cummin', 'logcumsumexp')
 _SCATTERS = ('scatter_add', 'scatter_reduce', 'index_add', 'index_reduce')
 _REDUCTIONS = ('trace', 'native_norm', 'nll_loss_forward', 'nll_loss2d_forward')
 
-# Convolutions that are known by their parts, which all know their padding.
+# Convolutions that are counted by the operations they decompose into, which
+# have an explicit padding.
 _CONVOLUTIONS_IN_PARTS = frozenset(
   f'conv{kind}{dimensions}d'
   for kind in ('', '_transpose')
   for dimensions in (1, 2, 3)
 )
 
-# What takes the time of a network, and the values that stand for its outputs:
-# as many as no dimension repeats.
+# The slowest operations, and the number of random values that replace their
+# outputs: a prime, so that no dimension repeats them.
 _DRAWN = ('convolution', 'linear', 'addmm', 'mm', 'baddbmm', 'bmm')
 _PERIOD = 65537
 
-# Words in the names of PyTorch's convolutions, and of its other products.
-# Not among these: gamma, hamming, weights and interpolations.
+# Patterns for the names of PyTorch's convolutions and its other products. They
+# exclude gamma, hamming, weights and interpolations.
 _CONVOLUTIONS = r'conv(?!ert)'
 _PRODUCTS = (
   r'(?<!a)mm|mv|matmul|linalg|(?<!bi)(?<!tri)(?<!upsample_)linear|attention'
   r'|encoder|rnn|lstm|gru|dot|einsum|_trilinear|solve|cholesky|geqrf|ormqr|svd|eig(?!ht)'
 )
 
-# Operations that only make, move or choose.
+# Operations that only create, move or select data.
 _FREE_NAMES = """
   _assert_async _assert_tensor_metadata _coalesce _indices
   _linalg_check_errors _local_scalar_dense _pack_padded_sequence _pin_memory

@@ -1,8 +1,8 @@
-"""What ptflops 0.7.5, by its module backend, charges PyTorch's operations.
+"""What ptflops 0.7.5, with its module backend, counts for an operation.
 
-It has hooks on modules and patches of functions. Where a hooked module calls
-a patched function it counts both, so activations and pooling made by modules
-are in its totals, and in what people publish from them, twice.
+It has hooks on modules and patches functions. If a hooked module calls a
+patched function, ptflops counts both. Its totals, and published numbers based
+on them, therefore count the activations and pooling of modules twice.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PATCHED = ('relu', 'prelu', 'elu', 'relu6', 'gelu', 'silu', 'softmax')
 def charged(
   work: formulas.Work, name: str, module: nn.Module, elements: int
 ) -> formulas.Work:
-  """Returns the work with what ptflops charges for it beyond MACs and bias.
+  """Adds what ptflops counts for the work beyond MACs and bias.
 
   Args:
     work: of one operation.
@@ -52,14 +52,14 @@ def charged(
     elements: size of its output.
   """
   if type(module) is nn.MultiheadAttention:
-    # The module's formula has the scaling of the queries, which have the size
-    # of the output, and a softmax; functions are not patched below it.
+    # The module's hook counts the scaling of the queries, which have the size
+    # of the output, and a softmax. Functions below it are not patched.
     scaling = name in ('mul', 'scaled_dot_product_attention')
     return dataclasses.replace(work, ptflops=work.ptflops + elements * scaling)
   if work.kind in ('conv', 'matmul', 'elementwise') and 'upsample' not in name:
     return work
   patched = name in _PATCHED or 'pool' in name or 'upsample' in name
   times = patched + (type(module) in _HOOKED)
-  # ptflops tells scale and bias by `affine`, which nn.LayerNorm does not have.
+  # ptflops checks `affine` for scale and bias, which nn.LayerNorm lacks.
   each = elements if type(module) is nn.LayerNorm else work.ptflops
   return dataclasses.replace(work, ptflops=times * each)

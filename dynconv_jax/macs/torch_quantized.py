@@ -10,7 +10,7 @@ from dynconv_jax.macs import formulas, recurrent, torch_formulas
 
 
 def _unpacked(a) -> tuple[torch.Tensor, torch.Tensor | None]:
-  """Returns the weight and bias that one of the arguments packs."""
+  """Returns the weight and bias in the packed argument."""
   return _packed(a).unpack()
 
 
@@ -33,7 +33,7 @@ def _convolution(a) -> formulas.Work:
   packed = _packed(a)
   weight, bias = packed.unpack()
   inputs = a.qx
-  # One dimension is packed as two.
+  # Operations in one dimension are packed as two-dimensional.
   shape = [*inputs.shape[:-1], 1, inputs.shape[-1]]
   if inputs.dim() == weight.dim():
     shape = inputs.shape
@@ -53,7 +53,7 @@ def _convolution(a) -> formulas.Work:
 
 
 def _plain_convolution(a) -> formulas.Work:
-  """Weights that only their layout is special of."""
+  """Convolutions whose weights have a special layout but are not packed."""
   a.input = a.qx if hasattr(a, 'qx') else a.X
   a.weight = a.qw if hasattr(a, 'qw') else a.W
   if hasattr(a, 'B'):
@@ -72,7 +72,7 @@ def _plain_linear(a) -> formulas.Work:
 
 
 def _recurrent(cell: recurrent.Cell):
-  """Returns the formula of layers whose packed weights tell no shape."""
+  """Returns the formula of layers whose packed weights have no shape."""
 
   def formula(a) -> formulas.Work:
     inputs = a.data if hasattr(a, 'data') else a.input
@@ -98,7 +98,7 @@ def _recurrent(cell: recurrent.Cell):
 
 
 def _cell(cell: recurrent.Cell):
-  """Returns the formula of one step."""
+  """Returns the formula of one step of a cell."""
 
   def formula(a) -> formulas.Work:
     *_, inputs = a.input.shape

@@ -1,4 +1,4 @@
-"""What PyTorch's recurrent layers and cells do."""
+"""The work of PyTorch's recurrent layers and cells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dynconv_jax.macs import formulas, recurrent
 
 
 def _recurrent(cell: recurrent.Cell):
-  """Returns the formula of recurrent layers, or of one step of their cell."""
+  """Returns the formula of recurrent layers or of one step of their cell."""
 
   def formula(a) -> formulas.Work:
     if hasattr(a, 'w_ih'):
@@ -22,7 +22,7 @@ def _recurrent(cell: recurrent.Cell):
 
 
 def _recurrent_layers(cell, inputs, weights, group, bias) -> formulas.Work:
-  """Returns the work of layers that have `group` weights a direction each."""
+  """Returns the work of layers with `group` weights per direction."""
   rows = inputs.numel() // max(inputs.shape[-1], 1)
   return sum(
     (
@@ -31,7 +31,7 @@ def _recurrent_layers(cell, inputs, weights, group, bias) -> formulas.Work:
         rows,
         inputs=weights[start].shape[1],
         hidden=weights[start].shape[0] // cell.gates,
-        # An odd weight is an LSTM's projection of what it feeds back.
+        # If the number of weights is odd, the last is an LSTM's projection.
         projection=weights[start + 1].shape[1] if group % 2 else None,
         bias=bias,
       )
@@ -41,12 +41,12 @@ def _recurrent_layers(cell, inputs, weights, group, bias) -> formulas.Work:
   )
 
 
-# By the modes of the libraries for CPUs and GPUs.
+# Indexed by the mode of oneDNN and cuDNN.
 _CELLS = (recurrent.RNN, recurrent.RNN, recurrent.LSTM, recurrent.GRU)
 
 
 def onednn_recurrent(a) -> formulas.Work:
-  """One layer in one direction."""
+  """The work of one layer in one direction."""
   weights = [a.weight0, a.weight1]
   return _recurrent_layers(_CELLS[a.mode], a.input, weights, 2, a.has_biases)
 
@@ -58,7 +58,7 @@ def cudnn_recurrent(a) -> formulas.Work:
 
 
 def _cell_units(cell: recurrent.Cell):
-  """Returns the formula of a step whose products are operations before it."""
+  """Returns the formula of a step whose products are separate operations."""
 
   def formula(a) -> formulas.Work:
     return formulas.elementwise(cell.operations * a.output.numel())
@@ -66,7 +66,7 @@ def _cell_units(cell: recurrent.Cell):
   return formula
 
 
-# {operator: its formula}
+# {operator: formula}
 FORMULAS = {
   **dict.fromkeys(('lstm', 'lstm_cell'), _recurrent(recurrent.LSTM)),
   **dict.fromkeys(('gru', 'gru_cell'), _recurrent(recurrent.GRU)),

@@ -1,4 +1,4 @@
-"""Walks a jaxpr, and the jaxprs within it, and gathers the work it does."""
+"""Walks a jaxpr and its nested jaxprs and collects their work."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dynconv_jax.macs.entries import (
   weights_operand,
 )
 
-# Primitives that do what the jaxpr in this parameter does.
+# Primitives that run the jaxpr in this parameter.
 _CALLS = {
   'jit': 'jaxpr',
   'pjit': 'jaxpr',
@@ -48,7 +48,7 @@ _PRODUCTS = ('conv_general_dilated', 'dot_general', 'ragged_dot_general')
 
 
 class Walk:
-  """The work of a jaxpr's equations, in order; options as in `count_macs`."""
+  """The work of a jaxpr's equations, in order; see `count_macs` for options."""
 
   def __init__(self, convention, padding, trip_counts, branch):
     self._convention = convention
@@ -60,11 +60,11 @@ class Walk:
     self._entries: list[Entry] = []
 
   def program(self, jaxpr: core.ClosedJaxpr) -> None:
-    """Walks a whole program, whose arguments may be weights.
+    """Walks a whole program; its arguments may be weights.
 
     Raises:
-      ValueError: if no cond of the program has the branch that is asked for, or
-        no loop the name that a trip count is for.
+      ValueError: if no cond of the program has the requested branch, or no
+        loop has the name of a trip count.
     """
     weights = [weight(var, var.aval) for var in jaxpr.jaxpr.invars]
     self._sub(jaxpr, weights, ())
@@ -72,11 +72,11 @@ class Walk:
     self._check_loops_were_found()
 
   def layers(self) -> set[str]:
-    """Returns the names of the layers that were found."""
+    """Returns the names of the layers found so far."""
     return {entry.layer for entry in self._entries}
 
   def report_to(self, builder: ReportBuilder) -> None:
-    """Adds all that was gathered."""
+    """Adds everything collected to a report."""
     unnamed = {kind: itertools.count() for kind in ('conv', 'matmul')}
     counted: set[Any] = set()
     for entry in self._entries:
@@ -100,10 +100,10 @@ class Walk:
       )
 
   def _sub(self, jaxpr, inputs, stacks) -> list[Any]:
-    """Walks a jaxpr, open or closed; returns what is known of its outputs.
+    """Walks a jaxpr, open or closed; returns what is known about its outputs.
 
-    A `Weight` is known of a variable, the `Entry` that it is output of, or a
-    whole number: an int, a `loops.Count` or a `loops.Comparison` of them.
+    Known variables are a `Weight`, the `Entry` whose output they are, or an
+    integer: an int, a `loops.Count`, or a `loops.Comparison`.
     """
     consts = [constant(x) for x in getattr(jaxpr, 'consts', ())]
     jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
@@ -155,7 +155,7 @@ class Walk:
     return self._add(eqn, work, inputs, stacks)
 
   def _add(self, eqn, work, inputs, stacks) -> Sequence[Any]:
-    """Records the work of an equation; returns what is known of its outputs."""
+    """Records an equation's work; returns what is known about its outputs."""
     if work == formulas.elementwise(0):
       return ()
     name = eqn.primitive.name
@@ -181,9 +181,9 @@ class Walk:
   def _biased(self, eqn, inputs) -> Entry | None:
     """Counts an addition as the bias of a product, if it is one.
 
-    One operand is the output of a convolution or matrix product that has no
-    bias yet, the other a broadcast array from outside with one element for
-    each output feature.
+    One operand must be the output of a convolution or matrix product without a
+    bias so far, the other a broadcast array from outside with one element per
+    output feature.
     """
     for product, bias in (inputs, inputs[::-1]):
       if (
@@ -228,8 +228,8 @@ class Walk:
     choose = min if self._branch == 'min' else max
     chosen, outputs = choose(walks, key=lambda walk: self._price(walk[0]))
     self._entries += chosen
-    # The price of a branch with unknown work is not known: it is named even
-    # if another was chosen.
+    # A branch with unknown work has no known price. Report that work even if
+    # another branch was chosen.
     for entries, _ in walks:
       if entries is not chosen:
         self._entries += [entry for entry in entries if entry.work is None]
@@ -238,7 +238,7 @@ class Walk:
   def _scan(self, params, inputs, stacks) -> Sequence[Any]:
     body, consts = params['jaxpr'], params['num_consts']
     inner = [
-      # A slice of stacked weights is the weights of one layer of the stack.
+      # A slice of stacked weights is the weight of one layer of the stack.
       dataclasses.replace(known, size=var.aval.size)
       if isinstance(known, Weight)
       else known
@@ -256,7 +256,7 @@ class Walk:
     inputs = [None if isinstance(known, Entry) else known for known in inputs]
     conds, bodies = params['cond_nconsts'], params['body_nconsts']
     start = inputs[conds + bodies :]
-    # What a pass does to a number that is carried shows in what it hands on.
+    # Compare the carried numbers before and after one iteration.
     carried = _variables(params['body_jaxpr'])[bodies:]
     carry = [
       known if isinstance(known, Weight) else _counter(var.aval)
@@ -282,7 +282,7 @@ class Walk:
     return ()
 
   def _trips(self, layer: str, fixed: int | None) -> int | None:
-    """Returns how often a loop runs, `fixed` being what the program says."""
+    """Returns a loop's trip count; `fixed` is the one set by the program."""
     self._loops_seen[layer] = None
     given = self._trip_counts
     if isinstance(given, Mapping):
@@ -290,7 +290,7 @@ class Walk:
     return given if fixed is None else fixed
 
   def _exported(self, eqn, stacks) -> Sequence[Any]:
-    # Where nothing is exported, MLIR is not imported.
+    # Imported lazily: only exported functions need MLIR.
     from dynconv_jax.macs import stablehlo
 
     around = scopes.layer_name(*stacks)
@@ -311,7 +311,7 @@ class Walk:
     return ()
 
   def _linear_solve(self, params, inputs, stacks) -> Sequence[Any]:
-    """A system is solved by one of the functions that are given for it."""
+    """Counts the given function that solves the system."""
     lengths = params['const_lengths']
     first = lengths.matvec + lengths.vecmat
     consts = inputs[first : first + lengths.solve]
@@ -324,7 +324,7 @@ class Walk:
       self._leave_out('pallas_call', stacks, 'the kernel has no cost_estimate')
     elif self._convention.name == 'conv':
       self._leave_out(
-        'pallas_call', stacks, 'its cost_estimate does not tell convolutions'
+        'pallas_call', stacks, 'its cost_estimate does not name convolutions'
       )
     else:
       macs = cost.flops // 2
@@ -339,7 +339,7 @@ class Walk:
 
   @contextlib.contextmanager
   def _apart(self) -> Iterator[list[Entry]]:
-    """Gathers what is found in the context in a list of its own."""
+    """Collects what is found in the context in a separate list."""
     outer, self._entries = self._entries, []
     try:
       yield self._entries
@@ -348,7 +348,7 @@ class Walk:
 
   @contextlib.contextmanager
   def _times(self, times: int) -> Iterator[None]:
-    """Counts what is found in the context that often."""
+    """Multiplies what is found in the context."""
     with self._apart() as entries:
       yield
     self._entries += repeated(entries, times)
@@ -392,7 +392,7 @@ def _counter(aval) -> loops.Count | None:
 
 
 def _whole_number(eqn, inputs: Sequence[Any]) -> Any:
-  """Returns what is known of arithmetic on whole numbers, or None."""
+  """Evaluates integer arithmetic as far as it is known; None if unknown."""
   if len(inputs) != 2 or not all(
     jax.dtypes.issubdtype(getattr(v.aval, 'dtype', bool), np.integer)
     for v in eqn.invars
@@ -406,8 +406,8 @@ def _variables(jaxpr) -> Sequence[core.Var]:
 
 
 def _devices(params: Mapping[str, Any]) -> int:
-  """Returns how many devices run the body of a shard_map, one shard each."""
+  """Returns the number of devices that run the body of a shard_map."""
   sizes = dict(params['mesh'].shape)
-  # Axes that a shard_map around this one has split are counted there.
+  # Axes that an outer shard_map has split are counted there.
   axes = params.get('newly_manual_axes', params.get('manual_axes', sizes))
   return math.prod(sizes[axis] for axis in axes)

@@ -1,4 +1,4 @@
-"""Tests of why counters differ, as docs/macs_comparison.md says."""
+"""Checks the explanations of docs/macs_comparison.md for differing counts."""
 
 import pytest
 from absl.testing import absltest
@@ -17,21 +17,21 @@ class CompareTest(absltest.TestCase):
       compare_counters.resnet50(), (1, 3, 64, 64)
     )
     biases = 1000
-    # Outputs of the convolutions, all normalised: stem, then by stages.
+    # Outputs of all normalized convolutions: the stem, then by stage.
     stem, sides = 64 * 32**2, (16, 8, 4, 2)
-    normalised, rectified = stem, stem
+    normalized, rectified = stem, stem
     for stage, (side, blocks) in enumerate(
       zip(sides, (3, 4, 6, 3), strict=True)
     ):
       planes, before = 64 * 2**stage, side if stage == 0 else 2 * side
       block = 2 * planes * side**2 + 4 * planes * side**2
       wider = planes * (before**2 - side**2)  # conv1 of the strided block.
-      normalised += blocks * block + wider + 4 * planes * side**2
+      normalized += blocks * block + wider + 4 * planes * side**2
       rectified += blocks * block + wider
     pooled = 64 * 32**2 + 2048 * 2**2
     self.assertEqual(
       counts['ptflops (pytorch)'],
-      counts['conv+linear'] + biases + 2 * (normalised + rectified + pooled),
+      counts['conv+linear'] + biases + 2 * (normalized + rectified + pooled),
     )
     self.assertEqual(counts['ptflops'], counts['ptflops (pytorch)'])
     self.assertEqual(counts['ptflops (aten)'], counts['conv+linear'] + biases)

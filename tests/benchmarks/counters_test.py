@@ -1,4 +1,4 @@
-"""Tests of how the tables of docs/macs_comparison.md are made."""
+"""Tests of the program that makes the tables of docs/macs_comparison.md."""
 
 import functools
 import os
@@ -48,7 +48,7 @@ def test_a_table_goes_on_where_it_was_cut_off(tmp_path):
   first.add('c', ['3', '='])
   first.add('a', ['1', '='])
   path.write_text(f'{path.read_text()}\nAfter.\n')
-  # A table of other columns is another table.
+  # A table with different columns is a different table.
   assert not counters.Table(['x'], order, path).rows()
   second = counters.Table(['x', 'y'], order, path)
   assert set(second.rows()) == {'a', 'c'}

@@ -1,4 +1,4 @@
-"""Tests of the time that decoding takes."""
+"""Tests of the decoding benchmark."""
 
 import io
 from unittest import mock

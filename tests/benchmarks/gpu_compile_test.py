@@ -1,4 +1,4 @@
-"""Tests of what is compiled for a GPU that is not there."""
+"""Tests of compiling for a GPU that is not present."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_what_is_launched_outside_of_graphs_is_told():
 
 
 PLUGIN = os.environ.get('DYNCONV_CUDA_PLUGIN', '')
-# Blocks of every kind, of few channels.
+# Blocks of every kind, with few channels.
 SMALL = ('--width_multiplier=0.25', '--image_size=64', '--batch_size=2')
 
 
@@ -60,7 +60,7 @@ SMALL = ('--width_multiplier=0.25', '--image_size=64', '--batch_size=2')
   ),
 )
 def test_a_network_is_one_cuda_graph(arguments, graphs):
-  """XLA compiles it for an H200; a dense one only if it is told to."""
+  """XLA compiles it for an H200; a dense network only if told to."""
   if '--mode=sparse' in arguments:
     pytest.importorskip('triton', reason='needs triton')
   command = [sys.executable, '-m', 'benchmarks.gpu_compile']
@@ -72,7 +72,8 @@ def test_a_network_is_one_cuda_graph(arguments, graphs):
   assert not found['copies']
   if graphs:
     assert not found['outside']
-    # Stem, pooling; for each of 16 blocks one that decides, two of its branch.
+    # Stem, pooling; per block (16), one for the mask unit and two for the
+    # branch.
     assert found['kernels'] >= 2 + 16 * 3 or '--mode=dense' in arguments
-  else:  # As it was, and as PyTorch without graphs.
+  else:  # The default, like PyTorch without graphs.
     assert sum('conv' in name for name in found['outside']) > 50

@@ -1,4 +1,4 @@
-"""Tests of tables of times."""
+"""Tests of latency tables."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""Tests of what is timed: networks, their masks, and forced gates."""
+"""Tests of what the benchmarks time: networks, their masks, forced gates."""
 
 import re
 from unittest import mock
@@ -75,8 +75,8 @@ def test_forced_gates_give_what_masks_do_and_are_paid_for(method, share):
     for network in (model, _network('dense'))
   )
   assert macs > dense
-  # Each gate's own products are there, and each product is two operations. XLA
-  # counts additions too: ACT's gates, 112 MACs, are lost among them.
+  # Each gate's products are present, with two operations per product. XLA also
+  # counts additions, so ACT's gates, with 112 MACs, are not visible.
   assert products - fewer >= len(given)
   if macs - dense > 1000:
     assert cost - cheaper > 0.9 * 2 * _SHAPE[0] * (macs - dense)
@@ -104,5 +104,5 @@ def test_a_gated_network_has_the_weights_of_the_dense_one():
   assert weights.keys() == expected.keys()
   for path, value in weights.items():
     np.testing.assert_array_equal(value[...], expected[path][...])
-  # Folding a batch norm has something to fold.
+  # The batch norms to fold have nontrivial statistics.
   assert np.ptp(dense.bn1.mean[...]) > 0.1

@@ -1,4 +1,4 @@
-"""Tests of masks that are the objects' true places."""
+"""Tests of masks from the true object positions."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ def test_cells_that_touch_the_object(size):
   objects = rng.random((3, 12, 14)) < 0.02
   found = np.asarray(oracle.touched(objects, size))
   for n, i, j in np.ndindex(3, *size):
-    # A pixel is the square from its index to the next one.
+    # A pixel covers the square from its index to the next one.
     inside = [
       objects[n, y, x]
       for y in range(12)
@@ -46,6 +46,6 @@ def test_chosen_blocks_obey_and_others_run_everywhere():
   for mask in masks:
     size = mask.hard.shape[1:]
     np.testing.assert_array_equal(mask.hard, oracle.touched(objects, size))
-  # The second image is all object: nothing changes.
+  # The second image is all object, so nothing changes.
   np.testing.assert_allclose(chosen[1], logits[1], rtol=1e-4, atol=1e-5)
   assert np.abs(chosen[0] - logits[0]).max() > 1e-3

@@ -1,4 +1,4 @@
-"""Tests of the floor of a GPU's time against the MAC counter."""
+"""Tests of the lower bound for GPU time, against the MAC counter."""
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,8 @@ def test_patches_are_dilated_less():
 
   positions, patches = (1,), (4, 4, 2, 1)
   assert macs('layer1.1.conv1', patches) < macs('layer1.1.conv1', positions)
-  # Three units read them: of this block, the next, and the next stage's first.
+  # Three units read them: this block's, the next one's, and the next stage's
+  # first.
   for sides in (positions, patches):
     assert macs('layer1.1.mask', sides) == 2 * 24**2 * 2560 * 3
 

@@ -1,4 +1,4 @@
-"""Tests of PyTorch's side of the benchmarks, against the JAX networks."""
+"""Tests of the PyTorch networks in the benchmarks, against the JAX networks."""
 
 import numpy as np
 import pytest

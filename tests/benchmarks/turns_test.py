@@ -1,4 +1,4 @@
-"""Tests of processes that take turns being timed."""
+"""Tests of interleaved timing of processes."""
 
 import sys
 

@@ -1,10 +1,10 @@
-"""Kills, full disks, double starts, damaged files: what becomes of a run.
+"""Injects faults into runs: kills, full disks, double starts, damaged files.
 
 python tests/campaign/campaign.py [--kills=20] [--flips=20] [--seed=0] [PART...]
 
-Each line of the table is a kind of fault, how often it was made, and how often
-it ended as it should: the same bits in the end, or one line of error. Exits
-with status 1 unless all did. Takes about half an hour on two cores.
+Each row of the table is a kind of fault, how often it was injected, and how
+often it ended as it should: with the same bits, or with one line of error.
+Exits with status 1 unless all did. Takes about half an hour on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STEPS = 6 * 7
 
 
 class Campaign:
-  """A folder for runs, and the table of what became of them."""
+  """A folder for runs, and the table of their outcomes."""
 
   def __init__(self, folder: pathlib.Path, seed: int):
     self.folder, self.random = folder, random.Random(seed)
@@ -43,12 +43,12 @@ class Campaign:
     self.environment = {**os.environ, 'XDG_CACHE_HOME': str(folder / 'cache')}
 
   def note(self, fault: str, problem: str) -> None:
-    """Adds an outcome: '' where all is as it should be."""
+    """Adds an outcome; '' means that all is as it should be."""
     self.rows.setdefault(fault, []).append(problem)
     print(f'{fault}: {problem or "as it should be"}', flush=True)
 
   def start(self, *command, limit: int = 0) -> subprocess.Popen:
-    """Starts a program; files can have `limit` KiB, 0: any size."""
+    """Starts a program; `limit` is the maximum file size in KiB, 0 for none."""
     command = [sys.executable, '-m', *map(str, command)]
     if limit:
       shell = f'ulimit -f {limit} && exec "$@"'
@@ -63,7 +63,7 @@ class Campaign:
     )
 
   def call(self, *command, limit: int = 0) -> tuple[int, str]:
-    """Returns status and output of a program."""
+    """Returns the status and output of a program."""
     process = self.start(*command, limit=limit)
     output = process.communicate()[0]
     return process.returncode, output
@@ -73,7 +73,7 @@ class Campaign:
     return self.call(*_train(workdir, data), **options)
 
   def refused(self, outcome: tuple[int, str], text: str) -> str:
-    """Returns '' for one line of error that has a text."""
+    """Returns '' if the output is one line of error that contains a text."""
     status, output = outcome
     last = output.strip().split('\n')[-1]
     if status != 1 or 'Traceback' in output or not last.startswith('error: '):
@@ -93,16 +93,16 @@ def _train(workdir, data):
 
 
 def result(workdir: pathlib.Path, step: int = _STEPS):
-  """Returns what two runs to the same bits have in common."""
+  """Returns what two runs with the same bits have in common."""
   info = workdir / 'checkpoints' / str(step) / 'info' / 'metadata'
   sums = json.loads(info.read_text())['checksums']
-  sums.pop('info')  # That of the seconds that it took.
+  sums.pop('info')  # The info contains elapsed seconds.
   rows = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
   return sums, [{**row, 'seconds': 0} for row in rows]
 
 
 def kills(campaign: Campaign, number: int, reference, seconds: float) -> None:
-  """Kills a training, which prepares its data, at moments drawn by lot."""
+  """Kills a training run, including data preparation, at random moments."""
   runs = max(1, number // 5)
   for i in range(runs):
     workdir, data = campaign.folder / f'kill{i}', campaign.folder / f'data{i}'
@@ -119,7 +119,7 @@ def kills(campaign: Campaign, number: int, reference, seconds: float) -> None:
 
 
 def kernels(campaign: Campaign, number: int) -> None:
-  """Kills compilations, and damages what they made."""
+  """Kills compilations and damages their outputs."""
   code = (
     'from dynconv_jax import native\n'
     'from dynconv_jax.sparse.backends import cpu\n'
@@ -157,7 +157,7 @@ def kernels(campaign: Campaign, number: int) -> None:
 
 
 def sweep(campaign: Campaign) -> None:
-  """Kills a sweep, whose child goes on, and starts it again."""
+  """Kills a sweep, whose child continues, and starts it again."""
   results = campaign.folder / 'results'
   command = (
     *('experiments.sweep', *_RUN, '--grid=method=dense,dynconv'),
@@ -184,7 +184,7 @@ def sweep(campaign: Campaign) -> None:
 
 
 def full_disk(campaign: Campaign, reference) -> None:
-  """Lets files grow to some size only, in each program that writes."""
+  """Limits the file size in each program that writes."""
   for limit in (1, 8, 24):
     workdir = campaign.folder / f'full{limit}'
     outcome = campaign.train(workdir, limit=limit)
@@ -238,7 +238,7 @@ def photograph(campaign: Campaign) -> pathlib.Path:
 
 
 def double_start(campaign: Campaign) -> None:
-  """Starts a training where another is at work, and where none can be."""
+  """Starts training in a workdir in use, and where no run is possible."""
   workdir = campaign.folder / 'twice'
   first = campaign.start(*_train(workdir, campaign.folder / 'data'))
   while not (workdir / '.lock').exists():
@@ -257,7 +257,7 @@ def double_start(campaign: Campaign) -> None:
 
 
 def flips(campaign: Campaign, number: int) -> None:
-  """Flips bits in checkpoints; weights are the same, the others', or none."""
+  """Flips bits in checkpoints; the same or the older weights must load."""
   code = (
     'import sys\n'
     'from dynconv_jax import interop\n'
@@ -358,7 +358,7 @@ def damaged_data(campaign: Campaign) -> None:
 
 
 def main() -> None:
-  """Runs the campaign, and prints its table."""
+  """Runs the campaign and prints its table."""
   parser = argparse.ArgumentParser(description=__doc__)
   for name, default in (('kills', 20), ('flips', 20), ('seed', 0)):
     parser.add_argument(f'--{name}', type=int, default=default)
@@ -367,7 +367,7 @@ def main() -> None:
   with tempfile.TemporaryDirectory(prefix='campaign_') as folder:
     campaign = Campaign(pathlib.Path(folder), given.seed)
     reference = campaign.folder / 'reference'
-    campaign.train(campaign.folder / 'warm')  # Prepares the data, too.
+    campaign.train(campaign.folder / 'warm')  # Also prepares the data.
     start = time.monotonic()
     status, output = campaign.train(reference)
     seconds = time.monotonic() - start

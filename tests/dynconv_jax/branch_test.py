@@ -1,4 +1,4 @@
-"""Tests of branch descriptions against evaluation position by position."""
+"""Tests of branch descriptions against position-by-position evaluation."""
 
 import dataclasses
 import re
@@ -75,7 +75,7 @@ def test_padding_gives_the_size(k, s, size):
     low, high = c.pads(size)
     out = (size + low + high - k) // s + 1
     assert out == c.output_size(size)
-    if padding == 'same':  # Of TensorFlow: the odd pixel comes last.
+    if padding == 'same':  # TensorFlow's padding: the odd pixel comes last.
       assert 0 <= high - low <= 1
       assert low + high == max((out - 1) * s + k - size, 0)
 

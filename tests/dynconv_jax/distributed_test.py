@@ -1,4 +1,4 @@
-"""Two processes on this machine against one; refusals before any work."""
+"""Tests of two processes on this machine against one, and of early errors."""
 
 import pathlib
 import socket
@@ -95,7 +95,7 @@ def fail():
 
 
 def test_two_processes_share_batches_and_kernels(tmp_path, monkeypatch):
-  # It takes longer to compile than to compute.
+  # Compiling takes longer than computing.
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
   fakes = pathlib.Path(__file__).with_name('data') / 'batches_test.py'
   ended = jax_processes.run(_SHARED + _FAIL + _SEVERAL, tmp_path, fakes)
@@ -179,8 +179,8 @@ def test_the_longest_even_dimension_is_sharded():
     (3, 3, 64, 128): (None, None, None, 'fsdp'),
     (128, 64): ('fsdp',),
     (6, 3, 1000): (None, None, 'fsdp'),
-    (1023,): (),  # Odd.
-    (64, 4): (),  # Small.
+    (1023,): (),  # odd
+    (64, 4): (),  # small
     (): (),
   }
   for shape, spec in shapes.items():

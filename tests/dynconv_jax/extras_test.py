@@ -1,4 +1,4 @@
-"""What is missing is named with the extra that installs it."""
+"""Tests that errors name the extra that installs a missing package."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_packages_say_which_extra_they_need(module, missing):
 
 
 def test_the_core_needs_nothing_of_an_extra():
-  """It counts, creates and executes networks."""
+  """The core counts, creates and executes networks."""
   run = subprocess.run(
     [
       sys.executable,

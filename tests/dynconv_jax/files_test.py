@@ -29,7 +29,7 @@ def test_an_error_leaves_the_old_file(tmp_path):
   with pytest.raises(OSError, match='full'), files.replacing(path) as partial:
     partial.write_text('ne')
     raise OSError('full')
-  # As a write fails, which has no name.
+  # A write failure, which has no file name.
   with (
     pytest.raises(OSError, match=f"full: '{path}'"),
     files.replacing(path),

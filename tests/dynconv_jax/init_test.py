@@ -1,4 +1,4 @@
-"""Tests of the package's front door."""
+"""Tests of the package's top-level interface."""
 
 import importlib
 import pathlib
@@ -36,10 +36,10 @@ class InitTest(absltest.TestCase):
     folder = pathlib.Path(dynconv_jax.__file__).parent
     for path in folder.glob('*/__init__.py'):
       name, found = f'dynconv_jax.{path.parent.name}', {}
-      if name == 'dynconv_jax.cli':  # Programs.
+      if name == 'dynconv_jax.cli':  # programs
         continue
       public = importlib.import_module(name).__all__
-      # Fails for what is not there.
+      # Raises for missing names.
       exec(f'from {name} import *', found)
       self.assertEqual(found.keys() - {'__builtins__'}, set(public), name)
 

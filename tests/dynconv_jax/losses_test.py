@@ -21,7 +21,7 @@ def _mask(hard, dilated, *macs):
 
 
 def _masks():
-  """Two images, two blocks: 35 of 60 and 4 of 40 MACs an image, on average."""
+  """Two images, two blocks: on average 35 of 60 and 4 of 40 MACs per image."""
   return [
     # conv1: 5 MACs at (4 + 2) of 4 + 4 positions, conv2: 10 at (3 + 1).
     # Together 5 * 6 + 10 * 4 = 70 of 2 * (20 + 40) = 120.
@@ -39,7 +39,7 @@ def _masks():
 NETWORK = 78 / 200
 BLOCKS = (70 / 120, 8 / 80)
 
-# cos(pi / 2 * progress / 0.33) ** 2, by a pocket calculator.
+# cos(pi / 2 * progress / 0.33) ** 2, computed by hand.
 OPENING = {0: 1.0, 0.1: 0.7900285, 0.33: 0.0, 1: 0.0}
 
 
@@ -98,9 +98,9 @@ class SparsityLossTest(parameterized.TestCase):
     self.assertEqual((loss.shape, loss.dtype), ((), jnp.float32))
 
   def test_numbers(self):
-    # Budget 0.5. At the start: 0.11^2 + (0.08333^2 + 0.4^2) / 2.
-    # At 0.1, q = 0.79003: within [0.39501, 0.60499] is only the first block,
-    # 0.11^2 + (0.39501 - 0.1)^2 / 2. Once open: 0.11^2.
+    # Budget 0.5. At the start: 0.11^2 + (0.08333^2 + 0.4^2) / 2. At 0.1, q =
+    # 0.79003: only the first block is within [0.39501, 0.60499], so 0.11^2 +
+    # (0.39501 - 0.1)^2 / 2. Once open: 0.11^2.
     for progress, expected in ((0, 0.0955722), (0.1, 0.0556168), (1, 0.0121)):
       loss = losses.sparsity_loss(_masks(), budget=0.5, progress=progress)
       self.assertAlmostEqual(float(loss), expected, places=6)
@@ -114,8 +114,8 @@ class SparsityLossTest(parameterized.TestCase):
         masks, budget=budget, progress=progress
       )
     )(_masks())
-    # A position of `hard` adds its MACs over 200 to the network's fraction,
-    # over the block's dense MACs to the block's.
+    # A position of `hard` adds its MACs over 200 to the network's fraction, and
+    # its MACs over the block's dense MACs to the block's fraction.
     for grad, fraction, macs, dense in zip(
       grads, BLOCKS, (10, 16), (120, 80), strict=True
     ):
@@ -189,7 +189,7 @@ class DistillationLossTest(absltest.TestCase):
 
 
 def _decisions(actions, scores=None):
-  """Masks of 2x2 and 1x2 positions from float[2, N] actions and scores."""
+  """Returns masks of 2x2 and 1x2 positions for float[2, N] actions, scores."""
   masks = []
   for i, size in enumerate(((2, 2), (1, 2))):
     wide = lambda v, s=size: jnp.broadcast_to(  # noqa: E731
@@ -205,7 +205,7 @@ class SkipPenaltyTest(absltest.TestCase):
   def test_by_hand(self):
     masks = _decisions([[1, 0, 0, 1], [1, 1, 0, 1]])
     self.assertAlmostEqual(float(losses.skip_penalty(masks)), (0.5 + 0.75) / 2)
-    # A block counts one, whatever its map: 1/2 over 4 images of 4 positions.
+    # A block counts as one, whatever its map: 1/2 over 4 images of 4 positions.
     grads = jax.grad(losses.skip_penalty)(masks)
     np.testing.assert_allclose(grads[0].hard, np.full((4, 2, 2), 1 / 32))
     np.testing.assert_allclose(grads[1].hard, np.full((4, 1, 2), 1 / 16))
@@ -219,15 +219,15 @@ class ReinforceTest(parameterized.TestCase):
   def test_rewards_by_hand(self):
     actions = jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]])
     rewards = losses.skip_rewards(actions, jnp.array([2.0, 0.5]), 0.3)
-    # A skipped block earns 0.1, for its gate and those before it.
+    # A skipped block earns 0.1, for its own gate and those before it.
     np.testing.assert_allclose(
       rewards, [[-1.9, -0.2], [-1.9, -0.3], [-2.0, -0.4]], rtol=1e-6
     )
 
   def test_loss_by_hand(self):
     masks = _decisions([[1, 0], [0, 1]], [[0.8, 0.7], [0.4, 0.9]])
-    # Rewards: of the first image -2 + 0.1 for both, of the second -1 + 0.1
-    # for the first and -1 for the second gate.
+    # Rewards: -2 + 0.1 for both gates of the first image; -1 + 0.1 for the
+    # first and -1 for the second gate of the second image.
     expected = -(np.log(0.8) + np.log(0.6)) * -1.9 / 2
     expected += -(np.log(0.3) * -0.9 + np.log(0.9) * -1.0) / 2
     loss = losses.reinforce_loss(masks, jnp.array([2.0, 1.0]), 0.2)
@@ -333,7 +333,7 @@ class PonderCostTest(absltest.TestCase):
     # Units and remainders: 1 + 1, 2 + 0.8, 3 + 0.3, 3 + 0.65; 1 + 1, 2 + 0.4.
     expected = (2 + 2.8 + 3.3 + 3.65) / 4 + (2 + 2.4) / 2
     self.assertAlmostEqual(float(losses.ponder_cost(masks)), expected, places=5)
-    # A score that does not halt takes from the remainder; the others nothing.
+    # A score that does not halt reduces the remainder; the others do nothing.
     grads = jax.grad(
       lambda scores: losses.ponder_cost(
         [m.replace(score=s) for m, s in zip(masks, scores, strict=True)]

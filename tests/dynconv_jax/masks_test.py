@@ -1,4 +1,4 @@
-"""Tests of execution masks: dilation, MACs, enlargement."""
+"""Tests of execution masks: dilation, MACs, upsampling."""
 
 import math
 from fractions import Fraction
@@ -17,7 +17,7 @@ from dynconv_jax.masks import (
 
 
 def _inputs_read(mask, strides, shape):
-  """What a 3x3 convolution, padded by 1, reads at the mask's positions."""
+  """Returns the inputs that a padded 3x3 convolution reads at the positions."""
   read = np.zeros((len(mask), *shape), np.float32)
   for n, i, j in np.argwhere(mask):
     for y in range(i * strides - 1, i * strides + 2):
@@ -58,7 +58,7 @@ class DilateTest(parameterized.TestCase):
     shape=((1, 1), (2, 3), (7, 7), (8, 9)), strides=(1, 2, 3)
   )
   def test_is_what_the_convolution_reads(self, shape, strides):
-    # PyTorch's output size of a 3x3 convolution padded by 1.
+    # PyTorch's output size of a 3x3 convolution with padding 1.
     h, w = ((size - 1) // strides + 1 for size in shape)
     rng = np.random.default_rng(0)
     mask = (rng.random((4, h, w)) < 0.2).astype(np.float32)
@@ -72,7 +72,8 @@ class DilateTest(parameterized.TestCase):
   def test_empty_and_full(self, strides):
     empty, full = jnp.zeros((2, 3, 4)), jnp.ones((2, 3, 4))
     self.assertEqual(jnp.sum(dilate(empty, strides)), 0)
-    # At stride 2 the windows reach from -1 to 2h - 1: every position.
+    # At stride 2 the windows reach from -1 to 2h - 1, so every position is
+    # read.
     self.assertEqual(jnp.sum(dilate(full, strides)), 24 * strides**2)
 
   @parameterized.parameters(1, 2)
@@ -96,8 +97,8 @@ class ExecutionMaskTest(absltest.TestCase):
     )
 
   def test_executed_macs(self):
-    # The first image's one position reads 2x2 inputs; of the second's 4x4
-    # inputs only the corner (2, 0), (3, 0) is not read, at column 0.
+    # The first image's single position reads 2x2 inputs. Of the second image's
+    # 4x4 inputs, only (2, 0) and (3, 0) in the corner of column 0 are not read.
     np.testing.assert_array_equal(
       jnp.sum(self.mask.dilated, axis=(1, 2)), [4, 14]
     )
@@ -133,7 +134,7 @@ class ResizeNearestTest(parameterized.TestCase):
     self.assertEqual(resized.shape, (2, *large))
     for y in range(large[0]):
       for x in range(large[1]):
-        # The small pixel in which the large pixel's centre lies.
+        # The small pixel that contains the large pixel's center.
         i = math.floor(Fraction(2 * y + 1, 2 * large[0]) * small[0])
         j = math.floor(Fraction(2 * x + 1, 2 * large[1]) * small[1])
         np.testing.assert_array_equal(resized[:, y, x], values[:, i, j])

@@ -7,7 +7,7 @@ from dynconv_jax import references
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-  """A package `its` on the path, with modules good and bad."""
+  """A package `its` on the path, with good and bad modules."""
   root = tmp_path / 'its'
   root.mkdir()
   (root / '__init__.py').touch()

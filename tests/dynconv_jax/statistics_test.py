@@ -1,4 +1,4 @@
-"""Tests and intervals against binomial sums, normal theory, and simulation."""
+"""Tests of statistics against binomial sums, normal theory, and simulation."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_width_is_that_of_the_variances_of_seeds_and_examples(deviation):
 
 
 def _simulate(rng, seeds, shift, seed_deviation):
-  """Returns correctness of two settings whose difference is `shift`."""
+  """Returns the correctness of two settings whose difference is `shift`."""
   examples = rng.normal(0, 0.1, 300)
   return [
     rng.random((seeds, 300))
@@ -87,13 +87,13 @@ def test_coverage_and_false_alarms():
     a, b = _simulate(rng, 4, shift, deviation)
     found = paired_bootstrap(a, b, **options)
     covered += found.low <= shift <= found.high
-    # Seeds' means taken as one network's: blind to the variance of seeds.
+    # The mean over seeds as one network: ignores the variance of seeds.
     means = a.mean(0, keepdims=True), b.mean(0, keepdims=True)
     found = paired_bootstrap(*means, **options)
     blind += found.low <= shift <= found.high
     alarms += paired_bootstrap(*_simulate(rng, 4, 0, 0), **options).p < 0.05
-  # Three binomial deviations, 0.038, about 0.95 and 0.05; and 0.03 below, for
-  # the normal quantile where there are four seeds.
+  # Three binomial deviations, 0.038, around 0.95 and 0.05; and 0.03 below, for
+  # the normal quantile with four seeds.
   assert 0.88 <= covered / trials <= 0.988
   assert blind / trials < 0.82
   assert 0.012 <= alarms / trials <= 0.088

@@ -1,4 +1,4 @@
-"""The examples run: small versions of what their docstrings say."""
+"""Tests that the examples run, at small sizes."""
 
 import importlib
 import json
@@ -35,7 +35,7 @@ def test_a_vision_transformer_drops_tokens():
   vit.train(model, images, labels, steps=3, budget=0.5)
   result = vit.evaluate(model, images[:4], labels[:4])
   assert 0 < result['executed_mmacs'] < result['dense_mmacs']
-  # What the report says is what the masks themselves say of their layers.
+  # The report agrees with the masks' own MACs.
   view = nnx.view(model, deterministic=True)
   half = jnp.asarray(np.arange(64) % 2 == 0)[None]
   given = [half] * 2
@@ -44,7 +44,7 @@ def test_a_vision_transformer_drops_tokens():
   closed = sum(m.dense_macs() - float(m.executed_macs()[0]) for m in masks)
   assert report.executed(masks)[0] == pytest.approx(report.total - closed)
   with pytest.raises(ValueError, match='no gated block'):
-    sparsify(view)  # Said, not guessed.
+    sparsify(view)  # an error, not a guess
 
 
 @pytest.mark.parametrize(

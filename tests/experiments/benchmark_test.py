@@ -41,8 +41,8 @@ def test_two_densities(program, tmp_path):
   assert summary['model'] == 'cifar_resnet8' and 'core' in summary['cpu']
   assert full['density'] == 1.0
   assert sparse['density'] == pytest.approx(0.25, abs=0.02)
-  # Of a network that is executed everywhere the mask units are left:
-  # (16 + 16 + 32) * 9 + 1 products, at 32 x 32, 16 x 16 and 8 x 8 positions.
+  # If the network executes nowhere, only the mask units remain: (16 + 16 + 32)
+  # * 9 + 1 products, at 32 x 32, 16 x 16 and 8 x 8 positions.
   units = 32**2 * (16 * 9 + 1) + 16**2 * (16 * 9 + 1) + 8**2 * (32 * 9 + 1)
   blocks = 32**2 * (3 * 16 * 9 + 2 * 16 * 16 * 9)
   blocks += 16**2 * (16 * 32 * 10 + 32 * 32 * 9)
@@ -75,7 +75,7 @@ def test_masks_of_positions_and_of_patches(program):
   positions, patches = json.loads(printed.splitlines()[-1])['runs']
   assert positions['mask_granularity'] == '1'
   assert patches['mask_granularity'] == '4,2,1'
-  # Fewer positions are dilated around patches, and mask units are smaller.
+  # Dilation adds fewer positions around patches, and mask units are smaller.
   assert positions['density'] == pytest.approx(patches['density'], abs=0.02)
   assert patches['mac_ideal'] < positions['mac_ideal']
 
@@ -169,7 +169,7 @@ def test_other_runtimes_compute_the_same(peer):
 
 @pytest.mark.slow
 def test_pytorch_in_a_cuda_graph_computes_the_same():
-  """What records and replays is stood in for; a CPU computes at once."""
+  """Recording and replaying are replaced; a CPU computes at once."""
   torch = pytest.importorskip('torch', reason='pip install -e .[torch]')
   graph = mock.Mock()
   stand_ins = {

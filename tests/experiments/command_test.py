@@ -85,7 +85,7 @@ def test_help_takes_no_imports():
 
 
 def test_help_of_what_is_named_outside_the_package(tmp_path):
-  """It is found in the current folder, and its options are shown."""
+  """The module is found in the current folder, and help shows its options."""
   source = (ROOT / 'examples/top_k_gate.py').read_text()
   (tmp_path / 'mine.py').write_text(source)
   done = _dynconv('train', '--method=mine:METHOD', '--help', cwd=tmp_path)
@@ -106,7 +106,7 @@ def test_flag_files_are_found_by_name(tmp_path, monkeypatch):
   assert command.find_flag_files(['--seed', 'spots_dynconv', '--flagfile']) == [
     *('--seed', 'spots_dynconv', '--flagfile')
   ]
-  # A file of that name comes first; a path is one.
+  # A file with this name takes precedence; a path is a path.
   (tmp_path / 'spots_dynconv').touch()
   for given in ('spots_dynconv', 'flags/spots_dynconv'):
     arguments = [f'--flagfile={given}']

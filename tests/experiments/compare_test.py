@@ -1,4 +1,4 @@
-"""Compared runs: files by hand, and two networks evaluated here."""
+"""Tests of comparing runs: files written by hand, and two trained networks."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def _write(folder, correct, seed=None, names=None, labels=None, **columns):
 
 @pytest.fixture
 def runs(tmp_path):
-  """Correctness of two settings of two seeds each, written as workdirs."""
+  """Correctness of two settings with two seeds each, written as workdirs."""
   rng = np.random.default_rng(0)
   a, b = rng.random((2, 40)) < 0.8, rng.random((2, 40)) < 0.5
   shares = np.round(np.linspace(0.05, 0.5, 40), 4)
@@ -65,7 +65,7 @@ def test_two_settings(program, tmp_path, runs):
   assert result['runs']['accuracy'] == pytest.approx(a.mean())
   assert result['against']['gmacs_mean'] == pytest.approx(4.5)
   assert 'mcnemar' not in result
-  # The program prints what the last line says.
+  # The program prints the values of the last line.
   assert f'difference {points[0]:+.1f} [{points[1]:+.1f}, ' in stdout
   assert f'{100 * a.mean():.1f} [' in stdout
 

@@ -1,4 +1,4 @@
-"""Programs called in this process, and two small trained runs for them."""
+"""Fixtures that call programs in this process, and two small trained runs."""
 
 import contextlib
 import importlib.util
@@ -22,19 +22,20 @@ from dynconv_jax.training.config import Config
 class Programs:
   """Calls the programs, each with its own flags.
 
-  Several define a flag of the same name, which absl refuses in one process:
-  a program's flags are known only while it is loaded or called.
+  Several programs define a flag of the same name, which absl does not allow in
+  one process. A program's flags are therefore only known while it is loaded or
+  called.
   """
 
   def __init__(self):
     self._loaded = {}
-    # What each prints for --help, by name.
+    # The --help output of each program, by name.
     self.help = {}
-    # In use from now on: no program changes the devices of the other tests.
+    # Used from now on: no program changes the devices of the other tests.
     jax.devices()
 
   def __call__(self, name: str, *arguments, stdout=None) -> str:
-    """Returns what a program prints to stdout; its errors come through.
+    """Returns what a program prints to stdout; raises its errors.
 
     Args:
       name: such as 'evaluate' or 'benchmarks.gpu_floor'.
@@ -49,7 +50,7 @@ class Programs:
       with contextlib.ExitStack() as stack:
         stack.enter_context(absl_logging.kept())
         stack.enter_context(flagsaver.flagsaver())
-        # A process of many tests has to give memory back.
+        # A process with many tests has to release memory.
         stack.enter_context(mock.patch.object(shared, 'keep_memory'))
         for flag in own:
           flags.FLAGS[flag.name] = flag
@@ -67,7 +68,7 @@ class Programs:
         self._load(name)
 
   def _load(self, name: str) -> None:
-    """Keeps a copy of a program's module, and its flags, taken out."""
+    """Stores a copy of a program's module and flags and removes them."""
     known = set(flags.FLAGS)
     full = name if name.startswith('benchmarks.') else f'dynconv_jax.cli.{name}'
     spec = importlib.util.find_spec(full)
@@ -85,7 +86,7 @@ class Programs:
 
 @contextlib.contextmanager
 def _no_program_flags():
-  """Takes out flags of programs that a test has imported by itself."""
+  """Removes flags of programs that a test has imported directly."""
   taken = [
     (module, flag)
     for module, defined in flags.FLAGS.flags_by_module_dict().items()
@@ -104,7 +105,7 @@ def _no_program_flags():
 
 @pytest.fixture(scope='session')
 def program():
-  """program('evaluate', '--workdir=...') returns what it prints."""
+  """program('evaluate', '--workdir=...') returns the program's output."""
   return Programs()
 
 
@@ -131,7 +132,7 @@ def _train(folder: pathlib.Path, method: str) -> pathlib.Path:
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory):
-  """The folder of the runs; copy what a test writes into."""
+  """The folder of the runs; tests must copy it before writing."""
   return tmp_path_factory.mktemp('runs')
 
 

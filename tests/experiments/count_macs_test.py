@@ -1,4 +1,4 @@
-"""The table, the files and the errors of the program."""
+"""Tests of the program's table, files and errors."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-  """A module of the user's in the folder that the program is started in."""
+  """A user's module in the folder where the program is started."""
   (tmp_path / 'mine_for_macs.py').write_text(
     textwrap.dedent(
       """

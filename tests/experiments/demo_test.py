@@ -1,4 +1,4 @@
-"""The programs of the page: their errors, and one export."""
+"""Tests of the demo programs: their errors, and one export."""
 
 import json
 import socket

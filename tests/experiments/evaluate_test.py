@@ -1,4 +1,4 @@
-"""The program's numbers against loops over the network's own outputs."""
+"""Tests of the program's numbers against loops over the network's outputs."""
 
 import json
 import shutil
@@ -17,11 +17,11 @@ from dynconv_jax.plotting.results import read_results
 from dynconv_jax.sparse import executor as sparse_executor
 from dynconv_jax.training import checkpoints, inputs, workdir
 
-# MACs of a CIFAR ResNet-8 of 4, 8 and 16 channels on 24 x 24 pixels.
+# MACs of a CIFAR ResNet-8 with 4, 8 and 16 channels on 24 x 24 pixels.
 _STEM = 24**2 * 4 * 27
 _SHORTCUTS = 12**2 * 8 * 4 + 6**2 * 16 * 8
 _BLOCKS = 24**2 * (144 + 144) + 12**2 * (288 + 576) + 6**2 * (1152 + 2304)
-# A mask unit's convolution at its block's output positions, without its bias.
+# A mask unit's convolution at its block's output positions, without bias.
 _UNITS = 24**2 * 36 + 12**2 * 36 + 6**2 * 72
 _UNIT_BIASES = 24**2 + 12**2 + 6**2
 _LINEAR = 4 + 4 + 8 + 16 * 6
@@ -48,7 +48,7 @@ _KEYS = {
 
 
 def _copy(run, folder, **changed):
-  """Returns a copy of a run, with changed options, to write into."""
+  """Returns a writable copy of a run with changed options."""
   shutil.copytree(run, folder)
   config = workdir.read_config(folder).replace(**changed)
   workdir.write_flags(folder, config)
@@ -57,7 +57,7 @@ def _copy(run, folder, **changed):
 
 @pytest.fixture(scope='module')
 def evaluated(program, dynconv_run, tmp_path_factory):
-  """The folder and the lines printed of one evaluation on test."""
+  """Returns the folder and the printed lines of one evaluation on test."""
   root = tmp_path_factory.mktemp('evaluated')
   folder = _copy(dynconv_run, root / 'moved')
   (root / 'results.csv').write_text(_OLD_ROWS)
@@ -103,8 +103,8 @@ def test_accuracy_and_its_interval(summary, outputs):
   hits = int((logits.argmax(1) == labels).sum())
   assert summary['num_examples'] == 20
   assert summary['accuracy'] == hits / 20
-  # Wilson's limits are the shares p at which |hits / n - p| is 1.96 standard
-  # deviations of p itself.
+  # Wilson's limits are the values p for which |hits / n - p| is 1.96 standard
+  # deviations of p.
   for p in (summary['accuracy_low'], summary['accuracy_high']):
     deviation = np.sqrt(p * (1 - p) / 20)
     assert abs(hits / 20 - p) == pytest.approx(1.959964 * deviation, abs=1e-6)
@@ -139,7 +139,7 @@ def test_macs_by_hand(summary, outputs):
   assert summary['gmacs_mean'] == pytest.approx(gmacs.mean(), rel=1e-9)
   ordered = np.sort(gmacs)
   assert summary['gmacs_p50'] == pytest.approx(ordered[9:11].mean(), rel=1e-9)
-  # At 0.95 * 19 = 18.05 between the two greatest of 20.
+  # At 0.95 * 19 = 18.05, between the two largest of 20.
   p95 = 0.95 * ordered[18] + 0.05 * ordered[19]
   assert summary['gmacs_p95'] == pytest.approx(p95, rel=1e-9)
   fraction = masked.mean() / _BLOCKS
@@ -152,7 +152,7 @@ def test_density_of_blocks_objects_and_background(summary, outputs):
   for mask in masks:
     hard = np.asarray(mask.hard)
     density[mask.name] = hard.mean()
-    # 24 is a multiple of every mask's side.
+    # 24 is a multiple of every mask's size.
     side = 24 // hard.shape[1]
     for image, inside in zip(hard, objects, strict=True):
       active = np.kron(image, np.ones((side, side)))
@@ -185,7 +185,7 @@ def test_gates_that_sample(program, dynconv_run, summary, tmp_path):
     f'block_density_{stem}.png',
     f'block_density_{stem}.svg',
   }
-  # Batches of 8, each with the run's seed folded with its number.
+  # Batches of 8, each with the run's seed folded with its index.
   model = workdir.load_run(dynconv_run).model
   view = nnx.view(model, deterministic=False)
   call = nnx.jit(lambda m, x, key: m(x, rngs=nnx.Rngs(gumbel=key))[1])
@@ -288,7 +288,7 @@ def test_files_that_are_written(evaluated, summary, dynconv_run):
     written |= {png.name, svg.name}
   before = {path.name for path in dynconv_run.iterdir()}
   assert {path.name for path in folder.iterdir()} == before | written
-  # One GMAC figure an image of the grid.
+  # One GMAC value per image of the grid.
   assert figures[1].with_suffix('.svg').read_text().count(' GMAC') == 3
 
 
@@ -367,11 +367,11 @@ def test_from_the_workdir_itself_with_another_data_dir(
   }
 
 
-# It is read whole, on the one CPU that saved it.
+# It is read as a whole, on the single CPU that saved it.
 @pytest.mark.filterwarnings('ignore:Sharding info not provided:UserWarning')
 def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
   folder = _copy(dense_run, tmp_path / 'dense')
-  # A later checkpoint, worse, of a head that always says class 2.
+  # A later and worse checkpoint, whose head always predicts class 2.
   with checkpoints.open_manager(folder) as manager:
     saved = manager.restore(3)
     state = saved['state']
@@ -388,7 +388,7 @@ def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
 
   best, latest = evaluate(), evaluate('--checkpoint=latest')
   assert (best['step'], latest['step']) == (3, 4)
-  # Classes take turns: 3 of 20 spots are of class 2.
+  # Labels cycle through the classes: 3 of 20 spots have class 2.
   assert latest['accuracy'] == 3 / 20
   expected = np.log(5 + np.e) - 3 / 20
   assert latest['loss'] == pytest.approx(expected, rel=1e-5)

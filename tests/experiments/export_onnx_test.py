@@ -1,4 +1,4 @@
-"""The program that writes ONNX models."""
+"""Tests of the program that writes ONNX models."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The program that writes StableHLO."""
+"""Tests of the program that writes StableHLO."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""A network goes into the zoo and comes out the same."""
+"""Tests that a network from the zoo equals the original."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def test_packed_and_loaded_by_name(packed, run, dynconv_run):
   assert (entry['accuracy'], entry['gmacs']) == (0.5, 0.125)
   assert entry['flags']['method'] == 'dynconv'
   assert entry['url'] is None
-  # No place of this machine is in it.
+  # It contains no path of this machine.
   header = interop.read_metadata(path)
   assert str(dynconv_run.parent.parent) not in json.dumps(header)
   assert 'data_dir' not in json.loads(header['flags'])
@@ -154,7 +154,7 @@ def test_errors_leave_nothing(program, run, tmp_path, change, more, message):
 
 
 def test_a_run_from_before_an_option(run, tmp_path):
-  """Its flags lack the normalization; the file has it all the same."""
+  """The run's flags lack the normalization, but the file contains it."""
   flags = run / 'flags.txt'
   lines = flags.read_text().splitlines()
   kept = [line for line in lines if not line.startswith('--normalization=')]

@@ -1,4 +1,4 @@
-"""Tests of the program that prints the floor of a GPU's time."""
+"""Tests of the program that prints the lower bound for GPU time."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tests of the run that a GPU is waited for with."""
+"""Tests of the script for runs on a GPU."""
 
 import json
 import sys
@@ -36,7 +36,7 @@ def test_steps_are_done_once_and_failures_are_noted(run, tmp_path):
   assert not found['bad']['ok'] and found['bad']['failure'] == 'ended with 1'
   assert 'ZeroDivisionError' in (tmp_path / 'gpu_run.log').read_text()
   assert json.loads((tmp_path / 'gpu_run.json').read_text())['steps'] == found
-  # What was done stays; what failed, or had no time, is done now.
+  # Finished steps are kept; failed or unfinished ones run now.
   again = make_steps(good=(1, '1/0'), bad=(1, ''), late=(1, 'print([2])'))
   with mock.patch.object(gpu_steps, 'steps', again):
     found = run()['steps']

@@ -1,4 +1,4 @@
-"""Products of grids against lists written by hand."""
+"""Tests of grids against lists written by hand."""
 
 import jax
 import pytest
@@ -38,7 +38,7 @@ def test_flags_that_do_not_matter_do_not_multiply():
     'sact_ponder_weight0.02_seed{}',
     'sact_ponder_weight0.03_seed{}',
   ]
-  # Seed by seed: what is cut short has fewer seeds.
+  # Seed by seed: an interrupted sweep has fewer seeds.
   assert [run.name for run in runs] == [
     name.format(seed) for seed in (0, 1) for name in one_seed
   ]
@@ -80,7 +80,7 @@ def test_a_grid_for_one_method_is_in_place_of_that_for_all():
     'dense_width_multiplier1_learning_rate0.1',
     'dynconv_learning_rate0.1',
     'dynconv_learning_rate0.2',
-    # One value for one method is a setting, not what varies.
+    # A single value for one method is a setting, not an axis.
     'skipnet_learning_rate0.1',
   ]
   assert [run.config.model.width_multiplier for run in runs] == [
@@ -94,7 +94,7 @@ def test_a_grid_for_one_method_is_in_place_of_that_for_all():
     2
   ]
   assert [run.settings['mask_bias'] for run in runs] == [''] * 4 + ['2']
-  # The figure shows widths by itself, learning rates it does not.
+  # The figure shows widths by itself, but not learning rates.
   assert [run.recipe for run in runs] == [
     '',
     '',
@@ -111,7 +111,7 @@ def test_names_of_text_lists_and_paths():
     'mask_granularity-4-2-1_flip-true',
     'mask_granularity-4-2-1_flip-false',
   ]
-  # Different, though alike as names of files.
+  # Different, although equal as file names.
   assert _names('init_from=,x/a b,y/a-b/') == [
     'init_from-none',
     'init_from-a-b',
@@ -158,7 +158,7 @@ def test_every_error_is_named_at_once():
 def test_an_invalid_run_is_named_once_for_all_like_it():
   with pytest.raises(ValueError) as error:
     make_runs(BASE, ['method=dense,dynamic', 'image_size=32,0', 'seed=0,1'])
-  # With each of the two sizes, not with each seed.
+  # Once for each of the two sizes, not for each seed.
   assert str(error.value).count("'dynamic'") == 2
   assert '(dense_image_size0_seed0 and 1 more)' in str(error.value)
   assert '(dynamic_image_size32_seed0 and 1 more)' in str(error.value)

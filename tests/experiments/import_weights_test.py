@@ -1,4 +1,4 @@
-"""Weights leave a workdir and make another, which other programs accept."""
+"""Tests of exporting weights and importing them into a new workdir."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_errors(program, exported, tmp_path):
 def test_training_starts_from_a_file(
   program, dynconv_run, exported, tmp_path, caplog
 ):
-  """Gates of another method and a classifier of another size are fresh."""
+  """Gates of another method and a classifier of another size are new."""
   weights = interop.read_state_dict(exported)
   dense = {k: v for k, v in weights.items() if 'masker' not in k}
   dense['fc.weight'] = np.ones((7, dense['fc.weight'].shape[1]), np.float32)
@@ -121,7 +121,7 @@ def test_training_starts_from_a_file(
   fresh = interop.to_torch_state_dict(
     workdir.build_model(config, len(trained['fc.bias']))
   )
-  # To go on, a run does not need what it started from.
+  # A resumed run does not need its initial weights.
   path.unlink()
   loop.train(config.replace(epochs=2), tmp_path / 'run')
   with pytest.raises(ValueError, match='no file .*dense.safetensors'):

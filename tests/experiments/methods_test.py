@@ -1,4 +1,4 @@
-"""Each method of a flag file learns drawn images, and where to compute."""
+"""Tests that each method's flag file learns classes and where to compute."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ _FLAGS = pathlib.Path(config_flags.__file__).parent / 'flags'
 def test_half_as_wide_on_spots(
   program, trained, tmp_path, method, accuracy, least, most
 ):
-  """Chance is 1 / 6; the bounds are of the executed fraction."""
+  """Chance is 1 / 6; the bounds are for the executed fraction."""
   folder = tmp_path / method
   printed = program(
     'train',
@@ -39,6 +39,6 @@ def test_half_as_wide_on_spots(
   assert least < summary['executed_fraction'] < most
   assert summary['gmacs_mean'] < summary['gmacs_dense']
   assert ('budget' in summary) == (method == 'convnet_aig')
-  # Only SACT tells positions apart: it ponders on the object.
+  # Only SACT distinguishes positions: it ponders on the object.
   more = summary['object_recall'] - summary['background_density']
   assert more > 0.05 if method == 'sact' else abs(more) < 1e-6

@@ -1,4 +1,4 @@
-"""The program in processes of its own: it defines flags that others define."""
+"""Tests of the program in its own process, because it defines common flags."""
 
 import json
 import subprocess
@@ -73,7 +73,7 @@ def test_workdirs_and_errors(tmp_path):
     ([f'--workdir={run}', '--against=dense'], '--against belongs to --gains'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
-  # One process runs them all: importing the package takes seconds.
+  # One process runs them all, because importing the package takes seconds.
   code = (
     'import json, sys\n'
     'from absl import flags\n'

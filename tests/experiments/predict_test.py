@@ -1,4 +1,4 @@
-"""Predictions against the evaluation of the same pixels."""
+"""Tests of predictions against the evaluation of the same pixels."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def _png(path, image):
 def _make_images(folder):
   """Writes images of every kind; returns {name: path}."""
   rng = np.random.default_rng(0)
-  # 40 x 24 pixels of 64 colours, so that a palette can hold them.
+  # 40 x 24 pixels with 64 colors, which fit into a palette.
   blocks = rng.integers(0, 4, (6, 10, 3)).repeat(4, 0).repeat(4, 1) * 85
   pixels = blocks.astype(np.uint8)
   rgb = Image.fromarray(pixels)
@@ -48,7 +48,7 @@ def _make_images(folder):
   rgb.save(paths['webp'], 'WEBP', lossless=True)
   paths['jpeg'] = _jpeg(folder / 'a' / 'photo.jpg', rgb)
   paths['cmyk'] = _jpeg(folder / 'cmyk.jpeg', rgb.convert('CMYK'))
-  # Fully transparent is white, whatever its colour.
+  # Fully transparent is white, whatever its color.
   clear = rgb.convert('RGBA')
   clear.putalpha(0)
   paths['clear'] = _png(folder / 'clear.png', clear)
@@ -58,7 +58,7 @@ def _make_images(folder):
   paths['grey'] = _png(folder / 'grey.png', grey)
   three = np.repeat(pixels[..., :1], 3, -1)
   paths['three'] = _png(folder / 'three.png', Image.fromarray(three))
-  # A camera held on its side: orientation 6 is to be turned clockwise.
+  # A camera held sideways: orientation 6 needs a clockwise turn.
   exif = Image.Exif()
   exif[0x0112] = 6
   paths['turned'] = _jpeg(folder / 'b' / 'photo.jpg', rgb, exif=exif)
@@ -75,7 +75,7 @@ def _make_images(folder):
 
 
 def _errors(stderr):
-  """Returns the lines of stderr but orbax's own warning."""
+  """Returns the lines of stderr except orbax's own warning."""
   return [line for line in stderr.splitlines() if 'read only' not in line]
 
 
@@ -101,13 +101,13 @@ def resized_run(dynconv_run, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def predicted(program, resized_run, images, tmp_path_factory):
-  """The folder of overlays, the results by name, and the lines printed."""
+  """Returns the folder of overlays, the results by name, and printed lines."""
   folder = tmp_path_factory.mktemp('predicted') / 'new' / 'overlays'
   lines = program(
     'predict',
     f'--workdir={resized_run}',
     *images.values(),
-    # After the images, as in the README.
+    # after the images, as in the README
     f'--output_dir={folder}',
   ).splitlines()
   results = json.loads(lines[-1])
@@ -119,7 +119,7 @@ def predicted(program, resized_run, images, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def evaluated(resized_run, images):
-  """Probabilities and masks of the images, by evaluation's path at once."""
+  """Probabilities and masks of the images, by evaluation in one batch."""
   run = workdir.load_run(resized_run)
   source = [
     {'image': path.read_bytes(), 'label': 0, 'name': name}
@@ -206,15 +206,16 @@ def test_each_image_has_an_overlay_of_its_own(predicted):
   overlays = [result['overlay'] for result in results.values()]
   assert sorted(overlays) == sorted(str(path) for path in folder.iterdir())
   assert results['spot']['overlay'] == f'{folder}/spot_ponder.png'
-  # photo.jpg of two folders.
+  # photo.jpg of two folders
   assert results['jpeg']['overlay'] == f'{folder}/photo_ponder.png'
   assert results['turned']['overlay'] == f'{folder}/photo_ponder_2.png'
 
 
 def test_an_overlay_marks_only_what_the_network_saw(predicted, images):
   # The short side of 24 is resized to round(24 * 8 / 7) = 27 pixels, the long
-  # one to 45; of them columns 10 (torchvision rounds 10.5 to even) to 34 and
-  # rows 2 to 26 are kept: in the image columns 8.9 to 30.2, rows 1.8 to 23.1.
+  # one to 45. Of these, columns 10 (torchvision rounds 10.5 to even) to 34 and
+  # rows 2 to 26 are kept: columns 8.9 to 30.2 and rows 1.8 to 23.1 of the
+  # image.
   seen = np.zeros((24, 40), bool)
   seen[2:23, 9:30] = True
   overlay = np.asarray(Image.open(predicted[1]['rgb']['overlay']))
@@ -239,7 +240,7 @@ def test_marks_are_brighter_where_more_was_executed(
   # Each of the 21 x 21 pixels takes the nearest of 24 x 24.
   nearest = [int((k + 0.5) * 24 / 21) for k in range(21)]
   blocks = blocks[np.ix_(nearest, nearest)]
-  # Pixels of one colour differ by the number of blocks alone.
+  # Pixels of one color differ only by the number of blocks.
   shades = {}
   for color, number, value in zip(
     colors.reshape(-1, 3), blocks.flat, shade.flat, strict=True
@@ -267,7 +268,7 @@ def test_unreadable_images_are_reported_and_the_others_go_on(
   for name, content in bad.items():
     if content is not None:
       (tmp_path / name).write_bytes(content)
-  os.mkfifo(tmp_path / 'pipe')  # Reading it would never end.
+  os.mkfifo(tmp_path / 'pipe')  # reading it would block
   first, *middle = (str(tmp_path / name) for name in (*bad, 'pipe'))
   good = [str(images['spot']), str(images['big'])]
   stdout = io.StringIO()
@@ -298,7 +299,7 @@ def test_unreadable_images_are_reported_and_the_others_go_on(
   ):
     assert re.match(pattern, error)
 
-  # The dense network computes everywhere: no maps, one price.
+  # The dense network computes everywhere: no maps, one cost.
   blocks = 24**2 * 288 + 12**2 * 864 + 6**2 * 3456
   always = 24**2 * 4 * 27 + 12**2 * 8 * 4 + 6**2 * 16 * 8
   for result in results:
@@ -358,7 +359,7 @@ def _run(*args):
 
 
 def test_published_weights_without_training(tmp_path):
-  """A folder and a pattern; the same logits as the network's own call."""
+  """A folder and a pattern; the same logits as calling the network."""
   model = create_model('cifar_resnet8', num_classes=7, rngs=nnx.Rngs(0))
   weights = tmp_path / 'weights.safetensors'
   interop.write_safetensors(weights, interop.to_torch_state_dict(model))
@@ -381,7 +382,7 @@ def test_published_weights_without_training(tmp_path):
   names = [result['image'].rpartition('/')[2] for result in results]
   assert names == ['0.png', '1.png'] * 2
   view = nnx.view(model, deterministic=True, use_running_average=True)
-  # A side of 256 is not resized before the center is cut out.
+  # An image with side 256 is not resized before the center crop.
   seen = augment.normalize(pixels[:, 16:-16, 16:-16])
   logits = np.asarray(view(jnp.asarray(seen, jnp.float32))[0], np.float64)
   expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Jobs of small shell commands."""
+"""Tests of jobs that run small shell commands."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def test_commands_follow_each_other_and_their_output_is_kept(tmp_path):
     'two',
     'three',
   ]
-  # A later session is added.
+  # A later session is appended.
   _run(tmp_path, {'b': ['echo five']})
   assert 'four\n\n$ sh -c' in (tmp_path / 'b' / 'log').read_text()
 
@@ -63,7 +63,7 @@ def test_a_failure_is_its_last_line_and_ends_its_own_job_only(tmp_path):
     'well': '',
     'follows': 'needs said, which failed',
   }
-  # Not what an earlier session said.
+  # Not the output of an earlier session.
   again = _run(tmp_path, {'said': ['exit 5']})
   assert again == {'said': 'ended with status 5'}
 
@@ -165,7 +165,7 @@ def test_shares_of_the_cores(monkeypatch):
   )
   assert processes.core_shares(1) == [[1, 2, 3, 4, 5, 7, 8]]
   assert processes.core_shares(3) == [[1, 2], [3, 4], [5, 7, 8]]
-  # More than cores: they take turns.
+  # more than cores, so they wait for each other
   assert processes.core_shares(9) == [[c] for c in (1, 2, 3, 4, 5, 7, 8, 1, 2)]
   monkeypatch.delattr(os, 'sched_getaffinity')
   assert processes.core_shares(2) == [[], []]

@@ -1,4 +1,4 @@
-"""Tests of what the programs share."""
+"""Tests of code that the programs share."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ _CORES = len(os.sched_getaffinity(0))
 
 
 def _devices(arguments, xla_flags='', before=''):
-  """The number of devices of a process that calls `share_cpu`."""
+  """Returns the number of devices of a process that calls `share_cpu`."""
   code = f"""
 import jax
 from dynconv_jax.cli import program
@@ -45,7 +45,7 @@ def test_devices_of_the_cpu(arguments, xla_flags, before, expected):
 
 @pytest.mark.parametrize('kept', [False, True])
 def test_memory_is_kept(kept):
-  """Page faults of using 128 MiB for the second time, after freeing it."""
+  """Counts page faults when 128 MiB are used again after freeing them."""
   code = f"""
 import ctypes, resource
 from dynconv_jax.cli import program
@@ -69,7 +69,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def _program(body):
-  """Returns what a program does whose main has this body."""
+  """Returns the output of a program whose main has this body."""
   code = f"""
 import os, signal, sys
 from absl import flags

@@ -1,4 +1,4 @@
-"""Jobs on Ray: its errors on a stand-in, the rest on a cluster of two nodes."""
+"""Tests of jobs on Ray: errors on a stand-in, the rest on two nodes."""
 
 import contextlib
 import csv
@@ -40,7 +40,7 @@ def _free_port():
 
 @pytest.fixture
 def fake_ray(monkeypatch):
-  """A module `ray` whose cluster has two nodes, and one that is dead."""
+  """A module `ray` whose cluster has two live nodes and a dead one."""
   modules = {
     name: types.ModuleType(name)
     for name in ('ray', 'ray._private', 'ray._private.services')
@@ -162,7 +162,7 @@ def test_a_job_waits_for_a_program_in_its_workdir(tmp_path):
 
 
 class _Cluster:
-  """Two nodes of one CPU on this machine, each by `ray start`."""
+  """Two nodes with one CPU each on this machine, started by `ray start`."""
 
   def __init__(self, folder, port):
     self.address, self._nodes = f'127.0.0.1:{port}', []
@@ -176,7 +176,7 @@ class _Cluster:
     command = [sys.executable, '-m', 'ray.scripts.scripts', 'start']
     command += ['--num-cpus=1', '--num-gpus=0', '--disable-usage-stats']
     command += ['--object-store-memory=80000000', *arguments]
-    # All of a node is in the session; its workers end with it.
+    # All processes of a node share its session; its workers end with it.
     node = subprocess.Popen(
       command,
       env={**os.environ, 'RAY_raylet_start_wait_time_s': '120'},
@@ -196,13 +196,13 @@ class _Cluster:
 
   def end(self):
     while self._nodes:
-      with contextlib.suppress(ProcessLookupError):  # It did not start.
+      with contextlib.suppress(ProcessLookupError):  # it did not start
         self.kill(-1)
 
 
 @pytest.fixture(scope='module')
 def cluster():
-  # Paths of sockets must be short.
+  # Socket paths must be short.
   folder = tempfile.mkdtemp(prefix='ray')
   nodes = _Cluster(folder, _free_port())
   try:
@@ -256,7 +256,7 @@ def test_jobs_on_a_cluster(cluster, tmp_path):
   script.write_text(_JOBS)
   done = subprocess.run(
     [sys.executable, script, cluster.address, tmp_path],
-    cwd=_ROOT,  # Ray's workers import from there, too.
+    cwd=_ROOT,  # Ray's workers import from there, too
     env={**os.environ, 'PYTHONPATH': str(_ROOT)},
     capture_output=True,
     text=True,
@@ -309,14 +309,14 @@ def _parent(pid):
 
 
 def _nodes_of(runs):
-  """Returns, of runs that train, the session of the node that they are on."""
+  """Returns the session of the node of each run that is training."""
   found = {}
   for folder in pathlib.Path('/proc').glob('[0-9]*'):
     with contextlib.suppress(OSError):
       command = (folder / 'cmdline').read_text().split('\0')
       for run in runs:
         if 'dynconv_jax.cli.train' in command and f'--workdir={run}' in command:
-          # It is in the group of its worker, which the node has started.
+          # It is in the process group of its worker, which the node started.
           worker = os.getpgid(int(folder.name))
           found[run] = os.getpgid(_parent(worker))
   return found
@@ -326,7 +326,7 @@ def _nodes_of(runs):
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
 def test_a_node_is_lost_and_the_table_is_complete(cluster, tmp_path):
-  # The last test with this cluster: one of its nodes is lost.
+  # The last test with this cluster, because one of its nodes is lost.
   runs, lost = tmp_path / 'runs', None
   first = [runs / f'dense_seed{seed}' for seed in (0, 1)]
   with _sweep(tmp_path, cluster.address) as sweep:
@@ -346,7 +346,7 @@ def test_a_node_is_lost_and_the_table_is_complete(cluster, tmp_path):
     folder = runs / name
     summary = json.loads((folder / 'evaluation_test.json').read_text())
     assert float(row['accuracy']) == pytest.approx(summary['accuracy'])
-    # Each epoch once: it went on from where it was.
+    # Each epoch appears once: training resumed where it was.
     assert _epochs(folder) == list(range(1, 13))
     log = (folder / 'sweep.log').read_text()
     starts = log.count('-m dynconv_jax.cli.train')

@@ -1,4 +1,4 @@
-"""Commands and code of README and pages run, and flag files are such."""
+"""Tests that commands and code of pages run and that flag files are valid."""
 
 import importlib.util
 import re
@@ -47,7 +47,7 @@ def test_programs_run_in_order(tmp_path):
 )
 def test_python_of_a_page_runs(page, tmp_path):
   code = '\n'.join(pages.blocks(f'docs/{page}.md', 'python'))
-  # What a reader of the file has: the images that were exported for.
+  # The images that a reader of the page has.
   code = code.replace(
     'network.call(images)', 'network.call(jnp.zeros((1, 224, 224, 3)))'
   )
@@ -93,7 +93,7 @@ def test_flag_file_gives_a_valid_run_and_its_command(path, monkeypatch):
   config_flags.define(values)
   flags.DEFINE_string('flagfile', '', '', flag_values=values)
   values(['train', f'--flagfile={relative}'])
-  config_flags.read(values).check(resumed=True)  # Needs no weights.
+  config_flags.read(values).check(resumed=True)  # needs no weights
 
 
 def test_links_lead_somewhere():

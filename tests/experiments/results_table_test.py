@@ -1,4 +1,4 @@
-"""Tables of runs against csv.DictReader."""
+"""Tests of tables of runs against csv.DictReader."""
 
 import csv
 import pathlib

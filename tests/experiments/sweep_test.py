@@ -1,4 +1,4 @@
-"""Sweeps whose programs are a script, and one of real ones."""
+"""Tests of sweeps: with a script in place of the programs, and a real one."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ from dynconv_jax.training.config import (
   read_flags,
 )
 
-# Stands for Python: does what the programs leave behind, and tells its calls.
+# Replaces Python: writes the files of the programs, and logs its calls.
 _FAKE = """#!{python} -SE
 import csv, json, pathlib, signal, sys, time
 root = pathlib.Path({root!r})
@@ -86,7 +86,7 @@ class _Sweep:
     self.runs = root / 'runs'
 
   def __call__(self, *more):
-    """Returns what it prints."""
+    """Runs a sweep and returns its output."""
     return self._program(
       'sweep',
       '--grid=method=dense,dynconv',
@@ -99,7 +99,7 @@ class _Sweep:
     )
 
   def calls(self):
-    """Returns the calls since this was last asked."""
+    """Returns the calls since the last query."""
     path = self.root / 'calls'
     lines = path.read_text().splitlines() if path.exists() else []
     path.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def sweep(tmp_path, program, monkeypatch):
   fake.write_text(_FAKE.format(python=sys.executable, root=str(tmp_path)))
   fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
   monkeypatch.setattr(sys, 'executable', str(fake))
-  # The script has no use for data.
+  # The script does not need data.
   monkeypatch.setattr(inputs, 'open_splits', lambda data: None)
   return _Sweep(tmp_path, program)
 
@@ -171,7 +171,7 @@ def test_a_sweep_and_its_table_and_figures(sweep):
   ]
   for name in (*figures, 'results.csv'):
     assert str(folder / name) in printed
-  # The flags make the run again, but name no place of this machine.
+  # The flags reproduce the run, but contain no path of this machine.
   text = (folder / 'flags' / 'dynconv_budget0.3.flags').read_text()
   ran = Config.make(budget=0.3)
   texts = read_flags(ran.to_flags())
@@ -205,7 +205,7 @@ def test_only_what_is_missing_is_done(sweep):
   sweep('--latency_batch_size=0')
   assert 'latency_ms' not in sweep.rows()[_NAMES[0]]
   assert len(sweep.calls()) == 8
-  # A lost row is evaluated again, a run that is not known trained is trained.
+  # A lost row is evaluated again; a run not known to be trained is trained.
   lines = sweep.table.read_text().splitlines(keepends=True)
   sweep.table.write_text(''.join(lines[:1] + lines[2:]))
   (sweep.runs / _NAMES[2] / 'trained.json').unlink()
@@ -214,7 +214,7 @@ def test_only_what_is_missing_is_done(sweep):
     f'evaluate {_NAMES[0]}',
     *(f'train {_NAMES[2]}', f'evaluate {_NAMES[2]}'),
   ]
-  # More values, and latency, come to what is there.
+  # New values, and latency, are added to existing rows.
   sweep('--grid=dynconv:seed=1,2', '--latency_batch_size=4')
   known = _NAMES[:2]
   new = ['dynconv_budget0.3_seed1', 'dynconv_budget0.3_seed2']
@@ -361,7 +361,7 @@ def test_the_progress_line(tmp_path):
   assert progress.line(['a'], {}, 5) == (
     '2/6 trained, 0 failed, at work: a (epoch 0/10)'
   )
-  # Of 3.5 runs one is done, of which there was half before, and 0.2: 0.7.
+  # Of 3.5 runs, one is done, half of which was done before, plus 0.2: 0.7.
   epochs('a', 2)
   assert progress.line(['a'], {'b': ''}, 70) == (
     '3/6 trained, 0 failed, at work: a (epoch 2/10), 5 min left'

@@ -1,4 +1,4 @@
-"""The training program, its flags and its errors."""
+"""Tests of the training program, its flags and its errors."""
 
 import logging as stdlib_logging
 import pathlib
@@ -92,7 +92,7 @@ def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
     mask_bias=2.0,
   )
   assert _parse(f'--flagfile={path}', '--budget=0.7') == expected
-  # What a workdir keeps is such a file, too.
+  # The flags file in a workdir is such a file, too.
   path.write_text(expected.to_flags())
   assert _parse(f'--flagfile={path}') == expected
 
@@ -104,7 +104,7 @@ def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
 )
 def test_the_flag_files_here_give_sound_configurations(path):
   config = _parse(f'--flagfile={path}')
-  config.check(resumed=True)  # Its pretrained weights may not be installed.
+  config.check(resumed=True)  # its pretrained weights may not be installed
   assert config != Config()
   assert path.read_text().startswith('# python -m experiments.train ')
 
@@ -115,7 +115,7 @@ def test_what_is_no_number_is_an_error():
   with pytest.raises(ValueError, match='milestones must be numbers.*0.5,'):
     _parse('--milestones=0.5,')
   assert _parse('--classes=').data.classes == ()
-  # Which is refused where the classes of the data are known.
+  # Rejected later, when the classes of the data are known.
   assert _parse('--classes=,').data.classes == ('', '')
   with pytest.raises(flags.IllegalFlagValueError, match='flag --epochs=many'):
     _parse('--epochs=many')
@@ -129,7 +129,7 @@ def test_an_unknown_flag_is_an_error_with_a_hint():
 
 
 def _guarded(main):
-  """Returns what `program.run` hands to absl for a program."""
+  """Returns what `program.run` passes to absl for a program."""
   with mock.patch.object(program.app, 'run') as run:
     program.run(main)
   return run.call_args.args[0]
@@ -137,7 +137,7 @@ def _guarded(main):
 
 @pytest.fixture
 def absl_handler():
-  """Leaves absl's logging as it was."""
+  """Restores absl's logging after the test."""
   with absl_logging.kept():
     yield logging.get_absl_handler()
 
@@ -204,7 +204,7 @@ def test_only_our_own_progress_is_shown(absl_handler):
   for path in [*ours, *theirs]:
     assert shown(path, stdlib_logging.WARNING)
     assert shown(path, stdlib_logging.INFO) == (path in ours)
-  # Its errors are raised as well; its warnings are of what is meant.
+  # Its errors are raised as well; its warnings concern intended behavior.
   assert not shown(orbax, stdlib_logging.ERROR)
   assert not shown('/lib/asyncio/base_events.py', stdlib_logging.ERROR)
   logging.set_verbosity(logging.DEBUG)
@@ -257,11 +257,12 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
   assert [r['step'] for r in workdir.read_metrics(folder)] == list(
     range(7, 421, 7)
   )
-  # No tidings of other libraries'.
+  # No messages of other libraries.
   assert 'orbax' not in done.stderr
   assert 'checkpoint_manager.py' not in done.stderr
   assert 'loop.py' in done.stderr
-  # Another configuration is one line, and leaves the folder as it is.
+  # A different configuration is a one-line error and leaves the folder
+  # unchanged.
   before = sorted(folder.rglob('*'))
   done = subprocess.run(
     [*command, '--budget=0.25'],

@@ -1,4 +1,4 @@
-"""Logging as it was before a test."""
+"""Restores logging after a test."""
 
 import contextlib
 import logging as stdlib_logging
@@ -8,10 +8,10 @@ from absl import logging
 
 @contextlib.contextmanager
 def kept():
-  """Leaves levels, handlers and filters as they were.
+  """Restores levels, handlers and filters on exit.
 
-  Which logger has the level depends on the handlers that there are when absl's
-  --verbosity is set, or set back.
+  Which logger has the level depends on the handlers that exist when absl's
+  --verbosity is set or reset.
   """
   root, handler = stdlib_logging.getLogger(), logging.get_absl_handler()
   verbosity = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Halting by the paper's algorithm, position by position, in NumPy."""
+"""The paper's halting algorithm, position by position, in NumPy."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,14 +6,14 @@ from flax import nnx
 
 
 def algorithm(states, scores):
-  """Figurnov et al., algorithm 1, at one position.
+  """Runs algorithm 1 of Figurnov et al. at one position.
 
   Args:
     states: L vectors.
-    scores: L - 1 numbers, of all but the last.
+    scores: L - 1 numbers, for all but the last state.
 
   Returns:
-    The output, the number of units N, the remainder R.
+    The output, the number of units N, and the remainder R.
   """
   cumulative, remainder, output = 0.0, 1.0, 0.0
   for n, state in enumerate(states, start=1):
@@ -27,7 +27,7 @@ def algorithm(states, scores):
 
 
 def run_stage(states, scores):
-  """The algorithm at every position: (output, units, remainders)."""
+  """Runs the algorithm at every position: (output, units, remainders)."""
   states, scores = np.float64(states), np.float64(scores)
   output = np.zeros(states.shape[1:])
   units, remainders = np.zeros((2, *states.shape[1:-1]))
@@ -39,7 +39,7 @@ def run_stage(states, scores):
 
 
 def randomize(module, seed=0):
-  """Gives all parameters and statistics values that are not trivial."""
+  """Sets all parameters and statistics to nontrivial values."""
   rng = np.random.default_rng(seed)
   for path, value in nnx.to_flat_state(nnx.state(module)):
     if path[-1] in ('scale', 'var'):

@@ -1,4 +1,4 @@
-"""Programs in several JAX processes on this machine."""
+"""Runs programs in several JAX processes on this machine."""
 
 import os
 import pathlib
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[2]
-# On a machine that does much else; none is meant to come near it.
+# Generous, for a busy machine; no run should come close.
 _TIMEOUT = 1200
 _START = """
 import sys
@@ -24,7 +24,7 @@ def free_address():
 
 
 def run_all(commands, devices=1):
-  """Returns (status, stdout, stderr) of commands that run side by side."""
+  """Returns (status, stdout, stderr) of commands that run concurrently."""
   environment = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
@@ -54,7 +54,7 @@ def run_all(commands, devices=1):
 def run(program, *args, devices=1):
   """Returns (status, stderr) of two connected processes of a program.
 
-  It sees `args` and its `number`, as text.
+  The program can use `args` and its `number`, as text.
   """
   address = free_address()
   commands = [

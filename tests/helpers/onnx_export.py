@@ -1,4 +1,4 @@
-"""Exports networks to ONNX, and compares what comes out with JAX."""
+"""Exports networks to ONNX and compares the results with JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def make_images(batch=3, size=SIZE):
 
 
 def run(model, images):
-  """Logits and masks of the model's own forward pass, jitted."""
+  """Returns logits and masks of the model's own jitted forward pass."""
   graphdef, state = nnx.split(model)
   forward = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))
   return forward(nnx.as_pure(state), images)
@@ -34,7 +34,7 @@ def assert_same(got, expected):
 
 
 def assert_exported(model, images, *, forms=FORMS, expected=None, **kwargs):
-  """Exports a network, and compares logits and densities; returns those."""
+  """Exports a network, compares logits and densities, and returns them."""
   logits, masks = expected or run(model, images)
   densities = np.stack([m.density() for m in masks], 1)
   for form in forms:
@@ -47,7 +47,7 @@ def assert_exported(model, images, *, forms=FORMS, expected=None, **kwargs):
 
 
 def randomize(model, seed=0):
-  """The evaluation view, with statistics and biases that count."""
+  """Returns the evaluation view, with nontrivial statistics and biases."""
   rng = np.random.default_rng(seed)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, BatchNorm):
@@ -60,7 +60,7 @@ def randomize(model, seed=0):
 
 
 def forced(masks, kind):
-  """Masks of the shapes of others: of no, one, some or all positions."""
+  """Returns masks with the given shapes: no, one, some or all positions."""
   rng = np.random.default_rng(1)
   for mask in masks:
     shape = mask.hard.shape

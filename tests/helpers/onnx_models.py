@@ -1,4 +1,4 @@
-"""Small ONNX models for tests; to be imported where ONNX is installed."""
+"""Small ONNX models for tests. Import only if ONNX is installed."""
 
 import io
 import warnings
@@ -26,17 +26,17 @@ def scalar(name, number, kind=np.int64):
 
 
 def graph_of(nodes, inputs, outputs, weights=()):
-  """Returns the graph of a body or branch; in- and outputs are value infos."""
+  """Returns the graph of a body or branch, from value infos."""
   return helper.make_graph(nodes, 'body', inputs, outputs, weights)
 
 
 def model_of(
   nodes, inputs, weights=(), outputs=('y',), opset=22, domains=(), noted=()
 ):
-  """Returns a model of nodes.
+  """Returns a model with these nodes.
 
-  Inputs are {name: shape} or {name: (shape, kind)}; domains those of nodes that
-  are not ONNX's.
+  Inputs are {name: shape} or {name: (shape, kind)}; `domains` are those of
+  nodes outside ONNX.
   """
   infos = [
     value(name, *shape) if _has_kind(shape) else value(name, shape)
@@ -64,9 +64,9 @@ def one(
   names=(),
   **attributes,
 ):
-  """Returns a model of one node.
+  """Returns a model with one node.
 
-  It reads `names`, by default its inputs and then weights.
+  The node reads `names`, by default the inputs and then the weights.
   """
   names = names or [*inputs, *(weight.name for weight in weights)]
   domain = attributes.pop('domain', '')
@@ -82,20 +82,20 @@ def conv(operator, shape, weight, **attributes):
 
 
 def sum_of_ones(model, **shapes):
-  """Returns the output's sum for ones: one for each product of two of them."""
+  """Returns the sum of the output for ones, i.e. the number of products."""
   inputs = {k: np.ones(shape, np.float32) for k, shape in shapes.items()}
   (output,) = ReferenceEvaluator(model).run(None, inputs)
   return round(float(output.sum(dtype=np.float64)))
 
 
 def exported(module, example, opset=17, dynamic=None):
-  """Returns what PyTorch's tracing exporter makes of a module.
+  """Returns a module exported by PyTorch's tracing exporter.
 
   Args:
     module: called in evaluation mode.
     example: its input.
-    opset: version of the operators.
-    dynamic: {axis: name} of the input, 'x'; by default it has none.
+    opset: operator set version.
+    dynamic: {axis: name} of the input, 'x'; by default, all axes are fixed.
   """
   import torch
 

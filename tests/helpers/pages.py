@@ -1,4 +1,4 @@
-"""The commands and the code of a page of documentation, and how to run them."""
+"""Extracts and runs the commands and the code of documentation pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 _QUICK = (
   '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
-# What makes a command small; nothing else about it is changed.
+# Flags that make a command small; nothing else about it changes.
 SMALLER = {
   'train': [
     '--data_dir=data',
@@ -42,7 +42,7 @@ SMALLER = {
 
 
 def blocks(page: str, language: str) -> list[str]:
-  """Returns the blocks of code of a page.
+  """Returns the code blocks of a page.
 
   Args:
     page: its path in the repository.
@@ -53,32 +53,32 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-  """Returns the commands in the bash blocks of a page, one a line."""
+  """Returns the commands in the bash blocks of a page, one per line."""
   lines = '\n'.join(blocks(page, 'bash')).replace('\\\n', '').splitlines()
   return [line.split('#')[0].strip() for line in lines if line.strip()]
 
 
 def programs(page: str) -> list[str]:
-  """Returns the commands of a page that run a program of ours."""
+  """Returns the commands of a page that run a program of this project."""
   return [line for line in commands(page) if line.startswith('python -m ')]
 
 
 def run(
   command: str, folder: pathlib.Path, smaller: Sequence[str] | None = None
 ) -> str:
-  """Returns what a program prints to stdout; its failure is an error.
+  """Returns the stdout of a program; raises an error if it fails.
 
   Args:
-    command: of `programs`.
-    folder: to run in; `experiments/` is put there, for the flag files.
-    smaller: flags to add; None: those of SMALLER.
+    command: one of `programs`.
+    folder: where to run it; gets a copy of `experiments/`, for the flag files.
+    smaller: flags to add; SMALLER if None.
   """
   if not (folder / 'experiments').exists():
     (folder / 'experiments').symlink_to(ROOT / 'experiments')
   _, _, program, *arguments = command.replace("'", '').split()
   if smaller is None:
     smaller = SMALLER.get(program.removeprefix('experiments.'), [])
-  # A run to compare with is the reader's own.
+  # The other run is the reader's own.
   if 'compare' in program and 'workdir/dense' in command:
     shutil.copytree(
       folder / 'workdir/spots', folder / 'workdir/dense', dirs_exist_ok=True

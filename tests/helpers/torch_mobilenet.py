@@ -1,7 +1,7 @@
-"""MobileNetV2 and EfficientNet-Lite in PyTorch, in published names.
+"""MobileNetV2 and EfficientNet-Lite in PyTorch, with published names.
 
-Written from the published structures, apart from dynconv_jax. Import it where
-PyTorch is installed.
+Written from the published structures, independently of dynconv_jax. Import only
+if PyTorch is installed.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# More threads wait for each other longer than they compute.
+# More threads spend more time waiting than computing.
 torch.set_num_threads(1)
 
 # Expansion, channels, blocks, stride, kernel: Sandler et al., CVPR 2018, table
@@ -27,7 +27,7 @@ LITE = (
 
 
 def divisible(v):
-  """torchvision's `_make_divisible`, of a divisor of 8."""
+  """torchvision's `_make_divisible`, with a divisor of 8."""
   new = max(8, int(v + 4) // 8 * 8)
   return new + 8 if new < 0.9 * v else new
 
@@ -150,13 +150,13 @@ class TorchLite(nn.Module):
 
 
 def calibrated(twin, images, seed=0):
-  """Returns a twin in evaluation, its batch statistics those of images."""
+  """Returns a twin in evaluation mode, with batch statistics of the images."""
   torch.manual_seed(seed)
   for module in twin.modules():
     if isinstance(module, nn.BatchNorm2d):
       nn.init.uniform_(module.weight, 0.5, 1.5)
       nn.init.normal_(module.bias, std=0.3)
-      module.momentum = None  # The mean over the batches.
+      module.momentum = None  # the mean over the batches
     if isinstance(module, nn.Conv2d):
       nn.init.kaiming_normal_(module.weight)
   with torch.no_grad():

@@ -1,7 +1,8 @@
-"""ResNets in PyTorch, of torchvision's structure, with the authors' gates.
+"""ResNets in PyTorch with torchvision's structure and the authors' gates.
 
-Written from torchvision's published structure, apart from dynconv_jax: modules
-bear the names of the public checkpoints. Import it where PyTorch is installed.
+Written from torchvision's published structure, independently of dynconv_jax.
+Modules have the names of the public checkpoints. Import only if PyTorch is
+installed.
 """
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# More threads wait for each other longer than they compute.
+# More threads spend more time waiting than computing.
 torch.set_num_threads(1)
 
-# Blocks a stage, width of the stem, whether bottlenecks, whether ImageNet's
+# Blocks per stage, width of the stem, whether bottlenecks, whether ImageNet's
 # stem: He et al., CVPR 2016, table 1 and section 4.2.
 STRUCTURES = {
   'resnet18': ((2, 2, 2, 2), 64, False, True),
@@ -53,10 +54,10 @@ class TorchMaskUnit(nn.Module):
 
 
 class TorchBlock(nn.Module):
-  """torchvision's block; `costs` holds its (executed, dense) MACs.
+  """torchvision's block; `costs` contains its (executed, dense) MACs.
 
-  ConvNet-AIG's gate is made of modules of the block itself, and its projection
-  has another name.
+  ConvNet-AIG's gate consists of modules of the block itself, and its projection
+  has a different name.
   """
 
   def __init__(self, inputs, planes, stride, bottleneck, gate, temperature):
@@ -90,7 +91,7 @@ class TorchBlock(nn.Module):
       self.fc2 = nn.Conv2d(16, 2, 1)
 
   def decide(self, x, size):
-    """Where the branch is executed, of the size of its output."""
+    """Returns where the branch is executed, at the size of its output."""
     if self.gate == 'dense':
       return torch.ones(len(x), 1, *size, dtype=x.dtype)
     if self.gate == 'dynconv':
@@ -123,7 +124,7 @@ class TorchBlock(nn.Module):
 
 
 class TorchResNet(nn.Module):
-  """torchvision's ResNet; `gates` is one for all blocks, or one a block."""
+  """torchvision's ResNet; `gates` is one for all blocks, or one per block."""
 
   def __init__(
     self,
@@ -163,12 +164,12 @@ class TorchResNet(nn.Module):
     return getattr(self, self.head)(x.mean((2, 3)))
 
   def margin(self):
-    """How far from their thresholds the last decisions were, at least."""
+    """Returns the least distance of the last decisions to their thresholds."""
     return min((b.margin for b in self.blocks if b.gate != 'dense'), default=1)
 
 
 def create_twin(name, gates, classes=5, width_multiplier=1.0, seed=0):
-  """Returns a network in evaluation, its batch statistics those of noise."""
+  """Returns a network in evaluation mode, with batch statistics of noise."""
   torch.manual_seed(seed)
   depths, width, bottleneck, imagenet = STRUCTURES[name]
   twin = TorchResNet(
@@ -178,7 +179,7 @@ def create_twin(name, gates, classes=5, width_multiplier=1.0, seed=0):
   for norm in norms:
     nn.init.uniform_(norm.weight, 0.5, 1.5)
     nn.init.normal_(norm.bias, std=0.3)
-    norm.momentum = None  # The mean over the batches.
+    norm.momentum = None  # the mean over the batches
   with torch.no_grad():
     for _ in range(2):
       twin(random_images(name, 8, seed + 1))
@@ -186,9 +187,9 @@ def create_twin(name, gates, classes=5, width_multiplier=1.0, seed=0):
 
 
 def random_images(name, number, seed, size=None):
-  """Returns a small batch of noise, float32[N, 3, H, W] of odd width."""
+  """Returns a small batch of noise, float32[N, 3, H, W] with odd width."""
   size = size or (64 if STRUCTURES[name][3] else 8)
   images = np.random.default_rng(seed).normal(size=(number, 3, size, size - 1))
-  # Images differ as a whole, so that gates per image do.
+  # Images differ as a whole, so that per-image gates do, too.
   images *= np.linspace(0.5, 2.0, number)[:, None, None, None]
   return torch.from_numpy(images.astype(np.float32))

@@ -1,4 +1,4 @@
-"""Blocks, masks and mask units that the tests of GPU kernels share."""
+"""Blocks, masks and mask units shared by the tests of GPU kernels."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ DTYPES = (jnp.float32, jnp.bfloat16)
 BLOCKS = {
   'basic': ('basic', 20, 20, 20),
   'basic_projected': ('basic', 17, 33, 33),
-  # Of more features than a kernel takes at a time.
+  # More features than a kernel takes at a time.
   'bottleneck': ('bottleneck', 70, 9, 70),
   'bottleneck_projected': ('bottleneck', 17, 40, 70),
-  # Too wide for one kernel after its first convolution.
+  # Too wide for one kernel after the first convolution.
   'bottleneck_wide': ('bottleneck', 70, 42, 70),
 }
 on_gpu = pytest.mark.skipif(
@@ -36,7 +36,7 @@ on_gpu = pytest.mark.skipif(
 
 
 def need(*packages):
-  """Skips a test where a package is missing."""
+  """Skips a test if a package is missing."""
   for package in packages:
     pytest.importorskip(
       package, reason=f'needs {package}', exc_type=ImportError
@@ -44,7 +44,7 @@ def need(*packages):
 
 
 def make_conv(rng, conv: Conv, dtype) -> FoldedConv:
-  """Returns a folded convolution of random weights."""
+  """Returns a folded convolution with random weights."""
   kernel = rng.normal(size=conv.kernel_shape)
   return FoldedConv(
     jnp.asarray(kernel / np.sqrt(np.prod(kernel.shape[:3])), dtype),
@@ -54,7 +54,7 @@ def make_conv(rng, conv: Conv, dtype) -> FoldedConv:
 
 
 def fold(branch: Branch, dtype) -> FoldedBlock:
-  """Returns a folded block of random weights."""
+  """Returns a folded block with random weights."""
   rng = np.random.default_rng(branch.features)
   projection = branch.projection
   return FoldedBlock(
@@ -65,7 +65,7 @@ def fold(branch: Branch, dtype) -> FoldedBlock:
 
 
 def make_branch(kind, in_features, planes, features, strides) -> Branch:
-  """Returns a branch whose shortcut is projected where the shape changes."""
+  """Returns a branch whose shortcut is projected if the shape changes."""
   if kind == 'basic':
     convs = (
       Conv('a', 'an', in_features, features, 3, strides, 1, 'relu'),
@@ -112,7 +112,7 @@ def make_masks(shape) -> dict[str, np.ndarray]:
 
 
 def mask_of(block: FoldedBlock, x, hard) -> ExecutionMask:
-  """Returns where a block is executed."""
+  """Returns the execution mask for hard decisions."""
   hard = jnp.asarray(hard, jnp.float32)
   return execution_mask(block.branch, hard, x.shape[1:3], name='block')
 
@@ -130,22 +130,23 @@ def make_mask_unit(in_features, kernel_size, strides, granularity, seed=1):
 
 @jax.jit
 def masked_dense(block, x, hard):
-  """In sums of float32, also where cuDNN's form rounds the branch by itself."""
+  """Sums in float32, even if cuDNN's form rounds the branch by itself."""
   with mock.patch.object(jax, 'default_backend', lambda: 'cpu'):
     return run_dense(block, x, hard)
 
 
 def assert_near(got, expected, name='', rounded=0.0):
-  """Up to the order of sums, and in bfloat16 to what that may round otherwise.
+  """Compares up to the order of sums, and in bfloat16 up to extra roundings.
 
-  Sums on both sides of a tie are rounded to neighbours, which are 2**-7 apart
-  or less; so may values between the layers be, whose sums are off by less.
+  Sums on both sides of a tie are rounded to neighbors, which are at most 2**-7
+  apart. Values between the layers may also differ by that much, with a smaller
+  effect on their sums.
 
   Args:
-    got: what was computed.
-    expected: what should have been.
-    name: of the case.
-    rounded: how far apart terms may be that both round, element by element.
+    got: the computed values.
+    expected: the reference.
+    name: name of the case.
+    rounded: element-wise difference allowed for terms that both sides round.
   """
   assert got.dtype == expected.dtype
   rtol, tolerance = 0, 2e-6
@@ -158,7 +159,7 @@ def assert_near(got, expected, name='', rounded=0.0):
 
 
 def check_list(found, mask):
-  """A list holds each active position once, and their places in it."""
+  """Checks that a list has each active position once, with correct indices."""
   expected, count = np.flatnonzero(mask), int(found.count[0])
   assert count == len(expected)
   listed = np.asarray(found.indices)[:count]
@@ -169,18 +170,18 @@ def check_list(found, mask):
 
 
 def compare(block: FoldedBlock, shape):
-  """Compares a block on masks of every kind with itself, dense and masked."""
+  """Compares a block with itself, dense and masked, on masks of every kind."""
   x = make_input(shape, block.convs[0].kernel.dtype)
-  # A fresh function: not what was traced with other stand-ins.
+  # A new function, so that no trace with other stand-ins is reused.
   run = jax.jit(lambda *args: BACKEND.run(*args))
   size = block.branch.sizes(shape[1:3])[-1]
   packed = triton.PackedBlock.pack(block)
   for name, hard in make_masks((shape[0], *size)).items():
     mask, rounded = mask_of(block, x, hard), 0.0
     if block.projection is not None and x.dtype == jnp.bfloat16:
-      # Each rounding is off by half of 2**-7 at most. The reference rounds what
-      # is projected. The backend does not where the last product adds it, and
-      # elsewhere rounds the products and the bias before.
+      # Each rounding is off by at most half of 2**-7. The reference rounds the
+      # projection. The backend does not if the last product adds it; otherwise
+      # it rounds the products and the bias first.
       projected, bias = convolve(x, block.projection), block.projection.bias
       rounded = 2**-8 * jnp.where(
         mask.hard[..., None] != 0,

@@ -1,4 +1,4 @@
-"""Compiles GPU kernels where there is no GPU, by what comes with Triton."""
+"""Compiles GPU kernels without a GPU, with the tools that Triton ships."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _KERNELS = triton_launch.import_kernels()
 
 
 class Used(NamedTuple):
-  """What a program takes.
+  """Resources of a program.
 
   Attributes:
-    registers: of a thread.
-    spilled: bytes a thread writes to memory for want of registers.
+    registers: per thread.
+    spilled: bytes that a thread spills from registers to memory.
     shared: bytes of shared memory.
-    tensor_cores: whether they multiply.
+    tensor_cores: whether it uses tensor cores.
   """
 
   registers: int
@@ -35,10 +35,10 @@ class Used(NamedTuple):
 
 
 def record(launches: list):
-  """Returns a stand-in for `triton_launch.launch` that notes what it is asked.
+  """Returns a stand-in for `triton_launch.launch` that records its calls.
 
   Args:
-    launches: a (kernel, dtypes of its pointers, constants) is added for each.
+    launches: list to which a (kernel, pointer dtypes, constants) is appended.
   """
 
   def launch(kernel, *args, out_shape, **options):
@@ -52,7 +52,7 @@ def record(launches: list):
 
 
 def variants(launches: list) -> list:
-  """Returns one launch for each kind of program, whatever its map's size."""
+  """Returns one launch for each kind of program, regardless of map size."""
   sizes = ('SIZE', 'HEIGHT', 'WIDTH', 'STRIDES', 'DEPTH', 'FEATURES')
   kinds = {}
   for launch in launches:
@@ -71,8 +71,8 @@ def compile_launch(
 
   Args:
     kernel: its name.
-    dtypes: of its pointers.
-    options: its constants, and the compiler's options.
+    dtypes: dtypes of its pointers.
+    options: its constants, and options of the compiler.
     capability: 80 for an A100, 90 for an H100.
   """
   compiled = triton_launch.compile_kernel(

@@ -1,7 +1,7 @@
-"""Runs GPU kernels on a CPU, by Triton's interpreter in a process of its own.
+"""Runs GPU kernels on a CPU, with Triton's interpreter in a separate process.
 
-The interpreter is chosen when Triton is imported, by an environment variable,
-and would take the place of the compiler for whatever else is tested.
+An environment variable selects the interpreter when Triton is imported, and
+would replace the compiler for all other tests.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Interpreter:
     self._pool.shutdown()
 
   def launch(self, kernel, *args, out_shape, **options):
-    """Returns the outputs of a kernel; what it does not write is NaN or -7."""
+    """Returns the outputs of a kernel; unwritten values are NaN or -7."""
 
     def run(*args):
       outputs = [_unwritten(s) for s in jax.tree.leaves(out_shape)]
@@ -70,7 +70,7 @@ def _interpret(kernel, inputs, outputs, options):
   outputs = [np.ascontiguousarray(a) for a in outputs]
   constants = {k: v for k, v in options.items() if k.isupper()}
   tensors = [tensor(np.array(a)) for a in inputs]
-  tensors += [tensor(a) for a in outputs]  # They share memory.
+  tensors += [tensor(a) for a in outputs]  # they share memory
   for i, j in options.get('input_output_aliases', {}).items():
     tensors[i] = tensors[len(inputs) + j]
   function = _interpreted_kernels()[kernel]
@@ -88,8 +88,8 @@ def _interpreted_kernels():
   builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
   cast, dot = builder.cast_impl, builder.create_dot
 
-  # The interpreter keeps the bits of bfloat16 as integers, which it truncates
-  # to and multiplies; a GPU rounds to nearest and multiplies the numbers.
+  # The interpreter stores bfloat16 as integer bits, to which it truncates and
+  # which it multiplies. A GPU rounds to nearest and multiplies the numbers.
   def cast_impl(self, value, dtype):
     kinds = (value.dtype.scalar, dtype.scalar)
     if kinds == (tl.float32, tl.bfloat16):

@@ -1,4 +1,4 @@
-"""Tests of the augmentation: stated combinations, boxes, distributions."""
+"""Tests of the augmentation: combinations, boxes, distributions."""
 
 import chex
 import jax
@@ -35,7 +35,7 @@ STATIC = ('augmentation', 'num_classes')
 
 
 def to_uint8(images):
-  """Undoes the normalization; rounding takes what XLA's fusions differ by."""
+  """Undoes the normalization; rounding hides differences from XLA's fusions."""
   pixels = images * STD + MEAN
   return np.round(255 * pixels).astype(np.uint8)
 
@@ -126,11 +126,11 @@ class AugmentTest(parameterized.TestCase):
     pixels = actual * STD + MEAN
     self.assertTrue(np.all((pixels > -1e-5) & (pixels < 1 + 1e-5)))
     means = pixels.mean(axis=(1, 2, 3)) - image.mean()
-    # Of the four, brightness alone moves the mean by more than a trifle.
+    # Of the four factors, only brightness changes the mean noticeably.
     self.assertBetween(means.max(), 0.035, 0.065)
     self.assertBetween(means.min(), -0.065, -0.035)
     self.assertLess(abs(means.mean()), 0.015)
-    # Factors in [0.9, 1.1], of brightness times contrast.
+    # Factors in [0.9, 1.1], brightness times contrast.
     spread = pixels.mean(axis=-1).std(axis=(1, 2))
     spread /= image.mean(axis=-1).std()
     self.assertBetween(spread.max(), 1.08, 1.25)
@@ -143,7 +143,7 @@ class AugmentTest(parameterized.TestCase):
 
   def test_erased_boxes(self):
     images, labels = batch_of(n=400, size=32)
-    images = np.maximum(images, 1)  # zero marks what is erased below
+    images = np.maximum(images, 1)  # zero marks erased pixels below
     actual, actual_labels = run(images, labels, random_erasing=0.5)
     plain = np.asarray(augment.normalize(images))
     erased = np.all(actual == 0, axis=-1)
@@ -158,7 +158,7 @@ class AugmentTest(parameterized.TestCase):
       self.assertEqual(mask.sum(), box)  # a full rectangle
       shares.append(box / 32**2)
     self.assertBetween(len(shares) / 400, 0.4, 0.6)
-    # Zhong et al.: the area's share is uniform in [0.02, 0.33].
+    # Zhong et al.: the share of the area is uniform in [0.02, 0.33].
     self.assertBetween(min(shares), 0.01, 0.06)
     self.assertBetween(max(shares), 0.28, 0.37)
     self.assertBetween(np.mean(shares), 0.155, 0.195)
@@ -211,7 +211,8 @@ class AugmentTest(parameterized.TestCase):
     own = np.isclose(actual, plain, atol=1e-5).all(axis=-1)
     other = np.isclose(actual, np.roll(plain, 1, axis=0), atol=1e-5)
     pasted = other.all(axis=-1)
-    # Cutmix takes each pixel from one of the two; mixup hardly ever does.
+    # CutMix takes each pixel from one of the two images; mixup almost never
+    # does.
     cut = np.all(own | pasted, axis=(1, 2))
     self.assertBetween(cut.mean(), 0.35, 0.65)
     share = actual_labels[np.arange(n), labels]
@@ -253,7 +254,7 @@ class CropBoxesTest(parameterized.TestCase):
     )
     self.assertBetween(ratio.min(), 3 / 4 - 1e-9, 0.77)
     self.assertBetween(ratio.max(), 1.32, 4 / 3 + 1e-9)
-    # Places are uniform in what room the box leaves.
+    # Positions are uniform in the space that the box leaves.
     room = width - (right - left)
     self.assertAlmostEqual(np.mean(left[room > 1] / room[room > 1]), 0.5, 2)
 

@@ -1,4 +1,4 @@
-"""Tests of the batches: order, resuming, skipping, padding, both caches."""
+"""Tests of batches: order, resuming, skipping, padding, both caches."""
 
 import io
 import json
@@ -76,7 +76,7 @@ def take(iterator, n):
 
 
 def indices(batch):
-  """Reads the examples' indices off the red channel."""
+  """Reads the examples' indices from the red channel."""
   red = batch['image'][:, 0, 0, 0] * 0.229 + 0.485
   return np.round(255 * np.asarray(red)).astype(int).tolist()
 
@@ -100,7 +100,7 @@ class TrainBatchesTest(parameterized.TestCase):
       self.assertContainsSubset(epoch, range(11))
       seen.append(tuple(epoch))
     self.assertLen(set(seen), 5)
-    # What one epoch drops, another has.
+    # An example dropped in one epoch appears in another.
     self.assertEqual({i for epoch in seen for i in epoch}, set(range(11)))
 
   @parameterized.parameters(*CACHES)
@@ -156,7 +156,7 @@ class TrainBatchesTest(parameterized.TestCase):
     rest = take(whole, 4)
     self.assertEqual(state['step'], 3)
     resumed = train(source, **options)
-    take(resumed, 1)  # a started iterator can be set, too
+    take(resumed, 1)  # an iterator that has started can also be set
     resumed.set_state(state)
     chex.assert_trees_all_equal(take(resumed, 4), rest)
     self.assertEqual(resumed.get_state(), whole.get_state())
@@ -176,13 +176,13 @@ class TrainBatchesTest(parameterized.TestCase):
     chex.clear_trace_counter()
     traced = chex.assert_max_traces(augment.augment, n=1)
     with mock.patch.object(augment, 'augment', traced):
-      # A size of its own: other tests' compiled functions are shared.
+      # A unique size: compiled functions of other tests are shared.
       iterator = train(cache=cache, image_size=9)
       take(iterator, 5)
       iterator.set_state(iterator.get_state())
       take(iterator, 2)
       take(train(cache=cache, image_size=9, seed=1), 1)
-      # Another configuration would be another trace: the counter is at work.
+      # A different configuration causes a new trace, so the counter works.
       with self.assertRaisesRegex(AssertionError, 'traced > 1 times'):
         take(train(cache=cache, image_size=8), 1)
 
@@ -204,7 +204,7 @@ class TrainBatchesTest(parameterized.TestCase):
     self.assertEqual({i for b in seen for i in b}, set(range(11)) - {1, 7})
     self.assertEqual(iterator.num_skipped, 2)
     self.assertCountEqual(iterator.skipped, ['image1.png', 'image7.png'])
-    self.assertLen(logs.output, 2)  # once an image
+    self.assertLen(logs.output, 2)  # once per image
     self.assertIn("skipping the corrupt image 'image", logs.output[0])
 
   @parameterized.parameters(*CACHES)
@@ -216,7 +216,7 @@ class TrainBatchesTest(parameterized.TestCase):
       take(train(source, cache=cache, skip_corrupt=True), 1)
 
   def test_crops_on_host_and_device_see_the_same_parts(self):
-    # Not the same random numbers: the same distribution, by mean brightness.
+    # The random numbers differ; compare distributions by mean brightness.
     options = dict(
       batch_size=1, augmentation=Augmentation(crop_scale=(0.25, 0.25)),
       image_size=16,
@@ -398,7 +398,7 @@ class EvalBatchesTest(parameterized.TestCase):
 
 class ShardingTest(absltest.TestCase):
   def test_four_devices_equal_one(self):
-    # The number of devices is fixed when JAX starts: another process.
+    # The number of devices is fixed when JAX starts, so use another process.
     program = """
 import importlib.util, sys
 import jax

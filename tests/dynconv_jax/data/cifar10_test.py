@@ -66,7 +66,7 @@ def test_archive(cifar10_dir, tmp_path, monkeypatch):
 
 
 def test_published_hash_is_that_of_tfds():
-  # TFDS refuses a download whose hash is not the one it keeps for the address.
+  # TFDS rejects a download whose hash does not match the recorded one.
   from tensorflow_datasets.core.download import checksums
 
   assert cifar10.URL in checksums.get_all_url_infos()

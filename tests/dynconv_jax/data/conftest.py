@@ -1,4 +1,4 @@
-"""Small image folders in the layouts that datasets are prepared from."""
+"""Small image folders in the layouts of the supported datasets."""
 
 import io
 import json
@@ -19,7 +19,7 @@ def _jpeg(seed: int) -> bytes:
 
 @pytest.fixture
 def food101_dir(tmp_path):
-  """A folder of Food-101's layout, two thirds of each class to train on."""
+  """A folder in Food-101's layout, two thirds of each class for training."""
   root = tmp_path / 'food-101'
   meta = {'train': {}, 'test': {}}
   seed = 0

@@ -1,4 +1,4 @@
-"""Tests of decoding and of evaluation's geometry, against Pillow and NumPy."""
+"""Tests of decoding and evaluation geometry, against Pillow and NumPy."""
 
 import io
 import pickle
@@ -35,7 +35,7 @@ def smooth(height, width):
 
 
 def png_chunks(header, rows, **chunks):
-  """A PNG file made by hand, for what Pillow does not write."""
+  """Builds a PNG file by hand, for features that Pillow does not write."""
   body = b'\x89PNG\r\n\x1a\n'
   parts = [('IHDR', header), *chunks.items(), ('IDAT', zlib.compress(rows))]
   for kind, data in [*parts, ('IEND', b'')]:
@@ -58,7 +58,7 @@ class DecodeImageTest(parameterized.TestCase):
     decoded = decode.decode_image(encode(image, 'JPEG', quality=95), 'a')
     np.testing.assert_allclose(decoded, image, atol=6)
 
-  # What a viewer does for each tag, in NumPy, from the stored picture.
+  # What a viewer does for each tag, in NumPy, on the stored image.
   @parameterized.parameters(
     (1, lambda a: a),
     (2, lambda a: a[:, ::-1]),
@@ -75,7 +75,7 @@ class DecodeImageTest(parameterized.TestCase):
     exif[0x0112] = tag
     data = encode(image, exif=exif)
     np.testing.assert_array_equal(decode.decode_image(data), upright(image))
-    # decode_resized has to know the upright size before it decodes.
+    # decode_resized must know the upright size before decoding.
     sizes = []
     resized = decode.decode_resized(
       data, 'a', 4, lambda w, h: sizes.append((w, h)) or (0, 0, 4, 4)
@@ -87,7 +87,7 @@ class DecodeImageTest(parameterized.TestCase):
     image, exif = noise(6, 4), Image.Exif()
     exif[0x0112] = 6
     exif[0x8825] = {2: (1.0, 2.0, 3.0)}  # GPS
-    # A latitude of text, which Pillow reads but cannot write again.
+    # A latitude as text, which Pillow reads but cannot write back.
     exif = exif.tobytes().replace(b'\0\x02\0\x05', b'\0\x02\0\x02')
     data = encode(image, exif=exif)
     with self.assertRaises(TypeError):
@@ -239,10 +239,10 @@ class GeometryTest(parameterized.TestCase):
     expected = whole[top : top + size, left : left + size].astype(int)
     actual = decode.preprocess_image(image, size, ratio)
     self.assertEqual(actual.dtype, np.uint8)
-    # Not all bits: Pillow rounds the box to float32.
+    # Not bit for bit: Pillow rounds the box to float32.
     np.testing.assert_allclose(actual, expected, atol=1)
     self.assertGreater(np.mean(actual == expected), 0.95)
-    # The host's reader takes the same route from bytes.
+    # The host's reader follows the same path from bytes.
     read = decode.decode_resized(
       encode(image),
       'a',
@@ -291,7 +291,7 @@ class GeometryTest(parameterized.TestCase):
     actual = decode.decode_mask(encode(mask), 'a', size)
     self.assertEqual(actual.dtype, bool)
     bright = decode.preprocess_image(image, size)[..., 0]
-    # Resampled brightness is exact off the border of the square.
+    # Resampled brightness is exact away from the border of the square.
     self.assertTrue(actual[bright == 255].all())
     self.assertFalse(actual[bright == 0].any())
     self.assertAlmostEqual(actual.mean(), bright.mean() / 255, delta=0.02)

@@ -1,4 +1,4 @@
-"""Tests of the device cache: its crops against Pillow's and array slices."""
+"""Tests of the device cache: its crops against Pillow and array slices."""
 
 import io
 from unittest import mock
@@ -61,7 +61,7 @@ class CropAndResizeTest(parameterized.TestCase):
     np.testing.assert_allclose(255 * actual, np.asarray(expected), atol=1.1)
 
   def test_random_crops_undo_the_squash(self):
-    # A ramp in both directions: a pixel's value tells where it was.
+    # A ramp in both directions: a pixel's value encodes its position.
     height, width, size = 60, 90, 30
     y, x = np.mgrid[:height, :width] + 0.5
     image = np.stack([2 * x, 4 * y, 0 * x], axis=-1).astype(np.uint8)
@@ -78,10 +78,10 @@ class CropAndResizeTest(parameterized.TestCase):
     )
     crops = np.asarray(255 * crops)
     inner = crops[:, 4:-4, 4:-4]
-    # Pixels of the image itself, a pixel of the crop, along x and along y.
+    # Image pixels per crop pixel, along x and y.
     step_x = np.diff(inner[..., 0], axis=2).mean(axis=(1, 2)) / 2
     step_y = np.diff(inner[..., 1], axis=1).mean(axis=(1, 2)) / 4
-    np.testing.assert_allclose(step_x, step_y, rtol=0.05)  # of ratio 1
+    np.testing.assert_allclose(step_x, step_y, rtol=0.05)  # aspect ratio 1
     area = step_x * step_y * size**2 / (width * height)
     self.assertTrue(np.all((area > 0.28) & (area < 0.63)))
     self.assertGreater(np.ptp(area), 0.2)

@@ -29,7 +29,7 @@ def test_what_a_folder_holds(food101_dir, tmp_path):
     'validation': 3 + 4 + 4,
   }
   assert 'apple_pie/1000' in names['train']
-  # TFDS's order, not the alphabet's: cheesecake comes before cheese_plate.
+  # TFDS's order, not alphabetical: cheesecake comes before cheese_plate.
   assert _open(food101_dir, tmp_path).test.class_names == (
     'apple_pie',
     'cheesecake',
@@ -150,7 +150,7 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def archive_url(food101_dir, tmp_path, monkeypatch):
-  """Address from which TFDS's builder gets a small archive of Food-101."""
+  """The address from which TFDS's builder gets a small Food-101 archive."""
   served = tmp_path / 'served'
   served.mkdir()
   with tarfile.open(served / 'food-101.tar.gz', 'w:gz') as tar:
@@ -168,11 +168,11 @@ def archive_url(food101_dir, tmp_path, monkeypatch):
 
 def test_download(archive_url, food101_dir, tmp_path):
   found = _open('', tmp_path, train='train', validation='')
-  # Of the whole data set.
+  # Statistics of the full data set.
   assert len(found.train.class_names) == 101
   expected = _open(food101_dir, tmp_path, train='train', validation='')
   assert [len(s) for s in expected if s] == [19, 11]
-  # A folder gives what the download gives, in the same order.
+  # A folder yields the same data as the download, in the same order.
   for a, b in ((found.train, expected.train), (found.test, expected.test)):
     assert [_without_label(e) for e in a] == [_without_label(e) for e in b]
     assert [a.class_names[i] for i in a.labels] == [
@@ -195,7 +195,7 @@ def test_download_with_another_hash(archive_url, tmp_path, monkeypatch):
 
 
 def test_published_hash_is_that_of_tfds():
-  # TFDS refuses a download whose hash is not the one it keeps for the address.
+  # TFDS rejects a download whose hash does not match the recorded one.
   assert food101.URL in checksums.get_all_url_infos()
 
 

@@ -69,13 +69,13 @@ def test_a_validation_folder_is_the_validation_split(
 
 
 def test_linked_folders_are_read_once(image_folder_dir, tmp_path):
-  # The images of a class lie elsewhere, and are linked to twice.
+  # The images of a class are stored elsewhere and linked twice.
   cats = image_folder_dir / 'train' / 'cat'
   shutil.move(cats, tmp_path / 'cats')
   cats.mkdir()
   (cats / 'all').symlink_to(tmp_path / 'cats')
   (cats / 'again').symlink_to(tmp_path / 'cats')
-  # Two folders that lead to each other, neither above the other.
+  # Two folders that link to each other, neither above the other.
   (tmp_path / 'cats' / 'more').mkdir()
   Image.new('RGB', (3, 3)).save(tmp_path / 'cats' / 'more' / 'x.png')
   (tmp_path / 'others').mkdir()
@@ -121,7 +121,7 @@ def test_a_file_in_two_places(image_folder_dir, tmp_path, link, target):
 
 
 def test_copies_across_splits_are_reported(image_folder_dir, tmp_path, caplog):
-  # A copy within a split is nobody's leak.
+  # A copy within a split is not a leak.
   for copy in ('train/cat/copy.jpg', 'test/cat/copy.jpg'):
     shutil.copy(image_folder_dir / 'train/cat/0.jpg', image_folder_dir / copy)
   with caplog.at_level('WARNING'):
@@ -185,7 +185,7 @@ def _pipe(root):
 )
 def test_errors(image_folder_dir, tmp_path, break_folder, error, message):
   break_folder(image_folder_dir)
-  # What is missing stays missing where corrupt images are skipped.
+  # Missing files are an error even if corrupt images are skipped.
   skip_corrupt = error is FileNotFoundError
   with pytest.raises(error, match=message):
     _open(image_folder_dir, tmp_path / 'data', skip_corrupt=skip_corrupt)

@@ -1,4 +1,4 @@
-"""ImageNet's archives in miniature: nested, out of order, damaged."""
+"""Tests of miniature ImageNet archives: nested, out of order, damaged."""
 
 import io
 import tarfile
@@ -29,7 +29,7 @@ def _tar(files):
 
 @pytest.fixture
 def classes(monkeypatch):
-  """The first and the last class of ImageNet alone."""
+  """Only the first and the last class of ImageNet."""
   real = imagenet2012._read
   names = [real('labels.txt')[0], real('labels.txt')[-1]]
   monkeypatch.setattr(
@@ -42,7 +42,7 @@ def classes(monkeypatch):
 
 @pytest.fixture
 def archives(classes, tmp_path):
-  """Two training images a class, and four to validate on, last one first."""
+  """Two training images per class; four validation images, in reverse order."""
   folder = tmp_path / 'archives'
   folder.mkdir()
   train = {
@@ -77,14 +77,14 @@ def test_archives_become_splits_with_labels(archives, classes, tmp_path):
     for label, name in enumerate(classes)
     for i in range(2)
   }
-  # The labels of the file, in the order of the names.
+  # Labels of the file, in the order of the names.
   labels = {n: row['label'] for n, row in found['validation'].items()}
   assert [labels[n] for n in sorted(labels)] == [1, 0, 1, 0]
   image = Image.open(
     io.BytesIO(found['train'][f'{classes[1]}_1.JPEG']['image'])
   )
   np.testing.assert_allclose(np.asarray(image)[3, 3], (100, 100, 0), atol=4)
-  # Prepared, it needs no archives; 'test' is the validation split.
+  # Once prepared, it needs no archives; 'test' is the validation split.
   splits = sources.open_splits(
     imagenet2012.SOURCE,
     imagenet2012.Options(),
@@ -98,7 +98,7 @@ def test_archives_become_splits_with_labels(archives, classes, tmp_path):
 def test_the_real_lists_are_in_the_order_of_the_class_names():
   labels = imagenet2012._read('labels.txt')
   assert labels == sorted(labels) and len(labels) == len(imagenet.class_names())
-  # Of WordNet: n01440764 is the tench, n02123045 the tabby.
+  # From WordNet: n01440764 is the tench, n02123045 the tabby.
   for wordnet_id, name in (('n01440764', 'tench'), ('n02123045', 'tabby')):
     assert imagenet.class_names()[labels.index(wordnet_id)] == name
   validation = imagenet2012._read('validation_labels.txt')

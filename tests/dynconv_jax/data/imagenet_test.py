@@ -1,4 +1,4 @@
-"""Tests of the names of ImageNet's classes."""
+"""Tests of ImageNet's class names."""
 
 from dynconv_jax.data.imagenet import class_names
 
@@ -6,7 +6,7 @@ from dynconv_jax.data.imagenet import class_names
 def test_names():
   names = class_names()
   assert len(names) == len(set(names)) == 1000
-  # Numbers that are widely known.
+  # Widely known indices.
   known = {
     0: 'tench',
     207: 'golden retriever',

@@ -50,7 +50,7 @@ def test_holds_what_it_was_given(data_dir):
     assert sorted(found, key=lambda e: e['name']) == sorted(
       given, key=lambda e: e['name']
     )
-    # Mixed, as TFDS does it.
+    # Shuffled as TFDS does it.
     assert [e['name'] for e in found] != [e['name'] for e in given]
     np.testing.assert_array_equal(found.labels, [e['label'] for e in found])
 
@@ -73,7 +73,7 @@ def test_prints_nothing(data_dir, capfd):
   'error',
   [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    # As array_record reports it.
+    # The error that array_record reports.
     RuntimeError('write() failed: No space left on device; writing x'),
   ],
 )
@@ -129,7 +129,7 @@ def test_killed_preparations_are_removed(data_dir):
   os.utime(old, (two_days_ago, two_days_ago))
   _prepare(data_dir)
   assert not old.exists()
-  # It may belong to a process that is at work.
+  # The folder may belong to a running process.
   assert new.exists()
 
 

@@ -1,4 +1,4 @@
-"""RandAugment's operations against formulas, and what is drawn."""
+"""Tests of RandAugment's operations against formulas, and of its sampling."""
 
 import io
 
@@ -39,7 +39,7 @@ def _grey(image):
 
 def test_tones():
   image = _image()
-  # At strength 5 half of the range: 256 -> 128, 8 bits -> 6.
+  # Strength 5 is half of the range: 256 -> 128, 8 bits -> 6.
   chex.assert_trees_all_equal(
     _apply('solarize', 5), np.where(image < 128, image, 255 - image)
   )
@@ -52,7 +52,8 @@ def test_tones():
     stretched.max((0, 1)) == 255
   )
   assert np.any(low > 0) or np.any(high < 255)
-  # Equalized, each quarter of the values has about a quarter of the pixels.
+  # After equalizing, each quarter of the values has about a quarter of the
+  # pixels.
   counts, _ = np.histogram(
     _apply('equalize', 0, image=dull[..., :1].repeat(3, -1)), 4, (0, 256)
   )
@@ -79,7 +80,7 @@ def test_factors_go_either_way(direction, sign):
 
 def test_moves():
   image = _image(20)
-  moved = _apply('translate_x', 10, image=image)  # By 0.45 of 20 pixels.
+  moved = _apply('translate_x', 10, image=image)  # 0.45 of 20 pixels
   chex.assert_trees_all_equal(moved[:, :11], image[:, 9:])
   assert np.all(moved[:, 11:] == 128)
   moved = _apply('translate_y', 10, 0.9, image)
@@ -117,7 +118,7 @@ def test_operations_follow_each_other_and_are_drawn_evenly():
   chex.assert_trees_all_equal(
     randaugment.randaugment(image, np.zeros((0, 2)), 9), image
   )
-  # The largest float below 1 is within the list.
+  # The largest float below 1 still selects an entry of the list.
   randaugment.randaugment(image, np.full((1, 2), np.nextafter(1, 0)), 9)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the host side of the batches: the order and reading ahead."""
+"""Tests of the host side of batches: order and reading ahead."""
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -26,7 +26,7 @@ class EpochOrderTest(parameterized.TestCase):
     order = readers.EpochOrder(num_examples=5, batch_size=5, seed=0)
     first = [order.candidates(step)[0] for step in range(1000)]
     counts = np.bincount(first, minlength=5)
-    # Chi-squared with 4 degrees of freedom: above 23.5 once in 10,000 seeds.
+    # Chi-squared with 4 degrees of freedom exceeds 23.5 once in 10,000 seeds.
     self.assertLess(np.sum((counts - 200) ** 2 / 200), 23.5)
 
   def test_seed_and_step_decide_the_crops(self):

@@ -1,4 +1,4 @@
-"""Tests of scenes: against Pillow, against the truth, and of both caches."""
+"""Tests of scenes against Pillow and the true positions, with both caches."""
 
 import io
 import itertools
@@ -25,7 +25,7 @@ from dynconv_jax.training.config import Config
 
 STILL = Augmentation(crop='none', flip=False)
 SCENES = Scenes((24, 40), (8, 12))
-# Drawn at 32 pixels, no pixel is both object and background.
+# At 32 pixels, no pixel is both object and background.
 WHOLE = Scenes((32,), (8, 12))
 CACHES = ('none', 'device')
 
@@ -37,7 +37,7 @@ def png(image):
 
 
 def smooth(n, size, seed=0):
-  """Returns uint8[n, size, size, 3] without what resampling may take away."""
+  """Returns smooth uint8[n, size, size, 3], which resampling barely changes."""
   rng = np.random.default_rng(seed)
   return np.stack(
     [
@@ -54,7 +54,7 @@ def compose(scenes, *args, image_size):
 
 
 class Plain:
-  """Plain images: red tells the example, as object and as background."""
+  """Plain images: red encodes the example, as object and as background."""
 
   def __init__(self, n=9, corrupt=()):
     self.class_names = tuple(map(str, range(n)))
@@ -90,7 +90,7 @@ def take(iterator, n):
 
 
 def by_example(batch_list):
-  """Returns {example: scene} of batches whose labels are the examples."""
+  """Returns {example: scene}, from batches whose labels are the examples."""
   return {
     int(np.argmax(label)) if np.ndim(label) else int(label): image
     for batch in batch_list
@@ -105,7 +105,7 @@ def by_example(batch_list):
 
 
 def seen(image):
-  """Returns the examples whose color is in a scene, and at how many pixels."""
+  """Returns the examples whose color is in a scene, and their pixel counts."""
   image = np.asarray(augment.denormalize(image))
   red, counts = np.unique(image[..., 0], return_counts=True)
   return dict(zip((red // 10 - 1).tolist(), counts.tolist(), strict=True))
@@ -119,7 +119,7 @@ class DrawTest(parameterized.TestCase):
     for values, expected in ((scene, (10, 11, 12)), (side, (3, 4, 5))):
       found, counts = np.unique(values, return_counts=True)
       np.testing.assert_array_equal(found, expected)
-      # Four standard deviations of a binomial share of a third.
+      # Four standard deviations of a binomial share of one third.
       np.testing.assert_allclose(counts / 6000, 1 / 3, atol=0.025)
     for place in (left, top):
       self.assertEqual(place.min(), 0)
@@ -137,10 +137,11 @@ class DrawTest(parameterized.TestCase):
       self.assertCountEqual(candidates, set(range(9)) - {4})
       first[candidates[0]] += 1
     self.assertEqual(first[4], 0)
-    self.assertGreater(np.delete(first, 4).min(), 60)  # Of 100, by chance.
+    self.assertGreater(np.delete(first, 4).min(), 60)  # of 100, by chance
 
   def test_published_scenes_stay(self):
-    # Other scenes are another test set: results would not compare.
+    # Different scenes are a different test set: results would not be
+    # comparable.
     scenes = Scenes((160, 224), (64, 96))
     reader = SceneReader(scenes, range(250), None, EVALUATION_SEED)
     layout, candidates = reader.draw(7)
@@ -199,7 +200,7 @@ class ComposeTest(parameterized.TestCase):
     black = np.zeros((64, 8, 8, 3), np.uint8)
     bright = compose(scenes, images / 255, black, layout, image_size=image_size)
     mask = np.asarray(object_mask(layout, image_size))
-    # The border's pixels are bright by the share that the object covers.
+    # The brightness of border pixels is the share that the object covers.
     scale = image_size / layout[:, 0]
     np.testing.assert_allclose(
       bright.mean(-1).sum((1, 2)), (layout[:, 1] * scale) ** 2, rtol=1e-4
@@ -277,7 +278,7 @@ class ComposeTest(parameterized.TestCase):
 class TrainTest(parameterized.TestCase):
   @parameterized.parameters(*CACHES)
   def test_a_scene_is_its_examples_own(self, cache):
-    # Nine examples make two batches of four, or three of three, an epoch.
+    # Nine examples make two batches of four, or three of three, per epoch.
     fours, threes = train(cache=cache), train(cache=cache, batch_size=3)
     epochs = []
     for _ in range(2):
@@ -293,7 +294,7 @@ class TrainTest(parameterized.TestCase):
     self.assertFalse(np.array_equal(other[0], epochs[0][0]))
 
   def test_both_caches_draw_the_same_scenes(self):
-    # To the bit without random crops; else these come of other generators.
+    # Bit for bit without random crops; with them, the generators differ.
     chex.assert_trees_all_equal(
       *(take(train(Plain(corrupt=(2,)), cache=c, skip_corrupt=True), 5)
         for c in CACHES)
@@ -302,7 +303,7 @@ class TrainTest(parameterized.TestCase):
       by_example(take(train(cache=c, augmentation=Augmentation()), 2))
       for c in CACHES
     ]
-    chex.assert_trees_all_close(*crops, atol=1e-5)  # Of plain images.
+    chex.assert_trees_all_close(*crops, atol=1e-5)  # crops of plain images
 
   @parameterized.parameters(*CACHES)
   def test_resume(self, cache):
@@ -329,7 +330,7 @@ class TrainTest(parameterized.TestCase):
       for example, image in by_example([batch]).items():
         shown = seen(image)
         self.assertNotIn(example, {1, 2, 6})
-        self.assertLen(shown, 2)  # Itself and another.
+        self.assertLen(shown, 2)  # itself and another
         self.assertIn(example, shown)
         self.assertIn(shown.pop(example) ** 0.5, range(8, 13))
         behind |= shown.keys()
@@ -391,7 +392,7 @@ class EvalTest(parameterized.TestCase):
     chex.assert_trees_all_equal(
       by_example([batch]), {i: expected[i] for i in (7, 2)}
     )
-    # Another run's seed changes training's scenes alone.
+    # The seed of a run only changes training scenes.
     config = Config.make(
       scene_size=(24, 40), object_size=(8, 12), crop='none', seed=7
     )
@@ -442,7 +443,7 @@ class EvalTest(parameterized.TestCase):
     boxes = iter([batch['object_mask'] for batch in evaluate()])
 
     def predict(images):
-      # Positions of four pixels, active where the object touches them.
+      # Positions of four pixels, active if the object touches them.
       box = next(boxes).reshape(len(images), 8, 4, 8, 4).any((2, 4))
       box = box.astype(jnp.float32)
       masks = [

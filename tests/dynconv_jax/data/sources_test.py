@@ -16,7 +16,7 @@ _REAL = pathlib.Path(__file__).parents[4] / 'shared' / 'data' / 'food-101'
 
 @pytest.fixture
 def open_splits(food101_dir, tmp_path):
-  """Opens splits of the small folder of Food-101's layout."""
+  """Opens splits of the small folder in Food-101's layout."""
 
   def open_splits(classes=(), skip_corrupt=False, **splits):
     return sources.open_splits(
@@ -66,7 +66,7 @@ def test_order_is_fixed_and_mixed(open_source, tmp_path):
   first = open_source('train')
   second = open_source('train', data_dir=tmp_path / 'other')
   assert _names(first) == _names(second)
-  # Not sorted by class: a change of class comes more often than twice.
+  # Not sorted by class: the class changes more often than twice.
   assert np.count_nonzero(np.diff(first.labels)) > 5
   assert _names(open_source('train[25%:75%]')) == _names(first)[5:14]
 
@@ -133,7 +133,7 @@ def test_zero_byte_files_with_skip_corrupt(open_source, food101_dir):
   split = open_source('train', skip_corrupt=True)
   empty = [e['name'] for e in split if not e['image']]
   assert (len(split), empty) == (19, ['apple_pie/1002'])
-  # Letting it through once does not hide it later.
+  # Accepting it once does not hide it later.
   with pytest.raises(ValueError, match='zero-byte'):
     open_source('train')
 
@@ -287,7 +287,8 @@ def test_real_images(tmp_path):
     'food101', food101.Options(str(_REAL)), Common(tmp_path)
   )
   assert [len(s) for s in opened] == [4050, 450, 1500]
-  # Each class is in each split, in proportion within five standard deviations.
+  # Each class appears in each split, in proportion within five standard
+  # deviations.
   counts = np.bincount(opened.validation.labels)
   assert np.all(np.abs(counts - 75) < 5 * np.sqrt(75))
   train, test = set(_names(opened.train)), set(_names(opened.test))

@@ -31,13 +31,13 @@ class DrawTest(parameterized.TestCase):
     self.assertEqual(label, 8 % len(spots.CLASS_NAMES))
 
   def test_only_the_object_tells_the_class(self):
-    # Everything but the object is drawn as if the class were unknown.
+    # Everything except the object is drawn independently of the class.
     for index in range(5):
       drawn = [
         spots.draw(_OPTIONS, 'train', index, label)[:2]
         for label in range(len(spots.CLASS_NAMES))
       ]
-      # One more pixel all round for the soft edge.
+      # One more pixel on each side for the soft edge.
       reached = _grow(np.any([mask for _, mask in drawn], axis=0))
       for image, mask in drawn[1:]:
         chex.assert_trees_all_equal(image[~reached], drawn[0][0][~reached])

@@ -1,7 +1,7 @@
-"""The page in a headless Chromium, with both of its back ends.
+"""Tests of the page in a headless Chromium, with both of its back ends.
 
-Needs Playwright and a Chromium. The static page's runtime is fetched by npm, or
-taken from the folder that ONNXRUNTIME_WEB names: `dist` of the package.
+Needs Playwright and a Chromium. The static page's runtime is fetched with npm,
+or taken from the folder named by ONNXRUNTIME_WEB: `dist` of the package.
 """
 
 import functools
@@ -31,14 +31,14 @@ pytestmark = [
   pytest.mark.skipif(not CHROMIUM, reason='apt-get install chromium'),
 ]
 
-# Milliseconds: networks are compiled meanwhile.
+# In milliseconds; includes the compilation of networks.
 TIMEOUT = 300_000
 
 
 @pytest.fixture(scope='module')
 def browser():
   with sync_api.sync_playwright() as playwright:
-    # A container's root has no sandbox.
+    # The root user of a container has no sandbox.
     browser = playwright.chromium.launch(
       executable_path=CHROMIUM, args=['--no-sandbox']
     )
@@ -48,7 +48,7 @@ def browser():
 
 @pytest.fixture
 def page(browser):
-  """A page; what its console complains of is an error."""
+  """A page that turns console errors into test failures."""
   page, complaints = browser.new_page(), []
   page.set_default_timeout(TIMEOUT)
   page.on('pageerror', lambda error: complaints.append(str(error)))
@@ -122,7 +122,7 @@ def runtime(tmp_path_factory):
 
 @pytest.fixture
 def static_page(page, site, runtime):
-  """The static page, whose CDN is a folder."""
+  """The static page, with a folder in place of the CDN."""
 
   def fulfill(route):
     name = route.request.url.removeprefix(RUNTIME_URL)
@@ -142,13 +142,13 @@ def static_page(page, site, runtime):
 
 
 def _upload(page, path):
-  """Uploads a photograph, and waits for the result and its times."""
+  """Uploads a photograph and waits for the result and the timings."""
   page.set_input_files('#file', path)
   page.wait_for_selector('#result:not(.stale) #times li')
 
 
 def _check_result(page, network, photograph):
-  """The page shows what the network computes; returns that."""
+  """Checks that the page shows the network's results; returns them."""
   expected = network.predict(photograph)
   probability = max(expected['probabilities'])
   name = network.run.class_names[np.argmax(expected['probabilities'])]
@@ -167,7 +167,7 @@ def _check_result(page, network, photograph):
 
 
 def _pixels(page):
-  """uint8[h, w, 3], what the large canvas shows."""
+  """Returns the large canvas as uint8[h, w, 3]."""
   values = page.evaluate(
     """() => {
       const canvas = document.querySelector('#map');
@@ -180,7 +180,7 @@ def _pixels(page):
 
 
 def _saturated(pixels):
-  """The share of pixels that have a color."""
+  """Returns the share of colored pixels."""
   return np.mean(np.ptp(pixels.astype(int), axis=-1) > 25)
 
 
@@ -193,7 +193,7 @@ def test_a_photograph_is_uploaded(
   _check_result(page, networks[0], photograph)
   assert page.locator('#times li').count() == 2
   assert 'of them ran at a position' in page.inner_text('#caption')
-  # Each view draws another picture.
+  # Each view draws a different picture.
   views = [_pixels(page)]
   assert views[0].shape == (665, 960, 3) and _saturated(views[0]) > 0.3
   for label in ('Photo', networks[0].blocks[0]['name']):
@@ -219,7 +219,7 @@ def test_the_slider_picks_the_nearest_budget(
   assert page.input_value('#network') == 'high'
   assert page.input_value('#budget') == '0.75'
   _check_result(page, networks[1], photograph)
-  # Networks without gates have no budget, no masks, and one time.
+  # Networks without gates have no budget, no masks, and a single time.
   page.select_option('#network', 'dense')
   page.wait_for_selector('#result:not(.stale) #times li')
   _check_result(page, networks[2], photograph)
@@ -289,7 +289,7 @@ def test_an_example_of_the_static_page(static_page, networks, photograph):
 
 
 def test_the_browser_prepares_images_as_python(static_page, photograph):
-  """Enlarged, shrunk, cut: as Pillow does."""
+  """Enlarges, shrinks, and crops as Pillow does."""
   from PIL import Image
 
   image = Image.fromarray(photograph)
@@ -311,7 +311,7 @@ def test_the_browser_prepares_images_as_python(static_page, photograph):
 
 
 def test_the_page_draws_as_python(page, served):
-  """Boxes, ponder costs and colors are those of the library."""
+  """Boxes, ponder costs and colors equal the library's."""
   page.goto(served)
   rng = np.random.default_rng(0)
   sizes = [(640, 480), (333, 500), (24, 24), (1000, 37), (225, 224), (27, 54)]

@@ -1,4 +1,4 @@
-"""Networks of three budgets and a photograph, for the tests of the page."""
+"""Fixtures for the page's tests: networks of three budgets, a photograph."""
 
 import io
 
@@ -17,7 +17,7 @@ CLASSES = ('disc', 'ring', 'club_sandwich')
 
 
 def _make_run(folder, seed, **options):
-  """Writes a workdir of random weights, whose gates decide by position."""
+  """Writes a workdir with random weights, whose gates decide by position."""
   config = Config.make(
     dataset='spots',
     data_dir=str(folder.parent / 'data'),
@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def networks(runs):
-  """The networks of `runs`, in that order."""
+  """The networks of `runs`, in the same order."""
   return load_networks([str(folder) for folder in runs.values()])
 
 
@@ -80,7 +80,7 @@ def photograph_file(photograph, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def png():
-  """Returns a PNG of one color, of a given size."""
+  """Returns a PNG of one color with the given size."""
 
   def make(width, height):
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What the page is told of a network, against the network itself."""
+"""Tests of the page's data about a network, against the network itself."""
 
 import io
 
@@ -20,7 +20,7 @@ from dynconv_jax.training.workdir import load_run
 
 
 def _expected(run, photograph):
-  """Probabilities, masks and MACs of the model's own forward pass."""
+  """Returns probabilities, masks and MACs of the model's own forward pass."""
   seen = decode.preprocess_image(photograph, 24, 256 / 224)[None]
   logits, masks = run.model(normalize(seen, 'imagenet'))
   images = jax.ShapeDtypeStruct((1, 24, 24, 3), np.float32)
@@ -55,7 +55,7 @@ def test_a_dense_network_computes_everything(networks, runs, photograph):
 
 
 def test_the_dense_network_of_a_gated_one_has_no_gates(networks):
-  """Both are of the same architecture, so the third is its second route."""
+  """The third network has the same architecture: it is the reference."""
   assert networks[0].dense_macs == networks[2].dense_macs
   assert networks[0].always_macs < networks[0].dense_macs
 
@@ -79,7 +79,7 @@ def test_workdirs(runs, tmp_path):
     load_networks([])
   with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
     load_networks([str(tmp_path)])
-  # Folders of one name are told apart.
+  # Folders with the same name are distinguished.
   other = tmp_path / 'other' / 'low'
   other.parent.mkdir()
   other.symlink_to(runs['low'])
@@ -90,8 +90,8 @@ def test_workdirs(runs, tmp_path):
 
 def test_huge_pictures(png):
   check_size(png(8000, 8000), 'photograph')
-  check_size(b'no picture', 'photograph')  # Not its business.
-  # Pillow warns of the second, and refuses the third.
+  check_size(b'no picture', 'photograph')  # Checked elsewhere.
+  # Pillow warns about the second and rejects the third.
   for width, height in ((8000, 8001), (10000, 10000), (20000, 10000)):
     assert width * height > MAX_PIXELS
     with pytest.raises(decode.CorruptImageError, match='at most 64 megapixels'):
@@ -101,7 +101,7 @@ def test_huge_pictures(png):
 def test_examples_are_test_images_of_all_classes(runs):
   examples = find_examples('8', str(runs['low']))
   names = [name for name, _ in examples]
-  # Six classes take turns.
+  # Labels cycle through six classes.
   assert names == [*names[:6], *names[:2]] and len(set(names)) == 6
   image = Image.open(io.BytesIO(examples[0][1]))
   assert image.size == (24, 24)

@@ -1,4 +1,4 @@
-"""The server of the page: what it answers, and its errors."""
+"""Tests of the page's server: its responses and errors."""
 
 import http.client
 import json
@@ -27,7 +27,7 @@ def server(networks, photograph_file):
 
 @pytest.fixture
 def ask(server):
-  """Returns status, type and body of the answer to a request."""
+  """Returns the status, type and body of the response to a request."""
   host = urllib.parse.urlsplit(server.url).netloc
   connection = http.client.HTTPConnection(host, timeout=300)
 
@@ -49,7 +49,7 @@ def test_the_page_and_its_files(ask):
   for name, content in page_files().items():
     status, kind, data = ask('GET', f'/{name}?any')
     assert (status, data) == (200, content)
-    # Browsers refuse modules of another type.
+    # Browsers reject modules of any other type.
     if name.endswith('.js'):
       assert kind == 'text/javascript'
   assert b'page.js' in page

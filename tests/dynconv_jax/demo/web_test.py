@@ -1,4 +1,4 @@
-"""The static page's networks, run by ONNX Runtime, against JAX."""
+"""Tests of the static page's networks, run by ONNX Runtime, against JAX."""
 
 import json
 

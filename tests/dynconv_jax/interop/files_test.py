@@ -1,4 +1,4 @@
-"""Files of weights: hostile, damaged, half precise; written whole or not."""
+"""Tests of weight files: hostile, damaged, half precision, partly written."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ _ARRAYS = {
 
 
 def _safetensors(path, dtype, shape, data):
-  """Writes a file by its published layout, without the package."""
+  """Writes a file according to the published layout, without the package."""
   header = {
     'x': {'dtype': dtype, 'shape': shape, 'data_offsets': [0, len(data)]}
   }
@@ -52,7 +52,7 @@ def test_safetensors_are_written_whole_and_read_back(tmp_path):
     if name != '__metadata__'
   )
   assert size % 8 == 0
-  # A transposed array lies in memory as it was.
+  # A transposed array is stored in memory in its original order.
   begin, end = header['t']['data_offsets']
   transposed = np.frombuffer(data[8 + size :][begin:end], np.float32)
   np.testing.assert_array_equal(transposed, [0, 3, 1, 4, 2, 5])
@@ -74,7 +74,7 @@ def test_pytorch_reads_what_is_written(tmp_path, torch):
 
 
 def test_half_precision_in_safetensors(tmp_path):
-  # 1.5 and -2 by the bits of bfloat16 and of IEEE half.
+  # 1.5 and -2 as bits of bfloat16 and IEEE half.
   bits = struct.pack('<HH', 0x3FC0, 0xC000)
   loaded = read_state_dict(
     _safetensors(tmp_path / 'b.safetensors', 'BF16', [2], bits)
@@ -124,7 +124,7 @@ def test_a_flipped_bit_in_a_file_of_pytorchs(tmp_path, torch):
   content = bytearray(path.read_bytes())
   content[content.index(weights.tobytes()) + 402] ^= 1
   path.write_bytes(content)
-  # PyTorch does not notice.
+  # PyTorch does not notice the damage.
   assert (torch.load(path)['x'].numpy() != weights).sum() == 1
   with pytest.raises(ValueError, match=r'w\.pth is damaged: w/data/0 differs'):
     read_state_dict(path)
@@ -147,7 +147,7 @@ def test_checkpoints_of_pytorch(tmp_path, torch, suffix, legacy):
 
 
 class _Hostile:
-  """Runs a command where a pickle of it is loaded."""
+  """Runs a command when a pickle of it is loaded."""
 
   def __init__(self, command):
     self.command = command
@@ -170,7 +170,7 @@ def test_a_hostile_pickle_runs_no_code(tmp_path, torch, form):
   ):
     read_state_dict(path)
   assert not witness.exists()
-  # The file does run its code where it is loaded as files once were.
+  # The file does run its code if loaded the unsafe way.
   torch.load(path, weights_only=False) if form != 'pickle' else pickle.loads(
     path.read_bytes()
   )

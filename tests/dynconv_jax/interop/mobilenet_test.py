@@ -1,4 +1,4 @@
-"""Published weights of depthwise networks, against PyTorch."""
+"""Tests of published weights of depthwise networks, against PyTorch."""
 
 import pathlib
 import re
@@ -39,7 +39,7 @@ PHOTOGRAPHS = pathlib.Path(__file__).parents[4] / 'shared/data/food-101/images'
 
 
 def make(name, classes=7, gate=lambda site: None, **kwargs):
-  """A network of shapes and dtypes: loading gives it arrays."""
+  """A network of shapes and dtypes only, which loading fills with arrays."""
   return nnx.eval_shape(
     lambda: NETWORKS[name](
       num_classes=classes,
@@ -52,7 +52,7 @@ def make(name, classes=7, gate=lambda site: None, **kwargs):
 
 
 def logits(model, images):
-  """Of float32[N, 3, H, W], PyTorch's."""
+  """Returns the logits for PyTorch's float32[N, 3, H, W]."""
   model = nnx.view(model, deterministic=True, use_running_average=True)
   images = jnp.asarray(images.numpy().transpose(0, 2, 3, 1))
   return np.asarray(nnx.jit(lambda m, x: m(x)[0])(model, images))
@@ -76,24 +76,24 @@ CASES = {
 @pytest.mark.parametrize('case', CASES)
 def test_logits_are_those_of_pytorch(case):
   kwargs, make_twin = CASES[case]
-  # Even and odd maps, where paddings differ.
+  # Even and odd maps, for which paddings differ.
   images = noise(4, 3, 72, 79)
   twin = calibrated(make_twin(), images)
   with torch.no_grad():
     expected = twin(images).numpy()
   scale = expected.std(0).max()
-  assert scale > 1e-2  # Images are told apart.
+  assert scale > 1e-2  # Logits differ between images.
   model = make(re.sub('_(050|symmetric)', '', case), **kwargs)
   load_torch_state_dict(model, twin.state_dict())
   np.testing.assert_allclose(
     logits(model, images), expected, rtol=0, atol=1e-4 * np.abs(expected).max()
   )
-  if 'lite0' in case:  # The other padding is another network.
+  if 'lite0' in case:  # With the other padding, it is a different network.
     other = {'same': 'symmetric', 'symmetric': 'same'}[model.padding]
     wrong = make('efficientnet_lite0', padding=other)
     load_torch_state_dict(wrong, twin.state_dict())
     assert np.abs(logits(wrong, images) - expected).max() > 0.05 * scale
-  # And back.
+  # And back again.
   naming = 'torchvision' if 'mobilenet' in case else 'timm'
   back = mobilenet.restore(model, to_torch_state_dict(model), naming)
   theirs = twin.state_dict()
@@ -106,7 +106,7 @@ def test_logits_are_those_of_pytorch(case):
 def test_names_of_the_package():
   model = make('efficientnet_lite1')
   names = mobilenet.module_names(model, 'efficientnet_lite_pytorch')
-  # As in its file of weights.
+  # As in its weight file.
   expected = {
     'conv_stem': '_conv_stem',
     'bn1': '_bn0',
@@ -125,7 +125,7 @@ def test_names_of_the_package():
 
 
 def test_what_does_not_fit_is_named():
-  """All of it, in the names of the file."""
+  """The error names everything, with the names in the file."""
   state_dict = TorchMobileNetV2(classes=7).state_dict()
   del state_dict['features.2.conv.1.1.bias']
   state_dict['features.3.conv.3.weight'] = torch.zeros(5)
@@ -199,7 +199,7 @@ def test_padding_of_sources(source, padding):
   normalization = mobilenet.source_normalization(source)
   assert normalization in (*NORMALIZATIONS, None)
   assert (normalization == 'inception') == (padding == 'same')
-  # The network of the source, or any where that is not known.
+  # The source's network, or any network if that is unknown.
   model = mobilenet.source_model(source) or 'efficientnet_lite0'
   for given in ('same', 'symmetric'):
     options = types.SimpleNamespace(padding=given)
@@ -244,7 +244,7 @@ def test_packages(monkeypatch, tmp_path):
 
 
 def photographs(size, number):
-  """Center crops of `number` photographs of all classes, in [0, 1]."""
+  """Returns center crops of `number` photographs of all classes, in [0, 1]."""
   image = pytest.importorskip('PIL.Image')
   paths = sorted(PHOTOGRAPHS.glob('*/*.jpg'))
   if len(paths) < number:
@@ -264,7 +264,7 @@ def photographs(size, number):
 
 
 def _logits_of_both(images):
-  """Returns the logits of our network and of the package's own, on its weights.
+  """Returns the logits of our network and of the package's, with its weights.
 
   Args:
     images: float[N, 224, 224, 3] in [0, 1].
@@ -304,11 +304,11 @@ def test_real_weights_on_drawn_images():
 
 @pytest.mark.slow
 def test_real_weights_on_real_photographs():
-  """On 64 photographs of food."""
+  """Compares both on 64 photographs of food."""
   got, expected = _logits_of_both(photographs(224, 64))
   np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(got.argmax(1), expected.argmax(1))
-  # Plates, not one class for all; and food, as ImageNet knows it.
+  # Several classes, most of them ImageNet's food classes.
   assert len(set(expected.argmax(1))) > 8
   food = (expected.argmax(1) >= 923) & (expected.argmax(1) <= 969)
   assert food.mean() > 0.5

@@ -1,4 +1,4 @@
-"""Where pretrained weights come from, with and without a network."""
+"""Tests of the sources of pretrained weights, online and offline."""
 
 import re
 import sys
@@ -12,7 +12,7 @@ TIMM = 'hf:timm/resnet50.tv_in1k'
 
 @pytest.fixture
 def hub():
-  """The real package; no test lets it reach the network."""
+  """The real package; no test lets it access the network."""
   return pytest.importorskip(
     'huggingface_hub', reason='huggingface_hub is not installed'
   )
@@ -78,7 +78,7 @@ def _advice(folder, revision='main', name='resnet50.tv_in1k'):
 
 
 def test_without_a_network(hub, tmp_path, monkeypatch):
-  """The package's own error, of an address that nothing answers."""
+  """The package's own error for an address that does not respond."""
   real = hub.hf_hub_download
 
   def refused(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""Names, layouts, prefixes and errors of PyTorch's state_dicts."""
+"""Tests of names, layouts, prefixes and errors of PyTorch state_dicts."""
 
 import collections
 
@@ -17,8 +17,8 @@ from dynconv_jax.models.create import create_model
 
 
 def _network(method='dense', seed=0, name='cifar_resnet8', **kwargs):
-  """Returns a network of noise; nothing is compiled."""
-  if method in ('sact', 'act'):  # No gate in a stage's first block.
+  """Returns a network with random values, without compiling anything."""
+  if method in ('sact', 'act'):  # The first block of a stage has no gate.
     name = 'cifar_resnet14'
   kwargs = {'num_classes': 5, 'width_multiplier': 0.25, **kwargs}
   graphdef, state = nnx.split(
@@ -69,7 +69,7 @@ def test_round_trip_is_bit_identical(method):
   other = _network(method, seed=1)
   interop.load_torch_state_dict(other, state_dict)
   _assert_same(other, model)
-  # A copy: PyTorch trains its tensors in place.
+  # A copy, because PyTorch trains its tensors in place.
   for array in state_dict.values():
     array[...] = 0
   _assert_same(other, model)
@@ -97,7 +97,7 @@ def test_names_of_a_bottleneck_are_torchvisions():
       leaves = block | (projection if i == 0 else set())
       expected |= {f'layer{stage}.{i}.{leaf}' for leaf in leaves}
   assert set(names) == expected
-  # That of torchvision's resnet50.
+  # The prefix of torchvision's resnet50.
   assert len(names) == 320
 
 
@@ -167,7 +167,7 @@ def test_gates_of_blocks_that_are_always_executed_are_left_out():
   }
   for name, array in exported.items():
     np.testing.assert_array_equal(array, state_dict[name])
-  # A dense network would compute something else: no silence there.
+  # A dense network would compute something else, so this must be an error.
   with pytest.raises(ValueError, match=r'unexpected: .*layer1\.0\.fc1\.'):
     interop.load_torch_state_dict(_network(), state_dict)
 
@@ -363,7 +363,7 @@ def test_pretrained_dense_weights_leave_gates_and_another_head(method):
   assert len(trunk) == len(_own(dense)) - 2
   names = names_lib.torch_names(model, names_lib.TORCHVISION)
   assert set(fresh) == set(names) - trunk
-  # The control of dropped blocks has no weights of its own.
+  # The control with dropped blocks has no weights of its own.
   assert (method in ('dense', 'drop')) == (len(fresh) == 2)
   after, before = _weights(model), _weights(before)
   for name, weight in names.items():

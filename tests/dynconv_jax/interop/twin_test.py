@@ -1,4 +1,4 @@
-"""Every architecture gives what its twin in PyTorch gives, weights loaded."""
+"""Tests of every architecture against a PyTorch twin with equal weights."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ torch = pytest.importorskip('torch', reason='PyTorch is not installed')
 
 import torch_twin  # noqa: E402
 
-# Full width where that is quick; the structure is that of full width anyway.
+# Full width if that is fast; the structure is that of full width in any case.
 _FULL = ('resnet18', 'resnet50', 'cifar_resnet8', 'cifar_resnet20')
 _QUICK = ('cifar_resnet8', 'cifar_resnet14')
 
 
 def _network(name, method, width_multiplier, **kwargs):
-  """Returns the evaluation view of a network of shapes alone."""
+  """Returns the evaluation view of an abstract network."""
   model = nnx.eval_shape(
     lambda: create_model(
       name,
@@ -34,8 +34,8 @@ def _network(name, method, width_multiplier, **kwargs):
 
 def _compare(name, model, twin):
   gated = [block for block in twin.blocks if block.gate != 'dense']
-  # Images whose decisions no rounding makes, and whose masks are not all ones,
-  # nor all zeros: these would hide most of the network.
+  # Images whose decisions do not depend on rounding, and whose masks are
+  # neither all ones nor all zeros, which would hide most of the network.
   for seed in range(40):
     images = torch_twin.random_images(name, 3, seed)
     with torch.no_grad():
@@ -48,7 +48,7 @@ def _compare(name, model, twin):
   inputs = images.numpy().transpose(0, 2, 3, 1)
   # Not compiled as a whole: a deep network has few shapes and many layers.
   logits, masks = model(inputs)
-  assert np.abs(expected - expected.mean(0)).max() > 1e-2  # Images matter.
+  assert np.abs(expected - expected.mean(0)).max() > 1e-2
   np.testing.assert_allclose(
     logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max()
   )
@@ -82,7 +82,7 @@ def test_same_logits_and_masks(name, method):
   load_torch_state_dict(model, state)
   _compare(name, model, twin)
 
-  # And back: the very same bits, and a module that takes nothing else.
+  # And back: the same bits, in a module that accepts nothing else.
   exported = to_torch_state_dict(model)
   assert exported.keys() == state.keys()
   for key, array in exported.items():

@@ -1,4 +1,4 @@
-"""The zoo's index, where files are found, and what is wrong with them."""
+"""Tests of the zoo's index, its search path, and its errors."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ _HASH = hashlib.sha256(_CONTENT).hexdigest()
 
 @pytest.fixture
 def entry(monkeypatch, tmp_path):
-  """The entry of zoo:small, which a test may change; HOME is empty."""
+  """The entry of zoo:small, which tests may change; HOME is empty."""
   values = {
     'file': 'small.safetensors',
     'sha256': _HASH,
@@ -69,7 +69,7 @@ def test_a_missing_file_says_where_to_put_it(entry, tmp_path, monkeypatch):
   for find in (find_pretrained, check_found):
     with pytest.raises(FileNotFoundError, match=message):
       find('zoo:small', tmp_path / 'data')
-  # Before anything is computed, with all else that is wrong.
+  # Raised before any computation, with all other errors.
   config = Config.make(
     model='mobilenet_v2',
     padding='same',
@@ -132,7 +132,7 @@ def test_a_source_says_what_it_is_for(entry, tmp_path):
     assert source_model(source) == 'mobilenet_v2'
     assert source_options(source) == {'padding': 'same'}
     assert source_normalization(source) == 'inception'
-  # Another file says nothing.
+  # Another file has no effect.
   write_safetensors(path, {})
   assert source_model(str(path)) is None
   with pytest.raises(ValueError, match='are for model=mobilenet_v2, not'):

@@ -81,13 +81,13 @@ class ConvTest(parameterized.TestCase):
   def test_initialisation(self):
     layer = layers.conv(32, 64, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
     kernel = np.asarray(layer.kernel[...])
-    # Kaiming's normal, fan_out: sqrt(2 / (3 * 3 * 64)).
+    # Kaiming normal, fan_out: sqrt(2 / (3 * 3 * 64)).
     self.assertAlmostEqual(kernel.std(), (2 / 576) ** 0.5, delta=0.001)
     self.assertAlmostEqual(kernel.mean(), 0, delta=0.002)
 
 
 class ConvGeneralDilatedTest(parameterized.TestCase):
-  """The forms that a CPU runs on small maps and for single features."""
+  """The forms that a CPU uses for small maps and for single features."""
 
   @parameterized.parameters(
     ((2, 2), 3, 1),
@@ -111,7 +111,7 @@ class ConvGeneralDilatedTest(parameterized.TestCase):
       return lax.conv_general_dilated(x, kernel, *arguments, **layout)
 
     cotangent = _normal(*jax.eval_shape(plain, x, kernel).shape, seed=2)
-    # The branch under test is taken at all: the jaxpr chooses by platform.
+    # The branch under test is used: the jaxpr chooses by platform.
     self.assertIn('platform_index', str(jax.make_jaxpr(ours)(x, kernel)))
 
     @jax.jit
@@ -221,7 +221,7 @@ class BatchNormTest(parameterized.TestCase):
 
   def test_bfloat16_keeps_float32_statistics(self):
     norm = layers.BatchNorm(1, rngs=nnx.Rngs(0))
-    # 256 + 1 is not a bfloat16: sums in it would lose the ones.
+    # 256 + 1 is not a bfloat16: sums in bfloat16 would lose the ones.
     x = jnp.array([256.0, 258.0] * 32, jnp.bfloat16).reshape(4, 4, 4, 1)
     y = norm(x)
     self.assertEqual(y.dtype, jnp.bfloat16)
@@ -235,7 +235,7 @@ class MaxPoolTest(parameterized.TestCase):
   def test_value_and_gradient(self, shape, ties):
     x = _normal(2, *shape, 3)
     if ties:
-      # A rectified map: most windows hold equal zeros, and equal ones.
+      # A rectified map: most windows contain equal zeros and equal ones.
       x = np.round(np.maximum(x, 0))
     h, w = ((size - 1) // 2 + 1 for size in shape)
     cotangent = _normal(2, h, w, 3, seed=1)

@@ -1,4 +1,4 @@
-"""Kernels for training against XLA's convolutions and PyTorch's batch norm."""
+"""Tests of training kernels against XLA's and PyTorch's layers."""
 
 import functools
 import os
@@ -42,7 +42,7 @@ def _value_and_gradients(function, *args):
 
 @pytest.fixture
 def calls():
-  """Names of the kernels that are called."""
+  """Returns the names of the kernels that are called."""
   names, call = [], training_kernels.call
 
   def spy(name, *args, **kwargs):
@@ -62,7 +62,7 @@ def calls():
     ((9, 9), 40, 5, 2),
     ((3, 2), 16, 5, 1),  # Each window crosses a border.
     ((6, 7), 33, 7, 3),
-    ((6, 5), 16, 1, 2),  # Some of x are in no window.
+    ((6, 5), 16, 1, 2),  # Some elements of x are in no window.
     ((70, 66), 32, 3, 2),  # Several bands.
     ((1, 1), 3, 3, 1),
   ],
@@ -90,7 +90,7 @@ def test_depthwise_is_the_grouped_convolution(
   assert set(calls) == {
     'depthwise', 'depthwise_input_gradient', 'depthwise_kernel_gradient'
   }  # fmt: skip
-  # A gradient of the kernel adds up to 9,000 products.
+  # A gradient of the kernel sums up to 9,000 products.
   chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-4)
 
 
@@ -130,7 +130,7 @@ def _torch_batch_norm(x, scale, bias, activation, grad):
   'shape', ((3, 5, 7, 20), (4, 30, 30, 16), (2, 1, 1, 3))
 )
 def test_batch_norm_is_that_of_pytorch_in_float64(calls, shape, activation):
-  # Far from zero, where a variance by squares would cancel.
+  # Far from zero, where computing the variance from squares would cancel.
   x = 50 + 3 * _normal(*shape)
   scale, bias = 1 + _normal(shape[-1], seed=1), 3 * _normal(shape[-1], seed=2)
   grad = _normal(*shape, seed=9)
@@ -168,7 +168,7 @@ def test_without_kernels_xla_computes_the_same():
 
 
 def test_results_do_not_depend_on_the_number_of_threads():
-  """So that a run resumed on another machine goes on to the same bits."""
+  """A run resumed on a different machine must continue with the same bits."""
   program = """
 import os, sys
 os.sched_setaffinity(0, {int(core) for core in sys.argv[1:]})
@@ -200,7 +200,7 @@ print(hashlib.sha256(b''.join(
 
 
 def test_a_batch_over_devices_stays_there():
-  """The kernels compute each device's share; only sums travel."""
+  """The kernels compute each device's share; only sums are communicated."""
   program = """
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update('jax_num_cpu_devices', 2)
@@ -231,7 +231,7 @@ for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(step(*alone))):
 
 @pytest.mark.parametrize('devices', (1, 2))
 def test_under_vmap(devices):
-  """Several models at once, as ensembles train, with their gradients."""
+  """Several models at once, as in ensemble training, with their gradients."""
   program = f"""
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update('jax_num_cpu_devices', {devices})

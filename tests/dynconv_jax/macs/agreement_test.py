@@ -1,4 +1,4 @@
-"""Tests that the three front ends count one network alike, to the MAC.
+"""Tests that the three front ends count a network identically.
 
 Each network is written three times: in JAX, in PyTorch and as ONNX nodes.
 """
@@ -25,14 +25,14 @@ from dynconv_jax.macs.torch import count_macs as count_torch_macs  # noqa: E402
 
 
 class Graph:
-  """An ONNX graph that is written node by node, with weights of zeros."""
+  """An ONNX graph that is written node by node, with zero weights."""
 
   def __init__(self, *shape):
     self.nodes, self.weights, self.last = [], [], 'x'
     self.shape = shape
 
   def weight(self, name, *shape):
-    # A weight's data is not looked at, so none is written.
+    # The data of a weight is not read, so none is written.
     self.weights.append(
       TensorProto(name=name, dims=shape, data_type=TensorProto.FLOAT)
     )
@@ -181,7 +181,7 @@ class ResNetTest(parameterized.TestCase):
       self.assertEqual(by_onnx.by_layer[name].parameters, layer.parameters)
 
   def test_ptflops(self):
-    # The JAX front end does not know the convention.
+    # The JAX front end does not support this convention.
     model = onnx_resnet((3, 4, 6, 3), 4, 1, 3, 224, 224)
     report = count_onnx_macs(model, convention='ptflops')
     self.assertEqual(report.total, 4_132_436_968)
@@ -277,7 +277,7 @@ class ConvolutionsTest(parameterized.TestCase):
 
 
 def recurrent_in_jax(x, w_ih, w_hh, b_ih, b_hh):
-  """A GRU over x, [T, N, I], from zeros."""
+  """A GRU over x, [T, N, I], with zero initial state."""
 
   def step(h, x):
     reset, update, new = jnp.split(x @ w_ih.T + b_ih, 3, -1)
@@ -291,7 +291,7 @@ def recurrent_in_jax(x, w_ih, w_hh, b_ih, b_hh):
 
 
 def recurrent_in_onnx(steps, batch, inputs, hidden):
-  """Returns the same as a Scan over a body of nodes."""
+  """Returns the same network as a Scan over a body of nodes."""
   body = Graph(batch, inputs)
   for name, value in (('ih', 'x'), ('hh', 'h')):
     body.add('Gemm', f'w_{name}', f'b_{name}', transB=1, after=value)
@@ -425,7 +425,7 @@ class AttentionTest(parameterized.TestCase):
       attention_in_onnx(n, length, size, heads), convention=convention
     )
     self.assertEqual(by_onnx.total, by_torch.total)
-    # jax.nn.softmax first compares the maximum of each row with -inf.
+    # jax.nn.softmax also compares the maximum of each row with -inf.
     rows = n * heads * length if convention == 'flops' else 0
     self.assertEqual(by_jax.total, by_torch.total + rows)
     products = n * (4 * length * size * size + 2 * length * length * size)

@@ -1,4 +1,4 @@
-"""Formulas against loops that do the work, one position at a time."""
+"""Tests of formulas against loops that do the work, position by position."""
 
 import itertools
 import pathlib
@@ -58,8 +58,8 @@ def output_size(arguments) -> list[int]:
 def macs_by_loop(arguments, padding_value: int) -> int:
   """Slides a window of ones over the padded input and sums what it reads.
 
-  Elements of the input are 1, zeros that spread it 0, padding as given: each
-  sum is the number of products that are work, for one pair of features.
+  Input elements are 1, zeros in between 0, and padding as given. Each sum is
+  the number of products that count as work, for one pair of features.
   """
   a = arguments
   spread = np.zeros(
@@ -171,10 +171,10 @@ def test_matmul_and_attention_by_hand():
 
 @pytest.mark.parametrize('affine', [True, False])
 def test_norm_does_the_operations_of_its_definition(affine):
-  """Three or two steps an element; statistics as mean and mean of squares."""
+  """Three or two steps per element; statistics as mean and mean of squares."""
   elements, groups = 12, 4
   scale_and_shift = elements + groups if affine else 0
-  # Difference and product an element; epsilon and root a group.
+  # Difference and product per element; epsilon and root per group.
   given = 2 * elements + 2 * groups + scale_and_shift
   statistics = elements + 2 * (elements - groups) + 2 * groups + 2 * groups
   work = formulas.norm(elements, groups, affine=affine)

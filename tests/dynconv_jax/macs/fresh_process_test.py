@@ -1,4 +1,4 @@
-"""Tests that the count of a model is one and the same in every process."""
+"""Tests that the count of a model is the same in every process."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[3]
 
-# Each defines `report`, with layers, notes or operations that are missing.
+# Each defines `report`, with layers, notes or uncounted operations.
 JAX = """
 import jax
 import jax.numpy as jnp

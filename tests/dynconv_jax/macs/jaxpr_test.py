@@ -1,4 +1,4 @@
-"""Arguments and errors of `count_macs`; published networks to the MAC."""
+"""Tests of `count_macs`: arguments, errors, and published networks."""
 
 import functools
 import subprocess
@@ -14,7 +14,7 @@ from flax import nnx
 import dynconv_jax
 from dynconv_jax import macs
 
-# What the figures count.
+# The convention of the published figures.
 conv = functools.partial(macs.count_macs, convention='conv')
 
 
@@ -65,7 +65,7 @@ def test_published_totals_with_the_head():
   norms = 2 * 26_560
   layers = counted.by_layer.values()
   assert sum(layer.parameters for layer in layers) == 25_557_032 - norms
-  # fvcore's count of activations.
+  # fvcore's activation count.
   assert counted.activations == 11_114_984
 
 
@@ -73,7 +73,7 @@ def test_resnet152_counts_in_a_second():
   model = abstract_model('resnet152')
   seconds = []
   for _ in range(3):
-    # Time of this process: others may share the machine.
+    # CPU time of this process, because others may share the machine.
     start = time.process_time()
     conv(model, images(1, 224))
     seconds.append(time.process_time() - start)
@@ -138,7 +138,7 @@ def test_masks_by_the_models_own_table(dynconv101):
 
 
 def test_published_macs_at_the_realised_fraction(dynconv101):
-  """DynConv's ResNet-101: 2997.18 MMAC, of masked layers 0.334."""
+  """DynConv's ResNet-101: 2997.18 MMAC, with 0.334 of the masked layers."""
   counted, masks = dynconv101
   dense = sum(mask.dense_macs() for mask in masks)
   parts = [
@@ -146,7 +146,7 @@ def test_published_macs_at_the_realised_fraction(dynconv101):
   ]
   assert [round(part / 1e9, 3) for part in parts] == [0.118, 0.360, 0.072]
   assert round(dense / 1e9, 3) == 7.322
-  # The fraction was published to three digits.
+  # The fraction was published with three digits.
   low, high = (sum(parts) + share * dense for share in (0.3335, 0.3345))
   assert low < 2_997_180_000 < high
   assert round((2_997_180_000 - sum(parts)) / dense, 3) == 0.334
@@ -160,7 +160,7 @@ def test_training_step_costs_three_forward_passes_less_one_of_the_stem():
     logits, _ = nnx.merge(graphdef, params, rest)(images)
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1))
 
-  # Statistics as constants, which abstract ones are not.
+  # Make the statistics constants, which abstract arrays cannot be.
   rest = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), rest)
   step = conv(jax.grad(loss), params, images(2, 224))
   forward = conv(loss, params, images(2, 224))
@@ -257,7 +257,7 @@ def test_f_must_be_callable():
 
 
 def in_a_process(program):
-  """Returns what a program prints."""
+  """Returns the output of a program."""
   run = subprocess.run(
     [sys.executable, '-c', program], check=True, capture_output=True, text=True
   )
@@ -296,7 +296,7 @@ def test_counting_other_frameworks_imports_no_jax(framework):
 
 
 def test_the_counter_is_imported_in_a_moment():
-  """Beside its framework, in the best of some tries."""
+  """Measured relative to its framework, as the best of several attempts."""
   program = (
     'import time, jax\nstart = time.process_time()\n'
     'from dynconv_jax.macs import count_macs\n'

@@ -1,4 +1,4 @@
-"""Tests that the front ends count depthwise networks alike."""
+"""Tests that the front ends count depthwise networks identically."""
 
 import math
 
@@ -28,13 +28,13 @@ NETWORKS = {**mobilenet.ARCHITECTURES, **efficientnet_lite.ARCHITECTURES}
 CASES = {
   'mobilenet_v2': (MOBILENET_V2, 1.0, 1.0, 224, TorchMobileNetV2),
   'efficientnet_lite0': (LITE, 1.0, 1.0, 224, TorchLite),
-  # Odd maps; widths that are rounded.
+  # Odd maps; rounded widths.
   'efficientnet_lite2': (LITE, 1.1, 1.2, 260, lambda: TorchLite(1.1, 1.2)),
 }
 
 
 def onnx_graph(stages, width, depth, size):
-  """The network node by node, with weights that hold no data."""
+  """The network node by node, with weights that contain no data."""
   nodes, weights, last = [], [], 'x'
 
   def add(operator, shape, **attributes):

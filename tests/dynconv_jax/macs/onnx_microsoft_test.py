@@ -1,4 +1,4 @@
-"""Tests of what ONNX Runtime's own operators stand for."""
+"""Tests of the expansions of ONNX Runtime's own operators."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ _DTYPES = {
 _ATTENTION = {'x': (2, 5, 16), 'w': (16, 48), 'b': (48,)}
 _KEYS = {'q': (2, 5, 16), 'k': (2, 7, 16), 'v': (2, 7, 16)}
 
-# Operator, shapes, MACs by hand, attributes.
+# Operator, shapes, MACs computed by hand, attributes.
 PRODUCTS = (
   ('FusedMatMul', {'a': (2, 3, 4, 5), 'b': (2, 3, 6, 5)}, 720, {'transB': 1}),
   ('FusedMatMul', {'a': (2, 3, 5, 4), 'b': (2, 3, 5, 6)}, 720, {'transA': 1}),
@@ -153,7 +153,7 @@ PRODUCTS = (
   ),
 )
 
-# Operator, shapes, FLOPs by hand, attributes.
+# Operator, shapes, FLOPs computed by hand, attributes.
 OTHERS = (
   # A sum, and a norm of 160 elements in 10 rows.
   (
@@ -243,7 +243,7 @@ OTHERS = (
 
 
 def parse(inputs):
-  """Returns {name: (shape, kind)}, the numbers of inputs, and what to read."""
+  """Returns {name: (shape, kind)}, input indices, and names to read."""
   types, fill, names = {}, {}, []
   for text, shape in inputs.items():
     name, _, number = text.partition('=')
@@ -358,8 +358,8 @@ class UnknownTest(parameterized.TestCase):
     self.assertEmpty(count_macs(model, convention='conv').uncounted)
     with pytest.warns(
       report_lib.UncountedWarning,
-      match=r"FusedMatMul in product .* \['g', 'y'\] depend on values, by"
-      ' NonZero in positions',
+      match=r"FusedMatMul in product .* \['g', 'y'\] depend on tensor values"
+      r' \(NonZero in positions',
     ) as caught:
       count_macs(model)
     self.assertLen(caught, 1)
@@ -381,8 +381,8 @@ class UnknownTest(parameterized.TestCase):
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'Own in own is not counted: it is of the domain com.microsoft',
-        "MatMul in product is not counted: the shapes of ['b', 'y'] follow from"
+        'Own in own is not counted: it is unknown in the domain com.microsoft',
+        "MatMul in product is not counted: the shapes of ['b', 'y'] depend on"
         ' Own in own, which is not known',
       ],
     )

@@ -1,4 +1,4 @@
-"""Tests of what the ONNX front end makes of operators."""
+"""Tests of the ONNX front end's operators."""
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ class ConvolutionTest(parameterized.TestCase):
     runtime = pytest.importorskip('onnxruntime', reason='not installed')
     shape, weight = (2, 4, 5, 6), (4, 3, 3, 2)
     model = conv('ConvTranspose', shape, weight, **attributes)
-    # ONNX's reference evaluator does not know groups.
+    # ONNX's reference evaluator does not support groups.
     session = runtime.InferenceSession(model.SerializeToString())
     (output,) = session.run(None, {'x': np.ones(shape, np.float32)})
     inside = count_macs(model, padding=False).total
@@ -144,7 +144,7 @@ class ConvolutionTest(parameterized.TestCase):
       self.skipTest('this ONNX does not have it')
     model = one('CausalConvWithState', shapes, opset=27, outputs=('y', 'state'))
     self.assertEqual(count_macs(model).total, 2 * 4 * 7 * 3)
-    # Without a state the first two outputs read padding, 2 + 1 taps.
+    # Without a state, the first two outputs read padding, 2 + 1 taps.
     inside = count_macs(model, padding=False).total
     self.assertEqual(inside, 2 * 4 * (7 * 3 - (0 if with_state else 3)))
 
@@ -264,7 +264,7 @@ class MatmulTest(parameterized.TestCase):
       onnx.defs.get_schema('LinearAttention')
     except onnx.defs.SchemaError:
       self.skipTest('this ONNX does not have it')
-    # A state of 8 x 4 for each of two heads; four heads read it.
+    # A state of 8 x 4 for each of two heads, read by four heads.
     shapes = {'q': (3, 5, 4 * 8), 'k': (3, 5, 2 * 8), 'v': (3, 5, 2 * 4)}
     for rule, products, more in (
       ('linear', 2 + 4, False),
@@ -355,7 +355,7 @@ class ElementwiseTest(parameterized.TestCase):
     self.assertEqual(count_macs(model, convention='ptflops').total, 2 * 288)
 
   @parameterized.parameters(
-    # All from axis 1 on is one row, or only the axis.
+    # Everything from axis 1 on is one row, or only the axis.
     ('Softmax', 11, {}, 5 * 24 - 2 * 2),
     ('Softmax', 11, {'axis': 2}, 5 * 24 - 2 * 6),
     ('Softmax', 9, {'axis': 0}, 5 * 24 - 2),
@@ -393,7 +393,7 @@ class ElementwiseTest(parameterized.TestCase):
   @parameterized.parameters(
     # 48 elements in 12 rows: squares, sums, mean, epsilon, root, products.
     ('RMSNormalization', {'x': (2, 6, 4), 's': (4,)}, {}, 4 * 48 + 2 * 12),
-    # One element of four is left as it is.
+    # One element of four stays unchanged.
     (
       'RotaryEmbedding',
       {'x': (2, 3, 5, 8), 'cos': (2, 5, 3), 'sin': (2, 5, 3)},

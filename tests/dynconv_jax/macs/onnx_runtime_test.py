@@ -1,4 +1,4 @@
-"""Tests of files that ONNX Runtime's optimizer and quantizer write."""
+"""Tests of files written by ONNX Runtime's optimizer and quantizer."""
 
 import functools
 import logging
@@ -51,7 +51,7 @@ def network() -> onnx.ModelProto:
 
 
 def optimized(path: str, level: str) -> str:
-  """Returns the file that ONNX Runtime runs in place of another."""
+  """Returns the file that ONNX Runtime runs instead of another."""
   options = runtime.SessionOptions()
   options.log_severity_level = 3
   options.optimized_model_filepath = f'{path}.optimized.onnx'
@@ -69,7 +69,7 @@ def operators(path: str) -> set[str]:
 
 
 class Images:
-  """What a quantizer is calibrated on."""
+  """Calibration data for a quantizer."""
 
   def __init__(self, name):
     random = np.random.default_rng(0)
@@ -82,7 +82,7 @@ class Images:
 
 
 def quantized(path: str, kind: str, **options) -> str:
-  """Returns a file with integers in place of real numbers."""
+  """Returns a file with integers instead of real numbers."""
   quantization = pytest.importorskip('onnxruntime.quantization')
   output = f'{path}.{kind}.onnx'
   with warnings.catch_warnings():
@@ -123,7 +123,7 @@ class RuntimeTest(parameterized.TestCase):
     }
     blocks = 'com.microsoft.nchwc::Conv'
     self.assertIn(kinds.get(level, blocks), operators(path))
-    # Blocks of channels are told of.
+    # A note mentions the blocks of channels.
     self.assertLen(report.notes, int(blocks in operators(path)))
 
   @parameterized.product(
@@ -179,13 +179,13 @@ class BlocksTest(parameterized.TestCase):
       ),
       convention='flops',
     )
-    # Each output has a bias, and what is added to it.
+    # Each output has a bias, and an addition to it.
     outputs = 32 * 36
     macs = outputs * 9 * 32
     self.assertEqual(report.by_layer['conv'].macs, 2 * macs + 2 * outputs)
     shape = (1, 6, 6, 20) if channels_last else (1, 20, 6, 6)
     self.assertEqual(report.by_layer['after'].output_shape, shape)
-    self.assertIn('filled up to blocks', report.notes[0])
+    self.assertIn('padded to whole blocks', report.notes[0])
 
   def test_enlarged(self):
     node = helper.make_node('Upsample', ['x'], ['y'], scales=[1, 1, 2, 3])

@@ -410,9 +410,9 @@ class UncountedTest(absltest.TestCase):
     self.assertEqual(
       [str(warning.message) for warning in caught],
       [
-        'Fused in own is not counted: it is of the domain com.example',
+        'Fused in own is not counted: it is unknown in the domain com.example',
         "Neg in minus is not counted: the shapes of ['m', 'y'] depend on"
-        ' values, by NonZero in positions',
+        ' tensor values (NonZero in positions)',
       ],
     )
     self.assertEqual(
@@ -518,7 +518,7 @@ class ErrorTest(parameterized.TestCase):
     return self.create_tempfile('model.onnx', content).full_path
 
   def test_missing_file(self):
-    with self.assertRaisesRegex(FileNotFoundError, 'no file nowhere.onnx'):
+    with self.assertRaisesRegex(FileNotFoundError, 'nowhere.onnx does not'):
       count_macs('nowhere.onnx')
 
   def test_damaged_files(self):
@@ -526,7 +526,7 @@ class ErrorTest(parameterized.TestCase):
     for content in (b'', b'not a model', whole[: len(whole) // 2]):
       path = self.write(content)
       with self.assertRaisesRegex(
-        ValueError, r'model\.onnx is damaged or no ONNX file'
+        ValueError, r'model\.onnx is damaged or not an ONNX file'
       ):
         count_macs(path)
 

@@ -1,4 +1,4 @@
-"""Tests of what the ONNX counter knows of a graph's values and their shapes."""
+"""Tests of the ONNX counter's knowledge of values and their shapes."""
 
 import pathlib
 import warnings
@@ -29,7 +29,7 @@ _DYNAMIC = {0: 'batch', 2: 'height', 3: 'width'}
 
 class ConstantsTest(parameterized.TestCase):
   def indexed(self, count):
-    """Rows that an array of integers chooses, times a matrix."""
+    """Rows selected by an array of integers, times a matrix."""
     nodes = [
       helper.make_node('Unsqueeze', ['index', 'axis'], ['row']),
       helper.make_node('Squeeze', ['row', 'axis'], ['flat']),
@@ -83,7 +83,7 @@ class ConstantsTest(parameterized.TestCase):
     folder = self.save_externally()
     (folder / 'weights.bin').unlink()
     with pytest.warns(
-      report_lib.UncountedWarning, match='depend on values, by Reshape'
+      report_lib.UncountedWarning, match=r'depend on tensor values \(Reshape'
     ):
       report = count_macs(folder / 'model.onnx')
     self.assertEqual(report.total, 0)
@@ -106,9 +106,9 @@ class ConstantsTest(parameterized.TestCase):
     self.assertEqual(
       report.notes,
       (
-        'Not in the total, because it depends on constants alone (MACs):'
-        ' Conv in position 480, MatMul in square 250; in all 730, which'
-        ' constants=True counts.',
+        'Not in the total, because it depends only on constants (MACs):'
+        ' Conv in position 480, MatMul in square 250; 730 in total. Count it'
+        ' with constants=True.',
       ),
     )
     self.assertIn('Conv in position 480', str(report))
@@ -123,7 +123,7 @@ class ConstantsTest(parameterized.TestCase):
 
 
 class FoldingTest(parameterized.TestCase):
-  """Shapes that a model computes from that of its input."""
+  """Shapes that a model computes from the shape of its input."""
 
   def model(self, nodes, **weights):
     """A map whose channels `nodes` reshape to rows of 4, times a matrix."""
@@ -361,7 +361,7 @@ class ExportedTest(parameterized.TestCase):
         x = torch.nn.functional.pad(x, pads)
         _, rows, columns, _ = x.shape
         x = torch.roll(x, shifts=(-2, -2), dims=(1, 2))
-        # What the shift brought together must not meet.
+        # Windows that the shift brought together must not attend to each other.
         mask = x.new_zeros((rows, columns))
         mask[-2:, :] = 1
         mask = mask.view(rows // k, k, columns // k, k).transpose(1, 2)
@@ -467,7 +467,7 @@ class BackendTest(absltest.TestCase):
         if info.type.HasField('tensor_type') and isinstance(array, np.ndarray):
           kind = info.type.tensor_type
           kind.shape.CopyFrom(value('', array.shape).type.tensor_type.shape)
-      # What these say is not what is tested.
+      # Remove the declared shapes, so that they are inferred.
       del graph.value_info[:]
       for info in graph.output:
         info.type.tensor_type.ClearField('shape')
@@ -526,7 +526,7 @@ class FalseAlarmTest(parameterized.TestCase):
   def test_products_are_missed_where_they_cost(self):
     with pytest.warns(
       report_lib.UncountedWarning,
-      match=r"MatMul in product .* \['m', 'y'\] depend on values, by NonZero",
+      match=r"MatMul in product .* \['m', 'y'\] depend on tensor values \(Non",
     ):
       count_macs(self.product())
     self.assertEmpty(count_macs(self.product(), convention='conv').uncounted)

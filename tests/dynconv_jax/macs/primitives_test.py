@@ -1,4 +1,4 @@
-"""The work of primitives, through the tracer, against counts by hand."""
+"""Tests of the work of primitives, traced, against counts by hand."""
 
 import functools
 import math
@@ -125,10 +125,10 @@ def test_gradients_of_a_padded_convolution_cost_the_forward_pass(
     ),
     (functools.partial(jnp.tensordot, axes=0), [(2, 3), (4,)], 24),
     (jnp.matmul, [(0, 3), (3, 4)], 0),
-    # An outer product has a multiply-accumulate an output.
+    # An outer product is one multiply-accumulate per output.
     (functools.partial(jnp.einsum, 'i,j->ij'), [(4,), (5,)], 20),
     (functools.partial(jnp.einsum, 'i,i->i'), [(4,), (4,)], 4),
-    # Labels of one operand alone are summed before.
+    # Labels of only one operand are summed first.
     (functools.partial(jnp.einsum, 'ij,kl->il'), [(3, 4), (5, 6)], 18),
     (functools.partial(jnp.einsum, 'ij,j->i'), [(3, 4), (4,)], 12),
   ],
@@ -164,7 +164,7 @@ def test_ragged_products_meet_their_own_group():
     (lambda x: lax.top_k(x, 2)[0], [(2, 8)], 48),
     (lambda x: jnp.fft.fft(x.astype(complex)), [(2, 8)], 5 * 16 * 3),
     (jnp.fft.rfft, [(2, 8)], 5 * 8 * 3),
-    # JAX compares each row's maximum once more, with -inf.
+    # JAX also compares each row's maximum with -inf.
     (jax.nn.softmax, [(3, 4)], 5 * 12 - 2 * 3 + 3),
     (lambda x: x.at[jnp.array([0, 2])].add(1.0), [(3, 4)], 8),
     (lambda x: nnx.max_pool(x, (2, 2), (2, 2)), [(1, 4, 4, 2)], 8 * 3),
@@ -203,7 +203,7 @@ def test_a_complex_multiply_accumulate_is_four():
   left, right = complex_shape(4, 8), complex_shape(8, 4)
   assert products(jnp.matmul, left, right).total == 4 * 128
   assert flops(jnp.matmul, left, right).total == 8 * 128
-  # As real numbers that are written out.
+  # As real numbers, written out.
   parts = [shape(4, 8)] * 2 + [shape(8, 4)] * 2
 
   def written_out(a, b, c, d):
@@ -237,7 +237,7 @@ def test_complex_arithmetic_by_its_real_operations(f, steps):
 
 
 def test_fourier_transform_agrees_with_complex_arithmetic():
-  """Two points: a sum and a difference. Radix 2: a product more for each."""
+  """Two points: a sum and a difference. Radix 2: one more product for each."""
   butterflies = 4 * 3
   assert flops(jnp.fft.fft, complex_shape(8)).total == butterflies * (6 + 2 + 2)
 
@@ -250,13 +250,13 @@ def by_loops(n, columns, steps):
 @pytest.mark.parametrize(
   'f,shapes,total',
   [
-    # Row i of L: element j needs the products of j before it.
+    # Row i of L: element j needs the products of the elements before it.
     (
       lax.linalg.cholesky,
       [(6, 6)],
       by_loops(6, 6, lambda i, j: range(j) if j <= i else ()),
     ),
-    # Element (i, j) needs the products of the smaller of both before it.
+    # Element (i, j) needs the products before the smaller of i and j.
     (
       lax.linalg.lu,
       [(7, 5)],
@@ -276,7 +276,7 @@ def by_loops(n, columns, steps):
     (
       lambda x: lax.linalg.qr(x, full_matrices=False)[1],
       [(5, 3)],
-      # Q of three columns is formed as well.
+      # Q with three columns is formed as well.
       sum((5 - k) * (2 * (2 - k) + 1 + 2 * (3 - k)) for k in range(3)),
     ),
     (lax.linalg.householder_product, [(5, 3), (3,)], 2 * (15 + 8 + 3)),
@@ -294,7 +294,7 @@ def by_loops(n, columns, steps):
     (
       lax.linalg.tridiagonal_solve,
       [(7,), (7,), (7,), (7, 2)],
-      # Down: one for the matrix and one a side; up: one a side.
+      # Down: one for the matrix and one per side; up: one per side.
       6 * (1 + 2 + 2),
     ),
     (
@@ -314,7 +314,7 @@ def test_linear_algebra(f, shapes, total):
   counted = products(f, *(shape(*size) for size in shapes))
   assert counted.total == total
   assert counted.uncounted == ()
-  # No convolutions: nothing to warn of.
+  # No convolutions, so nothing to warn about.
   assert convolutions(f, *(shape(*size) for size in shapes)).total == 0
 
 
@@ -344,8 +344,8 @@ def test_iterative_solver_is_named_by_its_loop():
     counted = products(f, shape(6, 6), shape(6))
   (loop,) = counted.uncounted
   trips = products(f, shape(6, 6), shape(6), trip_counts={loop.layer: 9})
-  # A matrix times a vector a step and for the residual before the first; two
-  # inner products a step and before.
+  # One matrix-vector product per step and one for the residual before the first
+  # step; two inner products per step and before.
   assert trips.total == (9 + 1) * (6 * 6 + 2 * 6)
 
 
@@ -432,5 +432,6 @@ def test_batch_norm_costs_what_its_formula_says(running, affine):
   expected = formulas.norm(
     72, 4, affine=affine, statistics_groups=0 if running else 4
   ).operations
-  # Training also moves two averages, 3 a channel each, and clips the variance.
+  # Training also updates two averages, 3 per channel each, and clips the
+  # variance.
   assert counted == expected + (0 if running else 2 * 3 * 4 + 4)

@@ -1,4 +1,4 @@
-"""Formulas of users, by the name of a primitive, a function or a kernel."""
+"""Tests of user formulas for primitives, functions and kernels."""
 
 import functools
 
@@ -19,7 +19,7 @@ _COST = 6 * 5 * 5
 
 @pytest.fixture(autouse=True)
 def registry(monkeypatch):
-  """Undoes what a test registers."""
+  """Undoes the registrations of a test."""
   monkeypatch.setattr(primitives, '_REGISTERED', {})
 
 
@@ -76,7 +76,7 @@ def test_a_registered_formula_is_the_price(name, f):
   assert macs.register(name)(gram) is gram
   counted = count(network, _X)
   ((layer, counted_layer),) = counted.by_layer.items()
-  # Pallas enters a scope of the kernel's name.
+  # Pallas enters a scope with the kernel's name.
   assert layer.removesuffix('.my_kernel') == 'layer'
   assert counted_layer.macs == counted.total == 3 * _COST
   assert counted.uncounted == ()

@@ -1,4 +1,4 @@
-"""Reports built by hand: sums, masks, tables and their errors."""
+"""Tests of reports built by hand: sums, masks, tables and their errors."""
 
 import csv
 import html.parser
@@ -13,7 +13,7 @@ from dynconv_jax.macs import conventions, formulas, report, tables
 from dynconv_jax.macs.builder import ReportBuilder
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
 
-# A batch of two, maps of 2x3; (name, MACs a position, biases a position).
+# A batch of two, maps of 2x3; (name, MACs per position, biases per position).
 _LAYERS = (
   ('conv1', 5, 0),
   ('layer1.0.conv1', 7, 0),
@@ -35,7 +35,7 @@ def example(convention='conv', padding=True) -> report.Report:
 
 
 def masked(name, level=0, kind='positions') -> MaskedLayer:
-  # The report prices it, whatever the mask says that it costs.
+  # The report determines the MACs; the value in the mask, 0, is not used.
   return MaskedLayer(name, 0, level, kind)
 
 
@@ -129,7 +129,7 @@ def test_masks_that_do_not_fit_are_refused(masks, message):
     example().executed(masks)
 
 
-# A token grid of two images, four tokens: a projection, the two products of
+# A token grid of two images with four tokens: a projection, the two products of
 # attention over three heads, an output projection, and a head on one token.
 def transformer(convention='conv+linear') -> report.Report:
   builder = ReportBuilder(convention)
@@ -156,7 +156,7 @@ def test_tokens_price_linear_layers_by_tokens_and_attention_by_pairs():
   ]
   np.testing.assert_array_equal(executed, by_hand)
   assert executed[0] == counted.total / 2
-  # A level of its own: queries of two images, here of half the tokens.
+  # A separate level: queries of two images, here half of the tokens.
   two = mask_of(
     (_TOKENS[:2], _TOKENS[:2][::-1]), (masked('attn.out', level=1),)
   )
@@ -275,7 +275,7 @@ def tree_of_modules() -> report.Report:
   builder.add('a.d', matmul, output_shape=(2, 3), parameters=9, itemsize=2)
   builder.add('a', matmul, output_shape=(2, 3), itemsize=2)
   builder.add('e', matmul, output_shape=(2, 3), itemsize=2)
-  # d shares what c holds. The norm and the table do no priced work.
+  # d shares the weights of c. The norm and the table do no counted work.
   builder.set_parameters(
     {'a.b.c': 12, 'a.norm': 5, 'e.table.rows': 7_000}, 28_068
   )
@@ -300,7 +300,7 @@ def test_printing_a_report_shows_its_modules():
   assert [len(line) - len(line.lstrip()) for line in lines[2:9]] == [
     *(0, 2, 4, 2, 2, 0, 2)
   ]
-  # A module has what is inside of it and its own.
+  # A module sums everything inside it and its own work.
   assert lines[2].split() == ['a', 'matmul', '2x3', '17', '72', '75.0%']
   assert lines[3].split() == ['b', '12', '24', '25.0%']
   assert 'memory: parameters 7.017 k (28.07 kB), activations 24 (48 B)' in lines
@@ -318,12 +318,12 @@ def test_large_trees_are_printed_to_the_depth_that_fits():
   for i in range(40):
     builder.add(f'blocks.{i}.fc', formulas.matmul(2, 4, 3))
   text = str(builder.build())
-  assert text.endswith('modules to depth 2 of 3; to_tree() has all')
+  assert text.endswith('modules to depth 2 of 3; to_tree() shows all')
   assert ' 39 ' in text and 'fc' not in text
 
 
 class _Cells(html.parser.HTMLParser):
-  """Gathers the text of a table's cells; every tag is closed."""
+  """Collects the text of a table's cells; every tag is closed."""
 
   def __init__(self):
     super().__init__()

@@ -1,4 +1,4 @@
-"""Names of layers in models of four libraries, without changes to them."""
+"""Tests of layer names in unmodified models of four libraries."""
 
 import functools
 import warnings
@@ -52,7 +52,7 @@ _NAMES = [
 
 
 def zeros(state):
-  """Fills an abstract tree: quicker than drawing its weights."""
+  """Fills an abstract tree: faster than drawing its weights."""
   return jax.tree.map(
     lambda x: (
       np.zeros(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x
@@ -190,7 +190,7 @@ def test_classes_are_left_as_they_were(model):
   with pytest.raises(ValueError, match='cannot be traced'):
     count(model, jax.ShapeDtypeStruct((2, 8, 8, 7), jnp.float32))
   assert before == (nnx.Conv.__call__, Block.__call__, eqx.nn.Linear.__call__)
-  # And a trace elsewhere has no names of ours.
+  # A trace elsewhere does not contain our names.
   jaxpr = jax.make_jaxpr(lambda x: model(x))(jnp.ones(_X.shape))
   stacks = {str(eqn.source_info.name_stack) for eqn in jaxpr.eqns}
   assert stacks == {''}
@@ -255,7 +255,7 @@ def test_equinox_modules_are_named_by_their_path():
 
 
 def test_parameters_are_all_that_a_model_has():
-  """Norms, embeddings and what is not used; each weight once; no statistics."""
+  """Norms, embeddings and unused weights; each weight once; no statistics."""
 
   class Tied(nnx.Module):
     def __init__(self, rngs):
@@ -278,7 +278,7 @@ def test_parameters_are_all_that_a_model_has():
     assert counted.parameters == 44 + 8 + 20 + 35
     assert counted.parameter_bytes == sum(leaf.nbytes for leaf in params)
     assert counted.parameters_by_module['norm'] == 8
-    # Of the names of a layer that has two, NNX's first.
+    # If a layer has two names, NNX's comes first.
     assert counted.by_layer['again'].parameters == 20
   two = count(lambda a, b, x: a(x) + b(x), model, Tied(nnx.Rngs(1)), tokens)
   assert two.parameters == 2 * counted.parameters
@@ -341,7 +341,7 @@ def test_haiku_modules_are_named_by_their_own_scopes():
 
   transformed = hk.without_apply_rng(hk.transform(net))
   with warnings.catch_warnings():
-    # Haiku 0.0.17 calls what jax 0.10 deprecates.
+    # Haiku 0.0.17 calls functions that jax 0.10 deprecates.
     warnings.simplefilter('ignore', DeprecationWarning)
     params = jax.eval_shape(transformed.init, jax.random.key(0), _X)
     counted = macs.count_macs(transformed.apply, params, _X, convention='flops')

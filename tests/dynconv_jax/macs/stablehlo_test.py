@@ -1,4 +1,4 @@
-"""Exported functions, against the functions that were exported."""
+"""Tests of exported functions, against the original functions."""
 
 import functools
 
@@ -16,7 +16,7 @@ _COMPLEX = jax.ShapeDtypeStruct((5, 8), jnp.complex64)
 
 
 def exported(f, *args):
-  """Returns a function that calls what `f` was exported to."""
+  """Returns a function that calls the exported `f`."""
   return export.export(jax.jit(f))(*args).call
 
 
@@ -75,7 +75,7 @@ def test_costs_what_the_function_costs(f, args, convention):
 
 @pytest.mark.parametrize('convention', ['conv', 'conv+linear'])
 def test_gradients_cost_what_the_gradient_costs(convention):
-  """In multiply-accumulates: exporting simplifies what is element-wise."""
+  """In multiply-accumulates only: exporting simplifies element-wise work."""
   gradient = jax.grad(lambda *args: network(*args)[0, 0], (0, 1))
   count = functools.partial(macs.count_macs, convention=convention)
   expected = count(gradient, _IMAGES, _KERNEL)

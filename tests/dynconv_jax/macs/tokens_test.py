@@ -1,4 +1,4 @@
-"""Masks of tokens, against networks that are given the tokens that are left."""
+"""Tests of token masks, against networks that only see the remaining tokens."""
 
 import functools
 
@@ -17,7 +17,7 @@ _TOKENS, _SIZE = 12, 8
 
 
 class Layer(nnx.Module):
-  """A pre-norm layer of a transformer."""
+  """A pre-norm transformer layer."""
 
   def __init__(self, fused, rngs):
     self.norm1 = nnx.LayerNorm(_SIZE, rngs=rngs)
@@ -57,7 +57,7 @@ class Transformer(nnx.Module):
 
 
 def masked(name, level=0, kind='positions') -> MaskedLayer:
-  # The report prices it, whatever the mask says that it costs.
+  # The report determines the MACs; the value in the mask, 0, is not used.
   return MaskedLayer(name, 0, level, kind)
 
 
@@ -68,7 +68,7 @@ def mask_of(maps, layers) -> ExecutionMask:
 def masked_layers(index, fused):
   names = ('qkv', 'out') if fused else (f'attn.{n}' for n in _PROJECTIONS)
   around = f'layers.{index}'
-  # The products of attention are of the module that computes them.
+  # The products of attention belong to the module that computes them.
   products = around if fused else f'{around}.attn'
   return (
     *(masked(f'{around}.{name}') for name in (*names, 'fc1', 'fc2')),
@@ -95,7 +95,7 @@ def test_masked_tokens_cost_what_is_left(fused, batch):
   assert executed[0] == counted.total / batch
   for n, macs_of_image in zip(left, executed, strict=True):
     assert macs_of_image == count(model, tokens(1, n)).total
-  # One layer prunes, and the other, of the same size, keeps all.
+  # One layer prunes, and the other, of the same size, keeps all tokens.
   keep_all = mask_of((np.ones_like(keep),), masks[1].layers)
   np.testing.assert_array_equal(
     counted.executed([masks[0], keep_all]), (executed + executed[0]) / 2

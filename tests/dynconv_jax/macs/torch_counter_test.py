@@ -1,4 +1,4 @@
-"""Tests of operators on functions, exported graphs and gradients."""
+"""Tests of higher-order operators, exported graphs and gradients."""
 
 import warnings
 
@@ -17,7 +17,7 @@ from dynconv_jax.macs import report as report_lib  # noqa: E402
 from dynconv_jax.macs.torch import count_macs  # noqa: E402
 
 pytestmark = [
-  # Of the compiler that operators on functions call.
+  # From the compiler that higher-order operators call.
   pytest.mark.filterwarnings('ignore::DeprecationWarning'),
 ]
 
@@ -103,7 +103,7 @@ class HigherOrderTest(parameterized.TestCase):
     ({'trip_counts': 4}, 4 * 512),
     ({'trip_counts': 0}, 0),
     ({'trip_counts': {'1': 2}}, 2 * 512),
-    # A run on data counts what it did.
+    # A run on data counts what it executed.
     ({'run': True, 'trip_counts': 4}, 3 * 512),
   )
   def test_while_loops(self, options, macs):
@@ -125,8 +125,8 @@ class HigherOrderTest(parameterized.TestCase):
     module = nn.Sequential(Functional(looped))
     with self.assertWarnsRegex(
       report_lib.UncountedWarning,
-      'while_loop in 0 is not counted: how often it runs is not known; pass'
-      ' trip_counts, or data and run=True',
+      'while_loop in 0 is not counted: its number of iterations is not known;'
+      ' pass trip_counts, or data and run=True',
     ):
       report = count_macs(module, (8, 8))
     self.assertEqual(report.total, 0)
@@ -134,7 +134,7 @@ class HigherOrderTest(parameterized.TestCase):
       ValueError, r"got \['a'\], and the loops are in \['0'\]"
     ):
       count_macs(module, (8, 8), trip_counts={'a': 3})
-    # Nothing of it has a price.
+    # The convention counts none of it.
     self.assertEmpty(count_macs(module, (8, 8), convention='conv').uncounted)
 
   @parameterized.parameters((1.0, 512), (-1.0, 2 * 512))
@@ -188,7 +188,7 @@ class ExportTest(parameterized.TestCase):
       report = count_macs(
         exported, (2, 3, 8, 8), kwargs={'scale': 2.0}, convention=convention
       )
-      # What is of no module has another name.
+      # Work outside any module has a different name.
       self.assertEqual(
         list(report.by_layer.values())[:3], list(expected.by_layer.values())[:3]
       )
@@ -206,7 +206,8 @@ class GradientTest(parameterized.TestCase):
     with torch.device('meta'):
       module = torch_networks.create('resnet152', 1000)
     report = count_macs(module, (1, 3, 224, 224), backward=True)
-    # As JAX counts it: all three times, but for the gradient of the images.
+    # As JAX counts it: three times everything, except the gradient of the
+    # images.
     self.assertEqual(report.total, 34_422_865_920)
     forward = count_macs(module, (1, 3, 224, 224))
     stem = forward.by_layer['conv1'].macs
@@ -302,7 +303,7 @@ class GradientTest(parameterized.TestCase):
     self.assertEqual(report.by_layer['0'].macs, 2 * 24)
     self.assertEqual(report.by_layer['2'].macs, 2 * 2 * 18)
     module.requires_grad_(False)
-    with self.assertRaisesRegex(ValueError, 'no output depends on what'):
+    with self.assertRaisesRegex(ValueError, 'no output depends on a'):
       count_macs(module, (2, 4), backward=True)
 
   def test_gradients_are_named_by_what_they_are_of(self):
@@ -347,7 +348,7 @@ class GradientTest(parameterized.TestCase):
       count_macs(module.train(mode), x, convention='flops', backward=True).total
       for mode in (True, False)
     ]
-    # Statistics of its own: 3 an element and 2 a feature.
+    # Statistics of the input: 3 per element and 2 per feature.
     self.assertEqual(flops[0] - flops[1], 3 * 8 + 2 * 4)
     count_macs(module, x, backward=True, run=True)
     self.assertIsNone(module[0].weight.grad)
@@ -355,7 +356,7 @@ class GradientTest(parameterized.TestCase):
     self.assertEqual(module[1].num_batches_tracked, 0)
 
   def test_flops_of_a_linear_layer(self):
-    # Two gradients of the product, and the sum of the bias' gradient.
+    # Two gradients of the product, and the sum for the bias gradient.
     x = torch.zeros(2, 4, requires_grad=True)
     report = count_macs(nn.Linear(4, 3), x, convention='flops', backward=True)
     self.assertEqual(report.total, 3 * 2 * 24 + 2 * 3 + (2 * 3 - 3))

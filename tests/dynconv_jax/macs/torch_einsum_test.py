@@ -1,4 +1,4 @@
-"""Tests of the work of `torch.einsum`, and that JAX's is the same."""
+"""Tests of the work of `torch.einsum`, and that it equals JAX's."""
 
 import pytest
 from absl.testing import absltest, parameterized
@@ -66,7 +66,7 @@ class EinsumTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ('...ij,...jk->...ik', [(2, 3, 4), (1, 4, 5)], 120),
-    # Broadcast along i, which is then not contracted but summed.
+    # Broadcast along i, which is therefore summed, not contracted.
     ('ij,ij->j', [(3, 4), (1, 4)], 4),
     ('ii,i->i', [(4, 4), (4,)], 4),
     (' i j , j k -> i k ', [(3, 4), (4, 5)], 60),
@@ -80,7 +80,7 @@ class EinsumTest(parameterized.TestCase):
     inputs = [torch.rand(shape, requires_grad=True) for shape in shapes]
     report = count_macs(Einsum(equation), *inputs, backward=True)
     self.assertEqual(report.total, 3 * macs)
-    # What is run instead gives the same.
+    # The replacement computes the same values.
     expected = torch.einsum(equation, *inputs)
     for operands in (inputs, [inputs]):
       product = torch_einsum.einsum(equation, *operands)

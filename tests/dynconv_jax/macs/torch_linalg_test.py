@@ -1,4 +1,4 @@
-"""Tests of the work of linear algebra in PyTorch."""
+"""Tests of the work of PyTorch's linear algebra."""
 
 import pytest
 from absl.testing import absltest, parameterized
@@ -31,7 +31,7 @@ def eliminated(n):
 
 
 def substituted(n):
-  """Returns those of solving a triangular system for one right side."""
+  """Returns those of a triangular solve with one right-hand side."""
   return sum(1 for i in range(n) for _ in range(i))
 
 
@@ -71,7 +71,7 @@ class LinalgTest(parameterized.TestCase):
       [(3, 4, 4), (3, 4, 5)],
       3 * (eliminated(4) + 5 * 2 * substituted(4)),
     ),
-    # One vector a matrix.
+    # One vector per matrix.
     (
       torch.linalg.solve,
       [(3, 4, 4), (3, 4)],
@@ -102,7 +102,8 @@ class LinalgTest(parameterized.TestCase):
 
   @parameterized.parameters((6, 4), (4, 4))
   def test_reflections(self, rows, columns):
-    # A reflector of rows - k elements: its product with a column, and added.
+    # A reflector of rows - k elements: its product with a column, and the
+    # update.
     def applied(n):
       return sum(2 * (rows - k) * n for k in range(columns))
 

@@ -1,4 +1,4 @@
-"""Tests of what the PyTorch front end makes of operations."""
+"""Tests of the PyTorch front end's operations."""
 
 import pytest
 from absl.testing import absltest, parameterized
@@ -12,7 +12,7 @@ from dynconv_jax.macs.torch import count_macs  # noqa: E402
 
 
 class Functional(nn.Module):
-  """Calls a function, with a weight of its own."""
+  """Calls a function, with its own weight."""
 
   def __init__(self, function, *shape):
     super().__init__()
@@ -26,7 +26,7 @@ class Functional(nn.Module):
 
 
 def sum_of_ones(module, shape):
-  """Returns the output's sum for ones: one for each product of two of them."""
+  """Returns the sum of the output for ones, i.e. the number of products."""
   with torch.no_grad():
     for weight in module.parameters():
       weight.fill_(1)
@@ -137,7 +137,7 @@ class ConvolutionTest(parameterized.TestCase):
     self, kind, options, shape
   ):
     module = kind(4, 6, bias=False, **options)
-    taps = module.weight[0].numel()  # Of one input channel.
+    taps = module.weight[0].numel()  # for one input channel
     inputs = torch.zeros(*shape).numel()
     self.assertEqual(count_macs(module, shape).total, inputs * taps)
 
@@ -165,7 +165,7 @@ class ConvolutionTest(parameterized.TestCase):
       self.assertEqual(report.total, sum_of_ones(module, (2, 3, 4)))
 
   def test_deformable(self):
-    # torchvision's operation, by its schema.
+    # torchvision's operation, according to its schema.
     library = torch.library.Library('torchvision', 'FRAGMENT')
     self.addCleanup(library._destroy)
     library.define(
@@ -329,7 +329,7 @@ class MatmulTest(parameterized.TestCase):
     module = nn.Linear(4, 3)
     transposed = torch.zeros(4, 5, 2).permute(
       2, 1, 0
-    )  # [2, 5, 4], not contiguous.
+    )  # [2, 5, 4], not contiguous
     for inputs in ((2, 5, 4), transposed):
       report = count_macs(module, inputs, convention='ptflops')
       self.assertEqual(report.total, 2 * 5 * 3 * (4 + 1))
@@ -440,7 +440,7 @@ class RecurrentTest(parameterized.TestCase):
 
 
 class FlopsTest(parameterized.TestCase):
-  """Element-wise work, by hand for an input of [2, 4, 6, 6]."""
+  """Element-wise work, computed by hand for an input of [2, 4, 6, 6]."""
 
   @parameterized.named_parameters(
     ('relu', nn.ReLU(), 288),

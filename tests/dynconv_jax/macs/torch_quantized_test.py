@@ -10,12 +10,12 @@ from torch.ao import quantization  # noqa: E402
 
 from dynconv_jax.macs.torch import count_macs  # noqa: E402
 
-# PyTorch moves quantization to a library of its own.
+# PyTorch is moving quantization to a separate library.
 pytestmark = pytest.mark.filterwarnings('ignore')
 
 
 def static(module, *shape):
-  """Returns the module quantized for inputs of a shape."""
+  """Returns the module, quantized for inputs of a shape."""
   module = nn.Sequential(
     quantization.QuantStub(), module, quantization.DeQuantStub()
   ).eval()
@@ -63,7 +63,7 @@ class QuantizedTest(parameterized.TestCase):
   )
   def test_static(self, module, shape):
     if isinstance(module, nn.ConvTranspose2d):
-      # Its weights have one scale.
+      # Its weights have a single scale.
       self.enter_context(pytest.MonkeyPatch.context()).setattr(
         quantization,
         'get_default_qconfig',

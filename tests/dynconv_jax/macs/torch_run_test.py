@@ -12,7 +12,7 @@ from dynconv_jax.macs.torch import count_macs  # noqa: E402
 
 
 class Detector(nn.Module):
-  """A map of scores, and a head for the places above a threshold."""
+  """A map of scores, and a head for the positions above a threshold."""
 
   def __init__(self):
     super().__init__()
@@ -39,7 +39,7 @@ class Packed(nn.Module):
 
 
 class Counting(nn.Module):
-  """Changes itself on the way."""
+  """Modifies itself during the forward pass."""
 
   def __init__(self):
     super().__init__()
@@ -151,7 +151,7 @@ class RunTest(parameterized.TestCase):
 
   def test_drawn_values_keep_what_depends_on_shapes(self):
     class Gated(nn.Module):
-      """Half of its work hangs on values of its input, none on its products."""
+      """Half of its work depends on input values, none on its products."""
 
       def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ class RunTest(parameterized.TestCase):
     module = Gated().eval()
     drawn, run = (count_macs(module, x, run=r) for r in ('drawn', True))
     self.assertEqual(drawn.by_layer, run.by_layer)
-    self.assertIn('drawn for the outputs of products too', drawn.notes[0])
+    self.assertIn('random outputs of products', drawn.notes[0])
 
   def test_drawn_values_are_not_computed(self):
     seen = []
@@ -183,7 +183,7 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(y.shape, (2, 5, 298, 299))
     self.assertAlmostEqual(float(y.mean()), 0, delta=0.02)
     self.assertAlmostEqual(float(y.std()), 1, delta=0.02)
-    # No two maps are alike.
+    # No two maps are equal.
     self.assertLen(y.flatten(2).sum(-1).unique(), 10)
 
   def test_unknown_ways_to_run(self):

@@ -24,7 +24,7 @@ from dynconv_jax.macs.torch import AsIs, count_macs  # noqa: E402
 
 
 class Functional(nn.Module):
-  """Calls a function, with a weight of its own."""
+  """Calls a function, with its own weight."""
 
   def __init__(self, function, *shape):
     super().__init__()
@@ -38,7 +38,7 @@ class Functional(nn.Module):
 
 
 class PublishedTest(parameterized.TestCase):
-  """Totals of plain ResNets, as FACTS.md and ptflops 0.7.5 have them."""
+  """Totals of plain ResNets, as published and in ptflops 0.7.5."""
 
   @parameterized.parameters(
     ('resnet50', (224, 224), 'conv', 4_087_136_256),
@@ -178,7 +178,7 @@ class StructureTest(parameterized.TestCase):
         )
 
     with warnings.catch_warnings():
-      # Of the compiler that torch.cond calls.
+      # From the compiler that torch.cond calls.
       warnings.simplefilter('ignore', DeprecationWarning)
       report = count_macs(
         Cond(), (2, 4), convention='conv+linear', branch=branch
@@ -288,7 +288,7 @@ class StructureTest(parameterized.TestCase):
         return self.linear(x)
 
     class Cache(dict):
-      """No pytree."""
+      """Not a pytree."""
 
     module, cache = Adding(), Cache()
     count_macs(module, (2, 4), cache)
@@ -332,8 +332,8 @@ class UncountedTest(parameterized.TestCase):
     self.assertEqual(report.total, 4 * 16)
 
   @parameterized.parameters(
-    # A matrix product or a convolution may be priced, element-wise work is
-    # in `flops` alone.
+    # A matrix product or a convolution may count; element-wise work only counts
+    # in `flops`.
     (torch.linalg.matrix_exp, ('conv+linear', 'ptflops', 'flops')),
     (lambda x: torch.renorm(x, 2, 0, 1.0), ('flops',)),
     (lambda x: torch.special.airy_ai(x), ()),
@@ -447,8 +447,8 @@ class ErrorTest(parameterized.TestCase):
     module = Functional(lambda x: x if x.sum() > 0 else -x)
     with self.assertRaisesRegex(
       ValueError,
-      'Functional looks at the values of its tensors in its forward .*, and'
-      ' shapes have none: pass weights and inputs with data, and run=True',
+      'Functional depends on the values of its tensors in its forward .*, so'
+      ' shapes are not enough: pass weights and inputs with data, and run=True',
     ):
       count_macs(module, (2, 4), run=False)
 
@@ -464,12 +464,12 @@ class ErrorTest(parameterized.TestCase):
       count_macs(nn.ReLU(), (2, 4), trip_counts=trips)
 
   def test_gradients_in_the_convention_of_ptflops(self):
-    with self.assertRaisesRegex(ValueError, 'prices no backward pass'):
+    with self.assertRaisesRegex(ValueError, 'does not support the backward'):
       count_macs(nn.ReLU(), (2, 4), convention='ptflops', backward=True)
 
   def test_parameters_without_a_shape(self):
     module = nn.LazyLinear(4)
-    with self.assertRaisesRegex(ValueError, 'parameters that have no shape'):
+    with self.assertRaisesRegex(ValueError, 'parameters without a shape'):
       count_macs(module, (2, 4))
 
   def test_without_pytorch(self):

@@ -1,4 +1,4 @@
-"""What holds other jaxprs, biases and weights, against counts by hand."""
+"""Tests of nested jaxprs, biases and weights, against counts by hand."""
 
 import functools
 
@@ -71,7 +71,7 @@ def rematerialised(x, kernel):
     (jax.grad(lambda x, k: with_custom_vjp(x, k).sum()), 2),
     (jax.grad(lambda x, k: conv(x, k).sum()), 2),
     (jax.grad(lambda x, k: conv(x, k).sum(), (0, 1)), 3),
-    # Two forward, the first of them again, and two backward.
+    # Two forward, the first of them recomputed, and two backward.
     (jax.grad(lambda x, k: jnp.sum(rematerialised(x, k))), 5),
     (lambda x, k: jax.jvp(lambda x: conv(x, k), (x,), (x,)), 2),
     (jax.named_call(conv, name='a'), 1),
@@ -100,7 +100,7 @@ def test_scan_counts_its_length():
   assert counted.by_layer['matmul_0'].parameters == 9 * 25
   empty = jax.ShapeDtypeStruct((0, 5, 5), jnp.float32)
   assert count(f, _SQUARE, empty).total == 0
-  # Backward, two products for each of the two, but for the last x @ x.
+  # Backward, two products for each of the two, except for the last x @ x.
   gradient = count(jax.grad(lambda x, w: f(x, w)[0].sum(), 1), _SQUARE, weights)
   assert gradient.total == 9 * (2 + 2) * _DOT
 
@@ -173,8 +173,8 @@ def test_while_that_counts_to_a_constant_needs_no_trip_count(
     runs, i = runs + 1, step(i)
   assert runs == trips
   assert count(f, _SQUARE).total == trips * _DOT
-  # What the program says holds for the one number for all loops; a name does
-  # not lie.
+  # A trip count in the program overrides the single number for all loops; a
+  # count by name overrides the program.
   assert count(f, _SQUARE, trip_counts=99).total == trips * _DOT
   assert count(f, _SQUARE, trip_counts={'': 99}).total == 99 * _DOT
 
@@ -269,7 +269,7 @@ def test_switch_counts_one_of_many_and_names_unknown_work_in_any():
 
 @pytest.mark.parametrize('transform', ['', 'jit', 'vmap', 'grad'])
 def test_platform_dependent_counts_the_default_branch(transform):
-  """Though the branch for the CPU costs more, and runs here."""
+  """Even though the branch for the CPU costs more, and runs here."""
 
   def f(x, k):
     y = lax.platform_dependent(
@@ -322,7 +322,7 @@ def test_pallas_call_counts_its_estimate(batch):
   g = jax.vmap(f) if batch else f
   assert macs.count_macs(g, x, convention='flops').total == 108 * times
   assert count(g, x).total == 101 * times // 2
-  with pytest.warns(macs.UncountedWarning, match='does not tell convolutions'):
+  with pytest.warns(macs.UncountedWarning, match='does not name convolutions'):
     assert macs.count_macs(g, x, convention='conv').uncounted
   with pytest.warns(macs.UncountedWarning, match='has no cost_estimate'):
     count(functools.partial(f, cost=None), _SQUARE)

@@ -1,4 +1,4 @@
-"""Tests of ConvNet-AIG's gate and of networks that it decides in."""
+"""Tests of ConvNet-AIG's gate and of networks that use it."""
 
 import chex
 import jax
@@ -23,7 +23,7 @@ def _images(*shape, seed=1):
 
 
 def _randomize(gate, seed=0):
-  """Gives all parameters and statistics values that are not trivial."""
+  """Sets all parameters and statistics to nontrivial values."""
   rng = np.random.default_rng(seed)
   for path, value in nnx.to_flat_state(nnx.state(gate)):
     if path[-1] in ('scale', 'var'):
@@ -33,7 +33,7 @@ def _randomize(gate, seed=0):
 
 
 def _numpy_logits(gate, x, training):
-  """(skip, execute) of each image, in float64."""
+  """Returns (skip, execute) for each image, in float64."""
 
   def array(variable):
     return np.asarray(variable[...], np.float64)
@@ -77,7 +77,7 @@ class LayerGateTest(parameterized.TestCase):
     )
     np.testing.assert_array_equal(decision.hard, sampled)
     self.assertTrue(np.any(decision.hard[:, 0, 0] != (execute > skip)))
-    # Without noise it needs no key.
+    # Without noise, no key is needed.
     quiet, _ = gate(x, gumbel_noise=False)
     np.testing.assert_array_equal(quiet.hard[:, 0, 0], execute > skip)
 
@@ -85,8 +85,8 @@ class LayerGateTest(parameterized.TestCase):
     gate = _gate(64)
     x = np.abs(_images(5000, 1, 1, 64))
     hard = gate(x, rngs=nnx.Rngs(gumbel=0))[0].hard
-    # The odds of (0.1, 2): 1 / (1 + exp(-1.9)) = 0.870, less than 1 % off by
-    # chance (three standard deviations: 0.014).
+    # The odds of (0.1, 2): 1 / (1 + exp(-1.9)) = 0.870; sampling is off by less
+    # than 1 % (three standard deviations: 0.014).
     self.assertAlmostEqual(float(hard.mean()), 0.870, delta=0.015)
     view = nnx.view(gate, deterministic=True, use_running_average=True)
     self.assertTrue(np.all(view(x)[0].hard == 1))
@@ -112,7 +112,7 @@ class LayerGateTest(parameterized.TestCase):
     ).items():
       self.assertGreater(np.abs(gradient).max(), 1e-3, path)
     for path, gradient in grads(gate).items():
-      # Batch statistics take out a bias before them.
+      # Batch statistics remove a bias before them.
       if path == ('fc1', 'bias'):
         np.testing.assert_allclose(gradient, 0, atol=1e-4)
       else:
@@ -128,7 +128,7 @@ class LayerGateTest(parameterized.TestCase):
 class TargetRatesTest(parameterized.TestCase):
   def test_lists(self):
     self.assertEqual(target_rates('uniform', 0.7, 4), (0.7,) * 4)
-    # By stages of 3, 4, 6 and 3 blocks.
+    # For stages of 3, 4, 6 and 3 blocks.
     self.assertEqual(
       target_rates('resnet50', 0.4, 16),
       (1.0, 1.0, 0.8)
@@ -169,7 +169,7 @@ def _view(model, **kwargs):
 
 
 def _set_bias(model, value):
-  """Makes every gate execute (above 0), or skip."""
+  """Makes every gate execute (positive value) or skip (negative value)."""
   for block in model.blocks:
     if block.masker is not None:
       block.masker.fc2.bias[...] = jnp.array([0.0, value])
@@ -237,7 +237,7 @@ class NetworkTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           array, np.broadcast_to(column[:, None, None], array.shape)
         )
-    # Of the blocks: 8 x 6 positions of 4 channels, then half the sides and
+    # For the blocks: 8 x 6 positions with 4 channels, then half the size and
     # twice the channels.
     blocks = [9 * (4 * 4 + 4 * 4) * 48, 9 * (4 * 8 + 8 * 8) * 12]
     blocks.append(9 * (8 * 16 + 16 * 16) * 4)
@@ -264,7 +264,7 @@ class NetworkTest(parameterized.TestCase):
     self.assertTrue(np.any(first != hard(stochastic, 1)))
     view = _view(model)
     np.testing.assert_array_equal(hard(view, 0), hard(view, 1))
-    # Neither moves a statistic.
+    # Neither changes a statistic.
     chex.assert_trees_all_equal(nnx.state(model), before)
 
   @parameterized.parameters(jnp.float32, jnp.bfloat16)

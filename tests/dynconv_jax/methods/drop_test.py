@@ -1,4 +1,4 @@
-"""Tests of the control: a network without some of its blocks."""
+"""Tests of the control: networks without some of their blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_is_the_network_without_the_blocks():
   logits, masks = dropped(images)
   assert [mask.name for mask in masks] == list(_NAMES)
   for stage in (dense.layer1, dense.layer3):
-    # What is left of a block whose branch is zero.
+    # The output of a block whose branch is zero.
     stage[1].run_branch = lambda x: jnp.zeros_like(x)
   np.testing.assert_allclose(logits, dense(images)[0], rtol=1e-5, atol=1e-6)
   sparse, stats = SparseExecutor(dropped, images.shape, mode='sparse')(images)

@@ -27,7 +27,7 @@ def _images(*shape):
 
 
 def _logits(unit, x, strides):
-  """The mask logits by loops over positions, in float64."""
+  """Computes the mask logits by loops over positions, in float64."""
   kernel = np.asarray(unit.maskconv.conv.kernel[...], np.float64)[..., 0]
   k = len(kernel)
   x = np.asarray(x, np.float64)
@@ -54,7 +54,7 @@ class MaskUnitTest(parameterized.TestCase):
     unit = _unit(strides, kernel_size)
     x = _images(2, *shape, 5)
     expected = _logits(unit, x, strides)
-    # Rounding cannot turn a decision.
+    # Rounding cannot change a decision.
     self.assertGreater(np.abs(expected).min(), 1e-4)
     self.assertBetween((expected > 0).mean(), 0.05, 0.95)
     np.testing.assert_allclose(unit.maskconv(x), expected, atol=1e-5)
@@ -70,7 +70,7 @@ class MaskUnitTest(parameterized.TestCase):
       5, strides=strides, granularity=granularity, rngs=nnx.Rngs(0)
     )
     side = strides * granularity
-    # Means of patches are small: as far from 0 as the bias all the same.
+    # Means of patches are small, but as far from 0 as the bias.
     x = side * _images(4, *shape, 5)
     rows, columns = (range(0, n, side) for n in shape)
     pooled = np.array(
@@ -95,7 +95,7 @@ class MaskUnitTest(parameterized.TestCase):
     ]
     mask = _mask(nnx.view(unit, deterministic=True), x)
     np.testing.assert_array_equal(mask, expected)
-    # A sample is one a patch, too.
+    # Samples are also drawn once per patch.
     sample = np.asarray(_mask(unit, x, rngs=nnx.Rngs(gumbel=0)))
     for i in range(h):
       for j in range(w):

@@ -14,7 +14,7 @@ LOGITS = (-2.0, -0.5, 0.0, 0.3, 4.0)
 
 
 def _slope(x: float, temperature: float) -> float:
-  """The derivative of 1 / (1 + exp(-x / T)) with respect to x."""
+  """Returns the derivative of 1 / (1 + exp(-x / T)) with respect to x."""
   soft = 1 / (1 + math.exp(-x / temperature))
   return soft * (1 - soft) / temperature
 
@@ -72,8 +72,8 @@ class BinaryGumbelTest(parameterized.TestCase):
     )
 
   def test_noise_is_logistic(self):
-    # The noise, recovered from value and slope: s (1 - s) is the slope, and
-    # the value says on which side of 1/2 the sigmoid s lies.
+    # Recovers the noise from value and slope: the slope is s (1 - s), and the
+    # value tells on which side of 1/2 the sigmoid s lies.
     shift = 0.4
     value, slope = _value_and_slope(
       jnp.full((40_000,), shift), jax.random.key(0), 1.0, True
@@ -84,7 +84,7 @@ class BinaryGumbelTest(parameterized.TestCase):
     noise = np.where(value == 1, size, -size) - shift
     self.assertAlmostEqual(noise.mean(), 0, delta=0.04)
     self.assertAlmostEqual(noise.var(), math.pi**2 / 3, delta=0.1)
-    # 1.63 / sqrt(n) is the one-percent point; the seed is fixed.
+    # 1.63 / sqrt(n) is the 1 % critical value; the seed is fixed.
     distance = stats.kstest(noise, 'logistic').statistic
     self.assertLess(distance, 1.63 / 40_000**0.5)
 
@@ -117,7 +117,7 @@ class BinaryGumbelTest(parameterized.TestCase):
       binary_gumbel(logits, jax.random.key(k)) for k in (0, 0, 1)
     )
     np.testing.assert_array_equal(one, same)
-    # Two independent fair coins differ in half of the places.
+    # Two independent fair coins differ in half of the positions.
     self.assertBetween(int(jnp.sum(one != other)), 400, 600)
 
 
@@ -129,7 +129,7 @@ class AnnealTest(parameterized.TestCase):
     options = Gumbel(
       gumbel_temperatures=(5.0, 2.5, 1.0), gumbel_milestones=(0.3, 0.6)
     )
-    # Progress as the training step computes it.
+    # Progress, computed as in the training step.
     progress = jnp.int32(epoch * 7) / (100 * 7)
     value, _ = options.anneal(progress)
     self.assertEqual((value.shape, value.dtype), ((), jnp.float32))

@@ -40,7 +40,7 @@ def _set_bias(model, value):
 
 
 def _copy(source, target):
-  """Gives the target the weights of the same path in the source."""
+  """Copies weights from the same paths of the source."""
   theirs = dict(nnx.to_flat_state(nnx.state(source)))
   flat = [(path, theirs[path]) for path, _ in _flat(target)]
   nnx.update(target, nnx.from_flat_state(flat))
@@ -67,7 +67,7 @@ class NetworkTest(parameterized.TestCase):
     chex.clear_trace_counter()
 
   @parameterized.parameters(
-    # Weights by which every gate leaves some positions active.
+    # Weights for which every gate leaves some positions active.
     ('sact', BasicBlock, 0, 3.0),
     ('sact', Bottleneck, 6, 3.0),
     ('act', BasicBlock, 6, 5.0),
@@ -79,14 +79,14 @@ class NetworkTest(parameterized.TestCase):
     randomize(model, seed)
     _set_bias(model, bias)
     model = _view(model)
-    # Some images are paler than others, or all would halt at one unit.
+    # Some images are paler than others; otherwise all would halt at one unit.
     images = _images(8, 6, 5, 3) * np.geomspace(0.1, 5, 8)[:, None, None, None]
     logits, masks = _call(model, images)
     self.assertEqual(
       [mask.name for mask in masks],
       ['layer1.1', 'layer3.1', 'layer3.2'],
     )
-    # The network by its blocks; where a unit halted its state is copied.
+    # Runs the network block by block; a halted position copies its state.
     x, given, cost = model.stem(images), iter(masks), 0
     for stage in model.stages:
       states, scores, units = [], [], None
@@ -123,7 +123,7 @@ class NetworkTest(parameterized.TestCase):
     np.testing.assert_array_equal(logits, expected)
     for mask in masks:
       self.assertTrue(np.all(mask.hard == 1) and np.all(mask.score == 0))
-    # Every unit and the whole remainder, of two stages.
+    # All units and the full remainder, for two stages.
     self.assertEqual(losses.ponder_cost(masks), (2 + 1) + (3 + 1))
 
   @parameterized.product(method=('sact', 'act'), training=(True, False))
@@ -138,7 +138,7 @@ class NetworkTest(parameterized.TestCase):
     np.testing.assert_array_equal(logits, expected)
     for mask in masks:
       self.assertFalse(np.any(mask.hard) or np.any(mask.dilated))
-    # One unit and the whole remainder, of two stages.
+    # One unit and the full remainder, for two stages.
     self.assertEqual(losses.ponder_cost(masks), 2 * (1 + 1))
 
   def test_masks_are_nested_dilated_and_counted(self):
@@ -167,7 +167,7 @@ class NetworkTest(parameterized.TestCase):
         self.assertEqual(mask.dilated[n, i, j], around)
         masked[n] += 9 * channels**2 * (around + hard[n, i, j])
     np.testing.assert_allclose(report.executed(masks), always + masked)
-    # The halting unit's convolution, with its bias, is counted everywhere.
+    # The convolution of the halting unit, with its bias, counts everywhere.
     self.assertEqual(
       report.by_layer['layer3.1.masker.local_conv'].macs, 3 * 3 * (9 * 16 + 1)
     )
@@ -205,11 +205,11 @@ class NetworkTest(parameterized.TestCase):
 
       return jax.grad(objective)(nnx.as_pure(params))
 
-    # By the ponder cost alone would be too little: the output has to help.
+    # The output must contribute to the gradient, not only the ponder cost.
     for weight in (0.0, 0.01):
       given = dict(nnx.to_flat_state(grads(params, weight)))
       units = [path for path in given if 'masker' in path]
-      # Three gates, of two norms and two layers; of ACT, one and one.
+      # Three gates, each with two norms and two layers; for ACT, one of each.
       self.assertLen(units, 3 * {'sact': 7, 'act': 4}[method])
       for path in units:
         self.assertTrue(np.all(np.isfinite(given[path])), path)

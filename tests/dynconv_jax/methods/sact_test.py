@@ -14,7 +14,7 @@ from dynconv_jax.methods.sact import HaltingUnit
 
 
 class _Known(HaltingUnit):
-  """Reads the halting score in a state's first channel."""
+  """Reads the halting score from the first channel of a state."""
 
   def score(self, x):
     x = x.astype(jnp.float32)[..., 0]
@@ -26,7 +26,7 @@ def _unit(features=5, spatial=True, kind=HaltingUnit, seed=0):
 
 
 def _run(unit, states):
-  """The decisions on all but the first unit, and the stage's output."""
+  """Returns the decisions of all but the first unit, and the stage's output."""
   carry, decisions = None, []
   for state in states[:-1]:
     decision, carry = unit(jnp.asarray(state), carry)
@@ -44,7 +44,7 @@ def _masks(decisions, stage='layer1'):
 
 
 def _states(scores, features=3):
-  """States that bear their scores, shape [L, N, h, w, features]."""
+  """Returns states that contain their scores, shape [L, N, h, w, features]."""
   scores = np.asarray(scores, np.float32)
   shape = (len(scores) + 1, *scores.shape[1:], features)
   states = np.random.default_rng(0).normal(size=shape).astype(np.float32)
@@ -110,16 +110,16 @@ class HaltingTest(parameterized.TestCase):
       np.testing.assert_array_equal(decision.hard, units[:, :1, :1] >= number)
 
   def test_gradient_by_hand(self):
-    # One position halts at unit 2 of 3, the other at unit 3. The decisions
-    # are constants, so d output / d h_l = x_l - x_N for l < N, and the ponder
-    # cost's is -1; that of h_N is 0.
+    # One position halts at unit 2 of 3, the other at unit 3. The decisions are
+    # constants, so d output / d h_l = x_l - x_N for l < N, and the derivative
+    # of the ponder cost is -1; for h_N it is 0.
     states = _states([[[[0.3, 0.2]]], [[[0.8, 0.3]]]])
 
     def objective(scores):
       x = jnp.asarray(states).at[:-1, ..., 0].set(scores)
-      # The first channel, which holds the score, is not part of the output.
+      # The first channel, which contains the score, is not part of the output.
       decisions, output = _run(_unit(3, True, _Known), x)
-      cost = losses.ponder_cost(_masks(decisions)) * 2  # Of two positions.
+      cost = losses.ponder_cost(_masks(decisions)) * 2  # two positions
       return jnp.sum(output[..., 1]) + 10 * cost
 
     grads = jax.grad(objective)(jnp.asarray(states[:-1, ..., 0]))
@@ -131,7 +131,7 @@ class HaltingTest(parameterized.TestCase):
     np.testing.assert_allclose(grads[:, 0, 0], expected, rtol=1e-5)
 
   def test_bfloat16_states(self):
-    # 20 states of weight 0.045: bfloat16 sums would be off by per cents.
+    # 20 states of weight 0.045: bfloat16 sums would be off by several percent.
     scores = np.full((20, 1, 1, 1), 0.045)
     states = jnp.asarray(_states(scores), jnp.bfloat16)
     decisions, output = _run(_unit(3, True, _Known), states)
@@ -186,7 +186,7 @@ class ScoreTest(parameterized.TestCase):
     score = np.asarray(unit.score(x))
     logits = np.log(score / (1 - score))
     self.assertAlmostEqual(logits.mean(), -3, delta=0.5)
-    # Weights of gain 2 on normalised features: a variance of 2 a branch.
+    # Weights of gain 2 on normalized features: a variance of 2 per branch.
     self.assertBetween(logits.std(), 1, 2.5)
     self.assertLess((score > 0.99).mean(), 0.01)
 

@@ -1,4 +1,4 @@
-"""Tests of SkipNet's gates against NumPy, and at their limits."""
+"""Tests of SkipNet's gates against NumPy, and in limiting cases."""
 
 import chex
 import jax
@@ -74,7 +74,7 @@ def _max_pool(x):
 
 
 def _feed_forward(x, gate):
-  """Returns the probabilities to execute, float64[N], by the softmax."""
+  """Returns the probabilities to execute, float64[N], from the softmax."""
   x = np.float64(x)
   if gate.pooled:
     x = _conv_norm_relu(_max_pool(x), gate.conv1, gate.bn1, 1)
@@ -87,7 +87,7 @@ def _feed_forward(x, gate):
 
 
 def _lstm(x, cell, output, rnn):
-  """One step of an LSTM, gate by gate (Gers et al., 2000)."""
+  """Computes one step of an LSTM, gate by gate (Gers et al., 2000)."""
   hidden = cell.shape[1]
 
   def affine(k):
@@ -111,7 +111,7 @@ class FeedForwardGateTest(parameterized.TestCase):
   def test_against_numpy(self, kind, size):
     gate = _gate(kind)
     x = 2 * _images(12, *size, 3)
-    # A bias that opens some of them, by as wide a margin as can be.
+    # A bias that opens some of them, with as wide a margin as possible.
     score = np.sort(_feed_forward(x, gate))
     logits = np.log(score / (1 - score))
     closed = 1 + np.argmax(np.diff(logits))
@@ -152,7 +152,7 @@ class RecurrentGateTest(absltest.TestCase):
       cell, output = _lstm(embedded, cell, output, control.rnn)
       outputs.append(output)
     logits = np.stack(outputs) @ _array(control.proj.kernel)[:, 0]
-    # A bias between the two in the middle: half of the decisions are to skip.
+    # A bias between the two middle values: half of the decisions are to skip.
     middle = np.sort(logits.ravel())[17:19]
     self.assertGreater(np.diff(middle), 1e-4)
     control.proj.bias[...] = jnp.array([-middle.mean()])
@@ -311,7 +311,7 @@ class NetworkTest(parameterized.TestCase):
     _openings(model, 2.0)
     if not training:
       model, dense = _evaluation(model), _evaluation(dense)
-    # One operation at a time: fused with others, sums are rounded differently.
+    # One operation at a time: fused operations round sums differently.
     x = _images(3, 8, 8, 3)
     np.testing.assert_array_equal(model(x)[0], dense(x)[0])
 
@@ -349,11 +349,11 @@ class NetworkTest(parameterized.TestCase):
     }[kind]
     self.assertEqual(sum(gates.values()), 16 * expected)
     # A 4x4 map, 4 to 8 and 8 to 8 channels, then 2x2, 8 to 16 and 16 to 16,
-    # all with a 1x1 projection that always runs.
+    # each with a 1x1 projection that always runs.
     hard = np.stack([np.asarray(m.hard)[:, 0, 0] for m in masks])
     blocks = 9 * np.array([16 * (4 * 8 + 8 * 8), 4 * (8 * 16 + 16 * 16)])
     always = 64 * 9 * (3 * 4 + 4 * 4 + 4 * 4) + 16 * 4 * 8 + 4 * 8 * 16
-    always += 16 * 5  # The head.
+    always += 16 * 5  # the head
     np.testing.assert_array_equal(
       report.executed(masks), always + expected + blocks @ hard
     )

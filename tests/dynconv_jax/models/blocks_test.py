@@ -1,4 +1,4 @@
-"""Tests of masked residual blocks against execution position by position."""
+"""Tests of masked residual blocks against position-by-position execution."""
 
 import functools
 import re
@@ -18,7 +18,7 @@ PLANES = 3
 
 
 def _block(kind, in_features, strides, gate=None):
-  """A block in evaluation whose parameters and statistics are all random."""
+  """Returns a block in evaluation with random parameters and statistics."""
   block = kind(
     in_features,
     PLANES,
@@ -32,7 +32,7 @@ def _block(kind, in_features, strides, gate=None):
   nnx.update(
     block,
     jax.tree.map(
-      # Positive, so that they serve as variances too; kernels get signs.
+      # Positive, so that they also serve as variances; kernels get signs.
       lambda a: jnp.asarray(
         rng.uniform(0.5, 1.5, a.shape)
         * (rng.choice((-1, 1), a.shape) if a.ndim == 4 else 1),
@@ -45,7 +45,7 @@ def _block(kind, in_features, strides, gate=None):
 
 
 def _folded(conv, norm):
-  """Kernel and bias of a convolution with its batch norm, in float64."""
+  """Returns a convolution's kernel and bias with batch norm, in float64."""
   scale = np.asarray(norm.scale[...], np.float64)
   scale = scale / np.sqrt(np.asarray(norm.var[...], np.float64) + 1e-5)
   bias = np.asarray(norm.bias[...]) - np.asarray(norm.mean[...]) * scale
@@ -53,7 +53,7 @@ def _folded(conv, norm):
 
 
 def _conv_at(positions, x, kernel, bias, strides):
-  """A convolution evaluated at the positions only; elsewhere NaN."""
+  """Evaluates a convolution at the given positions only; NaN elsewhere."""
   k = len(kernel)
   pad = k // 2
   h, w = ((size + 2 * pad - k) // strides + 1 for size in x.shape[1:3])
@@ -67,9 +67,9 @@ def _conv_at(positions, x, kernel, bias, strides):
 
 
 def _sliced(block, x, hard, dilated):
-  """The block, its branch executed at the active positions only.
+  """Runs the block with its branch at the active positions only.
 
-  A value that is read and was not computed is NaN and would show.
+  A value that is read but was not computed is NaN, which would show.
   """
   x = np.asarray(x, np.float64)
   everywhere = np.ones_like(hard)
@@ -95,7 +95,7 @@ def _input(in_features, size=(6, 6)):
 
 
 def _run(block, x, hard=None, **gate_kwargs):
-  """The block's output and its execution mask, None if it has none."""
+  """Returns the block's output and its execution mask (None without one)."""
   masks = None if hard is None else [hard]
   gating = Gating(masks=masks, **gate_kwargs)
   out = block(x, gating)
@@ -103,7 +103,7 @@ def _run(block, x, hard=None, **gate_kwargs):
 
 
 CASES = (
-  # kind, in_features, strides, size of the input
+  # kind, in_features, strides, input size
   (BasicBlock, PLANES, 1, (5, 6)),
   (BasicBlock, 2, 2, (6, 6)),
   (BasicBlock, 2, 2, (7, 5)),
@@ -180,7 +180,7 @@ class BlockTest(parameterized.TestCase):
     mask, again = gating.finish()
     np.testing.assert_array_equal(mask.hard.sum((1, 2)), [3, 3])
     chex.assert_trees_all_equal(again, mask)
-    # The gate is not asked where a mask is given.
+    # With a given mask, the gate is not used.
     _, given = _run(block, x, mask.hard)
     chex.assert_trees_all_equal(given, mask)
     self.assertLen(seen, 2)
@@ -225,7 +225,7 @@ class BlockTest(parameterized.TestCase):
     for hard in jnp.zeros((2, 6, 6)), jnp.ones((2, 6, 6)):
       np.testing.assert_array_equal(run(hard), _run(plain, x, hard)[0])
       grad = jax.grad(lambda m: jnp.sum(run(m)))(hard)
-      # m block(x) + (1 - m) x, whatever m is.
+      # m block(x) + (1 - m) x for any m.
       expected = nnx.relu(x + plain.run_branch(x)) - nnx.relu(x)
       np.testing.assert_allclose(grad, expected.sum(-1), rtol=1e-4, atol=1e-4)
 
@@ -242,7 +242,7 @@ class BlockTest(parameterized.TestCase):
       functools.partial(_run, block), _input(2), jnp.ones((2, 3, 3))
     )
     self.assertEqual(mask.name, 'layer2.0')
-    # Multiply-accumulates of an output position: inputs * k * k * outputs.
+    # Multiply-accumulates per output position: inputs * k * k * outputs.
     self.assertEqual(
       [(m.name, m.macs_per_position, m.level) for m in mask.layers],
       [
@@ -257,7 +257,7 @@ class BlockTest(parameterized.TestCase):
     grad = jax.grad(lambda m: jnp.sum(_run(block, x, m)[0]))(
       jnp.ones((2, 6, 6))
     )
-    # out = relu(x + mask * branch): the branch where the output is positive.
+    # out = relu(x + mask * branch): the branch if the output is positive.
     branch = block.run_branch(x)
     expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)

@@ -39,7 +39,7 @@ def abstract(name, **kwargs):
 
 
 def make_small(method='dense', drop_path=0.2, **kwargs):
-  """A small network in training whose parameters and statistics are random."""
+  """Returns a small network in training mode with random values."""
   model = create_model(
     SMALL,
     method=method,
@@ -56,7 +56,7 @@ def make_small(method='dense', drop_path=0.2, **kwargs):
       node.var[...] = jnp.asarray(rng.uniform(0.5, 1.5, shape), jnp.float32)
       node.bias[...] = jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32)
     elif isinstance(node, nnx.Conv):
-      # As wide as what comes in, depthwise too.
+      # The same width as the input, and depthwise.
       shape = node.kernel.shape
       std = np.sqrt(2 / np.prod(shape[:-1]))
       value = std * rng.normal(size=shape)
@@ -76,7 +76,8 @@ def make_images(size=(33, 38)):
   return jnp.asarray(x, jnp.float32)
 
 
-# Millions of parameters: torchvision's and timm's tables; identity shortcuts.
+# Millions of parameters from torchvision's and timm's tables; identity
+# shortcuts.
 @pytest.mark.parametrize(
   ('name', 'parameters', 'blocks', 'identities'),
   [
@@ -121,7 +122,7 @@ def test_widths(width, ends, planes):
 
 
 def lite0_macs():
-  """Lite0 at 224 pixels by hand: size of the map, then kernels."""
+  """Counts Lite0 at 224 pixels by hand: map size, then kernels."""
   stem, head = 112 * 112 * 27 * 32, 7 * 7 * 320 * 1280 + 1280 * 1000
 
   def block(size, inputs, outputs, k, t=6, stride=1):
@@ -174,7 +175,7 @@ def test_a_block_is_its_convolutions(padding, strides, ratio):
   x = jnp.asarray(
     4 * np.random.default_rng(0).normal(size=(2, 9, 11, 6)), jnp.float32
   )
-  # Batch norm is the identity but for its epsilon.
+  # Batch norm is the identity except for epsilon.
   scale = (1 + 1e-5) ** -0.5
 
   def convolve(y, conv, **kwargs):
@@ -200,7 +201,7 @@ def test_a_block_is_its_convolutions(padding, strides, ratio):
   expected = x + y if strides == 1 else y
   assert block.branch.shortcut == ('identity' if strides == 1 else 'none')
   np.testing.assert_allclose(block(x), expected, rtol=1e-4, atol=1e-4)
-  # Where nothing is executed the input is left, or there is nothing.
+  # If nothing is executed, the input remains, or zero.
   nothing = block(x, Gating(masks=[jnp.zeros(y.shape[:3])]))
   np.testing.assert_array_equal(nothing, x if strides == 1 else 0 * y)
 
@@ -228,12 +229,12 @@ def test_sparse_networks_equal_masked_dense_ones(method, which, padding):
   assert scale > 0.01
   for backend in ('dense', 'xla'):
     sparse = sparsify(model, backend)
-    assert not isinstance(sparse.bn2, BatchNorm)  # Folded.
+    assert not isinstance(sparse.bn2, BatchNorm)  # folded
     out, got = jax.jit(lambda x, sparse=sparse: sparse(x))(images)
     for mine, theirs in zip(got, masks, strict=True):
       np.testing.assert_array_equal(mine.hard, theirs.hard)
     np.testing.assert_allclose(out, expected, rtol=0, atol=1e-4 * scale)
-  # The masks count.
+  # The masks affect the count.
   opened = [np.ones_like(m.hard) for m in masks]
   named = dict(zip([m.name for m in masks], opened, strict=True))
   if method == 'dynconv':
@@ -256,7 +257,7 @@ def test_all_and_no_masks():
   assert masks[2].dilated.shape == (3, 17, 19)
   zeros, _ = run(images, [0 * m for m in ones])
   assert bool(jnp.isfinite(zeros).all())
-  assert float(jnp.abs(zeros - zeros[:1]).max()) < 1e-6  # Nothing is left.
+  assert float(jnp.abs(zeros - zeros[:1]).max()) < 1e-6  # nothing remains
 
 
 def test_training():
@@ -292,7 +293,7 @@ def test_training():
 def test_stochastic_depth():
   model = make_small()
   rates = [block.drop and block.drop.rate for block in gated_blocks(model)]
-  # Rises with the block's number; without a shortcut nothing may be dropped.
+  # Increases with the block's index; without a shortcut nothing may be dropped.
   expected = [
     None,
     0.2 / 7,
@@ -317,7 +318,7 @@ def test_stochastic_depth():
   np.testing.assert_allclose(
     out, np.where(kept[:, None, None, None], branch / 0.75, 0), atol=1e-5
   )
-  # Gates may sample in evaluation; nothing is dropped there.
+  # Gates may sample in evaluation, but nothing is dropped.
   for view in (
     {'deterministic': True},
     {'deterministic': False, 'use_running_average': True},
@@ -358,7 +359,7 @@ def test_constants_of_batch_norm(padding, epsilon, momentum):
 
 def test_initialization():
   block = InvertedResidual(64, 64, kernel_size=5, name='b', rngs=nnx.Rngs(0))
-  # He's, by what reads an input's gradient: k * k * outputs of its group.
+  # He initialization by the fan-out of the group: k * k * outputs.
   for conv, fan_out in (
     (block.conv_pw, 384),
     (block.conv_dw, 25),

@@ -19,7 +19,7 @@ from dynconv_jax.models.create import create_model
 from dynconv_jax.models.gated import Gating
 from dynconv_jax.models.resnet import ARCHITECTURES, Architecture
 
-# A plain NumPy re-computation of a network in evaluation, in float64.
+# A plain NumPy recomputation of a network in evaluation, in float64.
 
 
 def _array(variable):
@@ -98,7 +98,7 @@ def _forward(model, images, forced=None):
 
 
 def _tiny(kind, depths, stem, mask_kernel_size=3):
-  """An evaluation view whose statistics, scales and biases are random."""
+  """Returns an evaluation view with random statistics, scales and biases."""
   model = resnet.ResNet(
     Architecture(kind, depths, 4, stem),
     num_classes=5,
@@ -148,7 +148,7 @@ class ForwardTest(parameterized.TestCase):
     model = _tiny(kind, (1, 1), stem, mask_kernel_size)
     images = _images(3, *size, 3)
     logits, masks, mask_logits = _forward(model, images)
-    # Rounding cannot turn a decision, and both decisions occur.
+    # Rounding cannot change a decision, and both decisions occur.
     margin = min(np.abs(block).min() for block in mask_logits)
     self.assertGreater(margin, 1e-4)
     for mask in masks:
@@ -167,7 +167,7 @@ class ForwardTest(parameterized.TestCase):
     _, masks, _ = _forward(model, images)
     rng = np.random.default_rng(0)
     some = [rng.integers(0, 2, m.shape).astype(np.float32) for m in masks]
-    # Some, those of the gates, all and none.
+    # Some positions (the gates'), all, and none.
     for forced in (
       some,
       [m.astype(np.float32) for m in masks],
@@ -197,7 +197,7 @@ class ForwardTest(parameterized.TestCase):
     nnx.update(dense, nnx.from_flat_state(shared))
     images = _images(2, 8, 8, 3)
     ones = [jnp.ones((2, s, s)) for s in (8, 4, 2)]
-    # In training: batch statistics, and their running averages, as well.
+    # In training mode also batch statistics and their running averages.
     logits, masks = _run(gated, images, ones)
     dense_logits, none = _run(dense, images)
     self.assertEmpty(none)
@@ -253,7 +253,7 @@ class TrainingTest(absltest.TestCase):
         for array in (mask.hard, mask.dilated):
           self.assertEqual(array.dtype, jnp.float32)
           self.assertContainsSubset(np.unique(array), (0, 1))
-    # Temperature leaves the decisions alone; noise does not.
+    # The temperature does not affect decisions; the noise does.
     np.testing.assert_array_equal(outputs[0][0], outputs[1][0])
     self.assertGreater(np.abs(outputs[1][0] - outputs[2][0]).max(), 1e-3)
 
@@ -322,8 +322,8 @@ class StructureTest(parameterized.TestCase):
 
   @parameterized.parameters(8, 14, 20, 26, 32, 44, 56, 110)
   def test_cifar_parameters(self, depth):
-    # A batch norm has two parameters a channel; n blocks a stage of two 3x3
-    # convolutions each; stages two and three project from half the channels.
+    # A batch norm has two parameters per channel. Each stage has n blocks of
+    # two 3x3 convolutions; stages two and three project from half the channels.
     n = (depth - 2) // 6
     number = 27 * 16 + 2 * 16
     for c in (16, 32, 64):
@@ -345,7 +345,7 @@ class StructureTest(parameterized.TestCase):
       'cifar_resnet8', method='dynconv', mask_kernel_size=mask_kernel_size
     )
     dense = _abstract('cifar_resnet8')
-    # A convolution and a linear map to one logit, of the blocks' inputs.
+    # A convolution and a linear map to one logit, for the blocks' inputs.
     added = sum((taps * c + 1) + (c + 1) for c in (16, 16, 32))
     self.assertEqual(_count(nnx.state(given)) - _count(nnx.state(dense)), added)
 
@@ -359,8 +359,8 @@ class StructureTest(parameterized.TestCase):
     self.assertEqual(model.fc.kernel.shape[0], int(512 * width))
 
   @parameterized.parameters(
-    # All convolutions by FACTS.md, less the stem (112^2 * 147 * 64, or
-    # 32^2 * 27 * 16) and the projections.
+    # All convolutions, without the stem (112^2 * 147 * 64, or 32^2 * 27 * 16)
+    # and the projections.
     ('resnet101', 224, 7_799_357_440 - 118_013_952 - 359_661_568),
     ('resnet50', 224, 4_087_136_256 - 118_013_952 - 359_661_568),
     ('cifar_resnet32', 32, 69_124_096 - 442_368 - 262_144),
@@ -446,7 +446,7 @@ def test_stochastic_depth_drops_branches_of_images_in_training():
     drop_path=0.6,
     rngs=nnx.Rngs(0),
   )
-  # Of blocks 0, 1 and 2 of 3; the projections of two are always executed.
+  # Blocks 0, 1 and 2 of 3; the projections of two are always executed.
   assert [b.drop and round(b.drop.rate, 6) for b in model.blocks] == [
     None,
     0.2,

@@ -1,4 +1,4 @@
-"""Compares training and evaluation with a twin in PyTorch, weights copied."""
+"""Compares training and evaluation with a PyTorch twin with equal weights."""
 
 import re
 
@@ -37,7 +37,7 @@ def _sparsity(twin):
 
 
 def _named(state):
-  """Arrays of an NNX state by PyTorch's names, in PyTorch's layouts."""
+  """Returns the arrays of an NNX state with PyTorch's names and layouts."""
   renamed = {
     'kernel': 'weight',
     'scale': 'weight',
@@ -96,7 +96,7 @@ class TwinTest(parameterized.TestCase):
     images = rng.normal(size=shape).astype(np.float32)
     labels = np.array([0, 3, 1])
 
-    # PyTorch in float64.
+    # PyTorch runs in float64.
     arrays = _named(params) | _named(rest)
     twin = twin.double()
     missing, unexpected = twin.load_state_dict(
@@ -132,7 +132,7 @@ class TwinTest(parameterized.TestCase):
         mask.hard, block.mask.detach()[:, 0].round()
       )
       np.testing.assert_array_equal(mask.dilated, block.dilated[:, 0])
-    # Masks of ones, or of zeros, would hide most of the network.
+    # Masks of all ones or zeros would hide most of the network.
     density = np.concatenate([m.hard.ravel() for m in masks]).mean()
     self.assertBetween(density, 0.1, 0.9)
     grads = _named(grads)

@@ -1,4 +1,4 @@
-"""Where the compiled library is kept, and when it is compiled anew."""
+"""Tests of where the compiled library is stored and when it is recompiled."""
 
 import concurrent.futures
 import hashlib
@@ -23,7 +23,7 @@ echo what is compiled > "$2"
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
-  """A file with a line for each compilation, by a compiler that is none."""
+  """A file with one line per compilation, written by a fake compiler."""
   compiler, log = tmp_path / 'compiler', tmp_path / 'log'
   compiler.write_text(_COMPILER.format(log=log))
   compiler.chmod(0o700)
@@ -49,7 +49,7 @@ def test_a_library_is_compiled_once_into_the_users_own_folder(log, tmp_path):
   assert path.read_text() == 'what is compiled\n'
   content = hashlib.sha256(b'what is compiled\n').hexdigest()
   assert path.stem.partition('-')[2] == content[:16]
-  # Other flags are another library.
+  # Different flags make a different library.
   assert library.build(_SOURCE, ('-O1',)) != path
   assert _count(log) == 2
 

@@ -7,7 +7,7 @@ from dynconv_jax.plotting.curves import plot_block_density, plot_learning_curves
 
 @pytest.fixture
 def unwritten(monkeypatch):
-  """Skips writing the files, which takes longer than all else."""
+  """Skips writing the files, which takes most of the time."""
   monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
 
 
@@ -91,7 +91,7 @@ def test_a_dense_run_has_no_executed_fraction(tmp_path):
   for row in rows:
     del row['executed_fraction']
     row.pop('budget', None)
-    if 'gating' in row:  # All terms but one are 0, and so that is the loss.
+    if 'gating' in row:  # All terms but one are 0, so that one is the loss.
       row |= {'gating': 0.0, 'cross_entropy': row['loss']}
   figure = plot_learning_curves(rows, tmp_path / 'curves')
   assert [_legend(ax) for ax in figure.axes] == [

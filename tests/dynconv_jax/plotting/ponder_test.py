@@ -33,7 +33,7 @@ def _random_masks(sizes, n=2, seed=0):
 
 
 def _nearest(values, y, x, height, width):
-  """The value of the cell that holds the pixel's centre, in exact fractions."""
+  """Returns the value of the cell with the pixel's center, by fractions."""
   h, w = values.shape
   row = next(r for r in range(h) if (2 * y + 1) * h < (r + 1) * 2 * height)
   col = next(c for c in range(w) if (2 * x + 1) * w < (c + 1) * 2 * width)
@@ -242,7 +242,7 @@ def test_grid_shows_each_image_beside_its_map(tmp_path):
   labels = [ax.get_title('right') for ax in axes[1::2]]
   assert labels == ['0.08 GMACs', '0.10 GMACs', '4.20 GMACs']
   assert bar.get_ylabel() == 'share'
-  # Nothing overlaps: pairs, their titles, and the bar.
+  # Nothing overlaps: pairs, their titles, and the color bar.
   figure.canvas.draw()
   boxes = [ax.get_tightbbox() for ax in figure.axes]
   for i, box in enumerate(boxes):
@@ -257,7 +257,7 @@ def test_grid_outlines_objects(tmp_path, monkeypatch):
   monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
   images = np.zeros((3, 6, 6, 3), np.uint8)
   objects = np.zeros((3, 6, 6), bool)
-  objects[0, [1, 3], [2, 4]] = True  # Rows 1 to 3, columns 2 to 4.
+  objects[0, [1, 3], [2, 4]] = True  # rows 1 to 3, columns 2 to 4
   objects[2] = True
   figure = plot_ponder_grid(
     *(images, np.ones((3, 6, 6)), [1] * 3, ['a'] * 3, tmp_path / 'grid'),

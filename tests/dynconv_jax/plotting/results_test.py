@@ -147,7 +147,7 @@ def test_narrower_dense_networks_are_a_curve_of_their_own():
   assert (narrow.width_multiplier, narrow.seeds) == (0.5, 2)
   assert narrow.accuracy == pytest.approx(0.62)
   assert whole in curves['dense', 'resnet', 1].points
-  # Of one depth only, there is no curve by depth.
+  # With a single depth there is no curve by depth.
   (alone,) = accuracy_curves(rows[:3])
   assert (alone.model, alone.width_multiplier) == ('resnet18', None)
 

@@ -1,4 +1,4 @@
-"""Tests of the figure of speed-up against density."""
+"""Tests of the figure of speedup against density."""
 
 import numpy as np
 import pytest
@@ -46,7 +46,7 @@ def test_masks_of_positions_and_of_patches(tmp_path):
   lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
   np.testing.assert_allclose(lines['batch 1'].get_ydata(), [2])
   np.testing.assert_allclose(lines['batch 1, patches 4,2'].get_ydata(), [2.5])
-  # The ideal is that of positions.
+  # The ideal is for positions.
   ideal = lines['MAC-proportional ideal']
   np.testing.assert_allclose(ideal.get_ydata(), [1 / 0.37])
 
@@ -58,7 +58,7 @@ def test_masks_of_positions_and_of_patches(tmp_path):
     ([0.9, 0.8, 0.7], None),
     ([2.0, 1.0, 0.5], 0.5),
     ([3.0, 2.0, 0.0], 0.75),
-    # The last of two crossings: below it nothing is promised by one number.
+    # The last of two crossings, because one number cannot describe both.
     ([0.5, 1.5, 0.5], 0.75),
   ],
 )

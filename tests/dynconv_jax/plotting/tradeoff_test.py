@@ -11,7 +11,7 @@ from dynconv_jax.plotting.tradeoff import (
 
 @pytest.fixture
 def unwritten(monkeypatch):
-  """Skips writing the files, which takes longer than all else."""
+  """Skips writing the files, which takes most of the time."""
   monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
 
 
@@ -192,7 +192,7 @@ def test_figures_of_a_table(tmp_path):
     }
     for row in _ROWS
   ]
-  # Told apart by the recipe, or the rows would be of one run.
+  # Distinguished by the recipe; otherwise the rows would be one run.
   rows.append({**rows[0], 'recipe': 'distilled'})
   written = plot_results(rows, tmp_path)
   assert sorted(tmp_path.iterdir()) == sorted(p for ps in written for p in ps)

@@ -53,7 +53,7 @@ class CalibrateTest(chex.TestCase):
       self.assertEqual(mask.sum(), max(1, round(density * 600)))
 
   def test_clustered_masks_are_clustered(self):
-    """Neighbours agree more often than those of independent positions."""
+    """Neighbors agree more often than for independent positions."""
     mask = clustered_masks(np.random.default_rng(0), (4, 56, 56), 0.5)
     agree = (mask[:, 1:] == mask[:, :-1]).mean()
     self.assertGreater(agree, 0.85)
@@ -74,7 +74,8 @@ def test_a_block_is_measured(make_network, per_image):
 @pytest.mark.parametrize(
   'given,expected',
   (
-    # At density 0.6 a mask and its surroundings take more than 0.6 of the MACs.
+    # At density 0.6, a mask and its surroundings cost more than 0.6 of the
+    # MACs.
     ({'density': 0.6}, lambda load: 0.6 < load < 1),
     ({'density': 1.0}, lambda load: load == 1),
     ({'density': 0.6, 'budget': 0.3}, lambda load: load == 0.3),

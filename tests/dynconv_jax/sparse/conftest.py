@@ -22,7 +22,7 @@ SMALL = {
 
 @pytest.fixture(params=('xla', 'cpu'))
 def backend(request):
-  """A backend that executes active positions here."""
+  """A backend that executes active positions on this machine."""
   if request.param == 'cpu' and not CpuBackend().supports_platform(
     jnp.dtype(jnp.float32), jax.default_backend()
   ):
@@ -32,7 +32,7 @@ def backend(request):
 
 @pytest.fixture(scope='session')
 def make_network():
-  """Makes an evaluation view whose parameters and statistics are random."""
+  """Returns an evaluation view with random parameters and statistics."""
 
   def make(family, method, dtype=jnp.float32, seed=0, **kwargs):
     with mock.patch.dict(ARCHITECTURES, SMALL):

@@ -1,4 +1,4 @@
-"""Tests of the executor against the masked dense forward of the model."""
+"""Tests of the executor against the model's masked dense forward pass."""
 
 import re
 from unittest import mock
@@ -15,7 +15,7 @@ from dynconv_jax.sparse import BlockPlan, ExecutionStats, SparseExecutor
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.calibrate import clustered_masks
 
-# Odd sizes in every stage; positions that no chunk size divides.
+# Odd sizes in every stage; numbers of positions that no chunk size divides.
 SHAPE = (3, 21, 27, 3)
 FAMILIES = ('basic', 'bottleneck')
 METHODS = ('dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
@@ -27,7 +27,7 @@ def make_images(shape=SHAPE, seed=0):
 
 
 def masked_dense(model, images, masks=None):
-  """The model's own forward pass, jitted."""
+  """Returns the model's own jitted forward pass."""
   graphdef, state = nnx.split(model)
 
   @jax.jit
@@ -127,7 +127,7 @@ def test_whole_images_are_given_by_one_value_each(make_network, backend):
   logits, stats = executor(images, masks=[a[:, None, None] for a in active])
   assert_same(logits, expected)
   assert stats.positions.tolist() == [int(m.sum()) for m in full]
-  # Masks that differ within an image are obeyed as well.
+  # Masks that differ within an image are used as well.
   rng = np.random.default_rng(0)
   mixed = [clustered_masks(rng, shape, 0.4) for shape in shapes]
   assert_same(
@@ -152,14 +152,14 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network, backend):
 
 @pytest.mark.parametrize('limit', (0.5, 1.0))
 def test_only_weights_that_are_read_are_kept(make_network, backend, limit):
-  """A block's weights once; twice where it may be executed densely."""
+  """A block's weights count once; twice if it may also run densely."""
   model, images = make_network('bottleneck', 'dynconv'), make_images()
   executor = SparseExecutor(model, images.shape, limit=limit, backend=backend)
   kernels = sum(leaf.ndim == 4 for leaf in executor._arrays)
-  blocks = 4 * 3 + 2  # Convolutions and projections.
+  blocks = 4 * 3 + 2  # convolutions and projections
   dense = blocks if limit < 1 else 0
-  # XLA has the stem and the mask units' convolutions too, the kernels for a CPU
-  # weights for squares of outputs.
+  # XLA also has the convolutions of the stem and the mask units; the CPU
+  # kernels also have weights for Winograd tiles.
   assert kernels == dense + (4 * 3 if backend == 'cpu' else blocks + 1 + 4)
 
 
@@ -207,10 +207,10 @@ def test_auto_measures_what_may_be_slower_than_dense(make_network):
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_dense_forward(make_network):
-  """Twice the error of the dense network in bfloat16, plus one rounding.
+  """Allows twice the bfloat16 error of the dense network, plus one rounding.
 
-  Both round each layer's result to 8 bits; the dense one rounds the
-  normalised values too, the folded one the folded kernels.
+  Both round each layer's result to 8 bits. The dense network also rounds the
+  normalized values, the folded one the folded kernels.
   """
   images = make_images()
   exact, rounded = (
@@ -237,7 +237,7 @@ def test_an_image_that_is_no_number_leaves_the_others_alone(
   executor = SparseExecutor(model, images.shape, backend=backend)
   expected, _ = executor(images)
   logits, _ = executor(images.at[-1].set(jnp.nan))
-  # How a 3x3 is summed up depends on the positions of all images.
+  # The order of sums in a 3x3 depends on the positions of all images.
   assert_same(logits[:-1], expected[:-1])
   assert jnp.isnan(logits[-1]).all()
 
@@ -295,7 +295,7 @@ def test_what_is_shown_is_short(make_network):
   mask = ExecutionMask((jnp.eye(2, 4)[None],), 'layer1.0')
   shown = "ExecutionMask('layer1.0', maps=(float32[1, 2, 4])"
   assert repr(mask) == f'{shown}, density=0.250)'
-  # What is traced has no values.
+  # Traced arrays have no values.
   traced = []
   jax.eval_shape(lambda m: traced.append(repr(m)), mask)
   assert traced == [f'{shown})']

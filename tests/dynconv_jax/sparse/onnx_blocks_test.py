@@ -1,4 +1,4 @@
-"""Tests of gated blocks as ONNX nodes, against the blocks' own forward."""
+"""Tests of gated blocks as ONNX nodes, against the blocks' forward pass."""
 
 import functools
 
@@ -75,7 +75,7 @@ def network(*branches, dtype=jnp.float32):
 
 
 def inverted(kernel_size, strides, activation, padding, shortcut):
-  """A branch as in mobile networks."""
+  """Returns a branch as in mobile networks."""
   wide = 12
   return Branch(
     (
@@ -163,14 +163,14 @@ def test_any_branch_that_can_be_described(name, size):
 
 
 class SiluBlock(BasicBlock):
-  """Says that it is a basic block, but is not."""
+  """Claims to be a basic block, but is not."""
 
   def run_branch(self, x):
     return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
 
 
 class SqueezeExcite(BasicBlock):
-  """Weighs the channels of the branch, which no description can say."""
+  """Weights the channels of the branch, which no description can express."""
 
   describable = False
 

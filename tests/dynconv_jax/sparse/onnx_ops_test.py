@@ -1,4 +1,4 @@
-"""Tests of operations as ONNX nodes, against JAX's own results."""
+"""Tests of operations as ONNX nodes, against JAX's results."""
 
 import re
 
@@ -154,7 +154,7 @@ SHAPES = {
 @pytest.mark.parametrize('first', ['images', 'map'])
 @pytest.mark.parametrize('name', SHAPES)
 def test_shapes(name, first):
-  """Of images, and of a map that ONNX has channels first."""
+  """Shapes of images, and of a map that is channels-first in ONNX."""
   function, fixed = SHAPES[name], name in ('bilinear', 'nearest')
   kernel = KERNEL[..., :3]
   whole = function if first == 'images' else lambda x: function(conv(x, kernel))
@@ -274,7 +274,7 @@ def test_maps_stay_channels_first():
     if node.op_type == 'Transpose'
     and sizes[node.output[0]] >= np.prod(SIZE) * 2
   ]
-  assert len(maps) == 1  # The images; others have few values.
+  assert len(maps) == 1  # the images; others have few values
 
 
 REFUSED = {

@@ -1,4 +1,4 @@
-"""Tests of exported ONNX models against the networks' own forward in JAX."""
+"""Tests of exported ONNX models against the networks' forward pass in JAX."""
 
 import functools
 
@@ -60,7 +60,7 @@ def test_logits_and_densities_are_those_of_the_model(
 ):
   model = make_network(family, method, **options)
   for block in gated_blocks(model):
-    if isinstance(block.masker, HaltingUnit):  # Halts in the midst of a stage.
+    if isinstance(block.masker, HaltingUnit):  # halts within a stage
       _sharpen(block.masker)
   for form in FORMS:
     exported = export_onnx(model, SIZE, form=form)
@@ -75,7 +75,7 @@ def test_logits_and_densities_are_those_of_the_model(
         density, np.stack([m.density() for m in masks], 1), rtol=1e-6
       )
       means.append(density.mean())
-  if method != 'skipnet':  # All gates of a random one decide the same.
+  if method != 'skipnet':  # A random SkipNet's gates all agree.
     assert 0 < means[0] < 1
 
 
@@ -138,7 +138,7 @@ def test_gates_that_are_open_or_shut(make_network, logit):
 
 
 class UNet(nnx.Module):
-  """Blocks of three resolutions, concatenated; another size of output."""
+  """Blocks at three resolutions, concatenated, with a different output size."""
 
   foldable = (('conv1', 'bn1'),)
 
@@ -178,11 +178,11 @@ def test_a_network_of_another_kind():
 
 
 def test_features_are_not_transposed_between_convolutions(make_network):
-  """A dense network stays channels first, a sparse one in rows."""
+  """A dense network stays channels-first, a sparse one uses rows."""
   model = make_network('bottleneck', 'dense')
   assert (
     count_nodes(export_onnx(model, SIZE), 'Transpose') == 1
-  )  # Of the images.
+  )  # of the images
   model = make_network('bottleneck', 'dynconv')
   dense = export_onnx(model, SIZE, form='dense')
   assert count_nodes(dense, 'Transpose') == 1
@@ -202,7 +202,7 @@ def test_a_dense_network_and_its_macs(name):
     None, {'images': images}
   )
   assert_same(logits, run(model, images)[0])
-  # The biases that batch norm became are the only difference.
+  # The only difference is the biases from folded batch norms.
   count = functools.partial(count_macs, convention='conv+linear')
   expected = count(model, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
   counted = count_onnx_macs(
@@ -213,7 +213,7 @@ def test_a_dense_network_and_its_macs(name):
 
 @pytest.mark.parametrize('form', FORMS)
 def test_a_bfloat16_network_is_exported_in_float32(make_network, form):
-  """It is the network of the same parameters that computes in float32."""
+  """It equals the network with the same parameters that computes in float32."""
   low = make_network('bottleneck', 'dynconv', dtype=jnp.bfloat16)
   high = make_network('bottleneck', 'dynconv')
   images = make_images()

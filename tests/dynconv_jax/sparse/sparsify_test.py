@@ -1,4 +1,4 @@
-"""Tests of sparse networks: any network, own blocks, own backends."""
+"""Tests of sparse networks: any network, custom blocks, custom backends."""
 
 import re
 import sys
@@ -22,14 +22,14 @@ FEATURES = 6
 
 
 class SiluBlock(BasicBlock):
-  """Computes something else than it inherits the description of."""
+  """Differs from the description that it inherits."""
 
   def run_branch(self, x):
     return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
 
 
 class SqueezeExciteBlock(BasicBlock):
-  """What is computed at one position depends on all others."""
+  """The result at one position depends on all others."""
 
   describable = False
 
@@ -39,7 +39,7 @@ class SqueezeExciteBlock(BasicBlock):
 
 
 class UNet(nnx.Module):
-  """Blocks in two resolutions, joined by concatenation."""
+  """Blocks at two resolutions, joined by concatenation."""
 
   foldable = (('stem', 'norm'),)
 
@@ -59,7 +59,7 @@ class UNet(nnx.Module):
         input_activated=True,
       )
 
-    # Not in the order of their names.
+    # Not in alphabetical order.
     self.first = block('first', FEATURES, FEATURES)
     self.down = nnx.Dict(a=block('down', FEATURES, 2 * FEATURES, 2))
     self.after = block('after', 3 * FEATURES, FEATURES)
@@ -109,10 +109,10 @@ def test_a_network_that_is_no_resnet(images, backend):
     np.testing.assert_array_equal(mine.hard, theirs.hard)
     assert (mine.name, mine.layers) == (theirs.name, theirs.layers)
   assert not gated_blocks(sparse)
-  assert len(gated_blocks(model)) == 3  # The model is as it was.
+  assert len(gated_blocks(model)) == 3  # the model is unchanged
   # The stem is one convolution now.
   assert not isinstance(sparse.norm, BatchNorm)
-  # By name, bool and int, and back through what a network returned.
+  # By name, as bool and int, and with the masks that a network returned.
   by_name = {m.name: np.asarray(m.hard) > 0 for m in masks}
   assert_same(sparse(images, masks=by_name)[0], expected)
   in_order = [np.asarray(m.hard, np.int32) for m in masks]
@@ -137,7 +137,7 @@ def test_a_layer_that_was_exchanged_is_noticed():
   model = make()
   model.first.bn1 = nnx.view(
     BatchNorm(FEATURES, rngs=nnx.Rngs(0)), use_running_average=True
-  )  # Without its activation.
+  )  # without its activation
   with pytest.raises(ValueError, match=r'first \(BasicBlock, by'):
     sparsify(model)
   model.first.bn1 = nnx.GroupNorm(FEATURES, 2, rngs=nnx.Rngs(0))
@@ -156,7 +156,7 @@ def test_what_cannot_be_described_is_executed_densely(images):
 
 
 class Doubling(Backend):
-  """From outside of the package; wrong, so that one sees it was asked."""
+  """A custom backend with a wrong result, to see that it was used."""
 
   name = 'doubling'
 
@@ -180,7 +180,7 @@ def test_a_backend_from_outside(images):
     mask = jnp.ones(x.shape[:3])
     got = sparse.first(x, Gating(masks=[mask]))
     assert_same(got, 2 * model.first(x, Gating(masks=[mask])))
-    # What it does not support is executed all the same.
+    # Blocks that it does not support are executed anyway.
     assert sparse.down['a'].plan.backend.name == 'xla'
 
 
@@ -198,7 +198,7 @@ def test_given_masks(images):
   error('masks are given for third; the gated blocks are', {'third': hard[0]})
   error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
   error('must be float, int or bool', [hard[0].astype(complex)] * 3)
-  # Where there is none the gate decides.
+  # Without a given mask, the gate decides.
   out, got = model(images, masks=[None, 1 - hard[1], None])
   np.testing.assert_array_equal(got[0].hard, hard[0])
   np.testing.assert_array_equal(got[1].hard, 1 - hard[1])

@@ -1,4 +1,4 @@
-"""Tests of networks as StableHLO, run by JAX alone in another process."""
+"""Tests of networks as StableHLO, run with JAX only in another process."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ pytest.importorskip('onnxruntime', reason='pip install dynconv_jax[test]')
 
 from onnx_export import randomize, run  # noqa: E402
 
-# What the file needs: neither this package nor Flax.
+# Needed by the file: neither this package nor Flax.
 _RUN = """
 import sys, jax, jax.export, numpy as np
 with open(sys.argv[1], 'rb') as f:

@@ -1,4 +1,4 @@
-"""Checkpoints of a small state: what is kept, what is fallen back to."""
+"""Tests of checkpoints of a small state: retention and fallback."""
 
 import binascii
 import pathlib
@@ -13,7 +13,7 @@ from absl.testing import absltest
 
 from dynconv_jax.training import checkpoints
 
-# orbax leaves coroutines behind where it fails to read or write.
+# orbax leaves coroutines behind if it fails to read or write.
 pytestmark = [
   pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
   pytest.mark.usefixtures('collected'),
@@ -25,7 +25,7 @@ def _state(step):
 
 
 def _save_all(workdir, accuracies, keep=2):
-  """Saves steps 10, 20, ... of these accuracies."""
+  """Saves steps 10, 20, ... with these accuracies."""
   with checkpoints.open_manager(workdir, keep=keep) as manager:
     for i, accuracy in enumerate(accuracies, start=1):
       info = {'batches': {'step': 10 * i}, 'class_names': ['x', 'y']}
@@ -46,7 +46,7 @@ def _steps(workdir):
 
 @pytest.fixture(scope='module')
 def three(tmp_path_factory):
-  """A workdir of steps 20 (the best), 40 and 50 of five."""
+  """A workdir of steps 20 (the best), 40 and 50, out of five."""
   workdir = tmp_path_factory.mktemp('three')
   _save_all(workdir, [0.1, 0.9, 0.3, 0.4, 0.5])
   return workdir
@@ -69,7 +69,7 @@ def test_restores_the_best_or_the_latest(three, best, expected):
 
 
 def test_saves_without_an_accuracy(tmp_path):
-  # Such as one that a signal asked for; it is no candidate for the best.
+  # For example one requested by a signal; it is no candidate for the best.
   _save_all(tmp_path, [0.2, None, None, None])
   assert _steps(tmp_path) == [10, 30, 40]
   assert _restore(tmp_path, best=True)[2] == 10
@@ -105,7 +105,7 @@ def test_a_damaged_newest_checkpoint(three, tmp_path, damage, part):
   shutil.copytree(three, workdir)
   damage(workdir / 'checkpoints' / '50' / part)
   if part == 'metrics' or (part == '.' and damage is _remove):
-    # Nothing that is restored, or nothing that could be missed.
+    # Damages nothing that is restored, or nothing that is needed.
     assert _restore(workdir)[2] == (50 if part == 'metrics' else 40)
     return
   case = absltest.TestCase()
@@ -128,7 +128,7 @@ def test_no_missing_file_gives_wrong_values(three, tmp_path):
     shutil.copytree(three, workdir)
     (workdir / path).unlink()
     state, info, step = _restore(workdir)
-    # Some files hold nothing that is needed.
+    # Some files contain nothing that is needed.
     assert step in (40, 50), path
     np.testing.assert_array_equal(state['a'], np.full((3, 2), step))
     assert state['b']['c'] == step
@@ -155,7 +155,7 @@ def test_no_flipped_bit_gives_wrong_values(tmp_path):
       checkpoints.save(manager, step, state, info, 0.25)
   newest = original / 'checkpoints' / '1'
   files = [p.relative_to(original) for p in newest.rglob('*') if p.is_file()]
-  # Those with the arrays, and that with the position in the data.
+  # The ones with the arrays and the one with the position in the data.
   files = [p for p in files if 'd' in p.parts[:-1] or 'info' in p.parts]
   outcomes = []
   for i in range(24):
@@ -182,7 +182,7 @@ def test_what_differs_from_its_checksum_is_named(three):
   state, info, _ = _restore(three)
   saved = {'state': state, 'info': info}
   checkpoints._verify(saved)
-  # By another implementation of the same sum.
+  # With another implementation of the same sum.
   content = np.full((3, 2), 50, np.float32).tobytes()
   assert saved['info']['checksums']['a'] == f'{binascii.crc32(content):08x}'
   saved['state']['b']['c'] = np.int32(51)
@@ -234,7 +234,7 @@ def test_what_could_not_be_read_comes_anew(three, tmp_path):
   with checkpoints.open_manager(workdir) as manager:
     _, info, step = checkpoints.restore(manager, checkpoints.like(_state(0)))
     assert step == 40
-    # orbax would pass over it, and over steps between.
+    # orbax would skip it, and the steps in between.
     with pytest.raises(RuntimeError, match='step 45 is not after'):
       checkpoints.save(manager, 45, _state(45), info, None)
     checkpoints.drop_after(manager, step)
@@ -301,7 +301,8 @@ def test_damaged_metrics_only_cost_the_choice(three, tmp_path, damage):
   assert _steps(workdir) == [50, 60]
 
 
-# At once, or when its threads are waited for: at the next save or the end.
+# Either at once, or when its threads are waited for: at the next save or the
+# end.
 @pytest.mark.parametrize('method', ['save', 'wait_until_finished', 'close'])
 def test_a_failed_save_is_one_clear_error(three, tmp_path, method):
   workdir = tmp_path / 'copy'

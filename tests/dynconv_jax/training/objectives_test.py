@@ -1,4 +1,4 @@
-"""Tests of what each method adds to the loss, and of steps that use it."""
+"""Tests of the methods' loss terms, and of training steps that use them."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ from dynconv_jax.training.config import Config
 
 
 def _masks(names, stages=None, seed=0):
-  """Masks of 6 images, random in {0, 1}, with scores."""
+  """Returns random masks of 6 images, in {0, 1}, with scores."""
   rng = np.random.default_rng(seed)
   layers = (MaskedLayer('conv1', 3, level=0),)
   masks = []
@@ -40,7 +40,7 @@ class GatingLossTest(parameterized.TestCase):
     config = Config.make(budget=0.2, budget_warmup=0.5, sparsity_weight=7.0)
     weight, loss = _loss(config, masks, 0.25)
     self.assertEqual(weight, 7.0)
-    # Half of the way from 1 to 0.2; a block's bounds have opened at 1/4.
+    # Halfway from 1 to 0.2; a block's bounds open at 1/4.
     expected = losses.sparsity_loss(masks, budget=0.6, progress=0.25)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
@@ -52,7 +52,7 @@ class GatingLossTest(parameterized.TestCase):
       budget=0.4,
       target_rate_weight=3.0,
     )
-    # Its list of 16 has six ones, and 0.8 and 0.7 beside 0.4.
+    # Its list of 16 has six ones, and 0.8 and 0.7 besides 0.4.
     masks = _masks([f'layer1.{i}' for i in range(10)])
     weight, loss = _loss(config, masks, 0.5)
     self.assertEqual(weight, 3.0)
@@ -68,7 +68,7 @@ class GatingLossTest(parameterized.TestCase):
     config = Config.make(method=method, ponder_weight=0.25)
     weight, loss = _loss(config, masks, 0.5)
     self.assertEqual(weight, 0.25)
-    # Two stages have gates; in each position one unit and what remains.
+    # Two stages have gates; each position has one unit and the remainder.
     cost = 4 + sum(np.mean(m.hard * (1 - m.score)) for m in masks)
     np.testing.assert_allclose(loss, cost, rtol=1e-5)
 
@@ -117,7 +117,7 @@ class StepTest(parameterized.TestCase):
     self.assertGreater(sums['gating'], 0)
     self.assertBetween(sums['executed_fraction'], 0.3, 3)
     self.assertEqual(state.first_bad.tolist(), [-1, -1])
-    # Every gate has moved.
+    # Every gate has changed.
     for i, stage in enumerate(('layer1', 'layer2', 'layer3')):
       moved = jax.tree.map(
         lambda a, b: float(np.abs(a - b).max()),

@@ -1,4 +1,4 @@
-"""A run in two processes: as in one, killed, interrupted, resumed, refused."""
+"""Tests of a run in two processes: as in one, killed, resumed, refused."""
 
 import json
 import os
@@ -45,7 +45,7 @@ except loop.Interrupted as interrupted:
 
 
 def _train(folder, config, changes=(), ends='', at=0, how='SIGKILL', devices=1):
-  """Returns (status, stderr) of each process."""
+  """Returns (status, stderr) for each process."""
   changes = json.dumps(dict(changes))
   return jax_processes.run(
     _TRAIN, folder, config.to_flags(), changes, ends, at, how, devices=devices
@@ -53,7 +53,7 @@ def _train(folder, config, changes=(), ends='', at=0, how='SIGKILL', devices=1):
 
 
 def _assert_close(folder, expected):
-  """The same run to rounding: its rows and its weights."""
+  """Compares the rows and weights of two runs, up to rounding."""
   rows, others = map(workdir.read_metrics, (folder, expected))
   assert len(rows) == len(others) == 4
   for row, other in zip(rows, others, strict=True):
@@ -77,13 +77,13 @@ def test_killed_and_resumed(config, finished, tmp_path, killed):
   ended = _train(folder, config, ends=str(killed), at=10)
   assert ended[killed][0] == -signal.SIGKILL
   status, error = ended[1 - killed]
-  # Where process 0 ends, JAX may be first to say so.
+  # If process 0 ends, JAX may report it first.
   ours = f'process {1 - killed} lost another process of the run'
   assert (status, ours in error) == (1, True) or (
     not killed and status == -signal.SIGABRT and 'another task died' in error
   ), error
   assert workdir.read_metrics(folder)[-1]['step'] == 7
-  if killed:  # Resumed in one process, and in two with shards of the weights.
+  if killed:  # Resumed in one process, and in two with sharded weights.
     alone = shutil.copytree(folder, tmp_path / 'alone')
     loop.train(config, alone)
     _assert_close(alone, finished)
@@ -105,7 +105,7 @@ def test_a_signal_to_one_process_ends_all_at_one_step(config, tmp_path):
 
 
 def test_refusals(config, tmp_path):
-  """Each process says what is wrong; none waits for another."""
+  """Each process reports the error; none waits for another."""
   folders = tmp_path / 'own' / 'NUMBER'
   (_, first), (_, second) = _train(folders, config)
   assert 'process 1 failed; its own error says why' in first

@@ -1,4 +1,4 @@
-"""Metrics and events read back; what is shown on and off a terminal."""
+"""Tests of metrics and events, read back, and of progress reporting."""
 
 import io
 import json
@@ -33,9 +33,9 @@ _ROWS = [
 
 
 def _events(folder):
-  """Returns the events of a run, by the file format's definition.
+  """Returns the events of a run, parsed by the definition of the file format.
 
-  A record is a length, its check sum, the data, and theirs.
+  A record is a length, its checksum, the data, and their checksum.
   """
   events = []
   for path in sorted((folder / 'tensorboard').iterdir()):
@@ -59,7 +59,7 @@ def test_rows_are_in_the_file_and_in_the_events(tmp_path):
   with records.Records(tmp_path, 0) as record:
     for row in _ROWS:
       record.write(row)
-    # On disk at once, for those who look on.
+    # On disk immediately, for anyone watching.
     assert workdir.read_metrics(tmp_path) == _ROWS
     values = {k: v.simple_value for k, v in _values(tmp_path).items()}
   assert values == {
@@ -92,7 +92,7 @@ def test_masks_are_shown_beside_the_images(tmp_path):
   image = np.array(
     Image.open(io.BytesIO(shown['masks', 7].image.encoded_image_string))
   )
-  cost = np.full((2, 4, 4), 127)  # One block of two.
+  cost = np.full((2, 4, 4), 127)  # one block of two
   cost[0, :2, 2:] = 255
   expected = np.concatenate(
     [pixels, np.repeat(cost[..., None], 3, -1)], axis=2
@@ -118,7 +118,7 @@ def test_a_resumed_run_drops_what_it_does_again(tmp_path):
   ]
   assert [p.name for p in tmp_path.glob('*.partial')] == []
   starts = [e.step for e in _events(tmp_path) if e.HasField('session_log')]
-  assert starts == [15]  # TensorBoard purges from there on.
+  assert starts == [15]  # TensorBoard purges from there on
 
 
 def test_no_row_holds_what_json_has_not(tmp_path):
@@ -131,7 +131,7 @@ def test_no_row_holds_what_json_has_not(tmp_path):
 
 
 class _FakeWandB(types.ModuleType):
-  """Keeps what it is told, as the package's run would be."""
+  """Records calls, in place of the package's run."""
 
   class Error(Exception):
     pass
@@ -178,7 +178,7 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
     {'masks': ('image', (8, 8, 3)), 'step': 7},
   ]
   fake.runs[0].finish.assert_called_once_with(exit_code=0)
-  # Resumed it goes on with the same run; it is told of a failure.
+  # A resumed run continues the same W&B run, which is told about failures.
   with (
     pytest.raises(FloatingPointError),
     records.Records(folder, 7, wandb='gates'),
@@ -189,7 +189,7 @@ def test_weights_and_biases_gets_the_same(tmp_path, monkeypatch):
   fake.runs[1].finish.assert_called_once_with(exit_code=1)
   with pytest.raises(OSError, match='wandb=denied: no API key'):
     records.Records(folder, 7, wandb='denied')
-  # Without a project nothing is imported.
+  # Without a project, nothing is imported.
   monkeypatch.setitem(sys.modules, 'wandb', None)
   with records.Records(folder, 7) as record:
     record.write({**_ROWS[0], 'step': 14})
@@ -214,7 +214,7 @@ def config():
 
 @pytest.fixture
 def clock():
-  """A clock that a test sets by hand."""
+  """A clock that the test sets by hand."""
   now = mock.Mock(return_value=100.0)
   with mock.patch.object(records.time, 'monotonic', now):
     yield now
@@ -226,17 +226,17 @@ def test_log_lines_where_there_is_no_terminal(config, clock):
   case = absltest.TestCase()
   clock.return_value = 110.0
   with case.assertNoLogs(level='INFO'):
-    progress.update(20, _METRICS)  # Too soon.
+    progress.update(20, _METRICS)  # too soon
   clock.return_value = 140.0
   with case.assertLogs(level='INFO') as logs:
-    progress.update(30, _METRICS)  # 20 steps of 8 images in 40 s.
+    progress.update(30, _METRICS)  # 20 steps of 8 images in 40 s
   assert logs.records[0].getMessage() == (
     'step 30/100, 4 images/s, loss 1.250, accuracy 0.500, '
     'executed 0.625 of budget 0.5, 140 s left'
   )
   with case.assertLogs(level='INFO') as logs:
     progress.validated(1, _METRICS)
-    progress.update(100, {'loss': 1.0, 'accuracy': 0.0})  # The last one.
+    progress.update(100, {'loss': 1.0, 'accuracy': 0.0})  # the last one
   first, last = (r.getMessage() for r in logs.records)
   assert first == (
     'epoch 1: validation accuracy 0.500, executed fraction 0.625'
@@ -251,7 +251,7 @@ def test_during_a_warm_up_the_target_of_the_step_is_shown(config, clock):
   with mock.patch.object(sys, 'stderr', io.StringIO()):
     progress = records.Progress(config, steps_per_epoch=50, step=0)
   case = absltest.TestCase()
-  # Half of the warm-up, from 1 to 0.5; its end; after it.
+  # Half of the warmup, from 1 to 0.5; its end; after it.
   for step, shown in ((30, '0.75'), (60, '0.5'), (90, '0.5')):
     clock.return_value += 40.0
     with case.assertLogs(level='INFO') as logs:

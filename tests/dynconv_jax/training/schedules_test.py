@@ -35,7 +35,7 @@ class LearningRateTest(absltest.TestCase):
   def test_cosine_after_warmup(self):
     config = OptimizationConfig(learning_rate=0.2, epochs=5, warmup_epochs=1.0)
     rates = _rates(config, 10, (0, 1, 5, 10, 30, 50))
-    # Up by a tenth a step, then half a cosine over the other 40 steps.
+    # Up by a tenth per step, then half a cosine over the other 40 steps.
     np.testing.assert_allclose(rates, [0, 0.02, 0.1, 0.2, 0.1, 0], atol=1e-7)
 
   def test_warmup_of_part_of_an_epoch(self):
@@ -64,7 +64,7 @@ class LearningRateTest(absltest.TestCase):
       milestones=(0.5,),
       warmup_epochs=2.0,
     )
-    # The milestone is a share of the whole training, warm-up included.
+    # The milestone is a fraction of the whole training, including warmup.
     rates = _rates(config, 4, (0, 4, 8, 19, 20))
     np.testing.assert_allclose(rates, [0, 0.25, 0.5, 0.5, 0.05], rtol=1e-6)
 
@@ -104,7 +104,7 @@ def _grads():
 
 
 def _steps(config, number, rate=0.1):
-  """The parameters after steps along the same gradients."""
+  """Returns the parameters after steps with the same gradients."""
   tx = schedules.optimizer(config, optax.constant_schedule(rate))
   params = _params()
   state = tx.init(params)

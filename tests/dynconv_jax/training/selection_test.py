@@ -1,4 +1,4 @@
-"""Tests of patterns of paths, and of what they freeze."""
+"""Tests of path patterns and of the parameters that they freeze."""
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ def test_a_factor_scales_the_update():
     _run(steps=1, learning_rate_factors=f)
     for f in ((), ('conv1:1', 'fc:0.5', 'fc.bias:0'))
   )
-  # The first step alone: later ones see other gradients.
+  # Only the first step, because later ones have different gradients.
   for leaf, factor in (('kernel', 0.5), ('bias', 0)):
     expected, got = (
       after['params']['fc'][leaf] - before['params']['fc'][leaf]

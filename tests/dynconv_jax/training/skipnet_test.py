@@ -1,4 +1,4 @@
-"""SkipNet in training: its loss in the step, gradients, traces, whole runs."""
+"""Tests of training SkipNet: loss, gradients, traces, whole runs."""
 
 import dataclasses
 
@@ -79,11 +79,11 @@ def test_reinforce_alone_moves_the_gates_of_the_second_stage(gate):
 
 
 def test_the_loss_of_each_stage_by_hand():
-  actions = np.array([[1.0, 0.0], [0.0, 0.0]])  # Blocks by images.
+  actions = np.array([[1.0, 0.0], [0.0, 0.0]])  # blocks by images
   scores = np.array([[0.75, 0.5], [0.125, 0.25]])
 
   class Masks:
-    """What the losses read of an execution mask."""
+    """The fields of an execution mask that the losses read."""
 
     def __init__(self, i):
       self.hard = jnp.asarray(actions[i])[:, None, None]
@@ -169,7 +169,7 @@ def test_both_stages_on_spots(tmp_path):
     ),
     tmp_path / 'second',
   )['validation']
-  # It goes on from the first stage's best checkpoint; gates opened anew would
-  # execute everything.
+  # It continues from the first stage's best checkpoint; newly opened gates
+  # would execute everything.
   assert second['accuracy'] > 0.8
   assert 0.5 < second['executed_fraction'] < 0.9

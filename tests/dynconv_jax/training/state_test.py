@@ -1,4 +1,4 @@
-"""The training step on a toy network, against sums by hand."""
+"""Tests of the training step on a toy network, against sums by hand."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from dynconv_jax.training import schedules
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config
 
-_STEPS = 4  # An epoch.
+_STEPS = 4  # one epoch
 
 
 class Toy(nnx.Module):
-  """Logits x W; a mask whose density is the share of pixels above 0.
+  """Logits x W, and a mask whose density is the share of positive pixels.
 
-  `seen` counts the calls, in the way of batch statistics.
+  `seen` counts the calls, like batch statistics.
   """
 
   def __init__(self, kernel, gated=True):
@@ -87,7 +87,7 @@ def _softmax(logits):
 
 
 def _numpy_step(kernel, batch, lr=0.1):
-  """Returns (kernel, loss, gradient norm) of a step of gradient descent."""
+  """Returns (kernel, loss, gradient norm) of a gradient descent step."""
   x = np.asarray(batch['image'], np.float64)[:, 0, 0, :]
   y = np.asarray(batch['label'], np.float64)
   p = _softmax(x @ kernel)
@@ -114,7 +114,7 @@ def test_a_step_descends_the_gradient_and_sums_the_metrics():
   assert state.step == _STEPS
   assert state.model_state['seen'] == _STEPS
   assert state.first_bad.tolist() == [-1, -1]
-  # The first step of the next epoch starts the sums anew.
+  # The first step of the next epoch resets the sums.
   _, loss, _ = _numpy_step(kernel, _batch(7))
   state = step(state, _batch(7))
   np.testing.assert_allclose(state.sums['loss'], loss, rtol=1e-5)
@@ -122,7 +122,7 @@ def test_a_step_descends_the_gradient_and_sums_the_metrics():
 
 def test_binary_cross_entropy_of_soft_labels():
   batch = _batch()
-  # As mixup and label smoothing leave them.
+  # Labels as after mixup and label smoothing.
   mixed = 0.7 * batch['label'] + 0.3 * jnp.roll(batch['label'], 1, 0)
   batch['label'] = 0.9 * mixed + 0.1 / 4
   state, step = _start(_config(loss='bce'))
@@ -145,7 +145,8 @@ def test_sparsity_enters_the_loss_with_its_weight():
   density = np.mean(np.asarray(batch['image'])[..., 0] > 0)
   _, cross_entropy, _ = _numpy_step(_kernel(state), batch)
   state = step(state, batch)
-  # At the start a block's bounds are the budget itself: both terms are one.
+  # At the start, a block's bounds are the budget itself, so both terms are
+  # equal.
   sparsity = 2 * (density - 0.25) ** 2
   np.testing.assert_allclose(state.sums['gating'], sparsity, rtol=1e-5)
   np.testing.assert_allclose(
@@ -172,7 +173,8 @@ def test_distillation_enters_the_loss_and_leaves_the_teacher():
   q = _softmax(x @ kernel / 2)
   divergence = 4 * np.mean(np.sum(p * np.log(p / q), -1))
   _, cross_entropy, _ = _numpy_step(kernel, batch)
-  # Its gradient: softened probabilities' difference, times the temperature.
+  # Its gradient: the difference of softened probabilities, times the
+  # temperature.
   y = np.asarray(batch['label'], np.float64)
   gradient = (
     x.T @ (0.7 * (_softmax(x @ kernel) - y) + 0.3 * 2 * (q - p)) / len(x)
@@ -194,7 +196,7 @@ def test_the_average_follows_quickly_at_first_then_by_its_decay():
   seen = 0.0
   for i in range(3):
     kernel, _, _ = _numpy_step(kernel, _batch(i))
-    decay = min(0.15, (1 + i) / (10 + i))  # 0.1, then 0.15.
+    decay = min(0.15, (1 + i) / (10 + i))  # 0.1, then 0.15
     average = decay * average + (1 - decay) * kernel
     seen = decay * seen + (1 - decay) * (i + 1)
     state = step(state, _batch(i))
@@ -231,7 +233,7 @@ def test_weights_that_overflow_are_named_in_the_step_that_made_them():
   state, step = _start(config)
   kernel = _kernel(state).astype(np.float32)
   for i in range(4):
-    # Steps whose gradient is finite, by hand in float32.
+    # Steps with finite gradients, computed by hand in float32.
     batch = _batch(i)
     batch['image'] *= 10.0**10
     x = np.asarray(batch['image'])[:, 0, 0, :]
@@ -263,7 +265,7 @@ def test_the_state_is_fresh_arrays():
     state_lib.split(model)[0], tx, config, _STEPS
   )
   step(state, _batch())
-  # The step donates its state; the model's own weights stay usable.
+  # The step donates its state; the model's own weights remain usable.
   np.testing.assert_array_equal(model.kernel[...], np.ones((3, 4)))
 
 
@@ -277,7 +279,7 @@ def test_accumulated_gradients_are_those_of_the_batch(parts):
     np.testing.assert_allclose(_kernel(split), _kernel(whole), rtol=1e-5)
     chex.assert_trees_all_close(split.sums, whole.sums, rtol=1e-5)
   assert whole.model_state['seen'] == _STEPS
-  # Batch statistics see each part.
+  # Batch statistics are computed for each part.
   assert split.model_state['seen'] == _STEPS * parts
 
 
@@ -343,7 +345,7 @@ def test_sharded_weights_take_less_memory_and_train_alike():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   one, four = json.loads(done.stdout).values()
-  # All but small arrays and batch statistics are shared out.
+  # Everything except small arrays and batch statistics is sharded.
   assert four['bytes'] < 0.32 * one['bytes']
   np.testing.assert_allclose(four['loss'], one['loss'], rtol=1e-4)
   np.testing.assert_allclose(four['norm'], one['norm'], rtol=1e-3)

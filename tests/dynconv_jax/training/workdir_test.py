@@ -1,4 +1,4 @@
-"""A run's folder, and weights that pass from one network to another."""
+"""Tests of workdirs, and of transferring weights between networks."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def _config(**changes):
 
 
 def _network(num_classes, seed=0, **changes):
-  """Returns a network with weights of its own, without compiling anything."""
+  """Returns a network with its own weights, without compiling anything."""
   graphdef, state = nnx.split(
     workdir.build_model(_config(**changes), num_classes, abstract=True)
   )
@@ -66,7 +66,7 @@ def test_builds_the_network_of_the_run():
   chex.assert_trees_all_equal_shapes_and_dtypes(
     nnx.as_pure(nnx.state(model)), nnx.as_pure(nnx.state(expected))
   )
-  # He's normal initialisation: that of the weights, not of their shapes.
+  # He initialization, for the weights, not only for their shapes.
   kernel = np.asarray(model.layer3[0].conv2.kernel[...])
   np.testing.assert_allclose(kernel.std(), (2 / (9 * 16)) ** 0.5, rtol=0.1)
 
@@ -77,14 +77,14 @@ def test_starts_from_a_dense_network(dense):
   with absltest.TestCase().assertLogs(level='INFO') as logs:
     fresh = workdir.initialize_from(model, dense)
   after, theirs = _weights(model), _weights(dense)
-  assert len(fresh) == 12  # Kernel and bias, twice, in each of three blocks.
+  assert len(fresh) == 12  # kernel and bias, twice, in each of three blocks
   assert all('masker' in name for name in fresh)
   assert fresh == [name for name in before if name not in theirs]
   for name in after:
     expected = before if name in fresh else theirs
     np.testing.assert_array_equal(after[name], expected[name], name)
   assert f'initialized afresh: {", ".join(fresh)}' in logs.output[0]
-  # A copy: the source may be trained on, or its arrays donated.
+  # A copy: the source may be trained further, or its arrays donated.
   model.fc.bias[...] = model.fc.bias[...] + 1
   np.testing.assert_array_equal(dense.fc.bias[...], theirs['fc.bias'])
 
@@ -113,7 +113,7 @@ def test_another_depth_is_an_error_that_lists_all(dense, deeper):
   with pytest.raises(ValueError, match='another architecture') as error:
     workdir.initialize_from(*pair)
   names = set(_weights(other)) - set(_weights(dense))
-  assert len(names) == 3 * 2 * 5  # Blocks, layers, kernel and batch norm.
+  assert len(names) == 3 * 2 * 5  # blocks, layers, kernel and batch norm
   for name in names:
     assert f'{name}: ' in str(error.value)
   assert ('from none' if deeper == 'model' else 'none from') in str(error.value)
@@ -145,7 +145,7 @@ def test_masks_open_at_the_bias():
     assert not np.any(unit.fc.kernel[...]) and not np.any(unit.fc.bias[...])
   unit = model.layer1[0].masker.maskconv
   np.testing.assert_array_equal(unit.conv.kernel[...], kernel)
-  # A map of zeros then has that logit everywhere.
+  # A map of zeros then has this logit everywhere.
   x = jnp.zeros((1, 4, 4, 4))
   np.testing.assert_array_equal(unit(x), np.full((1, 4, 4), 2.5))
 
@@ -192,7 +192,7 @@ def test_a_dense_network_has_no_masks_to_open(dense):
 def test_flags_are_written_whole_and_read_back(tmp_path):
   folder = tmp_path / 'a' / 'run'
   config = _config(budget=0.25, mask_bias=2.0, classes=('b', 'a'))
-  workdir.check_flags(folder, config)  # There is no earlier start.
+  workdir.check_flags(folder, config)  # there is no earlier run
   workdir.write_flags(folder, config)
   assert [p.name for p in folder.iterdir()] == ['flags.txt']
   assert workdir.read_config(folder) == config
@@ -252,7 +252,7 @@ def test_a_run_normalizes_as_those_that_it_starts_from(tmp_path, dense):
       ValueError, match='normalization must be the same .*has imagenet'
     ):
       _resolved(tmp_path / 'new', **changes)
-  # Where a run goes on, its own counts, whatever became of the others.
+  # When a run resumes, its own weights count, whatever happened to the others.
   flags = tmp_path / 'inception' / workdir.FLAGS_FILE
   (tmp_path / 'inception' / workdir.IMPORT_FILE).unlink()
   assert _resolved(flags.parent, init_from='gone') == 'inception'
@@ -260,7 +260,7 @@ def test_a_run_normalizes_as_those_that_it_starts_from(tmp_path, dense):
   workdir.check_flags(flags.parent, given)
   with pytest.raises(ValueError, match="'imagenet', not 'inception'"):
     workdir.check_flags(flags.parent, given.replace(normalization='imagenet'))
-  # A run that is older than the option.
+  # A run older than the option.
   lines = flags.read_text().splitlines()
   flags.write_text('\n'.join(x for x in lines if '--normalization' not in x))
   assert workdir.load_run(flags.parent).normalization == 'imagenet'
@@ -281,9 +281,9 @@ def test_imported_weights_say_how_images_are_normalized(tmp_path):
 
 def test_the_number_of_epochs_may_change_but_not_below_what_is_done(tmp_path):
   workdir.write_flags(tmp_path, _config(epochs=5))
-  for epochs in (6, 1):  # Nothing is done yet.
+  for epochs in (6, 1):  # nothing is done yet
     workdir.check_flags(tmp_path, _config(epochs=epochs))
-  # 2 1/7 epochs, of which one was logged.
+  # 2 1/7 epochs, one of which was logged.
   row = {'step': 7, 'epoch': 1, 'split': 'train'}
   (tmp_path / workdir.METRICS_FILE).write_text(json.dumps(row))
   (tmp_path / 'checkpoints' / '15').mkdir(parents=True)

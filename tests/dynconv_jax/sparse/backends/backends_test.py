@@ -53,7 +53,7 @@ BLOCKS = {
   'bottleneck': resnet(Bottleneck, FEATURES // 4, input_activated=True),
   'bottleneck_projected': resnet(Bottleneck, 3),
   'bottleneck_strided': resnet(Bottleneck, 3, 2),
-  # What comes in may be negative: positions that are not executed change too.
+  # The input may be negative: positions that are not executed change, too.
   'not_activated': resnet(BasicBlock, FEATURES),
   'depthwise': depthwise('symmetric'),
   'depthwise_strided': depthwise('symmetric', 2),
@@ -94,21 +94,21 @@ BLOCKS = {
     Conv('a', 'an', FEATURES, FEATURES, 3), input_activated=True
   ),
 }
-# What the kernels for a CPU cannot do: sums of groups, other activations, and
-# writing an output over an input that is still read.
+# Not supported by the CPU kernels: group sums, other activations, and writing
+# an output over an input that is still read.
 UNSUPPORTED_BY_CPU = ('not_activated', 'silu', 'grouped', 'one_convolution')
 
 
 @functools.cache
 def make_block(kind):
-  """A block in evaluation whose parameters and statistics are all random."""
+  """Returns a block in evaluation with random parameters and statistics."""
   block = BLOCKS[kind](name='layer1.0', rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
   nnx.update(
     block,
     jax.tree.map(
       lambda a: jnp.asarray(
-        # Positive, so that they serve as variances too; kernels get signs.
+        # Positive, so that they also serve as variances; kernels get signs.
         rng.uniform(0.5, 1.5, a.shape) * rng.choice((-1, 1), a.shape) / 4
         if a.ndim == 4
         else rng.uniform(0.5, 1.5, a.shape),
@@ -122,7 +122,7 @@ def make_block(kind):
 
 @functools.cache
 def masked_dense(kind):
-  """The block's own forward pass, jitted: (x, hard) to (output, mask)."""
+  """Jits the block's own forward pass: (x, hard) to (output, mask)."""
   block = make_block(kind)
 
   @jax.jit
@@ -150,7 +150,7 @@ def make_input(kind, size=(7, 9)):
 
 
 def make_masks(shape):
-  """Masks of every kind, by name."""
+  """Returns masks of every kind, by name."""
   rng = np.random.default_rng(2)
   size = np.prod(shape)
   one, corner, odd = (np.zeros(size, np.float32) for _ in range(3))
@@ -213,14 +213,14 @@ def test_maps_of_one_position(backend):
 
 @pytest.mark.parametrize('kind', ['bottleneck', 'three_levels'])
 def test_nothing_is_read_that_was_not_computed(backend, kind):
-  """What is not a number at inactive positions stays there."""
+  """NaNs at inactive positions stay there."""
   if backend.name == 'dense':
     pytest.skip('reads everything')
   block, x = make_block(kind), make_input(kind, (13, 15))
   hard = np.zeros(x.shape[:3], np.float32)
   hard[0, 5:7, 6:9] = 1
   expected, mask = masked_dense(kind)(x, jnp.asarray(hard))
-  read = execution_mask(  # What the first convolution reads.
+  read = execution_mask(  # the positions that the first convolution reads
     Branch((*block.branch.convs,), shortcut='none'),
     jnp.asarray(hard),
     x.shape[1:3],
@@ -246,7 +246,7 @@ def test_nothing_is_read_that_was_not_computed(backend, kind):
   ['depthwise', 'depthwise_strided', 'depthwise_same', 'expanded_by_1'],
 )
 def test_bands_of_lines_equal_the_masked_dense_block(kind, size):
-  """As on maps that are too large for a cache."""
+  """As on maps that do not fit into a cache."""
   backend = get_backend('cpu')
   if not backend.supports_platform(jnp.float32, jax.default_backend()):
     pytest.skip('the kernels need a CPU and a C++ compiler')
@@ -255,5 +255,5 @@ def test_bands_of_lines_equal_the_masked_dense_block(kind, size):
   assert not cpu.runs_in_bands(branch, size)
   with mock.patch.object(cpu, '_LARGE_MAP', 0):
     assert cpu.runs_in_bands(branch, size)
-    # A fresh function: not what was traced for small maps.
+    # A new function, so that no trace for small maps is reused.
     compare(kind, backend, make_masks(shape), x, lambda *a: backend.run(*a))

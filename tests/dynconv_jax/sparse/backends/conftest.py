@@ -1,4 +1,4 @@
-"""Stand-ins for a GPU: Triton's interpreter, and the name of the platform."""
+"""Stand-ins for a GPU: Triton's interpreter and the platform name."""
 
 from unittest import mock
 
@@ -20,7 +20,7 @@ def interpreter():
 
 @pytest.fixture
 def interpreted(interpreter):
-  # Blocks that are too wide for a fused kernel take their time.
+  # Blocks that are too wide for a fused kernel are slow.
   widths = dict.fromkeys(triton.FUSED_WIDTH, 40)
   with (
     mock.patch.object(triton_launch, 'launch', interpreter),
@@ -31,6 +31,6 @@ def interpreted(interpreter):
 
 @pytest.fixture
 def as_on_gpu():
-  """What is decided by the kind of backend is decided as on a GPU."""
+  """Decisions that depend on the kind of backend are made as on a GPU."""
   with mock.patch.object(jax, 'default_backend', lambda: 'gpu'):
     yield

@@ -70,7 +70,7 @@ def masked(block, x, hard):
 
 
 def run(block, x, hard=None):
-  # A fresh function: the kernels of the moment, not those of a cached trace.
+  # A new function uses the current kernels, not those of a cached trace.
   mask = None if hard is None else masked(block, x, hard)
   return jax.jit(lambda *args: BACKEND.run(*args))(BACKEND.pack(block), x, mask)
 
@@ -96,8 +96,8 @@ def test_any_number_of_channels(features):
   )
 
 
-# More channels than a piece of weights has steps, in 1x1 and 3x3 convolutions,
-# for one tile of rows and for several.
+# More channels than one piece of the weights has steps, in 1x1 and 3x3
+# convolutions, for one tile of rows and for several.
 @pytest.mark.parametrize('channels', ((300, 7), (8, 300), (520, 260)))
 @pytest.mark.parametrize('size', (3, 9))
 def test_more_channels_than_a_piece(channels, size):
@@ -109,7 +109,7 @@ def test_more_channels_than_a_piece(channels, size):
 
 @pytest.mark.parametrize('count', range(1, 18))
 def test_any_number_of_rows(count):
-  """As many active positions as there are columns in a map of one row."""
+  """As many active positions as there are columns in a one-row map."""
   rng = np.random.default_rng(count)
   compare(make_block(rng, 8, 4, 8), (1, 1, count, 8), rng, density=1.1)
 
@@ -119,7 +119,7 @@ def test_groups_of_images(strides):
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 24, strides)
   area = np.prod(block.branch.sizes((5, 7))[-1])
-  for images in (0, 1, 2):  # The last group of 2 has one image.
+  for images in (0, 1, 2):  # the last group of 2 has one image
     with mock.patch.object(cpu, '_GROUP_POSITIONS', images * area):
       compare(block, (5, 5, 7, 8), rng)
 
@@ -129,7 +129,7 @@ def test_many_rows_are_shared_among_threads():
   compare(make_block(rng, 64, 96, 64), (2, 61, 67, 64), rng, density=0.7)
 
 
-# Odd sizes and even ones, every remainder of tiles and panels.
+# Odd and even sizes, every remainder of tiles and panels.
 @pytest.mark.parametrize('features', (1, 7, 16, 17, 31, 33, 48, 65))
 @pytest.mark.parametrize('size', ((13, 17), (14, 22)))
 def test_squares_of_outputs(features, size):
@@ -143,7 +143,7 @@ def test_squares_of_outputs(features, size):
 
 
 def test_squares_of_outputs_by_many_tasks():
-  """Blocks of squares, groups of panels, groups of images."""
+  """Winograd tiles in several tasks: groups of panels, groups of images."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 16, 144, 16)
   compare(block, (5, 37, 41, 16), rng, density=0.95)
@@ -151,7 +151,7 @@ def test_squares_of_outputs_by_many_tasks():
 
 
 def test_squares_serve_where_positions_are_neighbors():
-  """By squares the same sums are formed in another order."""
+  """With tiles, the same sums are computed in a different order."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 8)
   packed = BACKEND.pack(block)
@@ -167,8 +167,8 @@ def test_squares_serve_where_positions_are_neighbors():
 
   assert differ(row >= 0)
   assert differ(row < 15)
-  assert not differ((row + column) % 3 == 0)  # At most two of a square.
-  assert not differ(row + column < 3)  # More weights would be fetched.
+  assert not differ((row + column) % 3 == 0)  # at most two in a tile
+  assert not differ(row + column < 3)  # more weights would be fetched
 
 
 @pytest.mark.parametrize('family', ('basic', 'bottleneck'))
@@ -187,7 +187,7 @@ def test_squares_in_a_network(make_network, family):
 
 
 def test_by_squares_a_value_reaches_its_window_only():
-  """What is no number shows where it went."""
+  """NaNs show where a value was used."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 8)
   for y, x in ((14, 14), (14, 15), (15, 14), (15, 15)):
@@ -200,7 +200,7 @@ def test_by_squares_a_value_reaches_its_window_only():
 
 
 def test_the_input_is_kept():
-  """Without a projection the output is written where the input was."""
+  """Without a projection, the output is written over the input."""
   rng = np.random.default_rng(0)
   block = BACKEND.pack(make_block(rng, 8, 4, 8))
   x = jnp.asarray(np.maximum(rng.normal(size=(2, 5, 7, 8)), 0), jnp.float32)
@@ -281,7 +281,7 @@ def test_mask_logits(kernel_size, strides, size):
 )
 @pytest.mark.parametrize('machine', ('x86-64', 'x86-64-v3'))
 def test_machines_with_fewer_instructions(machine):
-  """As far as this machine runs what is compiled for them."""
+  """As far as this machine can run the compiled code."""
   register = functools.partial(cpu._register, (f'-march={machine}',))
   assert register() != cpu._register()
   with mock.patch.object(cpu, '_register', register):

@@ -1,4 +1,4 @@
-"""Tests of dense layers as cuDNN reads them against the layers as they were."""
+"""Tests of dense layers in cuDNN's form against the original layers."""
 
 import jax
 import jax.numpy as jnp

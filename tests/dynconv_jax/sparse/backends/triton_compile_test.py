@@ -1,4 +1,4 @@
-"""Tests that GPU kernels fit into a multiprocessor, by Triton and ptxas."""
+"""Tests that GPU kernels fit into a multiprocessor, with Triton and ptxas."""
 
 import math
 from unittest import mock
@@ -24,7 +24,7 @@ from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 
 def resnet_blocks(name, dtype):
-  """Each kind of block of a ResNet at 224 pixels, batch 128, and its input."""
+  """Returns all kinds of ResNet blocks at 224 pixels, batch 128, with input."""
   model = nnx.eval_shape(
     lambda: create_model(name, method='dense', dtype=dtype, rngs=nnx.Rngs(0))
   )
@@ -51,7 +51,7 @@ def fold(conv, dtype):
 
 
 def list_both(branch, columns, index, x, hard):
-  """What a mask unit launches, the first that reads a map or a later one."""
+  """Lists the launches of the first mask unit to read a map, or a later one."""
   squeezed = None
   if index:
     total = columns.first + columns.columns
@@ -72,7 +72,7 @@ def list_both(branch, columns, index, x, hard):
 def test_kernels_fit_into_a_multiprocessor(
   dtype, generation, tmp_path, monkeypatch
 ):
-  """Compiled for an A100 and an H100, with what ptxas says of them."""
+  """Compiles for an A100 and an H100 and checks ptxas's resource report."""
   need('triton')
   import triton_compiler
 
@@ -99,13 +99,13 @@ def test_kernels_fit_into_a_multiprocessor(
     *('convolve', 'convolve_add', 'convolve_matmul_add', 'max_pool'),
     *(('convolve_rows',) if dtype == jnp.bfloat16 else ()),
   }
-  # Some of a thread's 255 registers may lie in memory, if not at each product:
-  # 8 in the fused kernel of 128 channels with stride 2, on an H100 13 of tiles
-  # of 128 x 128. Both were the fastest on an H200.
+  # Some of a thread's 255 registers may be spilled to memory, but not at each
+  # product: 8 in the fused kernel of 128 channels with stride 2, and on an H100
+  # 13 for tiles of 128 x 128. Both were the fastest on an H200.
   spilled = {8: 8 * 4, 9: 16 * 4}[generation]
   for variant in variants:
     used = triton_compiler.compile_launch(*variant, generation * 10)
-    # Two programs share an H100's multiprocessor, one fits on an A100's.
+    # Two programs share an H100's multiprocessor; an A100's fits one.
     assert used.shared <= 227 * 1024 // 2, (variant, used)
     assert used.spilled <= spilled, (variant, used)
     if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
@@ -113,7 +113,7 @@ def test_kernels_fit_into_a_multiprocessor(
 
 
 def record_block(block, x, dtype):
-  """Records what a block launches, with given masks and with mask units."""
+  """Records a block's launches, with given masks and with mask units."""
   branch = block.branch
   size = branch.sizes(x.shape[1:3])[-1]
   hard = jax.ShapeDtypeStruct((x.shape[0], *size), jnp.float32)
@@ -125,13 +125,13 @@ def record_block(block, x, dtype):
 
   out = jax.eval_shape(run, block, x, hard)
   assert out.shape == (*hard.shape, branch.features) and out.dtype == dtype
-  # Units read one map while blocks stay as they are where they do not run.
+  # Units read a map in which inactive positions of blocks are unchanged.
   if branch.stays and triton.fuses(branch, dtype):
     for index in (1, triton_masks.UNITS - 2, triton_masks.UNITS - 1):
       record_following(block, out, index, x, hard)
   for side in {56: (1, 4), 28: (1, 2), 14: (1, 14), 7: (1,)}[x.shape[1]]:
     unit = make_mask_unit(x.shape[-1], 3, branch.strides, side)
-    # So many columns are rounded up to 64, 32 and 16.
+    # These numbers of columns are rounded up to 64, 32 and 16.
     for index in (0, 1, triton_masks.UNITS - 2, triton_masks.UNITS - 1):
       columns = triton_masks.ColumnSqueeze([unit] * triton_masks.UNITS, index)
       jax.eval_shape(
@@ -142,7 +142,7 @@ def record_block(block, x, dtype):
 
 
 def record_following(block, out, index, x, hard):
-  """Records a block whose output a mask unit of its group reads next."""
+  """Records a block whose output is read next by a mask unit of its group."""
   units = [make_mask_unit(out.shape[-1], 3, 1, 1)] * triton_masks.UNITS
   following = triton_masks.ColumnSqueeze(units, index)
   columns = following.first + following.columns
@@ -162,7 +162,7 @@ def record_following(block, out, index, x, hard):
 
 
 def gluon_launches(generation, model='resnet50'):
-  """What blocks of a network launch by the Gluon backend."""
+  """Returns the launches of a network's blocks with the Gluon backend."""
   import triton_compiler
 
   launches, backend = [], gluon.GluonBackend()
@@ -192,10 +192,10 @@ def test_wide_convolutions_are_gluon_s_on_a_hopper_gpu():
     for kernel, _, options in gluon_launches(9)
     if kernel == 'convolve_gathered'
   ]
-  # The 3x3 of the wide blocks of stages 3 and 4, two of each. The 1x1 before
-  # them, and those of stage 2, whose inputs have 256 channels and more.
+  # The 3x3 of the wide blocks in stages 3 and 4, two each. The 1x1 before them
+  # and in stage 2, whose inputs have at least 256 channels.
   assert taps.count(3) == 4 and taps.count(1) == 6
-  # A basic block's first 3x3 reads the map, where this kernel looks up rows.
+  # A basic block's first 3x3 reads the map; this kernel looks up rows.
   for generation, model in ((8, 'resnet50'), (9, 'resnet18')):
     kernels = [kernel for kernel, *_ in gluon_launches(generation, model)]
     assert kernels and 'convolve_gathered' not in kernels
@@ -224,7 +224,7 @@ def test_gluon_kernels_fit_into_a_multiprocessor(tmp_path, monkeypatch):
 def test_depthwise_kernels_fit_into_a_multiprocessor(
   dtype, tmp_path, monkeypatch
 ):
-  """Of MobileNetV2's blocks; its first expands nothing, XLA computes it."""
+  """For MobileNetV2's blocks; the first does not expand and runs in XLA."""
   need('triton')
   import triton_compiler
 

@@ -1,4 +1,4 @@
-"""Tests of lists of positions and of mask units, in Triton's interpreter."""
+"""Tests of position lists and mask units, in Triton's interpreter."""
 
 from unittest import mock
 
@@ -50,9 +50,9 @@ def test_dilated_positions(interpreted, shape, strides):
 def test_mask_units(
   interpreted, kernel_size, strides, granularity, size, dtype
 ):
-  """Logits, and where they are not negative; or a mask instead of that.
+  """Checks logits and their nonnegative positions, or a given mask instead.
 
-  Three units read a map, of which some positions are changed in between.
+  Three units read a map; some of its positions change in between.
   """
   units = [
     make_mask_unit(20, kernel_size, s, g, seed)
@@ -103,7 +103,7 @@ def test_a_unit_that_is_told_nothing_multiplies_the_whole_map(
 
 @pytest.mark.parametrize('dtype', DTYPES)
 def test_a_narrow_bottleneck_multiplies_what_it_writes(interpreted, dtype):
-  """The products of the unit that reads its output, at active positions."""
+  """Checks products for the unit that reads its output, at active positions."""
   block = make_block(*BLOCKS['bottleneck'], 1, dtype=dtype)
   assert triton.fuses(block.branch, dtype)
   features = block.branch.features
@@ -121,7 +121,7 @@ def test_a_narrow_bottleneck_multiplies_what_it_writes(interpreted, dtype):
   rest = np.flatnonzero(np.asarray(mask.hard) == 0)
   first, terms = following.first, np.asarray(found.terms)
   whole = np.asarray(following.squeeze(out, None).terms)
-  # The kernel multiplies what it rounds to the dtype of the map.
+  # The kernel multiplies values that are rounded to the dtype of the map.
   assert_near(terms[first:, active], whole[first:, active])
   old = np.asarray(before.terms)
   np.testing.assert_array_equal(terms[:, rest], old[:, rest])
@@ -130,7 +130,7 @@ def test_a_narrow_bottleneck_multiplies_what_it_writes(interpreted, dtype):
 
 
 def mask_logits(unit, x):
-  """A mask unit's logits at each position, patches averaged one by one."""
+  """Returns a mask unit's logits per position, averaging patches one by one."""
   n, height, width, _ = x.shape
   if unit.granularity == 1:
     return unit.maskconv(x)
@@ -154,7 +154,7 @@ def mask_logits(unit, x):
 
 
 class OwnUnit(MaskUnit):
-  """Decides otherwise."""
+  """A unit with a different decision rule."""
 
   def __call__(self, x, carry=None, **kwargs):
     decision, carry = super().__call__(x, carry, **kwargs)
@@ -162,7 +162,7 @@ class OwnUnit(MaskUnit):
 
 
 def make_chain(*gates, strides=()):
-  """Basic blocks that are named by their places."""
+  """Returns basic blocks named by their position."""
   return [
     BasicBlock(
       4,
@@ -178,7 +178,7 @@ def make_chain(*gates, strides=()):
 
 
 def shared(*chains):
-  """Returns the block before, and the first column, of each mask unit."""
+  """Returns the previous block and the first column of each mask unit."""
   triton_masks.share_squeezes(chains)
   gates = [block.masker for chain in chains for block in chain]
   return [
@@ -197,7 +197,7 @@ def test_units_of_one_map_share_products():
   chain = make_chain(*(unit() for _ in range(8)))
   found = [(None, 0), *((str(i), 10 * (i + 1)) for i in range(5))]
   assert shared(chain) == [*found, (None, 0), ('6', 10)]
-  # Each computes its columns and those after it.
+  # Each computes its own columns and those after it.
   columns = [block.masker.maskconv.columns for block in chain]
   assert columns == [60, 50, 40, 30, 20, 10, 20, 10]
 

@@ -1,4 +1,4 @@
-"""Tests of whole networks by GPU kernels, and of where the kernels serve."""
+"""Tests of whole networks with GPU kernels, and of when kernels apply."""
 
 import collections
 import contextlib
@@ -34,14 +34,14 @@ F32, BF16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
 
 @pytest.fixture(autouse=True)
 def precision():
-  """On a GPU XLA rounds float32 to TF32 unless it is told not to."""
+  """On a GPU, XLA rounds float32 to TF32 unless told otherwise."""
   with jax.default_matmul_precision('highest'):
     yield
 
 
 @pytest.fixture
 def loaded():
-  """Neither Triton nor JAX's CUDA support need be there."""
+  """Works without Triton and without JAX's CUDA support."""
   with mock.patch.object(triton_launch, 'load'):
     yield
 
@@ -105,7 +105,7 @@ def test_a_sparse_network_equals_the_model(
   shared = [block.masker.maskconv.before for block in sparse.blocks]
   known = [None, None, 'layer1.1', None]
   assert shared == (known if image_shape else [None] * 4)
-  # Any other input can be passed all the same.
+  # Any other input is also accepted.
   images = make_images((1, 18, 23, 3))
   logits, got = jax.jit(lambda x: sparse(x))(images)
   expected, masks = run_dense(model, images)
@@ -163,7 +163,7 @@ def test_a_unit_takes_over_what_it_may(interpreted, as_on_gpu, loaded):
   expected, masks = run_dense(model, images)
   assert all(0 < float(mask.hard.mean()) < 1 for mask in masks)
   sparse = sparsify(model, 'triton', image_shape=images.shape)
-  # The block in between decides nothing: what was multiplied is of no use.
+  # The block in between has no decision, so its products are not used.
   assert sparse.last.masker.maskconv.before == 'everywhere'
   logits, got = jax.jit(lambda x: sparse(x))(images)
   assert_same(logits, expected)
@@ -208,7 +208,7 @@ def test_auto_times_the_kernels_against_dense_execution(
 
   with mock.patch.object(executor, 'calibrate', calibrate):
     SparseExecutor(model, (1, 9, 9, 3))
-  # Of other shapes all four.
+  # All four blocks have different shapes.
   assert asked == [(b.name, 'triton', 1.0) for b in model.blocks]
 
 
@@ -225,11 +225,11 @@ def test_a_cpu_has_no_kernels_for_a_gpu(make_network, monkeypatch):
 def test_a_missing_package_is_told(as_on_gpu, make_network, monkeypatch):
   model = make_network('bottleneck', 'dynconv')
   kernels = 'dynconv_jax.sparse.backends.triton_kernels'
-  # First: what is imported while modules are patched is lost afterwards.
+  # First, because modules imported during patching are lost afterwards.
   with contextlib.suppress(ImportError):
     importlib.import_module(kernels)
     importlib.import_module('dynconv_jax.sparse.backends.gluon_kernels')
-  # Else the package hands on its module that was imported before.
+  # Otherwise the package returns its module that was imported before.
   monkeypatch.delattr(backends, 'triton_kernels', raising=False)
   for absent, version, message in (
     ({kernels: None}, '0.11.2', r"pip install 'dynconv-jax\[gpu\]' installs"),
@@ -255,7 +255,7 @@ def test_a_missing_package_is_told(as_on_gpu, make_network, monkeypatch):
   jax.default_backend() == 'gpu', reason='what stands in would be kept'
 )
 def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
-  """All that is done short of a launch; jaxlib's part is recorded."""
+  """Does everything except the launch; jaxlib's part is recorded."""
   need('triton')
   calls = []
 
@@ -282,10 +282,10 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
   triton_launch.load.cache_clear()
   triton_launch._kernel.cache_clear()
   text = lowered.as_text()
-  # Each of the four blocks: its mask unit and its lists take two, the branch
-  # two; the third one's unit has its products from the second block. Stem and
-  # pooling. In place: both counts and the output of each block, and what two
-  # units share.
+  # For each of the four blocks, the mask unit with its lists takes two launches
+  # and the branch two; the third block's unit has its products from the second
+  # block. Stem and pooling. In place: both counts and the output of each block,
+  # and what two units share.
   assert text.count('@triton_kernel_call_ffi') == 4 * 4 - 1 + 2
   assert text.count('#stablehlo.output_operand_alias') == 13
   assert {kernel.name for kernel, _, _ in calls} == {
@@ -294,10 +294,10 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
   }
   for kernel, programs, parameters in calls:
     entry = kernel.ptx[kernel.ptx.index('.entry') :]
-    # Triton adds two, for scratch memory; jaxlib's launcher gives them.
+    # Triton adds two for scratch memory; jaxlib's launcher provides them.
     assert entry[: entry.index(')')].count('.param') == len(parameters) + 2
     assert programs >= 1
-    assert not any(size for size, _ in parameters)  # Nothing is zeroed.
+    assert not any(size for size, _ in parameters)  # nothing is zeroed
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Tests of the blocks that GPU kernels compute, in Triton's interpreter.
+"""Tests of blocks computed by GPU kernels, in Triton's interpreter.
 
-With a GPU they are run on it too; without one those tests are skipped.
+With a GPU, they also run on it; without one, those tests are skipped.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ pack = triton.PackedBlock.pack
 
 @pytest.fixture(autouse=True)
 def precision():
-  """On a GPU XLA rounds float32 to TF32 unless it is told not to."""
+  """On a GPU, XLA rounds float32 to TF32 unless told otherwise."""
   with jax.default_matmul_precision('highest'):
     yield
 
@@ -61,7 +61,7 @@ def test_maps_of_any_size(interpreted, shape, strides, dtype):
 
 
 def make_inverted(in_features, width, features, strides):
-  """Returns an inverted residual, as MobileNetV2's."""
+  """Returns an inverted residual, as in MobileNetV2."""
   return Branch(
     (
       Conv('a', 'an', in_features, width, activation='relu6'),
@@ -110,13 +110,13 @@ def test_what_is_supported_is_computed(interpreted, kind, dtype):
 
 @pytest.mark.parametrize('kind', ('basic', 'bottleneck', 'bottleneck_wide'))
 def test_nothing_is_read_that_was_not_computed(interpreted, kind):
-  """What is not a number at inactive positions stays there."""
+  """NaNs at inactive positions stay there."""
   block = make_block(*BLOCKS[kind], 1, dtype=jnp.float32)
   x = make_input((2, 7, 9, BLOCKS[kind][1]), jnp.float32)
   hard = jnp.zeros(x.shape[:3]).at[0, 2:4, 2:5].set(1)
   mask = mask_of(block, x, hard)
   read = mask.dilated
-  if kind == 'basic':  # Its first convolution reads one position further.
+  if kind == 'basic':  # its first convolution reads one position further
     read = mask_of(block, x, read).dilated
   spoilt = jnp.where(read[..., None] != 0, x, jnp.nan)
   out = jax.jit(lambda *args: BACKEND.run(*args))(pack(block), spoilt, mask)
@@ -194,7 +194,7 @@ def test_the_blocks_of_resnets_are_supported(name, dtype):
 
 
 def changed(kind, index, of_strides=1, **changes):
-  """A branch whose convolution of an index has other properties."""
+  """Returns a branch with changed properties of the convolution at an index."""
   branch = make_branch(kind, 6, 6, 6, of_strides)
   convs = list(branch.convs)
   convs[index] = dataclasses.replace(convs[index], **changes)
@@ -215,16 +215,16 @@ PLAIN = make_branch('bottleneck', 6, 6, 6, 1)
     changed('basic', 1, kernel_size=5),
     changed('bottleneck', 1, kernel_size=5),
     changed('bottleneck', 2, kernel_size=3),
-    changed('bottleneck', 1, groups=6),  # Depthwise.
+    changed('bottleneck', 1, groups=6),  # depthwise
     changed('basic', 0, groups=2),
     changed('bottleneck', 1, padding='same'),
-    # What a 1x1 reads are not the positions that it is computed at.
+    # A 1x1 does not read the positions at which it is computed.
     changed('bottleneck', 0, 2, strides=2),
     changed('bottleneck', 2, 2, strides=2),
     dataclasses.replace(PLAIN, activation=None),
     dataclasses.replace(PLAIN, activation='silu'),
     dataclasses.replace(PLAIN, shortcut='none'),
-    # Positions that are not executed would have to be rectified.
+    # Positions that are not executed would need rectification.
     dataclasses.replace(PLAIN, input_activated=False),
     dataclasses.replace(PLAIN, convs=PLAIN.convs[:1]),
     dataclasses.replace(UNUSUAL['inverted'], activation='relu'),

@@ -93,7 +93,7 @@ class ChunksTest(chex.TestCase):
 
     visits, num_chunks = run(jnp.int32(count))
     self.assertTrue((visits[:count] == 1).all())
-    # No more than the last chunk reaches past the count.
+    # Only the last chunk extends beyond the count.
     self.assertLess(visits[count:].sum(), sizes[-1])
     large, rest = divmod(count, sizes[0])
     self.assertEqual(num_chunks, large + -(-rest // sizes[-1]))
