@@ -395,7 +395,7 @@ class CheckTest(parameterized.TestCase):
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'resnet50'},
-      'target_rates must be one a block, 3; got 16, those of resnet50',
+      r'must have one rate per block \(3\); got 16 from resnet50',
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'paper'},
@@ -403,7 +403,7 @@ class CheckTest(parameterized.TestCase):
     ),
     (
       {'method': 'convnet_aig', 'budget': 1.0},
-      'convnet_aig needs a target rate below 1',
+      'convnet_aig needs at least one target rate below 1',
     ),
     ({'method': 'sact'}, 'sact needs a stage of two blocks or more'),
     ({'method': 'act'}, 'act needs a stage of two blocks or more'),
@@ -411,7 +411,7 @@ class CheckTest(parameterized.TestCase):
     ({'gumbel_temperatures': (0.0,)}, 'gumbel_temperatures must be one or'),
     (
       {'gumbel_temperatures': (2.0, 1.0)},
-      'gumbel_milestones must be one fewer than gumbel_temperatures; '
+      'gumbel_milestones must have one value fewer than gumbel_temperatures; '
       'got 0 and 2',
     ),
     (
