@@ -173,7 +173,7 @@ def halting_gates(
   if not any(site.stage_index > 0 for site in sites):
     raise ValueError(
       f'{name} needs a stage of two blocks or more, because the first block of '
-      'a stage always runs; every stage of this network has one block'
+      'a stage always runs; the network has one block per stage'
     )
   return lambda site: (
     HaltingUnit(site.in_features, spatial=spatial, rngs=rngs)

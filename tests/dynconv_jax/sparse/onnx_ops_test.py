@@ -297,7 +297,7 @@ REFUSED = {
   ),
   'dilated pooling': (
     lambda x: pool(x, lax.max, -np.inf, window_dilation=(1, 2, 2, 1)),
-    'pooling with a window of',
+    'pooling with window',
   ),
   'transposed convolution': (
     lambda x: conv(x, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2)),
