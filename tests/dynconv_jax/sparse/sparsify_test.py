@@ -194,7 +194,7 @@ def test_given_masks(images):
       model(images, masks=masks)
 
   error('masks must be one per block; got 2, none for after', hard[:2])
-  error('masks must be one per block, 3; got 4', [*hard, hard[0]])
+  error('masks must be one per block (3); got 4', [*hard, hard[0]])
   error('masks are given for third; the gated blocks are', {'third': hard[0]})
   error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
   error('must be float, int or bool', [hard[0].astype(complex)] * 3)
