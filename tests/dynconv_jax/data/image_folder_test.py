@@ -128,8 +128,8 @@ def test_copies_across_splits_are_reported(image_folder_dir, tmp_path, caplog):
     _open(image_folder_dir, tmp_path / 'data')
   (message,) = [r.getMessage() for r in caplog.records]
   assert message == (
-    'image_folder: two splits contain the same images: train/cat/0.jpg of train '
-    'is test/cat/copy.jpg of test, train/cat/copy.jpg of train is '
+    'image_folder: two splits contain the same images: train/cat/0.jpg of '
+    'train is test/cat/copy.jpg of test, train/cat/copy.jpg of train is '
     'test/cat/copy.jpg of test'
   )
 

@@ -175,7 +175,7 @@ def _empty(path):
     ('its-train.array_record-00000-of-00001', _cut, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _remove, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _flip, 'cannot be read ('),
-    ('its-train.array_record-00000-of-00001', _swap, 'contains 11 of 19 examples'),
+    ('its-train.array_record-00000-of-00001', _swap, ' 11 of 19 examples'),
     ('dataset_info.json', _remove, 'is missing'),
     ('dataset_info.json', _cut, 'cannot be read ('),
     ('features.json', _remove, 'cannot be read ('),
