@@ -31,7 +31,7 @@ def test_loads(package):
     (':VALUE', 'flag=:VALUE: write package.module:NAME'),
     ('its/good.py:VALUE', 'its/good.py:VALUE: write package.module:NAME'),
     ('it.good:VALUE', 'there is no module it in the current folder'),
-    ('its.god:VALUE', 'there is no module its.god;'),
+    ('its.god:VALUE', 'there is no module its.god in'),
     (
       'its.bad:VALUE',
       'importing its.bad fails: ModuleNotFoundError: No module named '

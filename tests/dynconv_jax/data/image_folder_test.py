@@ -180,7 +180,7 @@ def _pipe(root):
     (_zero_bytes, ValueError, 'zero-byte files: test/dog/0.jpg'),
     (_not_utf8, ValueError, r"not UTF-8: 'test/dog/\\udcff.jpg'"),
     (_one_class, ValueError, "image_folder has one class, 'cat'; a classif"),
-    (_pipe, FileNotFoundError, 'absent from .*: train/cat/pipe.jpg'),
+    (_pipe, FileNotFoundError, 'missing from .*: train/cat/pipe.jpg'),
   ],
 )
 def test_errors(image_folder_dir, tmp_path, break_folder, error, message):

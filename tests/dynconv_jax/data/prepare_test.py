@@ -175,7 +175,11 @@ def _empty(path):
     ('its-train.array_record-00000-of-00001', _cut, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _remove, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _flip, 'cannot be read ('),
-    ('its-train.array_record-00000-of-00001', _swap, ' 11 of 19 examples'),
+    (
+      'its-train.array_record-00000-of-00001',
+      _swap,
+      'contains 11 of 19 examples',
+    ),
     ('dataset_info.json', _remove, 'is missing'),
     ('dataset_info.json', _cut, 'cannot be read ('),
     ('features.json', _remove, 'cannot be read ('),
@@ -221,7 +225,7 @@ def test_labels_of_another_data_set(data_dir):
   (path,) = data_dir.rglob('labels.npz')
   for labels in ({'train': np.zeros(19)}, {'train': [], 'test': []}):
     np.savez(path, **labels)
-    with pytest.raises(ValueError, match='labels.npz is damaged: it is of ano'):
+    with pytest.raises(ValueError, match='labels.npz is damaged: it belongs'):
       _prepare(data_dir)
 
 

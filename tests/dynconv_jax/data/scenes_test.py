@@ -167,7 +167,7 @@ class DrawTest(parameterized.TestCase):
 
   @parameterized.parameters(
     ((), (8,), 'must each be one number or two .* must be empty; got scene_'),
-    ((8,), (), r'both be empty; got scene_size=\(8,\), object_size=\(\)'),
+    ((8,), (), r'both must be empty; got scene_size=\(8,\), object_size=\(\)'),
     ((1, 2, 3), (1,), r'number or two \(low and high.*got scene_size=\(1, '),
     ((20,), (21,), 'the largest object must fit into the smallest scene; got'),
     ((20, 40), (10, 30), r'rise from 1 to 4096.*got scene_size=\(20, 40\)'),
