@@ -488,7 +488,7 @@ class RecipeTest(absltest.TestCase):
   def test_stochastic_depth_has_one_flag_and_each_family_its_default(self):
     flags = all_options()['drop_path']
     self.assertIsNone(flags.default)
-    self.assertStartsWith(flags.help, 'Stochastic depth: how often')
+    self.assertStartsWith(flags.help, 'Stochastic depth: the probability')
     for model, rate in (
       ('resnet50', 0.0),
       ('mobilenet_v2', 0.0),
