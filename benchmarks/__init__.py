@@ -1,1 +1,1 @@
-"""Timing against other runtimes and counters."""
+"""Comparisons with other runtimes and MAC counters."""

@@ -1,4 +1,4 @@
-"""Times the cases of dynconv_jax.cli.benchmark, and says on which machine."""
+"""Timing of the cases of dynconv_jax.cli.benchmark."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from benchmarks import turns
 
 
 class Peer(NamedTuple):
-  """Another framework that is timed.
+  """Another runtime to time.
 
   Attributes:
     worker: the process that runs it, a key of `workers.WORKERS`.
-    packages: that it needs.
-    dense: whether it computes everywhere.
+    packages: the packages that it needs.
+    dense: whether it runs the dense network.
     gpu: whether it needs a GPU.
   """
 
@@ -45,25 +45,25 @@ PEERS = {
   # The sparse network, exported by dynconv_jax.sparse.onnx.
   'onnx_sparse': Peer('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
 }
-# How far a peer's logits may be from JAX's, of the largest.
+# Tolerance between a peer's logits and JAX's, relative to the largest logit.
 _TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
 
 
 def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
-  """Returns the peers that can run here; says which are left out, and why.
+  """Returns the peers that can run here; prints why others cannot.
 
   Args:
     wanted: keys of PEERS.
-    trained: whether it is a trained one, which decides by itself.
+    trained: whether the network is a trained one, which uses its own masks.
   """
   available = []
   for name in wanted:
     peer = PEERS[name]
     missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
     if missing:
-      print(f'{name} is left out: {", ".join(missing)} not installed')
+      print(f'skipping {name}: {", ".join(missing)} not installed')
     elif peer.gpu and not _torch_sees_gpu():
-      print(f'{name} is left out: PyTorch sees no GPU')
+      print(f'skipping {name}: PyTorch finds no GPU')
     elif not (trained and name == 'torch_index'):
       available.append(name)
   return available
@@ -79,7 +79,7 @@ def _torch_sees_gpu() -> bool:
 def start_workers(
   peers: Sequence[str], settings: Mapping[str, Any]
 ) -> Iterator[dict[str, turns.Worker]]:
-  """Starts the processes that JAX and peers need; ends them.
+  """Starts the processes of JAX and the peers, and stops them on exit.
 
   Args:
     peers: keys of PEERS.
@@ -103,17 +103,17 @@ def time_case(
   rounds: int,
   per_block: bool = False,
 ) -> dict[str, Any]:
-  """Returns the medians of one case, milliseconds, and their ratios.
+  """Returns the median times of a case, in milliseconds, and their ratios.
 
   Args:
-    case: 'batch_size', 'mask_granularity' and 'density'.
-    workers: of `start_workers`.
+    case: 'batch_size', 'mask_granularity', and 'density'.
+    workers: processes from `start_workers`.
     peers: keys of PEERS.
-    rounds: turns of each.
-    per_block: whether each block is timed as well.
+    rounds: number of rounds of interleaved timing.
+    per_block: whether to also time each block.
 
   Raises:
-    ValueError: a peer computes something else than JAX.
+    ValueError: a peer's result differs from JAX's.
   """
   info = workers['jax'].ask(kind='prepare', **case)
   kinds = dict.fromkeys(info.pop('kinds'), 'jax')
@@ -125,7 +125,7 @@ def time_case(
       peer,
       workers[kinds[peer]].ask(kind='logits', of=peer, **case),
       workers['jax'].ask(kind='logits', of=ours, **case),
-      # Gates of a trained network may take a tie otherwise.
+      # Gates of a trained network may decide close cases differently.
       0.1 if ours == 'sparse' and case['density'] is None else tolerance,
     )
   times = turns.medians(
@@ -168,29 +168,29 @@ def time_case(
 def check_equal(
   name: str, logits: Any, expected: Any, tolerance: float
 ) -> None:
-  """Raises ValueError if a peer's logits are not those of JAX.
+  """Raises ValueError if a peer's logits differ from JAX's.
 
   Args:
-    name: of the peer.
-    logits: float[N, classes].
-    expected: likewise.
-    tolerance: of the largest difference, over the largest logit.
+    name: name of the peer.
+    logits: float[N, classes], logits of the peer.
+    expected: float[N, classes], logits of JAX.
+    tolerance: maximum difference, relative to the largest logit.
   """
   logits, expected = np.asarray(logits), np.asarray(expected)
   if logits.shape != expected.shape:
     raise ValueError(
-      f'{name} gives logits {logits.shape}, JAX {expected.shape}'
+      f'{name} returns logits {logits.shape}, JAX returns {expected.shape}'
     )
   difference = np.abs(logits - expected).max() / np.abs(expected).max()
   if not difference <= tolerance:
     raise ValueError(
-      f'{name} computes something else than JAX: its logits differ by '
-      f'{difference:.2g} of the largest; allowed: {tolerance:g}'
+      f'the result of {name} differs from JAX by {difference:.2g} of the '
+      f'largest logit; allowed: {tolerance:g}'
     )
 
 
 def describe_machine() -> dict[str, Any]:
-  """Returns the processor, and versions of what is timed."""
+  """Returns the processor and the versions of Python and the runtimes."""
   versions = {'python': platform.python_version()}
   for name in (
     *('jax', 'flax', 'torch', 'onnxruntime', 'openvino'),
@@ -202,7 +202,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _cpu() -> str:
-  """Returns the cores, the processor's name and its widest vectors."""
+  """Returns the number of cores, the processor's name, and its vectors."""
   described = {'model name': platform.processor() or platform.machine()}
   with contextlib.suppress(OSError):
     for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():

@@ -1,13 +1,13 @@
-"""Times how many photographs a core decodes for training.
+"""Measures how many photographs per second a core decodes for training.
 
 python -m benchmarks.decoding [--photographs=DIR]
 
-Without a folder the photographs are smooth random pictures, JPEGs of quality 95
-of several sizes. Each is read from memory, cropped at random as by
+Without a folder, the photographs are smooth random images, JPEGs of quality 95
+in several sizes. Each is read from memory, randomly cropped as by
 `--crop=resized`, and resized, on one thread. "full" decodes every pixel;
-"scaled" lets the JPEG decoder shrink the image first where that loses nothing,
-as training does. Both take turns. Prints a Markdown table in photographs per
-second of CPU time, then the machine.
+"scaled" lets the JPEG decoder shrink the image first, as training does. Timing
+is interleaved. Prints a Markdown table in photographs per second of CPU time,
+and the machine.
 """
 
 from __future__ import annotations
@@ -29,20 +29,25 @@ from dynconv_jax.cli import program
 from dynconv_jax.data import augment, decode, readers
 
 _PHOTOGRAPHS = flags.DEFINE_string(
-  'photographs', None, 'Folder with .jpg files at any depth.'
+  'photographs', None, 'Folder that contains .jpg files at any depth.'
 )
 _SIZES = flags.DEFINE_list(
   'sizes',
   ['500x375', '1024x768'],
-  'WIDTHxHEIGHT of drawn pictures, pixels.',
+  'Sizes of random images, WIDTHxHEIGHT in pixels.',
 )
 _IMAGE_SIZES = flags.DEFINE_list(
   'image_sizes', ['64', '160', '224'], 'Sides of the inputs, in pixels.'
 )
 _NUM_IMAGES = flags.DEFINE_integer(
-  'num_images', 100, 'Photographs, spread evenly over all.', lower_bound=1
+  'num_images',
+  100,
+  'Number of photographs, spread evenly over the folder.',
+  lower_bound=1,
 )
-_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each.', lower_bound=1)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 5, 'Number of timing rounds.', lower_bound=1
+)
 _GAPS = {'full': None, 'scaled': readers.REDUCING_GAP}
 
 
@@ -52,7 +57,7 @@ def rate(
   """Returns photographs per second of CPU time.
 
   Args:
-    photographs: as JPEG.
+    photographs: JPEG files.
     image_size: side of the result, in pixels.
     gap: `reducing_gap` of `decode.decode_resized`.
   """
@@ -66,12 +71,12 @@ def rate(
 
 
 def draw(width: int, height: int, seed: int) -> bytes:
-  """Returns a JPEG of a smooth random picture.
+  """Returns a JPEG of a smooth random image.
 
   Args:
-    width: in pixels.
-    height: in pixels.
-    seed: of the picture.
+    width: width in pixels.
+    height: height in pixels.
+    seed: seed of the image.
   """
   coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), np.uint8)
   picture = Image.fromarray(coarse).resize((width, height), Image.BICUBIC)
@@ -84,7 +89,7 @@ def _find(folder: pathlib.Path, number: int) -> list[bytes]:
   paths = sorted(folder.rglob('*.jpg'))
   if len(paths) < number:
     raise ValueError(
-      f'{folder} must hold at least {number} photographs; got {len(paths)}'
+      f'{folder} must contain at least {number} photographs; got {len(paths)}'
     )
   spread = np.linspace(0, len(paths) - 1, number).astype(int)
   return [paths[i].read_bytes() for i in spread]
@@ -97,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
   number = _NUM_IMAGES.value
   if _PHOTOGRAPHS.value:
     folder = pathlib.Path(_PHOTOGRAPHS.value).expanduser()
-    cases = {'of the folder': _find(folder, number)}
+    cases = {'folder': _find(folder, number)}
   else:
     cases = {
       size: [draw(*map(int, size.split('x')), seed) for seed in range(number)]
@@ -111,8 +116,8 @@ def main(argv: Sequence[str]) -> None:
       for _ in range(_ROUNDS.value):
         for name, gap in _GAPS.items():
           rates[name].append(rate(photographs, size, gap))
-      found = ' | '.join(f'{statistics.median(r):.0f}' for r in rates.values())
-      print(f'| {label} | {size} | {found} |')
+      cells = ' | '.join(f'{statistics.median(r):.0f}' for r in rates.values())
+      print(f'| {label} | {size} | {cells} |')
   print(
     f'\n{number} photographs each, {_ROUNDS.value} rounds, one thread; '
     f'{platform.machine()}, Python {platform.python_version()}, Pillow '

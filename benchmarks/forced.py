@@ -1,4 +1,4 @@
-"""Gates that are paid for, but not obeyed."""
+"""Gates that are computed, but whose decisions are replaced."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dynconv_jax.models.gated import gated_blocks
 
 
 class ForcedGate(Gate):
-  """Computes what a gate decides, and decides as it was told.
+  """A gate that is computed but returns a given decision.
 
   Args:
-    gate: is computed all the same: it is a part of the cost.
-    mask: float32[N, h, w] of {0, 1}, the decision.
+    gate: the gate to compute, because it is part of the cost.
+    mask: float32[N, h, w] of {0, 1}, the decision to return.
   """
 
   def __init__(self, gate: Gate, mask: np.ndarray):
@@ -31,27 +31,27 @@ class ForcedGate(Gate):
   def __call__(self, x, carry=None, **kwargs):
     its, _ = carry or (None, None)
     decision, its = self.gate(x, its, **kwargs)
-    # No decision is negative. Without the dependence XLA would leave the gate
-    # out.
+    # No decision is negative. Without this dependence, XLA would remove the
+    # gate.
     hard = jnp.where(decision.hard < 0, decision.hard, self.mask[...])
     return Decision(hard, decision.score), (its, decision.hard)
 
   def end_stage(self, x, carry):
     its, decided = carry
     output, its = self.gate.end_stage(x, its)
-    # A stage's output is its last block's; the gates' is computed as well.
+    # Return the output of the last block, but compute the gate's output too.
     return jnp.where(jnp.sum(decided) < 0, output, x), (its, decided)
 
 
 def force_gates(
   model: nnx.Module, masks: Mapping[str, np.ndarray]
 ) -> nnx.Module:
-  """Returns a copy of a network whose gates decide as they are told.
+  """Returns a copy of a network whose gates return given decisions.
 
   Args:
-    model: in evaluation.
-    masks: float32[N, h, w] of {0, 1} by the blocks' names. The gates of other
-      blocks decide by themselves; blocks without a gate have no use for one.
+    model: the network, in evaluation.
+    masks: float32[N, h, w] of {0, 1}, by block name. Gates of other blocks make
+      their own decisions; masks of blocks without a gate are ignored.
   """
   model = nnx.clone(model)
   for block in gated_blocks(model):

@@ -1,14 +1,15 @@
-"""Compiles a network for an H200 where there is no GPU, and says what XLA made.
+"""Compiles a network for an H200 without a GPU, and describes the result.
 
 python -m benchmarks.gpu_compile --plugin_dir=DIR --mode=sparse --batch_size=128
 
-Needs JAX's CUDA plugin of jaxlib's version, but none of NVIDIA's libraries:
+Needs JAX's CUDA plugin in jaxlib's version, but none of NVIDIA's libraries:
 pip install --no-deps --target DIR jax-cuda13-plugin==VERSION
-jax-cuda13-pjrt==VERSION. The network is bfloat16, its weights are random.
+jax-cuda13-pjrt==VERSION. The network uses bfloat16 and random weights.
 
-The last line is JSON: `command_buffers`, the CUDA graphs that XLA records;
-`outside`, what the host launches one by one beside them; `copies`, the shapes
-of what is copied; `kernels`, launches of Triton's kernels.
+The last line is JSON: `command_buffers`, the number of CUDA graphs that XLA
+records; `recorded`, the number of operations in them; `outside`, the operations
+that the host launches individually; `copies`, the shapes of copied arrays;
+`kernels`, the number of launches of Triton kernels.
 """
 
 from __future__ import annotations
@@ -25,21 +26,28 @@ from absl import flags
 from benchmarks import hlo
 from dynconv_jax.cli import program
 
-_MODEL = flags.DEFINE_string('model', 'resnet50', 'Of the registry.')
-_METHOD = flags.DEFINE_string('method', 'dynconv', 'A method.')
-_MODE = flags.DEFINE_string('mode', 'sparse', 'Of the executor.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 1, 'Images.', lower_bound=1)
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.', lower_bound=32)
-_WIDTH = flags.DEFINE_float('width_multiplier', 1.0, 'Of the network.')
+_MODEL = flags.DEFINE_string('model', 'resnet50', 'Name of the network.')
+_METHOD = flags.DEFINE_string('method', 'dynconv', 'Name of the method.')
+_MODE = flags.DEFINE_string('mode', 'sparse', 'Mode of the executor.')
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 1, 'Number of images.', lower_bound=1
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', 224, 'Side of the images, in pixels.', lower_bound=32
+)
+_WIDTH = flags.DEFINE_float(
+  'width_multiplier', 1.0, 'Scale of the channels of the network.'
+)
 _PLUGIN_DIR = flags.DEFINE_string(
-  'plugin_dir', '', "Where JAX's CUDA plugin lies, if it is not installed."
+  'plugin_dir', '', "Folder of JAX's CUDA plugin, if it is not installed."
 )
 _GRAPHS = flags.DEFINE_bool(
   'convolution_graphs',
   True,
-  "Record cuDNN's convolutions too, as the library does; else XLA's default.",
+  'Whether to record cuDNN convolutions in CUDA graphs, as the library does, '
+  "instead of using XLA's default.",
 )
-_INSIDE = flags.DEFINE_bool('inside', False, 'Used by the program itself.')
+_INSIDE = flags.DEFINE_bool('inside', False, 'For internal use.')
 
 _ENVIRONMENT = {
   'CUDA_VISIBLE_DEVICES': '-1',
@@ -72,7 +80,7 @@ device_description_str: "NVIDIA H200 141GB HBM3e"
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints what XLA made of a network."""
+  """Compiles the network and prints the description."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   if _INSIDE.value:
@@ -89,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
     text=True,
   )
   if done.returncode:
-    raise OSError(f'nothing was compiled: {done.stderr[-2000:]}')
+    raise OSError(f'compilation failed: {done.stderr[-2000:]}')
   print(json.dumps(hlo.describe(done.stdout, done.stderr)))
 
 
@@ -107,7 +115,7 @@ def _compile() -> str:
   known = xla_bridge.canonicalize_platform
 
   def canonicalize(name):
-    # JAX asks which platform serves 'gpu'; there is none to ask.
+    # JAX looks up the platform of 'gpu', but there is no such device.
     return 'cuda' if name in ('gpu', 'cuda') else known(name)
 
   model = create_model(

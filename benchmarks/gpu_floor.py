@@ -1,9 +1,9 @@
-"""Says below which time a ResNet in bfloat16 cannot be executed on a GPU.
+"""Computes a lower bound of the time of a bfloat16 ResNet on a GPU.
 
 python -m benchmarks.gpu_floor --batch_size=128 --density=0.1,0.3,0.5,1
 
-The floor is the sum of those of the kernels (`benchmarks.roofline`).
-Nothing is run. The last line is JSON.
+The bound is the sum of the bounds of the kernels (`benchmarks.roofline`). The
+network is not run. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,23 +16,30 @@ from absl import flags
 from benchmarks.roofline import count_kernels
 from dynconv_jax.cli import program
 
-_MODEL = flags.DEFINE_string('model', 'resnet50', 'A ResNet of bottlenecks.')
+_MODEL = flags.DEFINE_string('model', 'resnet50', 'A bottleneck ResNet.')
 _GRANULARITY = flags.DEFINE_list(
   'mask_granularity',
   '1',
-  "Side of the masks' patches, positions: one for all stages, or one a stage.",
+  "Side of the masks' patches, in positions: one value for all stages, or one "
+  'per stage.',
 )
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 128, 'Images.', lower_bound=1)
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.', lower_bound=64)
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 128, 'Number of images.', lower_bound=1
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', 224, 'Side of the images, in pixels.', lower_bound=64
+)
 _DENSITY = flags.DEFINE_list(
-  'density', '0.1,0.3,0.5,1', 'Shares of active positions, in (0, 1].'
+  'density', '0.1,0.3,0.5,1', 'Densities of the masks, in (0, 1].'
 )
-_BANDWIDTH = flags.DEFINE_float('bandwidth', 4.3, 'TB/s, to and from memory.')
-_RATE = flags.DEFINE_float('rate', 790, 'TFLOP/s in bfloat16; a MAC is two.')
+_BANDWIDTH = flags.DEFINE_float('bandwidth', 4.3, 'Memory bandwidth, in TB/s.')
+_RATE = flags.DEFINE_float(
+  'rate', 790, 'Arithmetic rate in bfloat16, in TFLOP/s; a MAC is two FLOPs.'
+)
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the floors of the dense network and of each density."""
+  """Prints the lower bounds of the dense network and of each density."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   densities = [float(density) for density in _DENSITY.value]

@@ -1,12 +1,12 @@
-"""Compares and times gathered products in Gluon with those in Triton on a GPU.
+"""Compares and times gathered products in Gluon and Triton on a GPU.
 
 python -m benchmarks.gpu_gluon [--check]
 
-The 3x3 and first 1x1 convolutions of ResNet-50's stages 3 and 4 in bfloat16, on
-masks with no, one, some, and all positions active. It is an error if the two
-differ. --check compares on few images and times nothing; compute-sanitizer runs
-it. The last line is JSON: microseconds of Triton, and of each of the Gluon
-kernel's tiles.
+Runs the 3x3 and first 1x1 convolutions of ResNet-50's stages 3 and 4 in
+bfloat16, on masks with no, one, some, and all positions active. Raises an error
+if the results differ. --check only compares, on few images; use it with
+compute-sanitizer. The last line is JSON: microseconds of Triton, and of the
+Gluon kernel with each tile size.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ from dynconv_jax.sparse.backends.triton_masks import list_positions
 from dynconv_jax.sparse.calibrate import clustered_masks
 from dynconv_jax.sparse.fold import FoldedConv
 
-_CHECK = flags.DEFINE_bool('check', False, 'Compare only, on few images.')
-# Side of the map, and channels.
+_CHECK = flags.DEFINE_bool(
+  'check', False, 'Only compare results, on few images.'
+)
+# Side of the map, and number of channels.
 _STAGES = ((14, 256), (7, 512))
 _CALLS = 50
 
 
 def main(argv: Sequence[str]) -> None:
-  """Compares, then times."""
+  """Compares and times the kernels."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   if jax.default_backend() != 'gpu':
     print(json.dumps({'skipped': 'there is no GPU'}))
     return
-  found = []
+  results = []
   for side, features in _STAGES:
     shape = (2 if _CHECK.value else 128, side, side)
     for name, hard in _masks(shape).items():
       for kernel_size in (3, 1):
-        found.append(_compare(name, hard, features, kernel_size))
-        print(json.dumps(found[-1]), flush=True)
-  print(json.dumps(found))
+        results.append(_compare(name, hard, features, kernel_size))
+        print(json.dumps(results[-1]), flush=True)
+  print(json.dumps(results))
 
 
 def _masks(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
@@ -90,19 +92,19 @@ def _compare(name, hard, features, kernel_size):
     return rows, 1e6 * (time.perf_counter() - start) / _CALLS
 
   expected, microseconds = measure(triton.convolve)
-  found = {'side': hard.shape[1], 'kernel_size': kernel_size}
-  found |= {'mask': name, 'rows': count}
-  found['triton'] = microseconds
+  result = {'side': hard.shape[1], 'kernel_size': kernel_size}
+  result |= {'mask': name, 'rows': count}
+  result['triton'] = microseconds
   for number, tiles in enumerate(gluon.TILES[: 1 if _CHECK.value else None]):
     if not gluon.fits(layer, tiles):
       continue
     convolve = functools.partial(gluon.convolve_gathered, tiles=tiles)
     rows, microseconds = measure(convolve)
     if count:
-      # Sums in another order, rounded to bfloat16.
+      # The kernels sum in different orders and round to bfloat16.
       check_equal(f'gluon {tiles}', rows, expected, 2**-7)
-    found[f'gluon_{number}'] = microseconds
-  return found
+    result[f'gluon_{number}'] = microseconds
+  return result
 
 
 if __name__ == '__main__':

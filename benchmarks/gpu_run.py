@@ -1,15 +1,15 @@
-"""What to do with half an hour of a GPU: tests, times, and a profile, in order.
+"""Runs tests, timings, and profiles on a GPU within half an hour.
 
 python -m benchmarks.gpu_run --output=DIR
 
-Needs jax[cuda12] or jax[cuda13], Triton, and for the second dense baseline
-PyTorch with CUDA. Each step is a process of its own. What it finds is written
-to DIR/gpu_run.json at once, what it prints to DIR/gpu_run.log. A second start
-goes on with the steps that are missing. One that fails is noted and does not
-stop the others; --steps=NAME does it again. A step that would not fit into
---minutes is left for the next start. Use one card for all of them.
+Needs jax[cuda12] or jax[cuda13], Triton, and, for the second dense baseline,
+PyTorch with CUDA. Each step runs in a separate process. Its result is written
+to DIR/gpu_run.json immediately, and its output to DIR/gpu_run.log. A second
+start continues with the missing steps. A failed step is recorded and does not
+stop the others; rerun it with --steps=NAME. A step that does not fit into
+--minutes is left for the next start. Use the same card for all steps.
 
---dry_run does the same with a small network, on whatever there is.
+--dry_run does the same with a small network, on any device.
 """
 
 from __future__ import annotations
@@ -29,19 +29,27 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.cli import program
 from dynconv_jax.files import write_atomic
 
-_OUTPUT = flags.DEFINE_string('output', None, 'Folder for what is found.')
-_STEPS = flags.DEFINE_list('steps', None, 'Those to do, done before or not.')
-_MINUTES = flags.DEFINE_float('minutes', 30, 'For all steps together.')
-_DRY_RUN = flags.DEFINE_bool('dry_run', False, 'A small network, once.')
-# The processes of steps are given these.
-_INSIDE = flags.DEFINE_enum('inside', None, ['graphs', 'profile'], 'A part.')
-_DENSITY = flags.DEFINE_float('density', 0.3, 'Of masks, for --inside.')
+_OUTPUT = flags.DEFINE_string('output', None, 'Folder for the results.')
+_STEPS = flags.DEFINE_list(
+  'steps', None, 'Steps to run, even if they are done. Default: missing steps.'
+)
+_MINUTES = flags.DEFINE_float('minutes', 30, 'Time limit for all steps.')
+_DRY_RUN = flags.DEFINE_bool(
+  'dry_run', False, 'Use a small network and few rounds.'
+)
+# For the processes of steps.
+_INSIDE = flags.DEFINE_enum(
+  'inside', None, ['graphs', 'profile'], 'For internal use: the step to run.'
+)
+_DENSITY = flags.DEFINE_float(
+  'density', 0.3, 'For internal use: density of the masks.'
+)
 
-_RATES = {'bandwidth': 4.3e12, 'rate': 790e12}  # An H200's; see `gpu_floor`.
+_RATES = {'bandwidth': 4.3e12, 'rate': 790e12}  # H200; see `gpu_floor`.
 
 
 def main(argv: Sequence[str]) -> None:
-  """Does the steps that are asked for, or not done yet."""
+  """Runs the requested or missing steps."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   if _INSIDE.value:
@@ -49,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     print(json.dumps(inside()))
     return
   if not _OUTPUT.value:
-    raise ValueError('--output=DIR is needed: a folder for what is found')
+    raise ValueError('--output=DIR is required: a folder for the results')
   known = gpu_steps.steps(_DRY_RUN.value)
   for name in _STEPS.value or ():
     check_choice('step', name, known)
@@ -57,30 +65,30 @@ def main(argv: Sequence[str]) -> None:
   output.mkdir(parents=True, exist_ok=True)
   path = output / 'gpu_run.json'
   settings = {'dry_run': _DRY_RUN.value, 'card': gpu_steps.find_card()}
-  found = {**settings, 'steps': {}}
+  results = {**settings, 'steps': {}}
   if path.exists():
-    found = json.loads(path.read_text())
+    results = json.loads(path.read_text())
     for key, value in settings.items():
-      if found[key] != value:
-        raise ValueError(f'{path} is of {key} {found[key]!r}; got {value!r}')
-  found |= cases.describe_machine()
-  done = [name for name, result in found['steps'].items() if result['ok']]
+      if results[key] != value:
+        raise ValueError(f'{path} has {key} {results[key]!r}; got {value!r}')
+  results |= cases.describe_machine()
+  done = [name for name, result in results['steps'].items() if result['ok']]
   end = time.monotonic() + 60 * _MINUTES.value
   for name in _STEPS.value or [name for name in known if name not in done]:
     if time.monotonic() + 60 * known[name].minutes > end:
-      print(f'{name} is left for the next start: it takes too long')
+      print(f'{name} is left for the next start: too little time is left')
       continue
     print(f'{name} ...', flush=True)
     result = gpu_steps.run_step(known[name], output / 'gpu_run.log')
-    found['steps'][name] = result
-    write_atomic(path, json.dumps(found, indent=2) + '\n')
+    results['steps'][name] = result
+    write_atomic(path, json.dumps(results, indent=2) + '\n')
     print(f'{name}: {json.dumps(result)[:600]}', flush=True)
   print(f'wrote {path}')
-  print(json.dumps(found))
+  print(json.dumps(results))
 
 
 def _make(density: float):
-  """Returns a sparse network with masks of a density, and a batch for it."""
+  """Returns a function that runs a sparse network with masks of a density."""
   import jax
   import jax.numpy as jnp
   from flax import nnx
@@ -111,7 +119,7 @@ def _make(density: float):
 
 
 def _graphs() -> dict[str, Any]:
-  """Calls a network 20 times; XLA's log tells what it records and updates."""
+  """Calls a network 20 times; XLA logs the graphs it records and updates."""
   run = _make(_DENSITY.value)
   times = []
   for _ in range(20):
@@ -122,9 +130,9 @@ def _graphs() -> dict[str, Any]:
 
 
 def _profile() -> dict[str, Any]:
-  """Returns the time of each kernel beside its floor, by the profiler.
+  """Returns the profiled time of each kernel, and lower bounds.
 
-  XLA uses no CUDA graphs under the profiler.
+  XLA does not use CUDA graphs while profiling.
   """
   import jax
 
@@ -141,7 +149,7 @@ def _profile() -> dict[str, Any]:
   microseconds = collections.Counter()
   for name, _, duration in events:
     microseconds[name] += duration / 1e3 / calls
-  found: dict[str, Any] = {
+  result: dict[str, Any] = {
     'density': _DENSITY.value,
     'kernels': dict(microseconds.most_common()),
     'total': sum(microseconds.values()),
@@ -151,11 +159,11 @@ def _profile() -> dict[str, Any]:
     ],
   }
   if not _DRY_RUN.value:
-    found['floors'] = [
+    result['floors'] = [
       (kernel.name, 1e6 * kernel.seconds(**_RATES))
       for kernel in count_kernels(128, 224, _DENSITY.value)
     ]
-  return found
+  return result
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The steps of benchmarks.gpu_run, and what is read off them."""
+"""The steps of benchmarks.gpu_run, and the parsing of their results."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ _LOG = re.compile(r'command_buffer_thunk\.cc:\d+\] (.*)')
 
 
 class Step(NamedTuple):
-  """A part of the run.
+  """A step of the run.
 
   Attributes:
-    minutes: that it takes; one that takes twice as long is ended.
-    command: after `python -m`. Its last line is JSON, or is kept as text.
-    environment: in addition.
-    races: whether compute-sanitizer looks for races in shared memory.
+    minutes: expected time. The step is killed after twice this time plus one
+      minute.
+    command: arguments after `python -m`. The last line of the output is JSON,
+      or is stored as text.
+    environment: additional environment variables.
+    races: whether to check for races in shared memory with compute-sanitizer.
   """
 
   minutes: float
@@ -34,10 +36,10 @@ class Step(NamedTuple):
 
 
 def steps(dry_run: bool) -> dict[str, Step]:
-  """Returns the steps by their names, the most telling ones first.
+  """Returns the steps by name, most important first.
 
   Args:
-    dry_run: whether the network is a small one.
+    dry_run: whether to use a small network.
   """
   size = ('--model=resnet50', '--image_size=224')
   batches, densities, rounds = (32, 1, 128), '0.1,0.3,0.5,1', ('--rounds=5',)
@@ -105,7 +107,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
 
 
 def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
-  """Returns how a step ended, and the last line of what it printed."""
+  """Runs a step; returns its status and the last line of its output."""
   start, failure, tool = time.monotonic(), None, []
   sanitizer = shutil.which('compute-sanitizer')
   if step.races and sanitizer:
@@ -120,9 +122,9 @@ def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
         timeout=120 * step.minutes + 60,
       ).returncode
       if code:
-        failure = f'ended with {code}'
+        failure = f'exited with code {code}'
     except subprocess.TimeoutExpired:
-      failure = 'took too long'
+      failure = 'timed out'
     printed.seek(0)
     text = printed.read()
   with log.open('a') as file:
@@ -150,7 +152,7 @@ def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
 
 
 def find_card() -> str:
-  """Returns the name of the GPU, without using it."""
+  """Returns the name of the GPU, or 'none', without using the GPU."""
   command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
   try:
     return subprocess.run(
@@ -161,10 +163,10 @@ def find_card() -> str:
 
 
 def gpu_events(data: Any) -> list[tuple[str, float, float]]:
-  """Returns name, start, and duration in ns of what ran on a GPU, in order.
+  """Returns (name, start, duration) of GPU events, in ns, ordered by start.
 
   Args:
-    data: `jax.profiler.ProfileData`.
+    data: a `jax.profiler.ProfileData`.
   """
   events = [
     (event.name, event.start_ns, event.duration_ns)

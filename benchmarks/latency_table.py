@@ -1,9 +1,9 @@
-"""Writes times of dynconv_jax.cli.benchmark as Markdown into a README.
+"""Updates tables of dynconv_jax.cli.benchmark's times in a README.
 
   python -m benchmarks.latency_table results/lite0_latency/README.md
 
-A line `<!-- table: FILE -->`, FILE a benchmark.json beside the README, and a
-line `<!-- end -->` enclose what is replaced.
+Replaces the text between a line `<!-- table: FILE -->`, where FILE is the path
+of a benchmark.json relative to the README, and a line `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _PLACE = re.compile(
 
 
 def latency_table(summary: Mapping[str, Any]) -> str:
-  """Returns a table, one row a batch size and density, and what timed it.
+  """Returns a table by batch size and density, with processor and versions.
 
   Args:
-    summary: what dynconv_jax.cli.benchmark writes.
+    summary: the JSON content that dynconv_jax.cli.benchmark writes.
   """
   runs = summary.get('runs', [summary])
   own = {'sparse_ms': 'sparse', 'native_dense_ms': 'our dense'}
@@ -55,10 +55,10 @@ def latency_table(summary: Mapping[str, Any]) -> str:
 
 
 def fill(readme: pathlib.Path) -> str:
-  """Returns a README with its tables as the files beside it give them.
+  """Returns the content of a README with updated tables.
 
   Args:
-    readme: a table whose file is missing stays as it is.
+    readme: path of the README. Tables whose file is missing are unchanged.
   """
 
   def replace(match):

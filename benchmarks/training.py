@@ -5,11 +5,11 @@ python -m benchmarks.training --model=resnet18 --image_size=64 \
 python -m benchmarks.training --model=efficientnet_lite0 --image_size=160 \
   --batch_size=32
 
-Each runs in a process of its own, because the thread pools of two frameworks in
-one process spoil each other's times. The processes take turns, and medians and
-their ratios are printed; the last line is JSON. JAX shares the CPU out to two
-devices, as `dynconv train` does, and once more to one. PyTorch is left out, and
-said to be, where it is not installed.
+Each runs in a separate process, because the thread pools of two frameworks in
+one process slow each other down. Timing is interleaved. Prints medians and
+their ratios; the last line is JSON. JAX divides the CPU into two devices, as
+`dynconv train` does, and is also timed with one device. Skips PyTorch, with a
+message, if it is not installed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,25 @@ from dynconv_jax.models import registry
 _MODEL = flags.DEFINE_string(
   'model', 'resnet18', f'One of {", ".join(registry.architectures())}.'
 )
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', 64, 'Pixels.', lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 64, 'Images.', lower_bound=1)
-_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1)
-_STEPS = flags.DEFINE_integer('steps', 3, 'Timed steps a turn.', lower_bound=1)
-_WORKER = flags.DEFINE_string(
-  'worker', None, 'Used by the program itself, for the processes it starts.'
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', 64, 'Side of the images, in pixels.', lower_bound=1
 )
+_BATCH_SIZE = flags.DEFINE_integer(
+  'batch_size', 64, 'Number of images.', lower_bound=1
+)
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 7, 'Number of rounds of interleaved timing.', lower_bound=1
+)
+_STEPS = flags.DEFINE_integer(
+  'steps', 3, 'Number of timed steps per round.', lower_bound=1
+)
+_WORKER = flags.DEFINE_string('worker', None, 'For internal use.')
 
 _CLASSES = 6
 
 
 def main(argv: Sequence[str]) -> None:
-  """Times the steps and prints a table, then JSON."""
+  """Times the steps; prints a table and JSON."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   check_choice('model', _MODEL.value, registry.architectures())
@@ -53,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     return
   names = list(_WORKERS)
   if importlib.util.find_spec('torch') is None:
-    print('PyTorch is not installed: left out (pip install -e .[torch])')
+    print('skipping PyTorch: not installed (pip install -e .[torch])')
     names = [name for name in names if not name.startswith('torch')]
   with contextlib.ExitStack() as stack:
     timed = {name: _start(name, stack) for name in names}
@@ -101,7 +107,7 @@ def _jax_step(method: str, devices: int = 0) -> Callable[[], None]:
   from dynconv_jax.training import schedules, state, workdir
   from dynconv_jax.training.config import Config
 
-  program.keep_memory()  # As training does.
+  program.keep_memory()  # As in training.
   program.share_cpu(devices, _BATCH_SIZE.value)
   mesh = jax.make_mesh(
     (jax.local_device_count(),), ('data',), axis_types=(AxisType.Auto,)

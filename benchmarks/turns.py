@@ -1,7 +1,8 @@
-"""Processes that take turns being timed.
+"""Interleaved timing of several processes.
 
-The thread pools of two frameworks in one process spoil each other's times by an
-order of magnitude, so each has a process of its own; all but one wait.
+The thread pools of two frameworks in one process slow each other down by an
+order of magnitude. Each framework therefore has its own process, and only one
+process runs at a time.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 
 class Worker:
-  """A process that runs one function, when it is asked to.
+  """A process that runs a function on request.
 
   Args:
-    module: whose main program calls `serve` when it is given `arguments`.
-    arguments: its command line.
+    module: module whose main program calls `serve`, given `arguments`.
+    arguments: command-line arguments.
   """
 
   def __init__(self, module: str, arguments: Sequence[str]):
@@ -35,7 +36,7 @@ class Worker:
     """Returns the reply to a request.
 
     Args:
-      **request: fit for JSON.
+      **request: JSON-serializable values.
 
     Raises:
       OSError: the process has ended; its error is on stderr.
@@ -51,27 +52,27 @@ class Worker:
     return json.loads(line)
 
   def stop(self) -> None:
-    """Ends the process."""
+    """Kills the process."""
     self._process.kill()
     self._process.communicate()  # Closes the pipes too.
 
 
 def serve(answer: Callable[[Mapping[str, Any]], Any]) -> None:
-  """Answers the requests that come in, until there are no more.
+  """Answers requests from stdin until it is closed.
 
   Args:
-    answer: returns the reply, fit for JSON, to a request.
+    answer: returns the JSON-serializable reply to a request.
   """
   for line in sys.stdin:
     print(json.dumps(answer(json.loads(line))), flush=True)
 
 
 def seconds(step: Callable[[], None], steps: int) -> list[float]:
-  """Returns how long each of some calls took, seconds.
+  """Returns the time of each call of a function, in seconds.
 
   Args:
-    step: returns when its work is done.
-    steps: calls.
+    step: the function; must block until its work is done.
+    steps: number of calls.
   """
   times = []
   for _ in range(steps):
@@ -84,11 +85,11 @@ def seconds(step: Callable[[], None], steps: int) -> list[float]:
 def medians(
   timed: Mapping[str, Callable[[], Sequence[float]]], rounds: int
 ) -> dict[str, float]:
-  """Returns the median time of each, milliseconds, taken in turns.
+  """Returns median times in milliseconds, from interleaved timing.
 
   Args:
-    timed: by names; each returns the seconds of some calls.
-    rounds: turns of each.
+    timed: name -> function that returns the times of some calls, in seconds.
+    rounds: number of rounds.
   """
   times: dict[str, list[float]] = {name: [] for name in timed}
   for _ in range(rounds):

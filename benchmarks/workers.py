@@ -1,6 +1,6 @@
-"""The timed processes of dynconv_jax.cli.benchmark, one a framework.
+"""The timed processes of dynconv_jax.cli.benchmark, one per framework.
 
-python -m benchmarks.workers NAME SETTINGS, with the settings in JSON.
+python -m benchmarks.workers NAME SETTINGS, where SETTINGS are JSON.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.sparsify import choose_plans, trace_blocks
 
 Step = Callable[[], None]
-# Without CUDA graphs: the host launches each kernel.
+# Disables CUDA graphs: the host launches each kernel.
 _LAUNCHED = {'xla_gpu_enable_command_buffer': ''}
 
 
 def serve(name: str, settings: Mapping[str, Any]) -> None:
-  """Answers requests for timings until there are no more.
+  """Answers requests for timings until stdin is closed.
 
   Args:
     name: a key of WORKERS.
@@ -48,7 +48,7 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
     if kind in ('prepare', 'blocks', 'logits'):
       return getattr(framework, kind)(**request)
     step = framework.step(kind, **request)
-    step()  # Caches and thread pools are someone else's after a turn.
+    step()  # Warms up caches and thread pools, which other processes used.
     calls = getattr(framework, 'calls', 1)
     times = turns.seconds(step, settings['steps'])
     return [seconds / calls for seconds in times]
@@ -57,10 +57,10 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
 
 
 class Jax:
-  """Dense, masked dense and sparse execution.
+  """Dense, masked dense, and sparse execution.
 
   Attributes:
-    calls: of a step; on a GPU one waits in the queue while another is executed.
+    calls: number of calls per step. On a GPU, calls queue up while others run.
   """
 
   def __init__(self, settings):
@@ -70,7 +70,7 @@ class Jax:
     self.calls = 10 if jax.default_backend() == 'gpu' else 1
 
   def prepare(self, batch_size, mask_granularity, density):
-    """Makes the executors of a case; returns what they execute."""
+    """Creates the executors of a case; returns a description."""
     self.case = (batch_size, mask_granularity, density)
     self.batches = [jnp.asarray(b) for b in self.networks.batches(batch_size)]
     shape = self.batches[0].shape
@@ -99,13 +99,13 @@ class Jax:
     return {**info, 'kinds': list(functions)}
 
   def logits(self, of, **case):
-    """Returns what one of the kinds computes of the first batch."""
+    """Returns the logits of the first batch."""
     assert self.case == tuple(case.values())
     logits, _ = self.functions[of](self.batches[0])
     return np.asarray(logits, np.float32).tolist()
 
   def _fast_backend(self, dense):
-    """What executes most blocks, if it is a match for XLA's dense form."""
+    """Returns the most used backend, if it is as fast as XLA's dense form."""
     plans = choose_plans(gated_blocks(dense), self.settings['backend'])
     used = collections.Counter(plan.backend for plan in plans.values())
     backend = used.most_common(1)[0][0]
@@ -114,7 +114,7 @@ class Jax:
     return backend
 
   def _gated(self, model, shape, density):
-    """The executors of a gated network, which pay for its gates."""
+    """Returns the executors of a gated network, including its gates."""
     mode, backend = self.settings['mode'], self.settings['backend']
     self.model, masks = model, {}
     if density is not None:
@@ -154,7 +154,7 @@ class Jax:
     return functions
 
   def _executed(self, model, dense, sparse):
-    """What a gated network computes of the batches."""
+    """Returns statistics of a gated network on the batches."""
     stats = [sparse(batch)[1] for batch in self.batches]
     self.masks = {mask.name: mask for mask in stats[0].masks}
     image = jax.ShapeDtypeStruct((1, *self.batches[0].shape[1:]), jnp.float32)
@@ -176,7 +176,7 @@ class Jax:
     return self.steps[kind]
 
   def blocks(self, **case):
-    """Times each block by its plan and densely."""
+    """Times each block with its plan and densely."""
     assert self.case == tuple(case.values())
     blocks = {block.name: block for block in gated_blocks(self.model)}
     rng, rows = np.random.default_rng(2), []
@@ -221,7 +221,7 @@ WORKERS = {
 
 
 def _cycle(function, batches, calls) -> Step:
-  """Calls with the next batches, which return when the last result is there."""
+  """Returns a function that runs the next batches and waits for the result."""
   following = itertools.cycle(batches)
 
   def step():

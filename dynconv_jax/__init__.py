@@ -1,4 +1,4 @@
-"""Networks that compute only where it matters, in JAX."""
+"""Dynamic convolutions in JAX: networks that compute only where needed."""
 
 from typing import TYPE_CHECKING
 
@@ -9,7 +9,7 @@ __all__ = ['create_model']
 
 
 def __getattr__(name):
-  # Imported on demand: `dynconv_jax.macs` serves without a training stack.
+  # Import on demand: `dynconv_jax.macs` works without the training packages.
   if name == 'create_model':
     from dynconv_jax.models.create import create_model
 

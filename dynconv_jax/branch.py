@@ -1,7 +1,7 @@
-"""What the branch of a gated block computes, as data.
+"""Descriptions of the branches of gated blocks.
 
 A branch is a chain of convolutions. Execution masks, losses, the MAC report,
-sparse backends, and ONNX export all read this description. This module imports
+sparse backends, and ONNX export all read its description. This module imports
 only the standard library.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import functools
 
 ACTIVATIONS = ('relu', 'relu6', 'silu', 'gelu')
-# f(f(x)) = f(x): applying one of them again changes nothing.
+# Activations with f(f(x)) = f(x).
 IDEMPOTENT = ('relu', 'relu6', None)
 SHORTCUTS = ('identity', 'projection', 'none')
 PADDINGS = ('symmetric', 'same')
@@ -22,17 +22,17 @@ class Conv:
   """One convolution of a branch, without bias, and the batch norm after it.
 
   Attributes:
-    name: the attribute of the block that holds the convolution, 'conv1'.
-    norm: the attribute that holds its batch norm, 'bn1'.
+    name: the block's attribute of the convolution, such as 'conv1'.
+    norm: the block's attribute of the batch norm, such as 'bn1'.
     in_features: channels of the input.
     features: channels of the output.
     kernel_size: side of the kernel, odd.
     strides: stride of the convolution, along both axes.
-    groups: number of channel groups; `in_features` of them make the convolution
+    groups: number of channel groups; equals `in_features` if the convolution is
       depthwise.
-    activation: one of ACTIVATIONS after the batch norm, or None.
-    padding: 'symmetric', kernel_size // 2 on each side, as PyTorch pads; or
-      'same', TensorFlow's, which is asymmetric for strides above 1.
+    activation: activation after the batch norm, one of ACTIVATIONS or None.
+    padding: 'symmetric' for kernel_size // 2 on each side, as in PyTorch; or
+      'same', as in TensorFlow, which may be asymmetric for strides above 1.
   """
 
   name: str
@@ -84,7 +84,7 @@ class Conv:
 
   @property
   def is_pointwise(self) -> bool:
-    """Whether an output position reads only the same position of the input."""
+    """Whether each output position reads only the same input position."""
     return self.kernel_size == self.strides == 1
 
   def output_size(self, size: int) -> int:
@@ -92,7 +92,7 @@ class Conv:
     return -(-size // self.strides)
 
   def pads(self, size: int) -> tuple[int, int]:
-    """Returns the padding (low, high) of an extent.
+    """Returns the padding (low, high) along an axis.
 
     Args:
       size: extent of the input.
@@ -107,15 +107,15 @@ class Conv:
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """The chain of convolutions of a residual branch, and what follows it.
+  """The convolutions of a residual branch, the shortcut, and the activation.
 
   `activation(shortcut(x) + mask * branch(x))` is the block's output.
 
   Attributes:
     convs: the convolutions, in order of execution.
-    activation: one of ACTIVATIONS after the addition, or None.
-    shortcut: 'identity'; 'projection', a strided 1x1 convolution and a batch
-      norm; or 'none', nothing is added.
+    activation: activation after the addition, one of ACTIVATIONS or None.
+    shortcut: 'identity'; 'projection' for a strided 1x1 convolution and a batch
+      norm; or 'none' for no addition.
     input_activated: whether the block's input has already been through this
       activation. With an identity shortcut, inactive positions then keep their
       values.
@@ -133,7 +133,7 @@ class Branch:
       if before.features != after.in_features:
         raise ValueError(
           f'{after.name} reads {after.in_features} channels, but '
-          f'{before.name} has {before.features}'
+          f'{before.name} writes {before.features}'
         )
     if self.activation is not None and self.activation not in ACTIVATIONS:
       raise ValueError(
@@ -148,8 +148,8 @@ class Branch:
       self.strides != 1 or self.in_features != self.features
     ):
       raise ValueError(
-        'an identity shortcut needs strides of 1 and equal channels in and '
-        f'out; got strides {self.strides}, {self.in_features} and '
+        'an identity shortcut needs strides of 1 and as many input as output '
+        f'channels; got strides {self.strides}, {self.in_features} and '
         f'{self.features} channels'
       )
 
@@ -186,10 +186,10 @@ class Branch:
 
   @functools.cached_property
   def levels(self) -> tuple[int, ...]:
-    """Which mask each convolution runs on, in order of execution.
+    """The mask level that each convolution runs on, in order of execution.
 
-    The last one runs on level 0, the block's mask. A convolution that is not
-    pointwise reads its input at other positions, so the convolution before it
+    The last convolution runs on level 0, the block's mask. A convolution that
+    is not pointwise also reads other positions, so the convolution before it
     runs on the next level; see `reads`.
     """
     level, levels = 0, []
@@ -200,11 +200,11 @@ class Branch:
 
   @functools.cached_property
   def reads(self) -> tuple[Conv, ...]:
-    """The convolution that leads from level i to level i + 1, for each i.
+    """The convolution between level i + 1 and level i, for each i.
 
-    Level i + 1 is where it needs its input to compute outputs at level i: a
-    kernel dilates the mask, and a stride puts zeros between its positions. The
-    block's input has no level.
+    Level i + 1 contains the positions that the convolution reads to compute its
+    output at level i: the kernel dilates the mask, and the stride inserts zeros
+    between positions. The block's input has no level.
     """
     reads = [conv for conv in self.convs[1:] if not conv.is_pointwise]
     return tuple(reversed(reads))

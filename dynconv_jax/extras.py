@@ -6,7 +6,7 @@ import importlib.util
 
 
 class MissingError(ImportError):
-  """A module is not installed; the message names the extra that has it."""
+  """A module is not installed; the message names the extra that installs it."""
 
 
 def require(extra: str, *modules: str) -> None:

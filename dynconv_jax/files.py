@@ -1,4 +1,4 @@
-"""Atomic writes, and folders locked by one process."""
+"""Atomic file writes and folder locks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from collections.abc import Iterator
 
 from absl import logging
 
-# Errors of file systems without locks.
+# Errors raised by file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-  """Yields a path to write to; the file becomes `path` when the block ends.
+  """Yields a temporary path that replaces `path` when the block ends.
 
   Readers see the old file or the complete new one, even after a crash. If the
-  block raises, `path` does not change. Missing folders are created.
+  block raises an error, `path` does not change. Creates missing folders.
 
   Args:
     path: the file to write or replace.
 
   Raises:
-    OSError: from the block or the file; the message names the file.
+    OSError: the block raised an OSError or the file cannot be written; the
+      message names the file.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,10 +36,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   try:
     yield partial
     with partial.open('rb') as f:
-      os.fsync(f.fileno())  # Else a crash may leave an empty file.
+      os.fsync(f.fileno())  # Without this, a crash may leave an empty file.
     os.replace(partial, path)
   except OSError as error:
-    if error.errno and not error.filename:  # A full disk has no name.
+    if error.errno and not error.filename:  # For example, a full disk.
       raise OSError(error.errno, error.strerror, str(path)) from error
     raise
   finally:
@@ -50,10 +51,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
   Args:
     path: the file to write or replace.
-    content: the content; text is written as UTF-8.
+    content: the content; text is encoded as UTF-8.
 
   Raises:
-    OSError: the file cannot be written. An old file does not change.
+    OSError: the file cannot be written. An existing file does not change.
   """
   with replacing(path) as partial:
     partial.write_bytes(
@@ -62,10 +63,10 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> None:
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-  """Checks that files can be written to a folder, before work begins.
+  """Checks that files can be written to a folder.
 
   Args:
-    folder: the folder; it is created if needed.
+    folder: the folder; created if it does not exist.
 
   Raises:
     OSError: the folder cannot be created or written to.
@@ -84,24 +85,25 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 def locked(
   folder: str | os.PathLike[str], work: str, *, wait: bool = False
 ) -> Iterator[int]:
-  """Locks a folder for this process and the children that keep it open.
+  """Locks a folder for this process and for children that keep the lock open.
 
-  The system releases the lock when the last of them ends, for any reason.
+  The operating system releases the lock when the last of these processes ends.
 
   Args:
-    folder: the folder; it is created if needed.
-    work: what this process does there; other processes see it in their error.
+    folder: the folder; created if it does not exist.
+    work: description of this process's work, shown in the errors of other
+      processes.
     wait: whether to wait for other processes instead of raising an error.
 
   Yields:
     The file descriptor of the lock, for children to keep open.
 
   Raises:
-    BlockingIOError: another process holds the lock; the message names it and
-      its host.
+    BlockingIOError: another process holds the lock; the message names the
+      process and its host.
     OSError: the folder cannot be created or written to.
   """
-  # Windows has none, and counting MACs needs no lock.
+  # Imported here because Windows lacks it, and counting MACs needs no lock.
   import fcntl
 
   folder = pathlib.Path(folder)
@@ -121,6 +123,6 @@ def locked(
       logging.warning('%s is not locked: %s', folder, error.strerror)
     file.truncate(0)
     holder = f'process {os.getpid()} on {socket.gethostname()} ({work})\n'
-    with contextlib.suppress(OSError):  # It is held on a full disk, too.
+    with contextlib.suppress(OSError):  # The lock works even on a full disk.
       file.write(holder.encode())
     yield file.fileno()

@@ -1,4 +1,4 @@
-"""Losses: classes, distillation, and the price of computing by method."""
+"""Losses: classification, distillation, and each method's computation loss."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ __all__ = [
 def classification_losses(
   logits: jax.Array, labels: jax.Array, kind: str = 'cross_entropy'
 ) -> jax.Array:
-  """Returns float32[N], the loss of each image.
+  """Returns the loss of each image, float32[N].
 
   Args:
     logits: float32[N, classes].
-    labels: float32[N, classes], shares of the classes, of sum 1.
-    kind: 'cross_entropy', of the softmax; 'bce', the mean over the classes of
-      the binary cross-entropy of sigmoid(logit) against the share (Wightman,
-      Touvron and Jegou, ResNet strikes back, 2021, section 3.2).
+    labels: float32[N, classes], probabilities of the classes.
+    kind: 'cross_entropy' for softmax cross-entropy; 'bce' for the mean over
+      classes of the sigmoid binary cross-entropy (Wightman, Touvron, and Jegou,
+      ResNet strikes back, 2021, section 3.2).
   """
   if kind == 'cross_entropy':
     return optax.losses.softmax_cross_entropy(logits, labels)
@@ -51,15 +51,15 @@ def classification_losses(
 def distillation_loss(
   logits: jax.Array, teacher_logits: jax.Array, temperature: float
 ) -> jax.Array:
-  """Returns the mean divergence of the student from its teacher.
+  """Returns the mean distillation loss of a batch.
 
   KL(teacher || student) of the softened probabilities, times the squared
   temperature (Hinton, Vinyals, and Dean, 2015, section 2).
 
   Args:
-    logits: float32[N, classes] of the student.
-    teacher_logits: float32[N, classes]; no gradient flows to them.
-    temperature: softens both distributions, > 0.
+    logits: float32[N, classes], logits of the student.
+    teacher_logits: float32[N, classes]; no gradient flows to the teacher.
+    temperature: divides the logits of both, > 0.
   """
   targets = jax.nn.log_softmax(
     jax.lax.stop_gradient(teacher_logits) / temperature

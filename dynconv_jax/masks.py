@@ -21,11 +21,11 @@ class MaskedLayer:
 
   Attributes:
     name: the layer's path in the model, such as 'layer2.0.conv2'.
-    macs_per_position: multiply-accumulates of one output position, in the
-      `conv` convention (a bias counts one per output).
-    level: which of the mask's `maps` the layer runs on.
-    kind: 'positions'; or 'pairs', a product of attention, which costs MACs per
-      pair of active positions.
+    macs_per_position: multiply-accumulates per output position, in the `conv`
+      convention (a bias counts one per output).
+    level: index of the mask in `maps` that the layer runs on.
+    kind: 'positions'; or 'pairs' for a product of attention, which costs MACs
+      per pair of active positions.
   """
 
   name: str
@@ -41,15 +41,15 @@ class ExecutionMask:
   Attributes:
     maps: float32 of {0, 1}, the mask of each level of the branch, see
       `branch.Branch.levels`. The first is [N, h, w] at the block's output
-      resolution, or [N, tokens]; the others are where the earlier convolutions
-      have to run.
+      resolution, or [N, tokens]. The others contain the positions at which
+      earlier convolutions must run.
     name: the block's path in the model, such as 'layer2.0'.
     layers: the masked layers of the block, in order of execution.
-    stage: number of the block's stage.
-    score: float32, of the shape of `hard`, what the gate decided from, if a
-      loss needs it (see `gate.Decision`); otherwise None.
-    overflow: int32[], 1 if a sparse block fell back to dense; None in a network
-      that is not sparse.
+    stage: index of the block's stage.
+    score: float32 in the shape of `hard`, the gate's score if a loss needs it
+      (see `gate.Decision`); otherwise None.
+    overflow: int32[], 1 if a sparse block used the dense fallback; None in a
+      network that is not sparse.
   """
 
   maps: tuple[jax.Array, ...]
@@ -65,7 +65,7 @@ class ExecutionMask:
   def hard(self) -> jax.Array:
     """float32[N, h, w] of {0, 1}: where the branch's output is used.
 
-    Carries the straight-through gradient in training.
+    In training, has the straight-through gradient.
     """
     return self.maps[0]
 
@@ -75,7 +75,7 @@ class ExecutionMask:
     return self.maps[-1]
 
   def executed_macs(self) -> jax.Array:
-    """Returns float32[N]: MACs of the masked layers at active positions."""
+    """Returns the MACs of the masked layers at active positions, float32[N]."""
     counts = [jnp.sum(m, axis=tuple(range(1, m.ndim))) for m in self.maps]
     return sum(
       layer.macs_per_position
@@ -84,7 +84,7 @@ class ExecutionMask:
     )
 
   def dense_macs(self) -> int:
-    """Returns the MACs of the masked layers for one image and a full mask."""
+    """Returns the MACs of the masked layers per image with a full mask."""
     counts = [math.prod(m.shape[1:]) for m in self.maps]
     return sum(
       layer.macs_per_position
@@ -93,7 +93,7 @@ class ExecutionMask:
     )
 
   def density(self) -> jax.Array:
-    """Returns float32[N]: the share of active positions of `hard`."""
+    """Returns the fraction of active positions of `hard`, float32[N]."""
     return jnp.mean(self.hard, axis=tuple(range(1, self.hard.ndim)))
 
   def __repr__(self) -> str:
@@ -113,15 +113,15 @@ def execution_mask(
   stage: int = 0,
   score: jax.Array | None = None,
 ) -> ExecutionMask:
-  """Returns the execution mask that follows from a decision.
+  """Returns the execution mask of a decision.
 
   Args:
-    branch: describes the block's branch.
+    branch: description of the block's branch.
     hard: float32[N, h, w] of {0, 1}, the decision at output resolution.
     size: (height, width) of the block's input.
     name: the block's path in the model.
-    stage: number of the block's stage.
-    score: what the gate decided from, or None.
+    stage: index of the block's stage.
+    score: the gate's score, or None.
   """
   maps = [hard]
   sizes = branch.level_sizes(size)
@@ -148,7 +148,7 @@ def masked_layers(branch: Branch, name: str) -> tuple[MaskedLayer, ...]:
   """Returns the masked layers of a block, in order of execution.
 
   Args:
-    branch: describes the block's branch.
+    branch: description of the block's branch.
     name: the block's path in the model.
   """
   return tuple(
@@ -165,18 +165,18 @@ def dilate(
   size: tuple[int, int] | None = None,
   low: tuple[int, int] | None = None,
 ) -> jax.Array:
-  """Returns where a convolution needs its input, without gradient.
+  """Returns the positions at which a convolution reads its input.
 
   A padded k x k convolution of stride s that runs at the positions of `mask`
   reads its input at the returned positions (Verelst and Tuytelaars, CVPR 2020,
-  section 3.3). As in the authors' code, no gradient passes the dilation.
+  section 3.3). As in the authors' code, the dilation has no gradient.
 
   Args:
     mask: float[N, h, w] of {0, 1} at the convolution's output resolution.
-    strides: s of that convolution.
-    kernel_size: k, odd.
-    size: (H, W) of the input; None: (h * s, w * s).
-    low: padding before each axis; None: k // 2.
+    strides: stride s of the convolution.
+    kernel_size: kernel size k, odd.
+    size: (H, W) of the input; None for (h * s, w * s).
+    low: low padding of each axis; None for k // 2.
 
   Returns:
     float[N, H, W] of {0, 1}.
@@ -185,9 +185,9 @@ def dilate(
   size = size or tuple(n * s for n in mask.shape[1:])
   low = low or (k // 2, k // 2)
   mask = jax.lax.stop_gradient(mask)
-  # Zero-stuffing by s puts output position i at input position i * s - low, the
-  # first of its window. The maximum over rows, then columns, is several times
-  # faster on a CPU than reduce_window.
+  # Inserting zeros moves output position i to input position i * s - low, the
+  # first of its window. On a CPU, the maximum over rows and then columns is
+  # several times faster than reduce_window.
   mask = jax.lax.pad(
     mask,
     jnp.zeros((), mask.dtype),
@@ -214,10 +214,10 @@ def has_values(array: jax.Array) -> bool:
 
 
 def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-  """Returns [..., H, W]: the nearest of [..., h, w] at each of H x W pixels.
+  """Resizes [..., h, w] to [..., H, W] by nearest neighbor.
 
-  Pixel i of H takes the value whose cell holds its center, (i + 1/2) h / H.
-  Integers keep this exact when sizes do not divide each other.
+  Pixel i of H takes the value of the cell that contains its center,
+  (i + 1/2) h / H. Integer arithmetic keeps this exact for all sizes.
 
   Args:
     values: [..., h, w].
@@ -233,14 +233,14 @@ def resize_nearest(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def executed_fractions(
   masks: Sequence[ExecutionMask],
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns executed over dense MACs of the masked layers, over the batch.
+  """Returns the executed fractions of the masked layers' dense MACs in a batch.
 
   Args:
-    masks: one per gated block.
+    masks: one mask per gated block.
 
   Returns:
-    network: float32 scalar, of all masked layers together.
-    blocks: float32[blocks].
+    network: float32 scalar, executed fraction of all masked layers.
+    blocks: float32[blocks], executed fraction of each block.
   """
   executed = jnp.stack([jnp.mean(mask.executed_macs()) for mask in masks])
   dense = jnp.array([mask.dense_macs() for mask in masks], jnp.float32)
@@ -251,8 +251,8 @@ def check_scores(masks: Sequence[ExecutionMask], need: str) -> None:
   """Raises ValueError unless there are masks and each has a score.
 
   Args:
-    masks: one per gated block.
-    need: the start of the message, which says what needs the scores.
+    masks: one mask per gated block.
+    need: start of the message, which says what needs the scores.
   """
   without = [mask.name for mask in masks if mask.score is None]
   if without or not masks:

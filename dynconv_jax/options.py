@@ -1,7 +1,6 @@
 """Options: fields of frozen dataclasses that can be written as flags.
 
-Each option has a help text and a range of allowed values. One function checks
-options, one writes them, and one reads them.
+Each option has a help text and, optionally, a range of allowed values.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _KINDS = {
 
 
 class Range(typing.NamedTuple):
-  """Which values are allowed, and how an error says so."""
+  """A predicate for allowed values, and its text for error messages."""
 
   holds: Callable[[Any], bool]
   text: str
@@ -43,7 +42,7 @@ RISING = Range(
 
 
 def between(low: float, high: float) -> Range:
-  """Returns the values from `low` to `high`, both included."""
+  """Returns the range from `low` to `high`, both included."""
   return Range(lambda v: low <= v <= high, f'in [{low}, {high}]')
 
 
@@ -60,11 +59,11 @@ def option(
   Args:
     default: the default value.
     help: one sentence for users.
-    operational: the option says where files are or what is shown, not what is
-      computed. It may change when a run resumes.
-    allowed: the allowed values: a range, or the names to choose from.
+    operational: whether the option affects only paths or output, not results.
+      It may then change when a run resumes.
+    allowed: the allowed values: a range, or a list of names.
     before: the value for runs that are older than the option, whose flag files
-      lack it. None: flag files must have it.
+      lack it. None if flag files must contain the option.
   """
   metadata = dict(
     help=help, operational=operational, allowed=allowed, before=before
@@ -79,11 +78,11 @@ class NoOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-  """One option of a dataclass.
+  """An option of a dataclass.
 
   Attributes:
-    name: of the field, and of its flag.
-    kind: the type of its values.
+    name: name of the field and its flag.
+    kind: type of the values.
     default: the default value.
     help: one sentence for users.
     operational: see `option`.
@@ -100,10 +99,10 @@ class Option:
   before: Any = None
 
   def parse(self, text: str) -> Any:
-    """Returns the value that a text stands for.
+    """Parses a value.
 
     Raises:
-      ValueError: the text is not of the option's type.
+      ValueError: the text does not have the option's type.
     """
     try:
       return _parse(self.kind, text.strip())
@@ -126,7 +125,7 @@ class Option:
 
 @functools.cache
 def options_of(kind: type) -> Mapping[str, Option]:
-  """Returns the options of a dataclass by name; other fields are left out."""
+  """Returns the options of a dataclass by name, without its other fields."""
   types = typing.get_type_hints(kind)
   return {
     field.name: Option(
@@ -155,12 +154,14 @@ def make(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def parse(kind: type, texts: Mapping[str, str]) -> dict[str, Any]:
-  """Returns the values of a dataclass's options by name, read from text.
+  """Parses the values of a dataclass's options; returns them by name.
+
+  Options with the default None or an empty list, and options with `before`, may
+  be missing.
 
   Raises:
-    ValueError: options are missing or of the wrong type; the message names
-      each. Options that default to None or an empty list, or that are newer
-      than some runs, may be missing.
+    ValueError: options are missing or have the wrong type; the message names
+      each of them.
   """
   values, errors = {}, []
   for name, known in options_of(kind).items():
@@ -202,7 +203,7 @@ def errors(checks: Iterable[Callable[[], Any]]) -> list[str]:
 
 
 def to_text(value: Any) -> str:
-  """Returns a value as in a flag; `Option.parse` reads it."""
+  """Formats a value for a flag; `Option.parse` is the inverse."""
   if isinstance(value, tuple):
     return ','.join(map(to_text, value))
   if isinstance(value, bool):
@@ -215,7 +216,7 @@ def _parse(kind: Any, text: str) -> Any:
     return {'true': True, 'false': False}[text]
   if typing.get_origin(kind) is tuple:
     part, _ = typing.get_args(kind)
-    # An empty entry is for its own check to refuse.
+    # Empty entries are rejected by later checks.
     return tuple(map(part, text.split(','))) if text else ()
   if kind == float | None:
     return float(text) if text else None

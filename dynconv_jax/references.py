@@ -7,16 +7,16 @@ from typing import Any
 
 
 def load(reference: str, kind: type, option: str) -> Any:
-  """Returns the object that package.module:NAME names, importing the module.
+  """Imports a module and returns the object named package.module:NAME.
 
   Args:
     reference: the name.
-    kind: the type that the object must have.
-    option: the option that gave the name, for errors.
+    kind: required type of the object.
+    option: option that specified the name, for errors.
 
   Raises:
     ValueError: the name is malformed, the module is missing or cannot be
-      imported, it lacks the object, or the object is of another type.
+      imported, it lacks the object, or the object has another type.
   """
   module_name, _, name = reference.partition(':')
   given = f'{option}={reference}'
@@ -29,14 +29,13 @@ def load(reference: str, kind: type, option: str) -> Any:
       f'{module_name}.'.startswith(f'{error.name}.')
     )
     reason = (
-      f'there is no module {error.name}; it is looked for in the current '
-      'folder and PYTHONPATH'
+      f'there is no module {error.name} in the current folder or PYTHONPATH'
       if missing
       else f'importing {module_name} fails: {type(error).__name__}: {error}'
     )
     raise ValueError(f'{given}: {reason}') from error
-  found = [k for k, v in vars(module).items() if isinstance(v, kind)]
-  choice = f'of type {kind.__name__} it has {", ".join(found) or "none"}'
+  choices = [k for k, v in vars(module).items() if isinstance(v, kind)]
+  choice = f'of type {kind.__name__} it has {", ".join(choices) or "none"}'
   if not hasattr(module, name):
     raise ValueError(f'{given}: {module_name} has no {name}; {choice}')
   value = getattr(module, name)

@@ -1,9 +1,9 @@
 """Paired tests of whether one network is better than another.
 
 The tests compare two sets of networks on the same examples, so only examples on
-which they differ count. Intervals account for other examples and, given several
-seeds, for other seeds. The interval of a single seed holds for that network
-alone.
+which they differ matter. Intervals account for the sampling of examples and,
+given several seeds, of seeds. With a single seed, the interval applies only to
+that network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import numpy as np
 
 RESAMPLES = 10_000
-# Resampled at a time: 1,000 x 1,500 examples take 12 MB.
+# Resamples per batch: 1,000 x 1,500 examples take 12 MB.
 _BATCH = 1_000
 
 
@@ -37,7 +37,7 @@ class Estimate:
   """A mean, or a difference of means, with its 95 % interval.
 
   Attributes:
-    value: over all seeds and examples, in the unit of the values.
+    value: mean over all seeds and examples, in the unit of the values.
     low: 2.5 % quantile of the resampled means.
     high: 97.5 % quantile.
     p: two-sided p-value of the hypothesis that the mean is 0; at least
@@ -57,8 +57,8 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> McNemar:
   are equally good, each of these is a fair coin (McNemar, Psychometrika 1947).
 
   Args:
-    correct_a: bool[n], of the first network.
-    correct_b: bool[n], of the second, on the same examples.
+    correct_a: bool[n], correctness of the first network.
+    correct_b: bool[n], correctness of the second network on the same examples.
 
   Raises:
     ValueError: the arrays are not bool[n] with the same n.
@@ -73,7 +73,7 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> McNemar:
     )
   only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
   n = only_a + only_b
-  from scipy import stats  # Here: it takes a second to import.
+  from scipy import stats  # Imported here because it takes a second.
 
   return McNemar(
     only_a, only_b, stats.binomtest(only_a, n).pvalue if n else 1.0
@@ -87,11 +87,11 @@ def mean_interval(
 
   Args:
     values: float or bool[seeds, n], such as correctness.
-    resamples: of the bootstrap; see `paired_bootstrap`.
-    seed: of the resampling.
+    resamples: number of bootstrap draws.
+    seed: seed of the resampling.
 
   Raises:
-    ValueError: as `paired_bootstrap`.
+    ValueError: see `paired_bootstrap`.
   """
   values = _checked('values', values)
   return _bootstrap(values.mean(0), [values], resamples, seed)
@@ -107,31 +107,31 @@ def paired_bootstrap(
 ) -> Estimate:
   """Returns mean(a) - mean(b) with its bootstrap interval and p value.
 
-  Examples are resampled jointly for all networks. Seeds are resampled by their
-  effects: how far a seed's mean lies from that of all seeds, beyond what the
-  examples alone explain. The effects are scaled so that their variance is the
-  unbiased estimate of the two-way layout, as in Carpenter, Goldstein, and
-  Rasbash, JRSS C 2003: seeds and examples drawn independently would count
-  their interaction three times (Owen, Annals of Applied Statistics 2007).
+  Examples are resampled jointly for all networks. Seeds are resampled through
+  their effects, the deviations of seeds' means from the overall mean. Effects
+  are scaled to the unbiased variance estimate of the two-way layout, as in
+  Carpenter, Goldstein, and Rasbash, JRSS C 2003. Drawing seeds and examples
+  independently would count their interaction three times (Owen, Annals of
+  Applied Statistics 2007).
 
-  Two or three seeds give only a rough estimate of the seeds' variance.
+  Two or three seeds yield only a rough estimate of the seeds' variance.
 
   Args:
     a: float or bool[seeds, n], such as correctness.
-    b: float or bool[seeds of b, n], of the same examples in the same order.
-    paired_seeds: whether row i of both arrays comes from the same seed. Effects
-      of seeds are then those on the difference.
+    b: float or bool[seeds of b, n], for the same examples in the same order.
+    paired_seeds: whether row i of both arrays comes from the same seed. If so,
+      the effects of seeds are those on the difference.
     resamples: number of bootstrap draws.
-    seed: of the resampling.
+    seed: seed of the resampling.
 
   Raises:
-    ValueError: the arrays have other shapes, there are fewer than two examples,
-      or resamples is not positive.
+    ValueError: the shapes do not match, values are not finite, there are fewer
+      than two examples, or resamples is not positive.
   """
   a, b = _checked('a', a), _checked('b', b)
   if a.shape[1] != b.shape[1]:
     raise ValueError(
-      'a and b must be of the same examples; got '
+      'a and b must have the same number of examples; got '
       f'{list(a.shape)} and {list(b.shape)}'
     )
   if paired_seeds and len(a) != len(b):
@@ -146,10 +146,11 @@ def _bootstrap(per_example, layouts, resamples: int, seed: int) -> Estimate:
   """Returns the estimate of the mean over examples.
 
   Args:
-    per_example: float[n], the mean over seeds, or a difference of such.
-    layouts: each float[seeds, n], whose seeds are drawn independently.
-    resamples: draws.
-    seed: of the draws.
+    per_example: float[n], means over seeds, or differences of means.
+    layouts: one or two arrays float[seeds, n], whose seeds are drawn
+      independently.
+    resamples: number of draws.
+    seed: seed of the draws.
   """
   if resamples < 1:
     raise ValueError(f'resamples must be at least 1; got {resamples}')
@@ -165,18 +166,19 @@ def _bootstrap(per_example, layouts, resamples: int, seed: int) -> Estimate:
     draws = rng.integers(len(effects), size=(resamples, len(effects)))
     means += sign * effects[draws].mean(1)
   low, high = np.percentile(means, (2.5, 97.5))
-  # The value itself counts as a draw: p is never 0 (Davison and Hinkley, 1997).
+  # Counting the value itself as a draw keeps p above 0 (Davison and Hinkley,
+  # 1997).
   tail = 1 + min(np.sum(means <= 0), np.sum(means >= 0))
   p = min(1.0, 2 * tail / (resamples + 1))
   return Estimate(float(per_example.mean()), float(low), float(high), float(p))
 
 
 def _seed_effects(layout: np.ndarray) -> np.ndarray:
-  """Returns float[seeds] of mean 0, whose variance is that of the seeds.
+  """Returns effects of seeds, float[seeds], with mean 0.
 
-  In a two-way layout without repeats, the mean square between seeds estimates
-  the variance of the interaction plus n times that of the seeds. Subtracting
-  the interaction leaves the seeds.
+  Their variance is the estimated variance of seeds. In a two-way layout without
+  repeats, the mean square between seeds estimates the variance of the
+  interaction plus n times that of the seeds. The interaction is subtracted.
   """
   seeds, n = layout.shape
   effects = layout.mean(1) - layout.mean()
@@ -187,7 +189,8 @@ def _seed_effects(layout: np.ndarray) -> np.ndarray:
   interaction = np.sum(rest**2) / ((seeds - 1) * (n - 1))
   if between <= interaction:
     return np.zeros(seeds)
-  # seeds / (seeds - 1): resampling alone would shrink their variance.
+  # The factor seeds / (seeds - 1) corrects for resampling, which shrinks the
+  # variance.
   return effects * np.sqrt((1 - interaction / between) * seeds / (seeds - 1))
 
 

@@ -1,11 +1,11 @@
-"""Data sets: sources, decoding, augmentation and batches."""
+"""Data sets: sources, decoding, augmentation, and batches."""
 
 from dynconv_jax import extras
 
-# What reads one image. Modules that read data sets ask for more.
+# Packages needed to read one image. Modules that read data sets require more.
 extras.require('train', 'dm_pix', 'PIL')
 
-# Its modules; importing the package imports none of them.
+# Modules of this package, which importing the package does not import.
 __all__ = [
   'augment',
   'batches',

@@ -1,4 +1,4 @@
-"""Augmentation: the crop boxes, and all that follows the crop, under jit."""
+"""Augmentation: crop boxes, and all jitted steps after the resized crop."""
 
 from __future__ import annotations
 
@@ -17,52 +17,53 @@ from dynconv_jax.data.randaugment import MAX_STRENGTH
 
 CROPS = ('resized', 'pad', 'none')
 
-# Mean and deviation of each channel, of images scaled to [0, 1], as published
-# weights expect them. ImageNet's statistics are those of PyTorch's weights;
-# TensorFlow's weights take (x - 127) / 128 (efficientnet_lite_builder.py).
+# Mean and standard deviation of each channel of images in [0, 1], as published
+# weights expect them. PyTorch's weights use ImageNet's statistics; TensorFlow's
+# weights use (x - 127) / 128 (efficientnet_lite_builder.py).
 NORMALIZATIONS = {
   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   'inception': ((127 / 255,) * 3, (128 / 255,) * 3),
 }
-# Of a run that starts from no weights.
+# For runs that start without pretrained weights.
 NORMALIZATIONS['auto'] = NORMALIZATIONS['imagenet']
 
 # Zhong et al., 'Random Erasing Data Augmentation' (AAAI 2020), section 4.
 _ERASED_AREA = (0.02, 0.33)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 
-# More of them leave nothing to see; the paper tries up to 4.
+# An arbitrary upper limit; the paper tries up to 4.
 _MOST_OPERATIONS = 100
 
-# Color jitter turns the hue by a quarter of the strength of the rest: Chen
-# et al., 'SimCLR' (ICML 2020), appendix A.
+# Hue jitter has a quarter of the strength of other color jitter: Chen et al.,
+# 'SimCLR' (ICML 2020), appendix A.
 _HUE_SHARE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-  """How training images and labels are varied. The defaults crop and flip.
+  """Augmentation of training images and labels. The default crops and flips.
 
   Attributes:
-    crop: 'resized', a box of random area and aspect ratio, resized (Szegedy
-      et al., CVPR 2015, section 6); 'pad', pad by `crop_padding` and cut out
-      at random (CIFAR); or 'none', the crop of evaluation.
-    crop_scale: range of the box's area as a share of the image's ('resized').
-    crop_ratio: range of the box's width over height ('resized').
-    crop_padding: black pixels on each side ('pad').
-    flip: mirror every second image, on average, left to right.
-    randaugment: (n, strength): n operations of RandAugment after the crop, each
-      with a strength in [0, 10], on the host (see `randaugment`); (): none.
-    color_jitter: strength s in [0, 1]: brightness, contrast and saturation are
-      scaled by factors in [1 - s, 1 + s], the hue turned by up to s / 4 of the
-      circle.
-    mixup: alpha of the Beta(alpha, alpha) share with which each image and its
-      label are blended with another's (Zhang et al., ICLR 2018); 0: never.
-    cutmix: alpha of the area share with which a box of another image is pasted
-      into each (Yun et al., ICCV 2019); 0: never. If mixup is on as well, each
-      image gets one of the two.
-    random_erasing: probability that a box of an image is blanked.
-    label_smoothing: share of the label that is spread over all classes.
+    crop: 'resized' for a resized box of random area and aspect ratio (Szegedy
+      et al., CVPR 2015, section 6); 'pad' for a random crop after padding by
+      `crop_padding` (CIFAR); or 'none' for the crop of evaluation.
+    crop_scale: range of the box's area, as a fraction of the image's area
+      ('resized').
+    crop_ratio: range of the box's width divided by its height ('resized').
+    crop_padding: number of black pixels on each side ('pad').
+    flip: whether to mirror images horizontally with probability 1/2.
+    randaugment: (n, strength) for n RandAugment operations after the crop, each
+      with a strength in [0, 10], on the host (see `randaugment`); () for none.
+    color_jitter: strength s in [0, 1]. Scales brightness, contrast, and
+      saturation by factors in [1 - s, 1 + s], and rotates the hue by up to
+      s / 4 of the circle.
+    mixup: alpha of the Beta(alpha, alpha) weight for blending each image and
+      label with another's (Zhang et al., ICLR 2018); 0 for none.
+    cutmix: alpha of the area distribution for pasting a box of another image
+      into each image (Yun et al., ICCV 2019); 0 for none. If mixup is also
+      enabled, each image gets one of the two.
+    random_erasing: probability of blanking a box of an image.
+    label_smoothing: fraction of the label that is spread over all classes.
   """
 
   crop: str = 'resized'
@@ -78,7 +79,7 @@ class Augmentation:
   label_smoothing: float = 0.0
 
   def __post_init__(self):
-    # Flags give lists, which cannot be hashed.
+    # Flags are lists, which are not hashable.
     object.__setattr__(self, 'crop_scale', tuple(self.crop_scale))
     object.__setattr__(self, 'crop_ratio', tuple(self.crop_ratio))
     object.__setattr__(self, 'randaugment', tuple(self.randaugment))
@@ -102,8 +103,8 @@ class Augmentation:
         (
           'randaugment',
           not self.randaugment or _is_randaugment(*self.randaugment),
-          f'N,M, a whole number of operations from 1 to {_MOST_OPERATIONS} and '
-          f'their strength from 0 to {MAX_STRENGTH:g}, or empty',
+          f'N,M (a number of operations from 1 to {_MOST_OPERATIONS}, and a '
+          f'strength from 0 to {MAX_STRENGTH:g}), or empty',
         ),
         ('color_jitter', 0 <= self.color_jitter <= 1, 'in [0, 1]'),
         ('random_erasing', 0 <= self.random_erasing <= 1, 'in [0, 1]'),
@@ -119,11 +120,11 @@ class Augmentation:
       raise ValueError('; '.join(errors))
 
   def check_cache(self, cache: str) -> None:
-    """Raises ValueError unless a cache leaves the host what it has to do."""
+    """Raises ValueError if a cache does not support the augmentation."""
     if self.randaugment and cache == 'device':
       raise ValueError(
-        'randaugment runs on the host, on each image that is decoded: it needs '
-        f'cache=none; got cache={cache}'
+        'randaugment runs on the host after decoding, so it needs cache=none; '
+        f'got cache={cache}'
       )
 
 
@@ -138,10 +139,10 @@ def _is_randaugment(n: float, strength: float = -1, *more: float) -> bool:
 def normalize(
   images: jax.Array | np.ndarray, normalization: str = 'imagenet'
 ) -> jax.Array:
-  """Returns float32[..., 3] with the mean taken off, over the deviation.
+  """Normalizes images by channel; returns float32[..., 3].
 
   Args:
-    images: [..., 3], uint8 in 0 ... 255 or float in [0, 1].
+    images: [..., 3], uint8 in [0, 255] or float in [0, 1].
     normalization: one of NORMALIZATIONS.
   """
   mean, std = map(jnp.array, NORMALIZATIONS[normalization])
@@ -151,7 +152,7 @@ def normalize(
 def denormalize(
   images: jax.Array, normalization: str = 'imagenet'
 ) -> jax.Array:
-  """Returns uint8[..., 3], what `normalize` was given, to look at.
+  """Inverts `normalize` for display; returns uint8[..., 3].
 
   Args:
     images: float32[..., 3], normalized.
@@ -172,23 +173,24 @@ def augment(
   place: Callable[[jax.Array], jax.Array] | None = None,
   normalization: str = 'imagenet',
 ) -> dict[str, jax.Array]:
-  """Returns a training batch: all of the augmentation but the resized crop.
+  """Returns a training batch, augmented except for the resized crop.
 
-  Pure and shape-static: call it under jit. The order is padded crop, flip,
-  color jitter, `place`, normalization, erasing, mixup or cutmix.
+  The function is pure and has static shapes; call it under jit. The order is
+  padded crop, flip, color jitter, `place`, normalization, erasing, and mixup or
+  cutmix.
 
   Args:
     key: the batch's random key.
-    images: [N, S, S, 3], uint8 in 0 ... 255 or float in [0, 1].
+    images: [N, S, S, 3], uint8 in [0, 255] or float in [0, 1].
     labels: int[N].
-    augmentation: what to do.
-    num_classes: length of the label vectors.
-    place: puts photographs, float32 in [0, 1], into larger images.
+    augmentation: the augmentation.
+    num_classes: number of classes.
+    place: places photographs, float32 in [0, 1], into larger images.
     normalization: one of NORMALIZATIONS.
 
   Returns:
-    'image': float32[N, S, S, 3], normalized; 'label': float32[N, num_classes],
-    each row of sum 1.
+    'image': normalized float32[N, S, S, 3]; 'label': float32[N, num_classes],
+    rows of sum 1.
   """
   keys = dict(zip(('crop', 'flip', 'color', 'erase', 'mix'),
                   jax.random.split(key, 5), strict=True))  # fmt: skip
@@ -218,19 +220,19 @@ def augment(
 
 
 def crop_boxes(uniform, width, height, augmentation: Augmentation, xp=np):
-  """Returns [..., 4] of (left, top, right, bottom): boxes of random crops.
+  """Returns random crop boxes, [..., 4] of (left, top, right, bottom).
 
-  The area's share of the image is uniform in `crop_scale`, the log of the
-  aspect ratio uniform in that part of `crop_ratio` where a box of that area
-  fits. In an image too elongated for any, the box is the largest of the
-  nearest allowed ratio. Unlike resampling until a box fits, this draws areas
-  without a bias to small ones, and always succeeds.
+  The box's area, as a fraction of the image's, is uniform in `crop_scale`. The
+  logarithm of its aspect ratio is uniform in the part of `crop_ratio` in which
+  a box of this area fits. If none fits because the image is too elongated, the
+  box is the largest one with the nearest allowed ratio. Unlike rejection
+  sampling, this always succeeds and is not biased toward small areas.
 
   Args:
-    uniform: [..., 4], random in [0, 1).
-    width: [...] of the images, in pixels.
-    height: [...] of the images, in pixels.
-    augmentation: gives `crop_scale` and `crop_ratio`.
+    uniform: [..., 4], random values in [0, 1).
+    width: [...], width of the images in pixels.
+    height: [...], height of the images in pixels.
+    augmentation: its `crop_scale` and `crop_ratio` are used.
     xp: numpy, or jax.numpy under jit.
   """
   low, high = augmentation.crop_scale
@@ -268,7 +270,8 @@ def _pad_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 def _jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
   brightness, contrast, saturation, hue = jax.random.split(key, 4)
   low, high = 1 - strength, 1 + strength
-  # torchvision's brightness is a factor; dm-pix's is a shift, far harsher.
+  # As in torchvision, brightness is a factor. dm-pix's additive brightness is
+  # far harsher.
   image = image * jax.random.uniform(brightness, minval=low, maxval=high)
   image = pix.random_contrast(contrast, image, low, high)
   # HSV is undefined outside the unit cube.
@@ -279,7 +282,7 @@ def _jitter(key: jax.Array, image: jax.Array, strength: float) -> jax.Array:
 
 
 def _inside(box: jax.Array, height: int, width: int) -> jax.Array:
-  """Returns bool[N, height, width] of boxes [N, 4] on the pixel grid."""
+  """Returns bool[N, height, width], true inside the boxes [N, 4]."""
   left, top, right, bottom = (box[:, i, None] for i in range(4))
   x, y = jnp.arange(width), jnp.arange(height)
   columns = (x >= left) & (x < right)
@@ -288,7 +291,7 @@ def _inside(box: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def _erased(key: jax.Array, shape, probability: float) -> jax.Array:
-  """Returns bool[N, H, W]: the boxes to blank."""
+  """Returns bool[N, H, W], true in boxes to blank."""
   n, height, width, _ = shape
   box_key, chosen_key = jax.random.split(key)
   shape_of_boxes = Augmentation(
@@ -301,7 +304,7 @@ def _erased(key: jax.Array, shape, probability: float) -> jax.Array:
 
 
 def _mix(key, images, labels, augmentation: Augmentation):
-  """Returns the batch mixed with itself moved on by one image."""
+  """Returns the batch mixed with itself, shifted by one image."""
   n, height, width, _ = images.shape
   share_key, choice_key, box_key = jax.random.split(key, 3)
   others, other_labels = (
@@ -314,10 +317,11 @@ def _mix(key, images, labels, augmentation: Augmentation):
   else:
     use_cutmix = jnp.full((n,), bool(augmentation.cutmix))
   alpha = jnp.where(use_cutmix, augmentation.cutmix, augmentation.mixup)
-  share = jax.random.beta(share_key, alpha, alpha)  # of the image itself
+  # The weight of the image itself.
+  share = jax.random.beta(share_key, alpha, alpha)
 
   # Yun et al., equation 2: a box of area 1 - share around a uniform center,
-  # cut off at the border, and the label's share corrected for that.
+  # cropped at the border. The label's share is corrected for the crop.
   side = jnp.sqrt(1 - share)
   half = jnp.stack([width * side, height * side], axis=1) / 2
   center = jax.random.uniform(box_key, (n, 2)) * jnp.array([width, height])

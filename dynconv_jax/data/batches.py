@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: order, skipping, caches, resuming."""
+"""Batches for training and evaluation, with caching and resuming."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ CACHES = ('none', 'device')
 
 
 class TrainBatches:
-  """Endless, reshuffled, augmented batches; an iterator with a state.
+  """An endless iterator over shuffled, augmented batches, with a saved state.
 
-  The batch of a step is a function of the seed and the step alone: not of the
-  number of workers, nor of where the iteration began. Each epoch visits the
-  examples in an order of its own and drops the last partial batch.
+  A batch depends only on the seed and the step, not on the number of workers or
+  the first step of the iteration. Each epoch shuffles the examples and drops
+  the last partial batch.
 
   Attributes:
-    steps_per_epoch: whole batches in one pass over the source.
-    step: number of the batch that comes next, from 0.
-    skipped: names of the corrupt images met so far.
+    steps_per_epoch: number of whole batches in one pass over the source.
+    step: index of the next batch.
+    skipped: names of the corrupt images found so far.
   """
 
   def __init__(
@@ -55,28 +55,30 @@ class TrainBatches:
     Args:
       source: the encoded examples; picklable, and safe to read from threads.
       image_size: side of the images, in pixels.
-      batch_size: images a batch, over all devices.
-      augmentation: how to vary the images; None: `Augmentation()`.
-      scenes: the scenes to put the images into, once they are cropped, flipped
-        and their color is changed; erasing, mixup and cutmix see scenes. None:
-        images fill the network's input.
+      batch_size: number of images per batch, over all devices.
+      augmentation: the augmentation; None for `Augmentation()`.
+      scenes: scenes to place the images into, after the crop, flip, and color
+        jitter but before erasing, mixup, and cutmix. None for images that fill
+        the network's input.
       normalization: one of `augment.NORMALIZATIONS`.
-      seed: of order and augmentation.
-      cache: 'none' decodes every image anew, on the host; 'device' decodes
-        once into device memory and crops there.
-      cache_size: side of the cached images, in pixels; only for a resized
-        crop. None: just so large that no crop is enlarged.
-      num_workers: processes that decode; 0: threads of this process, one a
-        core. Processes need parsed absl flags. The device cache is filled by
-        threads.
-      skip_corrupt: replace corrupt images by the next good ones in the
-        epoch's order and log their names, instead of stopping.
-      sharding: where the batch's arrays go, split along the batch axis; None:
+      seed: seed of order and augmentation.
+      cache: 'none' decodes each image on the host in every epoch; 'device'
+        decodes once into device memory and crops there.
+      cache_size: side of the cached images, in pixels; only for a resized crop.
+        None for the smallest size at which no crop is enlarged.
+      num_workers: number of decoding processes, which need parsed absl flags; 0
+        for threads of this process, one per core, up to 16. Threads always fill
+        the device cache.
+      skip_corrupt: whether to replace corrupt images with the next good ones in
+        the epoch's order and log their names, instead of raising an error.
+      sharding: sharding of the batch's arrays along the batch axis; None for
         the default device.
 
     Raises:
-      ValueError: an argument, or a source smaller than one batch.
-      CorruptImageError: by the constructor with a cache, else by `next`.
+      ValueError: an argument is out of range, or the source is smaller than one
+        batch.
+      CorruptImageError: an image is corrupt. Raised by the constructor with a
+        device cache, and by `next` otherwise.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     augmentation = augmentation or augment.Augmentation()
@@ -103,7 +105,7 @@ class TrainBatches:
       ),
       (
         cache_size is None or size <= cache_size <= largest,
-        f'cache_size must be in [{size}, {largest}], from {name} on; got '
+        f'cache_size must be in [{size}, {largest}], at least {name}; got '
         f'{cache_size}',
       ),
     )
@@ -138,20 +140,20 @@ class TrainBatches:
 
   @property
   def num_skipped(self) -> int:
-    """Corrupt images met so far, each counted once."""
+    """Number of corrupt images found so far, each counted once."""
     return len(self.skipped)
 
   def __iter__(self) -> TrainBatches:
     return self
 
   def __next__(self) -> dict[str, jax.Array]:
-    """Returns 'image': float32[N, S, S, 3] and 'label': float32[N, classes]."""
+    """Returns 'image', float32[N, S, S, 3]; 'label', float32[N, classes]."""
     batch = self._feed(np.int32(self.step))
     self.step += 1
     return batch
 
   def get_state(self) -> dict:
-    """Returns what `set_state` needs to go on from here, fit for JSON."""
+    """Returns a JSON-serializable state for `set_state`."""
     return {
       'step': self.step,
       'skipped': list(self.skipped),
@@ -159,10 +161,10 @@ class TrainBatches:
     }
 
   def set_state(self, state: dict) -> None:
-    """Goes on from where `get_state` was called.
+    """Restores a state returned by `get_state`.
 
     Raises:
-      ValueError: the state is of another data set, seed or batch size.
+      ValueError: the state has another number of examples, seed, or batch size.
     """
     differing = [
       f'{name}: {state.get(name)} in the state, {value} here'
@@ -176,13 +178,13 @@ class TrainBatches:
     self.skipped = list(state['skipped'])
 
   def close(self) -> None:
-    """Stops the workers; the next batch starts them again."""
+    """Stops the workers; the next batch restarts them."""
     if self._host is not None:
       self._host.close()
       self._host = None
 
   def _host_feed(self, source):
-    """Returns the function from a step to its batch, read on the host."""
+    """Returns a function from a step to its batch, read on the host."""
     read = readers.TrainReader(
       source,
       self._order,
@@ -206,7 +208,7 @@ class TrainBatches:
     return feed
 
   def _cached_feed(self, source, cache_size: int | None):
-    """Returns the function from a step to its batch, cut from the cache."""
+    """Returns a function from a step to its batch, cropped from the cache."""
     size, augmentation = self._crop_size, self._augmentation
     resized = augmentation.crop == 'resized'
     decoded = device_cache.decode_all(
@@ -218,7 +220,7 @@ class TrainBatches:
     _note_skipped(self.skipped, decoded.corrupt.values())
     good = np.ones(len(source), bool)
     good[list(decoded.corrupt)] = False
-    # Whole on each device: a batch's rows come from anywhere.
+    # Replicate the cache, because a batch's rows come from all parts of it.
     cache = distributed.place(
       (decoded.image, decoded.label, decoded.aspect),
       distributed.replicated(self._sharding),
@@ -245,11 +247,11 @@ class TrainBatches:
 
 
 class EvalBatches:
-  """Every example once, in order; the last batch padded. Iterate it again.
+  """An iterable over all examples in order; the last batch is padded.
 
   Attributes:
-    num_examples: over all batches.
-    skipped: names of the corrupt images met so far.
+    num_examples: number of examples in one pass.
+    skipped: names of the corrupt images found so far.
   """
 
   def __init__(
@@ -267,28 +269,28 @@ class EvalBatches:
     skip_corrupt: bool = False,
     sharding: jax.sharding.Sharding | None = None,
   ):
-    """Checks the arguments; with `cache='device'` the first pass fills it.
+    """Checks the arguments.
 
     Args:
       source: the encoded examples; picklable, and safe to read from threads.
       image_size: side of the images, in pixels.
-      batch_size: images a batch, over all devices.
-      resize_ratio: short side of the resized image over `image_size`; the
-        center is kept.
-      scenes: the scenes to put the images into; None: images fill the
+      batch_size: number of images per batch, over all devices.
+      resize_ratio: short side of the resized image divided by `image_size`,
+        before the center crop.
+      scenes: scenes to place the images into; None for images that fill the
         network's input.
-      indices: the examples to give, in this order; None: all.
+      indices: examples to read, in this order; None for all.
       normalization: one of `augment.NORMALIZATIONS`.
-      cache: 'none' decodes at each pass; 'device' keeps the uint8 batches in
-        device memory.
-      num_workers: see `TrainBatches`; processes start anew at each pass,
-        which takes seconds: rather use threads (0) or the cache.
-      skip_corrupt: give corrupt images weight 0 and log their names, instead
-        of stopping.
+      cache: 'none' decodes in each pass; 'device' keeps the uint8 batches of
+        the first pass in device memory.
+      num_workers: see `TrainBatches`. Each pass restarts the processes, which
+        takes seconds, so prefer threads (0) or the cache.
+      skip_corrupt: whether to give corrupt images weight 0 and log their names,
+        instead of raising an error.
       sharding: see `TrainBatches`.
 
     Raises:
-      ValueError: an argument.
+      ValueError: an argument is out of range.
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     size = scenes.crop_size if scenes else image_size
@@ -325,19 +327,18 @@ class EvalBatches:
 
   @property
   def num_skipped(self) -> int:
-    """Corrupt images met so far, each counted once."""
+    """Number of corrupt images found so far, each counted once."""
     return len(self.skipped)
 
   def __len__(self) -> int:
     return -(-self.num_examples // self._batch_size)
 
   def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-    """Yields batches of N = batch_size.
+    """Yields batches of N = batch_size examples.
 
-    'image': float32[N, S, S, 3], normalized; 'label': int32[N]; 'weight':
-    float32[N], 1 for an example, 0 for padding and for a corrupt image;
-    'object_mask': bool[N, S, S], in the image's geometry: of the photograph in
-    its scene, else if the source has it.
+    'image': normalized float32[N, S, S, 3]; 'label': int32[N]; 'weight':
+    float32[N], 1 for examples, 0 for padding and corrupt images; 'object_mask':
+    bool[N, S, S], with scenes or if the source has masks.
     """
     for batch in self._uint8_batches():
       yield {**batch, 'image': self._normalize(batch['image'])}
@@ -392,7 +393,7 @@ def _draw(key, step, cache, batch, *, crop_size, augmentation, **static):
 
 
 def _finish(key, step, batch, *, scenes, image_size, **static):
-  """Returns the batch of a step from cropped images and parts of scenes."""
+  """Returns the batch of a step, given cropped images and parts of scenes."""
   _, key = jax.random.split(jax.random.fold_in(key, step))
   images, labels = batch.pop('image'), batch.pop('label')
   place = scenes and functools.partial(
@@ -403,7 +404,7 @@ def _finish(key, step, batch, *, scenes, image_size, **static):
 
 @functools.lru_cache(maxsize=64)
 def _compile(function, sharding, **static):
-  """Returns the function under jit: one for all batches of a configuration."""
+  """Returns a jitted function, cached by its configuration."""
   return jax.jit(functools.partial(function, **static), out_shardings=sharding)
 
 
@@ -415,7 +416,7 @@ def _note_skipped(skipped: list[str], names: Iterable[str]) -> None:
 
 
 def _require(*conditions: tuple[bool, str]) -> None:
-  """Raises ValueError with the message of the first that does not hold."""
+  """Raises ValueError with the message of the first violated condition."""
   for holds, message in conditions:
     if not holds:
       raise ValueError(message)
@@ -434,8 +435,8 @@ def _check(source, image_size, batch_size, cache, num_workers, sharding):
     (num_workers >= 0, f'num_workers must be >= 0; got {num_workers}'),
     (
       not num_workers or flags.FLAGS.is_parsed(),
-      f'num_workers={num_workers} needs parsed absl flags, for grain: start '
-      'the program by absl.app.run',
+      f'num_workers={num_workers} needs parsed absl flags, which grain uses: '
+      'start the program with absl.app.run',
     ),
   )
   if sharding is not None:

@@ -1,4 +1,4 @@
-"""The builder of prepared data sets; imports TensorFlow Datasets."""
+"""The TensorFlow Datasets builder of prepared data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynconv_jax.data import folders
 
 
 class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """Stores examples as they come, and reports images that two splits share."""
+  """Stores examples, and warns about images that two splits share."""
 
   def __init__(self, examples, features, **kwargs):
     self._examples, self._features = examples, features
@@ -51,7 +51,7 @@ class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     super().download_and_prepare(**kwargs)
     if self._shared:
       logging.warning(
-        '%s: two splits hold the same images: %s',
+        '%s: two splits contain the same images: %s',
         self.name,
         folders.some(self._shared),
       )

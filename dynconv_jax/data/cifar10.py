@@ -1,7 +1,7 @@
-"""CIFAR-10 (Krizhevsky, 2009) from its published binary files.
+"""CIFAR-10 (Krizhevsky, 2009), from its published binary files.
 
-TFDS's own builder needs TensorFlow to encode NumPy arrays as images. This one
-stores PNG files.
+TFDS's own builder needs TensorFlow to encode arrays as images. This one stores
+PNG files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
 _OPTION = 'cifar10_dir'
-# TFDS checks the SHA-256 of what is published at this address.
+# TFDS checks the SHA-256 of the file at this address.
 URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 # Published on https://www.cs.toronto.edu/~kriz/cifar.html.
 MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
@@ -35,7 +35,7 @@ _FILES = {
   'test': ('test_batch.bin',),
 }
 _SIDE = 32
-# One byte of label, then the red, green and blue planes, row by row.
+# One byte for the label, then the red, green, and blue planes, row by row.
 _RECORD_BYTES = 1 + 3 * _SIDE * _SIDE
 
 
@@ -44,12 +44,14 @@ class Options:
   """Options of the source."""
 
   cifar10_dir: str = option(
-    '', "CIFAR-10's binary files; empty: download.", operational=True
+    '',
+    "Folder or archive of CIFAR-10's binary files; empty: download.",
+    operational=True,
   )
 
 
 def open_cifar10(options: Options, common: Common) -> Dataset:
-  """Returns CIFAR-10, from a folder or an archive if one is named.
+  """Returns CIFAR-10, from a given folder or archive or from a download.
 
   Raises:
     FileNotFoundError: the folder or files are missing.
@@ -61,8 +63,8 @@ def open_cifar10(options: Options, common: Common) -> Dataset:
     path, key = check_directory(options.cifar10_dir)
 
   def examples(dl_manager):
-    found = path or download(dl_manager, URL, _OPTION)
-    return {split: _examples(found, split) for split in _FILES}
+    files = path or download(dl_manager, URL, _OPTION)
+    return {split: _examples(files, split) for split in _FILES}
 
   return prepare(
     SOURCE.name, '3.1.0', examples, CLASS_NAMES, common.data_dir, key=key
@@ -92,14 +94,14 @@ def parse(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
   """
   if not content or len(content) % _RECORD_BYTES:
     raise ValueError(
-      f'CIFAR-10: {name} has {len(content)} bytes, which is not one or more '
-      f'records of {_RECORD_BYTES}'
+      f'CIFAR-10: {name} must be one or more records of {_RECORD_BYTES} bytes; '
+      f'got {len(content)} bytes'
     )
   records = np.frombuffer(content, np.uint8).reshape(-1, _RECORD_BYTES)
   largest = int(records[:, 0].max())
   if largest >= len(CLASS_NAMES):
     raise ValueError(
-      f'CIFAR-10: {name} has a label of {largest}; labels are 0 to '
+      f'CIFAR-10: {name} has the label {largest}; labels are 0 to '
       f'{len(CLASS_NAMES) - 1}'
     )
   for record in records:
@@ -108,11 +110,11 @@ def parse(content: bytes, name: str) -> Iterator[tuple[np.ndarray, int]]:
 
 
 def check_directory(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
-  """Returns the folder or archive of the binary files, and its short hash.
+  """Returns the folder or archive of the binary files, and a short hash.
 
   Args:
-    path: a folder with the unpacked files, a folder whose only subfolder holds
-      them, or the archive itself, whose hash is checked.
+    path: a folder with the unpacked files, a folder with their subfolder
+      cifar-10-batches-bin, or the archive, whose hash is checked.
 
   Raises:
     FileNotFoundError: the folder or files are missing.
@@ -121,13 +123,13 @@ def check_directory(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
   path = pathlib.Path(path).expanduser()
   if path.is_file():
     with path.open('rb') as f:
-      found = hashlib.file_digest(f, 'md5').hexdigest()
-    if found != MD5:
+      digest = hashlib.file_digest(f, 'md5').hexdigest()
+    if digest != MD5:
       raise ValueError(
         f'{_OPTION}: {path} is not the published {ARCHIVE}: its MD5 is '
-        f'{found} instead of {MD5}'
+        f'{digest} instead of {MD5}'
       )
-    return path, found[:12]
+    return path, digest[:12]
   folders.check_directory(path, _OPTION)
   if (path / 'cifar-10-batches-bin').is_dir():
     path = path / 'cifar-10-batches-bin'

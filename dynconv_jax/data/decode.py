@@ -1,4 +1,4 @@
-"""Decodes and resamples images with Pillow."""
+"""Decoding and resampling of images with Pillow."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# ImageNet's own protocol: short side 256, central 224.
+# ImageNet's evaluation protocol: resize the short side to 256, crop 224.
 RESIZE_RATIO = 256 / 224
 
-# Largest side of a network's input and of drawn images, in pixels. It catches
-# typing errors before they cost hours.
+# Largest side of a network's input and of drawn images, in pixels. Catches
+# typos before they cost hours.
 MAX_IMAGE_SIZE = 4096
 
 # (left, top, right, bottom) in pixels, fractions allowed.
@@ -24,7 +24,7 @@ _FORMATS = ('JPEG', 'PNG', 'WEBP')
 
 
 class CorruptImageError(ValueError):
-  """An image that cannot be decoded, and the reason.
+  """An image cannot be decoded.
 
   Attributes:
     name: the image's name in its data set, or its path.
@@ -32,7 +32,7 @@ class CorruptImageError(ValueError):
   """
 
   def __init__(self, name: str, reason: str):
-    # Both go to `args`, so that the error can be pickled by a worker process.
+    # Store both in `args`, so that worker processes can pickle the error.
     super().__init__(name, reason)
     self.name = name
     self.reason = reason
@@ -42,17 +42,17 @@ class CorruptImageError(ValueError):
 
 
 def decode_image(data: bytes, name: str = '(unnamed)') -> np.ndarray:
-  """Returns uint8[H, W, 3], the picture upright, in RGB, over white.
+  """Decodes an image; returns uint8[H, W, 3], RGB, upright, on white.
 
   Args:
     data: a JPEG, PNG, or WebP file of any color mode, bit depth, or orientation
-      tag. The first frame of an animation is used.
-    name: what to call the image in an error.
+      tag. Only the first frame of an animation is used.
+    name: name of the image for errors.
 
   Raises:
-    CorruptImageError: the data are empty, cut off, damaged, or of another
-      format. JPEG and WebP have no checksums, so only damage that breaks the
-      decoder is noticed.
+    CorruptImageError: the data are empty, truncated, damaged, or in another
+      format. JPEG and WebP have no checksums, so damage is detected only if it
+      breaks the decoder.
   """
   return np.asarray(_load(_open(data, name), name))
 
@@ -65,16 +65,16 @@ def decode_resized(
   *,
   reducing_gap: float | None = None,
 ) -> np.ndarray:
-  """Returns uint8[image_size, image_size, 3]: a box of the image, resampled.
+  """Decodes and resamples a box; returns uint8[image_size, image_size, 3].
 
   Args:
     data: a JPEG, PNG, or WebP file.
-    name: what to call the image in an error.
+    name: name of the image for errors.
     image_size: side of the result, in pixels.
-    box_fn: returns the box to resample, given the upright image's
-      (width, height).
-    reducing_gap: let the JPEG decoder itself shrink the image by 2, 4, or 8
-      (several times faster) while the box keeps at least this many pixels per
+    box_fn: returns the box to resample, given the upright image's (width,
+      height).
+    reducing_gap: lets the JPEG decoder shrink the image by 2, 4, or 8, which is
+      several times faster, as long as the box has at least this many pixels per
       pixel of the result. None decodes at full size, which is exact.
 
   Raises:
@@ -95,11 +95,11 @@ def decode_resized(
 def decode_mask(
   data: bytes, name: str, image_size: int, resize_ratio: float = RESIZE_RATIO
 ) -> np.ndarray:
-  """Returns bool[image_size, image_size]: an object mask in evaluation's crop.
+  """Returns an object mask in evaluation's crop, bool[image_size, image_size].
 
   Args:
-    data: an image file, bright (128 and above) where the object is.
-    name: what to call the mask in an error.
+    data: an image file, in which values of 128 and above are the object.
+    name: name of the mask for errors.
     image_size: side of the result, in pixels.
     resize_ratio: see `evaluation_box`.
 
@@ -115,10 +115,10 @@ def decode_mask(
 def preprocess_image(
   image: np.ndarray, image_size: int, resize_ratio: float = RESIZE_RATIO
 ) -> np.ndarray:
-  """Returns uint8[image_size, image_size, 3]: resized, then the center cut out.
+  """Resizes and crops the center; returns uint8[image_size, image_size, 3].
 
   Args:
-    image: uint8[H, W, 3], as `decode_image` returns it.
+    image: uint8[H, W, 3], from `decode_image`.
     image_size: side of the result, in pixels.
     resize_ratio: see `evaluation_box`.
   """
@@ -130,7 +130,8 @@ def preprocess_image(
 def resize_ratio_of(crop: str) -> float:
   """Returns evaluation's ratio of the resized short side to the crop.
 
-  If training sees whole images, so does evaluation.
+  The ratio is 1, which keeps the whole short side, unless training uses resized
+  crops.
 
   Args:
     crop: `crop` of the augmentation.
@@ -144,16 +145,16 @@ def evaluation_box(
   image_size: int,
   resize_ratio: float = RESIZE_RATIO,
 ) -> Box:
-  """Returns the box that resizing the short side and a center crop keep.
+  """Returns the part of an image that a resize and a center crop keep.
 
-  Sizes and offsets are rounded as by torchvision's Resize and CenterCrop.
-  Only the box has to be resampled then, not the whole image.
+  Only this box has to be resampled, not the whole image. Sizes and offsets are
+  rounded as in torchvision's Resize and CenterCrop.
 
   Args:
-    width: of the image, in pixels.
-    height: of the image, in pixels.
+    width: width of the image, in pixels.
+    height: height of the image, in pixels.
     image_size: side of the crop, in pixels.
-    resize_ratio: short side of the resized image over that of the crop.
+    resize_ratio: short side of the resized image divided by `image_size`.
   """
   if resize_ratio < 1:
     raise ValueError(f'resize_ratio must be at least 1; got {resize_ratio}')
@@ -168,7 +169,7 @@ def evaluation_box(
 
 
 def to_png(array: np.ndarray) -> bytes:
-  """Returns an image, uint8[h, w, 3] or bool[h, w], as a PNG file."""
+  """Encodes an image, uint8[h, w, 3] or bool[h, w], as a PNG file."""
   if array.dtype == np.bool_:
     array = array.astype(np.uint8) * 255
   buffer = io.BytesIO()
@@ -194,14 +195,15 @@ def _open(data: bytes, name: str) -> Image.Image:
   with _naming(name):
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.format == 'PNG':
-      # Checks the checksums, which decoding does not; the object is used up.
+      # verify() checks the checksums, which decoding does not. The image cannot
+      # be used afterwards.
       image.verify()
       image = Image.open(io.BytesIO(data), formats=_FORMATS)
     return image
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-  """Returns the width and height that `_load` will give."""
+  """Returns the width and height of the image that `_load` returns."""
   with contextlib.suppress(Exception):  # Damaged metadata.
     if 5 <= image.getexif().get(ExifTags.Base.Orientation, 1) <= 8:
       return image.size[::-1]
@@ -211,8 +213,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 def _load(image: Image.Image, name: str) -> Image.Image:
   with _naming(name):
     image.load()
-  # In place it turns the pixels first, so damaged metadata around sound pixels
-  # does not matter.
+  # In place, the pixels are rotated first, so damaged metadata does not matter.
   with contextlib.suppress(Exception):
     ImageOps.exif_transpose(image, in_place=True)
   with _naming(name):
@@ -221,19 +222,19 @@ def _load(image: Image.Image, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def _naming(name: str):
-  """Turns every error of a decoder into a CorruptImageError."""
+  """Converts all errors of a decoder to CorruptImageError."""
   try:
     yield
   except Image.UnidentifiedImageError as error:
     raise CorruptImageError(name, 'not a JPEG, PNG, or WebP image') from error
   except Exception as error:
-    # Pillow's decoders meet damaged files with OSError, SyntaxError,
-    # struct.error, zlib.error and more.
+    # For damaged files, Pillow's decoders raise OSError, SyntaxError,
+    # struct.error, zlib.error, and others.
     raise CorruptImageError(name, str(error) or repr(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode.startswith('I'):  # 16 bits: Pillow's convert() would clip
+  if image.mode.startswith('I'):  # Pillow's convert() would clip 16 bits.
     image = np.asarray(image).astype(np.uint32)
     image = Image.fromarray(((image + 128) // 257).astype(np.uint8))
   if image.has_transparency_data:

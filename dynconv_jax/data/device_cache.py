@@ -1,8 +1,8 @@
-"""A training set held on the device as uint8, and random crops from it.
+"""A uint8 cache of the training set on the device, and random crops from it.
 
 Every image is resized to a square of `cache_size` pixels. Its aspect ratio is
-kept too, and the crop undoes the distortion. Padding to a square would waste
-memory, and cropping the center would lose the rest.
+stored too, and the crop undoes the distortion. Padding to a square would waste
+memory, and a center crop would lose the rest of the image.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from etils import epy
 
 from dynconv_jax.data import augment, decode, readers
 
-# When it is used: importing it takes a while.
+# Imported lazily because it is slow.
 with epy.lazy_imports():
   import grain
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedImages:
-  """A data set's images, decoded and resized to one size.
+  """The decoded images of a data set, resized to one size.
 
   Attributes:
     image: uint8[n, C, C, 3]; rows of corrupt images are zero.
     label: int32[n].
-    aspect: float32[n], width over height of the original image.
-    corrupt: {index: name} of the images that could not be decoded.
+    aspect: float32[n], width divided by height of the original images.
+    corrupt: index -> name of images that could not be decoded.
   """
 
   image: np.ndarray
@@ -45,7 +45,7 @@ class DecodedImages:
 def default_cache_size(
   image_size: int, augmentation: augment.Augmentation
 ) -> int:
-  """Returns the smallest side at which no crop has to be enlarged."""
+  """Returns the smallest side at which no crop is enlarged."""
   if augmentation.crop != 'resized':
     return image_size
   return math.ceil(image_size / math.sqrt(augmentation.crop_scale[0]))
@@ -60,13 +60,13 @@ def check_memory(shape: tuple[int, ...]) -> None:
   num_bytes = math.prod(shape)
   stats = jax.local_devices()[0].memory_stats() or {}
   limit = stats.get('bytes_limit')
-  if limit is None:  # a CPU: the host's memory is the device's
+  if limit is None:  # A CPU, which uses the host's memory.
     limit = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
   if num_bytes > limit:
     raise ValueError(
       f'cache=device needs {num_bytes / 2**30:.1f} GiB for {shape[0]} images '
       f'of {shape[1]} x {shape[2]} pixels; the device has '
-      f'{limit / 2**30:.1f} GiB: use a smaller cache_size, or cache=none'
+      f'{limit / 2**30:.1f} GiB. Use a smaller cache_size or cache=none'
     )
 
 
@@ -77,16 +77,16 @@ def decode_all(
   box_fn=decode.whole_image,
   skip_corrupt: bool = False,
 ) -> DecodedImages:
-  """Decodes every image of a source, in parallel, into one array.
+  """Decodes all images of a source in parallel into one array.
 
   Args:
     source: the encoded examples.
     cache_size: side of the cached images, in pixels.
     box_fn: returns the box to keep, given an image's (width, height).
-    skip_corrupt: record corrupt images instead of stopping at the first.
+    skip_corrupt: whether to record corrupt images instead of raising an error.
 
   Raises:
-    CorruptImageError: an image cannot be decoded, without `skip_corrupt`.
+    CorruptImageError: an image cannot be decoded, unless `skip_corrupt` is set.
     ValueError: the array does not fit into memory.
   """
   n = len(source)
@@ -120,12 +120,12 @@ def random_crops(
   image_size: int,
   augmentation: augment.Augmentation,
 ) -> jax.Array:
-  """Returns float32[N, image_size, image_size, 3] in [0, 1]: random crops.
+  """Returns random crops, float32[N, image_size, image_size, 3] in [0, 1].
 
   Args:
     key: the batch's random key.
     images: uint8[N, C, C, 3], cached images.
-    aspects: float32[N], width over height of the original images.
+    aspects: float32[N], width divided by height of the original images.
     image_size: side of the crops, in pixels.
     augmentation: its `crop_scale` and `crop_ratio` are used.
   """
@@ -133,7 +133,7 @@ def random_crops(
   boxes = augment.crop_boxes(
     uniform, aspects, jnp.ones_like(aspects), augmentation, jnp
   )
-  # From the image's own proportions to the square.
+  # Map from the original proportions to the square.
   to_square = jnp.stack([1 / aspects, jnp.ones_like(aspects)], axis=1)
   boxes *= images.shape[1] * jnp.tile(to_square, 2)
   return crop_and_resize(images, boxes, image_size)
@@ -142,7 +142,7 @@ def random_crops(
 def crop_and_resize(
   images: jax.Array, boxes: jax.Array, image_size: int
 ) -> jax.Array:
-  """Returns float32[N, image_size, image_size, 3] in [0, 1]: boxes, resampled.
+  """Resamples boxes; returns float32[N, image_size, image_size, 3] in [0, 1].
 
   Bilinear and antialiased, like Pillow's `resize(box=...)` on the host.
 

@@ -1,4 +1,4 @@
-"""Checks folders that data sets are prepared from."""
+"""Checks of the folders from which data sets are prepared."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 
 def check_directory(directory: pathlib.Path, option: str) -> None:
-  """Raises OSError unless `directory` is a folder that is not empty.
+  """Raises OSError unless `directory` is a non-empty folder.
 
   Args:
     directory: the folder.
-    option: the option that named it, for the error.
+    option: the option that specified the folder, for errors.
   """
   if not directory.exists():
     raise FileNotFoundError(f'{option}: {directory} does not exist')
@@ -32,15 +32,15 @@ def check_files(
   allow_empty: bool = False,
   salt: str = '',
 ) -> str:
-  """Returns a short hash of files' names, sizes, and modification times.
+  """Returns a short hash of the names, sizes, and modification times of files.
 
   Args:
     directory: the folder that names are relative to.
-    groups: paths of the files by group, such as split or class. No file may be
+    groups: names of the files by group, such as split or class. No file may be
       in two groups; a link counts as its target.
-    source: what names the files, for the error.
-    allow_empty: whether zero-byte files are accepted.
-    salt: anything else that the hash depends on.
+    source: where the names come from, for errors.
+    allow_empty: whether zero-byte files are allowed.
+    salt: additional content to hash.
 
   Raises:
     FileNotFoundError: files are missing.
@@ -51,47 +51,49 @@ def check_files(
   for number, names in enumerate(groups):
     for name in names:
       try:
-        found = (directory / name).stat()
-        line = f'{name}\0{found.st_size}\0{found.st_mtime_ns}\n'.encode()
+        status = (directory / name).stat()
+        line = f'{name}\0{status.st_size}\0{status.st_mtime_ns}\n'.encode()
       except OSError:
         absent.append(name)
       except UnicodeEncodeError:
         odd.append(ascii(name))
       else:
         digest.update(line)
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
           absent.append(name)
-        elif not found.st_size:
+        elif not status.st_size:
           empty.append(name)
-        first = seen.setdefault((found.st_dev, found.st_ino), (number, name))
+        first = seen.setdefault((status.st_dev, status.st_ino), (number, name))
         if first[0] != number:
           twice.append(f'{first[1]} and {name}')
   if absent:
     raise FileNotFoundError(
-      f'{source} names files that are absent from {directory}: {some(absent)}'
+      f'{source} names files that are missing from {directory}: {some(absent)}'
     )
   for wrong, what in (
     (odd, 'names that are not UTF-8: {}'),
     (
       [] if allow_empty else empty,
-      'zero-byte files: {}. Remove or replace them, or go on without them by '
+      'zero-byte files: {}. Remove or replace them, or skip them with '
       'skip_corrupt',
     ),
-    (twice, 'the same file by link in two classes or splits: {}'),
+    (twice, 'links to the same file in two classes or splits: {}'),
   ):
     if wrong:
-      raise ValueError(f'{directory} holds {what.format(some(wrong))}')
+      raise ValueError(f'{directory} contains {what.format(some(wrong))}')
   return digest.hexdigest()[:12]
 
 
 def read_files(
   path: pathlib.Path, names: Iterable[str]
 ) -> Iterator[tuple[str, bytes]]:
-  """Yields names and contents of files; from an archive in its own order.
+  """Yields the names and contents of files.
+
+  Files of an archive are yielded in the archive's order.
 
   Args:
-    path: a folder, or a tar archive with a single folder in it.
-    names: paths of the files in the folder.
+    path: a folder, or a tar archive that contains a single folder.
+    names: paths of the files, relative to the folder.
   """
   if path.is_dir():
     yield from ((name, (path / name).read_bytes()) for name in names)
@@ -105,7 +107,7 @@ def read_files(
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:
-  """Returns the first few of `names` and their number, as text."""
+  """Formats the first few names, and the number of names if there are more."""
   text = ', '.join(names[:limit])
   if len(names) > limit:
     text += f', ... ({len(names)} in all)'

@@ -1,7 +1,7 @@
 """Food-101 (Bossard, Guillaumin, and Van Gool, ECCV 2014).
 
-Features, splits, and order are those of TFDS's `food101`. The images come from
-a download, an unpacked archive, or any folder of the archive's layout.
+Features, splits, and order equal those of TFDS's `food101`. The images come
+from a download, an unpacked archive, or any folder with the archive's layout.
 TensorFlow is not needed.
 """
 
@@ -18,14 +18,14 @@ from dynconv_jax.data import folders
 from dynconv_jax.data.prepare import download, prepare
 from dynconv_jax.data.source import Common, Dataset, DataSource, option
 
-# When it is used: importing it takes a while.
+# Imported lazily because it is slow.
 with epy.lazy_imports():
   import tensorflow_datasets as tfds
 
 _OPTION = 'food101_dir'
-# TFDS's version whose examples carry their name.
+# The version of TFDS's examples that include their name.
 _VERSION = '2.1.0'
-# TFDS checks the SHA-256 of what is published at this address.
+# TFDS checks the SHA-256 of the file at this address.
 URL = 'http://data.vision.ee.ethz.ch/cvl/food-101.tar.gz'
 
 # TFDS calls the published test split 'validation'.
@@ -39,21 +39,21 @@ class Options:
 
   food101_dir: str = option(
     '',
-    'An unpacked Food-101 archive, or any folder of its layout; empty: '
-    'download.',
+    'Folder of the unpacked Food-101 archive, or any folder with its layout; '
+    'empty: download.',
     operational=True,
   )
 
 
 def open_food101(options: Options, common: Common) -> Dataset:
-  """Returns Food-101, from a folder if one is named.
+  """Returns Food-101, from a given folder or from a download.
 
   Raises:
     FileNotFoundError: the folder, its meta files, or images are missing.
     ValueError: a meta file has the wrong format, or an image is empty.
     ConnectionError: the download fails.
   """
-  # TFDS's order of the classes, unknown ones last.
+  # Classes in TFDS's order, followed by unknown ones.
   known = tfds.core.tfds_path('image_classification/food-101_classes.txt')
   class_names = tuple(known.read_text().split())
   if options.food101_dir:
@@ -66,10 +66,10 @@ def open_food101(options: Options, common: Common) -> Dataset:
     path, names, key = None, None, ''
 
   def examples(dl_manager):
-    found = path or download(dl_manager, URL, _OPTION)
+    files = path or download(dl_manager, URL, _OPTION)
     return {
-      split: _examples(found, group)
-      for split, group in (names or _read_meta(found)).items()
+      split: _examples(files, group)
+      for split, group in (names or _read_meta(files)).items()
     }
 
   return prepare(
@@ -101,10 +101,10 @@ def scan_folder(
   """Returns the images' names by TFDS's splits, and a hash of the content.
 
   Args:
-    directory: holds `images/CLASS/ID.jpg` and `meta/{train,test}.json`.
-    classes: the classes to keep; empty: all. The meta files may name other
-      classes that have no folder of images.
-    allow_empty_files: whether zero-byte images are accepted.
+    directory: contains `images/CLASS/ID.jpg` and `meta/{train,test}.json`.
+    classes: the classes to keep; empty for all. Other classes in the meta files
+      need no folder of images.
+    allow_empty_files: whether zero-byte images are allowed.
 
   Raises:
     FileNotFoundError: the folder, its meta files, or images are missing.
@@ -112,12 +112,12 @@ def scan_folder(
   """
   folders.check_directory(directory, _OPTION)
   names = _read_meta(directory)
-  wanted = set(classes)
-  if wanted:
-    # Classes that are left out may be missing.
+  kept = set(classes)
+  if kept:
+    # Folders of other classes may be missing.
     named = {name.split('/')[0] for group in names.values() for name in group}
     absent = {
-      c for c in named - wanted if not (directory / 'images' / c).is_dir()
+      c for c in named - kept if not (directory / 'images' / c).is_dir()
     }
     names = {
       split: [n for n in group if n.split('/')[0] not in absent]
@@ -161,8 +161,8 @@ def _read_meta(path: pathlib.Path) -> dict[str, list[str]]:
       ) from error
     if wrong:
       raise ValueError(
-        f'{path / file}: {folders.some(wrong)} under another class'
+        f'{path / file}: {folders.some(wrong)} listed under another class'
       )
     if not names[split]:
-      raise ValueError(f'{path / file} names no image')
+      raise ValueError(f'{path / file} lists no image')
   return names

@@ -1,9 +1,9 @@
-"""Any folder of images by split and class: `train/CLASS/*.jpg`.
+"""Folders of images by split and class: `train/CLASS/*.jpg`.
 
-Like every other data set, it is prepared into array_record files. Splits,
-names, and resuming then work as elsewhere, epochs read few large files, and
-slices mix the classes: `train[:90%]` of a sorted listing would leave whole
-classes out.
+Like every other data set, the folder is prepared into array_record files.
+Splits, names, and resuming then work as usual, epochs read a few large files,
+and slices mix the classes. In a sorted listing, `train[:90%]` would omit whole
+classes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Options:
 
   image_folder_dir: str = option(
     '',
-    'Folder with train/CLASS/*.jpg and, optionally, val/CLASS/*.jpg and '
-    'test/CLASS/*.jpg.',
+    'Folder that contains train/CLASS/*.jpg and, optionally, val/CLASS/*.jpg '
+    'and test/CLASS/*.jpg.',
     operational=True,
   )
 
@@ -40,20 +40,20 @@ def open_folder(options: Options, common: Common) -> Dataset:
 
   Raises:
     FileNotFoundError: the folder, its train folder, or images are missing.
-    ValueError: no folder is named, an image is empty or in two places, a link
-      leads to a folder above it, or a split has a class that train lacks.
+    ValueError: no folder is given, an image is empty or in two places, a link
+      points to a folder above it, or a split has a class that train lacks.
   """
   if not options.image_folder_dir:
     raise ValueError(f'the dataset image_folder needs {_OPTION}')
   directory = pathlib.Path(options.image_folder_dir).expanduser()
-  class_names, found = scan_folder(directory)
+  class_names, splits = scan_folder(directory)
   key = folders.check_files(
     directory,
-    (names for classes in found.values() for names in classes.values()),
+    (names for classes in splits.values() for names in classes.values()),
     source=f'{_OPTION}',
     allow_empty=common.skip_corrupt,
   )
-  has_val = 'val' in found and 'validation' not in found
+  has_val = 'val' in splits and 'validation' not in splits
   return prepare(
     SOURCE.name,
     '1.0.0',
@@ -63,7 +63,7 @@ def open_folder(options: Options, common: Common) -> Dataset:
         for label, names in classes.items()
         for name in names
       )
-      for split, classes in found.items()
+      for split, classes in splits.items()
     },
     class_names,
     common.data_dir,
@@ -81,21 +81,21 @@ def scan_folder(
   """Returns the class names, and the images' paths by split and class.
 
   Args:
-    directory: holds `train/CLASS/` and, where there are such splits,
-      `test/CLASS/` and others, with images anywhere below a class's folder.
-      Hidden files and other file types are ignored. Linked folders are
-      followed, each once.
+    directory: contains `train/CLASS/` and, for other splits, folders such as
+      `test/CLASS/`, with images anywhere below a class's folder. Hidden files
+      and other file types are ignored. Links to folders are followed; each
+      folder is read once.
 
   Raises:
     FileNotFoundError: the folder, its train folder, or images are missing.
-    ValueError: a link leads to a folder above it, or a split holds a class that
+    ValueError: a link points to a folder above it, or a split has a class that
       train lacks.
   """
   folders.check_directory(directory, _OPTION)
   if not (directory / 'train').is_dir():
     raise FileNotFoundError(
       f'{_OPTION}: {directory} has no folder train; the layout is '
-      'train/CLASS/*.jpg, val/CLASS/*.jpg and test/CLASS/*.jpg (also .jpeg, '
+      'train/CLASS/*.jpg, val/CLASS/*.jpg, and test/CLASS/*.jpg (or .jpeg, '
       '.png, .webp)'
     )
   found = {
@@ -118,14 +118,14 @@ def scan_folder(
     unknown = sorted(set(classes) - set(found['train']))
     if unknown:
       raise ValueError(
-        f'{_OPTION}: {directory / split} holds classes that train lacks: '
+        f'{_OPTION}: {directory / split} has classes that train lacks: '
         f'{folders.some(unknown)}'
       )
   return tuple(found['train']), found
 
 
 def _subfolders(directory: pathlib.Path) -> list[str]:
-  """Returns the sorted names of the folders in a folder, links included."""
+  """Returns the sorted names of subfolders, including links."""
   names = sorted(
     p.name
     for p in directory.iterdir()
@@ -162,5 +162,5 @@ def _check_link(path: pathlib.Path) -> None:
   if os.path.commonpath([target, here]) == target:
     raise ValueError(
       f'{_OPTION}: {path} is a link to {target}, a folder above it. Remove the '
-      'link: it would count images twice, in another class'
+      'link, which would count images twice, in another class'
     )

@@ -10,9 +10,6 @@ _FILE = pathlib.Path(__file__).with_name('imagenet_classes.txt')
 
 @functools.cache
 def class_names() -> tuple[str, ...]:
-  """Returns ImageNet's 1000 class names in label order.
-
-  They are WordNet's; the file names their source.
-  """
+  """Returns ImageNet's 1000 class names, from WordNet, in label order."""
   lines = _FILE.read_text('utf-8').splitlines()
   return tuple(line for line in lines if not line.startswith('#'))

@@ -1,8 +1,7 @@
-"""Prepares data sets into array_record files.
+"""Preparation of data sets as array_record files.
 
-TFDS does the work, without TensorFlow. It shuffles the examples by a hash of
-their names, so that each slice of a split mixes the classes, and writes them
-into few large files.
+Uses TFDS without TensorFlow. TFDS shuffles examples by a hash of their names,
+so each slice of a split mixes the classes, and writes a few large files.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from etils import epy
 from dynconv_jax import files
 from dynconv_jax.data.source import Dataset
 
-# When they are used: all programs know the data sources, few open one.
+# Imported lazily: all programs import data sources, but few open one.
 with epy.lazy_imports():
   import requests
   import tensorflow_datasets as tfds
@@ -37,12 +36,12 @@ with epy.lazy_imports():
 
 FILE_FORMAT = 'array_record'
 
-# TFDS writes it last.
+# TFDS writes this file last.
 _INFO_FILE = 'dataset_info.json'
 _LABELS_FILE = 'labels.npz'
 
-# A killed preparation leaves its folder behind. No running process has one
-# older than this.
+# A killed preparation leaves its folder behind. Folders older than this are not
+# in use.
 _STALE_SECONDS = 24 * 3600
 _CONNECT_SECONDS = 10
 
@@ -60,25 +59,25 @@ def prepare(
 ) -> Dataset:
   """Returns a data set, prepared on first use.
 
-  TFDS writes into a folder of another name and renames it at the end, so an
-  incomplete preparation is never used.
+  TFDS writes to a temporary folder and renames it at the end, so an incomplete
+  preparation is never used.
 
   Args:
     name: name of the data set.
     version: version of the prepared data, such as '1.0.0'.
     examples: called only to prepare, with TFDS's download manager. Returns the
       examples to store by split name: dicts of image (an encoded file or its
-      path), label (a class's name or number), name (unique), and, with `masks`,
+      path), label (a class name or index), name (unique), and, with `masks`,
       object_mask (an encoded file).
     class_names: class names in label order.
     data_dir: folder of prepared data sets.
-    key: distinguishes data sets of this name that differ in content.
+    key: distinguishes data sets with this name but different content.
     masks: whether examples have an object mask.
     aliases: see `Dataset`.
 
   Raises:
     OSError: the disk is full; incomplete files are removed.
-    ConnectionError: the download fails.
+    ConnectionError: the download failed.
     ValueError: the prepared files are damaged or have another format.
   """
   root = pathlib.Path(data_dir).expanduser()
@@ -97,7 +96,7 @@ def prepare(
       'id': tfds.features.Text(),
       **(masked if masks else {}),
     }
-    # TFDS reads both off the class.
+    # TFDS reads both from the class.
     attributes = dict(name=name, VERSION=tfds.core.Version(version))
     builder = type(
       name, (builder_lib.Builder,), attributes, skip_registration=True
@@ -108,7 +107,7 @@ def prepare(
           examples, features, data_dir=root, file_format=FILE_FORMAT
         ).download_and_prepare()
     except (OSError, RuntimeError) as error:
-      # Another process may have prepared the same data set in the meantime.
+      # Another process may have prepared the same data set meanwhile.
       if not _is_occupied(error) or not (directory / _INFO_FILE).exists():
         _raise_if_full(error, name, directory)
         raise
@@ -118,18 +117,19 @@ def prepare(
 def download(
   dl_manager: tfds.download.DownloadManager, url: str, option: str
 ) -> pathlib.Path:
-  """Returns a downloaded file, whose hash TFDS has checked.
+  """Downloads a file, checks its hash, and returns its path.
 
   Args:
-    dl_manager: TFDS's.
-    url: the file's address.
-    option: names a local copy, for the error.
+    dl_manager: TFDS's download manager.
+    url: address of the file.
+    option: the option for a local copy, for errors.
 
   Raises:
-    ConnectionError: the download fails.
+    ConnectionError: the download failed.
   """
   try:
-    # TFDS retries for minutes even if the host cannot be reached at all.
+    # Check the connection first: TFDS retries for minutes if the host is
+    # unreachable.
     requests.head(
       url, timeout=_CONNECT_SECONDS, allow_redirects=True
     ).raise_for_status()
@@ -140,13 +140,13 @@ def download(
     tfds.core.download.download_manager.NonMatchingChecksumError,
   ) as error:
     raise ConnectionError(
-      f'cannot download {url}: {str(error).strip()}. Without a network, name a '
-      f'local copy by {option}'
+      f'cannot download {url}: {str(error).strip()}. Without a network, set '
+      f'{option} to a local copy'
     ) from error
 
 
 class _Records:
-  """Examples of a prepared split. Picklable; safe to read from threads."""
+  """Examples of a prepared split; picklable and safe to read from threads."""
 
   def __init__(self, info: tfds.core.SplitInfo, directory: pathlib.Path, data):
     self._info, self._directory, self._data = info, directory, data
@@ -158,7 +158,7 @@ class _Records:
     index = range(len(self))[index]
     try:
       record = self._data[index]
-    except RuntimeError as error:  # array_record checks hashes.
+    except RuntimeError as error:  # For example, array_record found a bad hash.
       shard = np.searchsorted(
         np.cumsum(self._info.shard_lengths), index, side='right'
       )
@@ -170,12 +170,12 @@ class _Records:
 
 
 def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
-  """Returns the data set that was prepared into a folder.
+  """Returns the prepared data set in a folder.
 
   Raises:
-    ValueError: a file is missing, damaged, or of another format.
+    ValueError: a file is missing, damaged, or in another format.
   """
-  # TFDS ignores some of these if they are missing.
+  # TFDS ignores it if some of these are missing.
   contents = {}
   for name in (_INFO_FILE, 'features.json', 'label.labels.txt'):
     try:
@@ -185,7 +185,7 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     except (OSError, ValueError) as error:
       raise _unreadable(directory, name, error) from error
   try:
-    # Refers to nothing but the prepared files.
+    # This uses only the prepared files.
     builder = tfds.builder_from_directory(directory)
     info, features = builder.info, builder.info.features
     class_names = tuple(features['label'].names)
@@ -195,7 +195,7 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     lines = contents['label.labels.txt'].split('\n')
     if (found := sum(bool(line.strip()) for line in lines)) != number:
       raise ValueError(
-        f'label.labels.txt holds {found} of {number} class names'
+        f'label.labels.txt has {found} of {number} class names'
       )
     decoders = {
       name: tfds.decode.SkipDecoding()
@@ -217,20 +217,20 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     raise _damaged(directory, _first_line(error)) from error
   if info.file_format.value != FILE_FORMAT:
     raise ValueError(
-      f'the prepared data set in {directory} is of the format '
-      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder by '
-      'data_dir'
+      f'the prepared data set in {directory} has the format '
+      f'{info.file_format.value}, not {FILE_FORMAT}; choose another folder '
+      'with data_dir'
     )
   for path, expected in shards:
     try:
       reader = array_record_module.ArrayRecordReader(os.fspath(path))
-      found = reader.num_records()
+      count = reader.num_records()
       reader.close()
     except (RuntimeError, ValueError, OSError) as error:
       raise _unreadable(directory, path.name, error) from error
-    if found != expected:
+    if count != expected:
       raise _damaged(
-        directory, f'{path.name} holds {found} of {expected} examples'
+        directory, f'{path.name} contains {count} of {expected} examples'
       )
   for name, labels in _read_labels(splits, directory).items():
     splits[name].labels = labels
@@ -240,16 +240,16 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
 def _read_labels(
   splits: Mapping[str, _Records], directory: pathlib.Path
 ) -> dict[str, np.ndarray]:
-  """Returns int32 labels by split, from a file kept beside the records."""
+  """Returns int32 labels by split, from a file next to the records."""
   path = directory / _LABELS_FILE
   if path.exists():
     try:
-      # np.load leaves a damaged file open.
+      # Read the bytes first, because np.load leaves a damaged file open.
       with np.load(io.BytesIO(path.read_bytes())) as stored:
         labels = dict(stored)
-      found = {name: array.shape for name, array in labels.items()}
-      if found != {name: (len(split),) for name, split in splits.items()}:
-        raise ValueError('it is of another data set')
+      shapes = {name: array.shape for name, array in labels.items()}
+      if shapes != {name: (len(split),) for name, split in splits.items()}:
+        raise ValueError('it belongs to another data set')
       return labels
     except (
       AttributeError,  # A bare array.
@@ -259,7 +259,7 @@ def _read_labels(
       zipfile.BadZipFile,
     ) as error:
       reason = _first_line(error)
-      if 'pickle' in reason:  # NumPy takes garbage for one.
+      if 'pickle' in reason:  # NumPy assumes that garbage is a pickle.
         reason = 'it is not a NumPy archive'
       raise ValueError(
         f'{path} is damaged: {reason}. Delete it; it will be created again'
@@ -270,7 +270,7 @@ def _read_labels(
   }
   content = io.BytesIO()
   np.savez(content, **labels)
-  # If the folder is read-only, labels are read again at the next start.
+  # If the folder is read-only, the next start reads the labels again.
   with contextlib.suppress(OSError):
     files.write_atomic(path, content.getvalue())
   return labels
@@ -298,7 +298,7 @@ def _is_occupied(error: BaseException) -> bool:
 def _raise_if_full(
   error: BaseException, name: str, directory: pathlib.Path
 ) -> None:
-  """Raises one clear OSError where a disk or a quota is full."""
+  """Raises a clear OSError if the disk or quota is full."""
   # The array_record writer reports a full disk as a RuntimeError.
   causes = (errno.ENOSPC, errno.EDQUOT)
   code = getattr(error, 'errno', None)
@@ -309,13 +309,13 @@ def _raise_if_full(
     raise OSError(
       code,
       f'no space left while preparing {name} in {directory}; incomplete '
-      'files were removed. Free some space or choose another folder by '
+      'files were removed. Free some space or choose another folder with '
       'data_dir',
     ) from error
 
 
 def _remove_stale(parent: pathlib.Path) -> None:
-  """Removes what killed preparations left in `parent` over a day ago."""
+  """Removes folders that killed preparations left over a day ago."""
   for path in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
     with contextlib.suppress(OSError):
       if time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -324,7 +324,7 @@ def _remove_stale(parent: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-  """Keeps TFDS from printing, and from progress bars without a terminal."""
+  """Silences TFDS, and disables progress bars without a terminal."""
   tfds.display_progress_bar(sys.stderr.isatty())
   try:
     with contextlib.redirect_stdout(io.StringIO()):

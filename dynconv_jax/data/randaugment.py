@@ -1,10 +1,10 @@
-"""RandAugment (Cubuk et al., NeurIPS 2020), by Pillow on the host.
+"""RandAugment (Cubuk et al., NeurIPS 2020), with Pillow on the host.
 
-Operations and their ranges are those of the paper, which takes them from
-AutoAugment (Cubuk et al., CVPR 2019, table 6), with the paper's scale: at
-strength 10 an operation is at the end of its range. As in timm and torchvision,
-strength leads away from the image itself: factors of color go from 1 to 0.1 or
-1.9, and what has a direction goes either way.
+Operations and ranges are those of the paper, which takes them from AutoAugment
+(Cubuk et al., CVPR 2019, table 6). As in the paper, strength 10 is the end of
+an operation's range. As in timm and torchvision, operations are stronger the
+farther they are from the identity: color factors go from 1 to 0.1 or 1.9, and
+geometric operations go in either direction.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from PIL import Image, ImageEnhance, ImageOps
 
 MAX_STRENGTH = 10.0
 
-# What comes into view; timm's and TensorFlow's choice.
+# Color outside the image, as in timm and TensorFlow.
 _FILL = (128, 128, 128)
 
-# An operation of (image, share): of its range, in [-1, 1].
+# (image, share) -> image, where the share of the operation's range is in
+# [-1, 1].
 _Operation = Callable[[Image.Image, float], Image.Image]
 
 
 def _affine(matrix: Callable[..., tuple[float, ...]]) -> _Operation:
-  """Returns the operation of an inverse affine map, by share and size."""
+  """Returns an affine operation; `matrix` maps (share, w, h) to its inverse."""
   return lambda image, share: image.transform(
     image.size,
     Image.Transform.AFFINE,
@@ -57,7 +58,7 @@ OPERATIONS: dict[str, _Operation] = {
   'sharpness': _enhance(ImageEnhance.Sharpness),
   'shear_x': _affine(lambda share, w, h: (1, 0.3 * share, 0, 0, 1, 0)),
   'shear_y': _affine(lambda share, w, h: (1, 0, 0, 0.3 * share, 1, 0)),
-  # 150 of 331 pixels in AutoAugment.
+  # AutoAugment translates by up to 150 of 331 pixels.
   'translate_x': _affine(lambda share, w, h: (1, 0, share * w * 0.45, 0, 1, 0)),
   'translate_y': _affine(lambda share, w, h: (1, 0, 0, 0, 1, share * h * 0.45)),
 }
@@ -66,12 +67,13 @@ OPERATIONS: dict[str, _Operation] = {
 def randaugment(
   image: np.ndarray, uniform: np.ndarray, strength: float
 ) -> np.ndarray:
-  """Returns an image after operations drawn from all, one after another.
+  """Applies N random operations to an image.
 
   Args:
     image: uint8[H, W, 3].
-    uniform: float[N, 2], random in [0, 1): which operation, which direction.
-    strength: of each operation, in [0, MAX_STRENGTH].
+    uniform: float[N, 2], random values in [0, 1) that choose each operation and
+      its direction.
+    strength: strength of each operation, in [0, MAX_STRENGTH].
   """
   operations = list(OPERATIONS.values())
   picture = Image.fromarray(image)

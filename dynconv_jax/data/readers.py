@@ -1,4 +1,4 @@
-"""Host side of the batches: which examples, and reading them ahead."""
+"""The host side of batches: order of examples, reading, and prefetching."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from etils import epy
 from dynconv_jax.data import augment, decode, scenes
 from dynconv_jax.data.randaugment import randaugment
 
-# When it is used: importing it takes a while, and most programs do without.
+# Imported lazily because it is slow, and most programs do not need it.
 with epy.lazy_imports():
   import grain
 
-# Pixels that the JPEG decoder leaves for each pixel of a training image.
+# Minimum number of decoded JPEG pixels per pixel of a training image.
 REDUCING_GAP = 2.0
 
 _FOREVER = 2**62
@@ -28,7 +28,7 @@ _MAX_THREADS = 16
 
 @dataclasses.dataclass(frozen=True)
 class EpochOrder:
-  """Which examples make up which batch."""
+  """The order of examples in batches."""
 
   num_examples: int
   batch_size: int
@@ -39,16 +39,17 @@ class EpochOrder:
     return self.num_examples // self.batch_size
 
   def candidates(self, step: int) -> np.ndarray:
-    """Returns int64[num_examples], of which the first good ones are the batch.
+    """Returns candidates for a batch, int64[num_examples].
 
-    That is the epoch's order from the batch's start on, and then around.
+    The batch consists of the first good candidates. Candidates are the epoch's
+    order, rotated to the batch's start.
     """
     epoch, batch = divmod(step, self.steps_per_epoch)
     order = _permutation(self.num_examples, self.seed, epoch)
     return np.roll(order, -batch * self.batch_size)
 
   def rng(self, step: int) -> np.random.Generator:
-    """Returns the generator of a batch's crops."""
+    """Returns the random generator of a batch's crops."""
     return np.random.default_rng((self.seed, 1, step))
 
 
@@ -59,14 +60,15 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleReader:
-  """Decodes an example: a box of its image, resampled, uint8.
+  """Decodes an example and resamples a box of its image as uint8.
 
   Attributes:
     image_size: side of the result, in pixels.
-    box_fn: gives the box from the image's (width, height).
-    skip_corrupt: give corrupt images weight 0 instead of stopping.
-    reducing_gap: of `decode.decode_resized`.
-    mask_ratio: of `decode.decode_mask`; None: object masks are left out.
+    box_fn: returns the box, given the image's (width, height).
+    skip_corrupt: whether to give corrupt images weight 0 instead of raising an
+      error.
+    reducing_gap: see `decode.decode_resized`.
+    mask_ratio: `resize_ratio` of `decode.decode_mask`; None for no object mask.
   """
 
   image_size: int
@@ -108,17 +110,17 @@ class ExampleReader:
 
 @dataclasses.dataclass(frozen=True)
 class TrainReader:
-  """Reads the batch of a step on the host: decoded, cropped, uint8.
+  """Reads, decodes, and crops the batch of a step on the host, as uint8.
 
   Attributes:
     source: the encoded examples.
-    order: which of them make up which batch.
+    order: order of examples in batches.
     image_size: side of the images, in pixels.
-    augmentation: says how they are cropped.
-    skip_corrupt: replace corrupt images by the next good ones. Every row before
-      must then be decoded, whoever keeps it.
+    augmentation: its crop and RandAugment are applied.
+    skip_corrupt: whether to replace corrupt images with the next good ones. If
+      so, all rows are decoded, even those that this process does not keep.
     rows: int[share], rows of the batch to keep.
-    scene_reader: of what scenes are made of, or None.
+    scene_reader: reads the parts of scenes, or None.
   """
 
   source: object
@@ -170,9 +172,9 @@ class TrainReader:
 
 @dataclasses.dataclass(frozen=True)
 class EvalReader:
-  """Reads the example of an index, and what its scene is made of.
+  """Reads the example at an index, and the parts of its scene.
 
-  An index below 0 is padding: zeros.
+  An index below 0 is padding and yields zeros.
   """
 
   source: object
@@ -198,7 +200,7 @@ class EvalReader:
 def scene_reader(
   sizes: scenes.Scenes | None, source, seed: tuple[int, ...], skip_corrupt: bool
 ) -> scenes.SceneReader | None:
-  """Returns the reader of what scenes are made of, or None without scenes."""
+  """Returns the reader of the parts of scenes, or None without scenes."""
   if sizes is None:
     return None
   read = ExampleReader(
@@ -208,7 +210,7 @@ def scene_reader(
 
 
 def fitted_box(image_size: int, resize_ratio: float = 1.0):
-  """Returns the function from (width, height) to evaluation's box."""
+  """Returns a function from (width, height) to evaluation's box."""
   return functools.partial(
     decode.evaluation_box, image_size=image_size, resize_ratio=resize_ratio
   )
@@ -222,13 +224,13 @@ def train_batches(reader: TrainReader, start: int) -> grain.MapDataset:
 def eval_batches(
   reader: EvalReader, indices: Sequence[int], batch_size: int, rows: np.ndarray
 ) -> grain.MapDataset:
-  """Returns these examples, in batches; the last is padded with zeros.
+  """Returns batches of examples; the last one is padded with zeros.
 
   Args:
-    reader: of the examples.
-    indices: of the examples.
-    batch_size: of whole batches.
-    rows: int[share], those of each batch to read.
+    reader: reads an example.
+    indices: indices of the examples.
+    batch_size: size of a batch over all processes.
+    rows: int[share], rows of each batch to read.
   """
   padded = np.full(-(-len(indices) // batch_size) * batch_size, -1)
   padded[: len(indices)] = indices
@@ -239,12 +241,12 @@ def eval_batches(
 def read_ahead(
   dataset: grain.MapDataset, num_workers: int
 ) -> grain.DatasetIterator:
-  """Returns an iterator over a data set of batches, read ahead, in order.
+  """Returns an iterator that prefetches batches, in order.
 
   Args:
-    dataset: picklable.
-    num_workers: processes that read; 0: threads of this process, one a core.
-      The order of the batches is the same for any.
+    dataset: the batches; must be picklable.
+    num_workers: number of reading processes; 0 for threads of this process, one
+      per core, up to 16. The order of batches does not depend on it.
   """
   num_threads = 1 if num_workers else min(os.cpu_count(), _MAX_THREADS)
   dataset = dataset.to_iter_dataset(
@@ -262,7 +264,7 @@ def read_ahead(
 
 
 def check_full(count: int, order: EpochOrder) -> None:
-  """Raises ValueError if too few images are good for a batch."""
+  """Raises ValueError if there are too few good images for a batch."""
   if count < order.batch_size:
     raise ValueError(
       f'only {count} of the {order.num_examples} images can be decoded, fewer '

@@ -1,14 +1,13 @@
-"""Scenes: a small photograph at a random place on another, blurred one.
+"""Scenes: a small photograph at a random place on another, blurred photograph.
 
 Scenes turn any data set of photographs into one in which most of each image
-need not be computed. The photograph's rectangle is the known place of the
-object.
+need not be computed. The photograph's rectangle is the object's true location.
 
 The host draws each scene's layout from the seed, the epoch, and the example,
 because it must know the background before it decodes. `Scenes.compose` then
 composes a batch under jit. Layouts are in pixels of the scene, and photographs
-are resampled once, directly to the network's input. Networks of every input
-size thus see the same scenes.
+are resampled once, directly to the network's input. Networks with different
+input sizes thus see the same scenes.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ import numpy as np
 
 from dynconv_jax.data import decode
 
-# Backgrounds are shrunk to this side and enlarged smoothly, which leaves no
-# object visible.
+# Backgrounds are shrunk to this side and then smoothly enlarged, which makes
+# their objects unrecognizable.
 BACKGROUND_SIZE = 8
 
-# Evaluation's scenes are the same for all networks and seeds of runs.
+# Scenes of evaluation are the same for all networks and seeds.
 EVALUATION_SEED = (0, 3)
 
 
@@ -42,9 +41,9 @@ class Scenes:
   """Sizes of scenes and of the photographs in them.
 
   Attributes:
-    scene_size: range of a scene's side, in pixels, or one number.
-    object_size: the same for the photograph's side, in pixels of the scene; at
-      most the smallest scene.
+    scene_size: side of a scene in pixels, as (low, high) or one number.
+    object_size: side of the photograph in pixels of the scene, as (low, high)
+      or one number; at most the smallest scene.
   """
 
   scene_size: tuple[int, ...]
@@ -56,8 +55,8 @@ class Scenes:
       value = getattr(self, name)
       if len(value) not in (1, 2):
         raise ValueError(
-          'scene_size and object_size must both be one number or two, low and '
-          f'high, or both be empty; got {given}'
+          'scene_size and object_size must each be one number or two (low and '
+          f'high), or both must be empty; got {given}'
         )
       object.__setattr__(self, name, (value[0], value[-1]))
     small, large = self.object_size
@@ -65,13 +64,13 @@ class Scenes:
     limit = decode.MAX_IMAGE_SIZE
     if not 1 <= small <= large <= low <= high <= limit:
       raise ValueError(
-        f'object_size and scene_size must rise from 1 to {limit}: the largest '
-        f'object must fit into the smallest scene; got {given}'
+        f'object_size and scene_size must rise from 1 to {limit}, and the '
+        f'largest object must fit into the smallest scene; got {given}'
       )
 
   @property
   def crop_size(self) -> int:
-    """Side at which photographs are cropped, in pixels: the largest object."""
+    """Side of photographs' crops, in pixels; equals the largest object."""
     return self.object_size[1]
 
   def compose(
@@ -82,29 +81,30 @@ class Scenes:
     *,
     image_size: int,
   ) -> jax.Array:
-    """Returns [N, image_size, image_size, 3]: scenes, uint8 or float32.
+    """Returns scenes, uint8 or float32[N, image_size, image_size, 3].
 
-    Pure and shape-static: call it under jit. The photograph is resampled once,
-    antialiased, from its crop to its place in the result, with a border exact
-    to a fraction of a pixel. If the result has the scene's size and the object
-    its crop's, the crop's pixels are copied.
+    The function is pure and has static shapes; call it under jit. The
+    photograph is resampled once, with antialiasing, from its crop to its place
+    in the result, with subpixel-accurate borders. If the result has the scene's
+    size and the object its crop's size, the crop's pixels are copied exactly.
 
     Args:
-      images: [N, C, C, 3], the photographs, uint8 in 0 ... 255 or float in
-        [0, 1]. The scenes have the same dtype.
+      images: [N, C, C, 3], the photographs, uint8 in [0, 255] or float in
+        [0, 1]. The scenes are uint8 or float32, respectively.
       background: uint8[N, B, B, 3], other photographs, shrunk.
-      layout: int32[N, 4] of (scene, object, left, top), pixels of the scene:
-        both sides, and the object's corner. Zeros leave the object out.
+      layout: int32[N, 4] of (scene, object, left, top): sides of the scene and
+        the object, and the object's corner, in pixels of the scene. Zeros leave
+        the object out.
       image_size: side of the result, in pixels.
     """
     n, crop_size = images.shape[:2]
     shape = (n, image_size, image_size, 3)
     scenes = jax.image.resize(_to_float(background), shape, 'cubic')
     scenes = jnp.clip(scenes, 0, 1)
-    # Only a patch around the object is resampled: a quarter of the work.
+    # Resample only a patch around the object, which is a quarter of the work.
     least, most = np.divide(self.object_size, self.scene_size[::-1])
     patch = min(image_size, math.ceil(most * image_size) + 1)
-    # Pixels at the border count in part; the crop's edge goes on below them.
+    # Border pixels are partly covered, so extend the crop beyond its edges.
     pad = math.ceil(0.5 * crop_size / (least * image_size))
     edges = ((0, 0), (pad, pad), (pad, pad), (0, 0))
     padded = jnp.pad(_to_float(images), edges, 'edge')
@@ -127,24 +127,25 @@ class Scenes:
 
     scenes = jax.vmap(place)(scenes, padded, corner, start, scale, cover)
     if images.dtype == jnp.uint8:
-      # Borders that cover half a pixel give ties: they go down on any device.
+      # Round ties, from borders that cover half a pixel, down on any device.
       return jnp.round(255 * scenes - 1e-3).astype(jnp.uint8)
     return scenes
 
 
 @dataclasses.dataclass(frozen=True)
 class SceneReader:
-  """Draws scenes and reads their backgrounds.
+  """Draws layouts of scenes and reads their backgrounds.
 
   A scene depends only on the seed, the epoch, and the example's index in its
-  split, not on the batch or on where the iteration began.
+  split, not on the batch or the first step of the iteration.
 
   Attributes:
-    scenes: sizes.
+    scenes: sizes of the scenes.
     source: the encoded examples of the split.
     read: returns 'image', an example's whole image, uint8[B, B, 3], and
-      'weight', 0 if it is corrupt, so that the next one becomes the background.
-    seed: of all scenes.
+      'weight', which is 0 if the image is corrupt. The next candidate is then
+      used as background.
+    seed: seed of all scenes.
   """
 
   scenes: Scenes
@@ -155,20 +156,20 @@ class SceneReader:
   def __post_init__(self):
     if len(self.source) < 2:
       raise ValueError(
-        'scenes need at least two examples, one of them as background; got '
+        'scenes need at least two examples, one of them as the background; got '
         f'{len(self.source)}'
       )
 
   def draw(
     self, index: int, epoch: int = 0
   ) -> tuple[np.ndarray, Iterator[int]]:
-    """Returns the layout of a scene, int32[4], and candidates for background.
+    """Returns the layout of a scene, int32[4], and background candidates.
 
-    The candidates are all other examples. The first good one is used.
+    The candidates are all other examples; the first good one is used.
 
     Args:
-      index: of the example.
-      epoch: from 0; in evaluation always 0.
+      index: index of the example.
+      epoch: index of the epoch; always 0 in evaluation.
     """
     others = len(self.source) - 1
     rng = np.random.default_rng((*self.seed, epoch, int(index)))
@@ -188,14 +189,14 @@ class SceneReader:
     return np.array([scene, side, left, top], np.int32), candidates
 
   def __call__(self, index: int, epoch: int = 0) -> dict[str, np.ndarray]:
-    """Returns 'layout': int32[4] and 'background': uint8[B, B, 3] of a scene.
+    """Returns a scene's 'layout', int32[4], and 'background', uint8[B, B, 3].
 
     Args:
-      index: of the example.
+      index: index of the example.
       epoch: see `draw`.
 
     Raises:
-      CorruptImageError: by `read`.
+      CorruptImageError: raised by `read`.
       ValueError: all candidates are corrupt.
     """
     layout, candidates = self.draw(index, epoch)
@@ -211,10 +212,10 @@ class SceneReader:
     """Returns the parts of a batch of scenes, given decoded backgrounds.
 
     Args:
-      indices: int[N] of the examples.
+      indices: int[N], indices of the examples.
       epoch: see `draw`.
-      backgrounds: uint8[n, B, B, 3] of all examples.
-      good: bool[n], false where an example is corrupt.
+      backgrounds: uint8[n, B, B, 3], backgrounds from all examples.
+      good: bool[n], false if an example is corrupt.
     """
     layouts, chosen = [], []
     for layout, candidates in (self.draw(i, epoch) for i in indices):
@@ -231,13 +232,14 @@ def compose_batch(
   """Returns an evaluation batch with its photographs placed in scenes.
 
   Args:
-    batch: 'image', 'background' and 'layout' as `Scenes.compose` takes them;
-      the rest stays.
-    scenes: their sizes.
+    batch: has 'image', 'background', and 'layout', see `Scenes.compose`; other
+      entries are kept.
+    scenes: sizes of the scenes.
     image_size: side of the result, in pixels.
 
   Returns:
-    'image', and 'object_mask': bool[N, image_size, image_size], the truth.
+    The batch with composed 'image', and 'object_mask', the true mask,
+    bool[N, image_size, image_size].
   """
   rest = dict(batch)
   parts = {name: rest.pop(name) for name in ('background', 'layout')}
@@ -247,16 +249,16 @@ def compose_batch(
 
 
 def object_mask(layout: jax.Array, image_size: int) -> jax.Array:
-  """Returns bool[N, image_size, image_size], true in the object's rectangle.
+  """Returns the true masks of objects, bool[N, image_size, image_size].
 
-  A pixel belongs to the object if its center does.
+  A pixel belongs to the object if its center is in the object's rectangle.
 
   Args:
     layout: see `Scenes.compose`.
     image_size: side of the mask, in pixels.
   """
   scene, side, left, top = (layout[:, i, None] for i in range(4))
-  # Center (i + 1/2) / image_size against start / scene, in integers.
+  # Compare the center (i + 1/2) / image_size with start / scene in integers.
   center = (2 * jnp.arange(image_size) + 1) * scene
   rows, columns = (
     (center >= 2 * image_size * start)
@@ -267,16 +269,16 @@ def object_mask(layout: jax.Array, image_size: int) -> jax.Array:
 
 
 def _corners(layout, image_size: int) -> tuple[jax.Array, jax.Array]:
-  """Returns float[N, 2] each: (top, left) and (bottom, right), in pixels."""
+  """Returns (top, left) and (bottom, right) in pixels, float[N, 2] each."""
   scene, side, left, top = (layout[:, i, None] for i in range(4))
   start = jnp.concatenate([top, left], axis=1)
-  # Integers up to the division: exact where the result is a whole number.
+  # Divide last, so that whole numbers are exact.
   scene = jnp.maximum(scene, 1)
   return image_size * start / scene, image_size * (start + side) / scene
 
 
 def _cover(start, stop, length: int) -> jax.Array:
-  """Returns float[N, 2, length]: the share of each pixel in [start, stop]."""
+  """Returns the fraction of each pixel in [start, stop], [N, 2, length]."""
   pixel = jnp.arange(length)
   start, stop = start[..., None], stop[..., None]
   inside = jnp.minimum(stop, pixel + 1) - jnp.maximum(start, pixel)
@@ -290,6 +292,6 @@ def _to_float(images: jax.Array) -> jax.Array:
 
 def _no_background() -> ValueError:
   return ValueError(
-    'scenes need at least two images that can be decoded, one of them as '
+    'scenes need at least two images that can be decoded, one of them as the '
     'background'
   )

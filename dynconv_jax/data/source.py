@@ -1,9 +1,9 @@
 """The interface shared by all data sources.
 
-A data source is one file that exposes a `DataSource`, by convention `SOURCE`.
-It may lie outside the package: `--dataset=package.module:SOURCE`. Its `open`
-returns sequences of examples. `prepare.prepare` creates them from anything that
-can be iterated over once.
+A data source is one file that defines a `DataSource`, by convention `SOURCE`.
+Data sources outside the package are named package.module:SOURCE, as in
+`--dataset=package.module:SOURCE`. `open` returns sequences of examples.
+`prepare.prepare` creates them from any iterable of examples.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Common:
 
   Attributes:
     data_dir: folder of prepared data sets.
-    classes: the classes to keep, numbered in this order; empty: all.
-    skip_corrupt: accept zero-byte files; the reader skips what it cannot
-      decode.
+    classes: the classes to keep, in label order; empty for all.
+    skip_corrupt: whether to accept zero-byte files. The reader then skips
+      images that it cannot decode.
   """
 
   data_dir: str | os.PathLike[str]
@@ -36,12 +36,12 @@ class Dataset:
 
   Attributes:
     class_names: class names in label order.
-    splits: examples by the name of the split. `split[i]` is a dict of
-      image: bytes, a JPEG, PNG, or WebP file; label: int; name: str; and, for
-      all examples or none, object_mask: bytes, an image file, bright where
-      the object is. A split may have an attribute `labels`, int[len(split)];
-      otherwise each example is read once for its label. Splits are read from
-      several threads, and pickled for worker processes.
+    splits: examples by split name. `split[i]` is a dict of image: bytes, a
+      JPEG, PNG, or WebP file; label: int; name: str; and, for all examples or
+      none, object_mask: bytes, an image file in which the object is bright. A
+      split may have an attribute `labels`, int[len(split)]; otherwise, every
+      example is read once for its label. Splits are read from several threads
+      and pickled for worker processes.
     aliases: other names of splits, such as {'test': 'validation'}.
   """
 
@@ -55,11 +55,11 @@ class DataSource:
   """A kind of data set, such as CIFAR-10 or any folder of images.
 
   Attributes:
-    name: name in messages and of the folder of prepared data.
-    options: a frozen dataclass. Its fields, created by `option`, become flags,
-      so their names start with the source's name.
-    open: returns the data set, given its options and the common options. It
-      prepares the data if needed.
+    name: name of the source in messages, and of the folder of prepared data.
+    options: a frozen dataclass whose fields, created by `option`, become flags.
+      Their names should start with the source's name.
+    open: returns the data set, given its options and the common options.
+      Prepares the data if needed.
   """
 
   name: str
@@ -70,7 +70,7 @@ class DataSource:
     """Returns the options of this source.
 
     Args:
-      config: has the options as attributes; missing ones take their default.
+      config: has the options as attributes; missing ones get their default.
     """
     return self.options(
       **{
@@ -87,8 +87,8 @@ def option(default: Any, help: str, *, operational: bool = False) -> Any:
   Args:
     default: the flag's default.
     help: the flag's help.
-    operational: the option says where files are, not what they contain. It may
-      change when a run resumes.
+    operational: whether the option specifies the location of files, not their
+      content. It may then change when a run resumes.
   """
   return dataclasses.field(
     default=default, metadata={'help': help, 'operational': operational}

@@ -16,7 +16,7 @@ DATASETS = ('spots', 'food101', 'cifar10', 'imagenet2012', 'image_folder')
 
 
 class Splits(NamedTuple):
-  """A data set's sources by role; None where there is no such split."""
+  """A data set's sources by role; None if there is no such split."""
 
   train: ImageSource | None
   validation: ImageSource | None
@@ -30,7 +30,7 @@ def load_source(name: str) -> DataSource:
     name: one of DATASETS, or package.module:NAME.
 
   Raises:
-    ValueError: no such source exists.
+    ValueError: the source does not exist.
     ImportError: a package that reads data sets is missing.
   """
   if name in DATASETS:
@@ -51,15 +51,15 @@ def open_source(
 
   Args:
     source: the data source, or its name.
-    split: in TFDS's notation, such as 'train[:90%]'.
-    options: an instance of the source's `options`; None: the defaults.
+    split: the split in TFDS's notation, such as 'train[:90%]'.
+    options: an instance of the source's `options`; None for the defaults.
     common: options that all sources share.
 
   Returns:
     The source; None if `split` is '' or 'none'.
 
   Raises:
-    ValueError: as `open_splits`.
+    ValueError: see `open_splits`.
   """
   if splits_lib.is_none(split):
     return None
@@ -78,23 +78,24 @@ def open_splits(
   validation: str | None = None,
   test: str | None = None,
 ) -> Splits:
-  """Returns the sources of splits that share no example.
+  """Returns the sources of disjoint splits.
 
   Args:
     source: the data source, or its name.
-    options: an instance of the source's `options`; None: the defaults.
+    options: an instance of the source's `options`; None for the defaults.
     common: options that all sources share.
-    train: in TFDS's notation; '' or 'none': no such split. None: all of the
-      train split if the data set has a validation split, else its first 90 %.
-    validation: as `train`. None: the data set's validation split, else the
-      last 10 % of its train split.
-    test: as `train`. None: the data set's test split, if it has one.
+    train: the training split in TFDS's notation; '' or 'none' for no split.
+      None for the whole train split if the data set has a separate validation
+      split, and for its first 90 % otherwise.
+    validation: like `train`. None for the data set's validation split or, if it
+      has none, the last 10 % of its train split.
+    test: like `train`. None for the data set's test split, if it has one.
 
   Raises:
     ValueError: an argument is not allowed, files have the wrong format, or a
       split is empty, unknown, or overlaps another.
     FileNotFoundError: folders or files are missing.
-    ConnectionError: the download fails.
+    ConnectionError: the download failed.
     OSError: the disk is full.
   """
   opened = _Opened(source, options, common)
@@ -115,7 +116,8 @@ def open_splits(
 class _Opened:
   """A data set reduced to the chosen classes.
 
-  Splits are taken after that, so percentages are of these classes' examples.
+  Splits are resolved afterwards, so percentages refer to examples of these
+  classes.
   """
 
   def __init__(self, source: DataSource | str, options: Any, common: Common):
@@ -144,7 +146,7 @@ class _Opened:
     self.sizes = {split: len(m) for split, m in self._members.items()}
 
   def default_splits(self) -> dict[str, str]:
-    """Returns the splits to train, validate and test on, in TFDS's notation."""
+    """Returns the default split of each role, in TFDS's notation."""
     own = {role: self.aliases.get(role, role) for role in Splits._fields}
     test = own['test'] if own['test'] in self.sizes else ''
     if own['validation'] in self.sizes and own['validation'] != test:
@@ -176,13 +178,13 @@ class ImageSource:
   """A random-access source of encoded images, for grain or plain indexing.
 
   Picklable and safe to read from threads. `source[i]` is a dict of
-    image: bytes, the encoded file as it was.
-    label: int, position in `class_names`.
+    image: bytes, the original encoded file.
+    label: int, index in `class_names`.
     name: str, such as 'apple_pie/1005649'.
     object_mask: bytes, an image file of the object's mask (not in all sources).
 
   Attributes:
-    class_names: in label order.
+    class_names: class names in label order.
     labels: int32[len(source)].
   """
 
@@ -193,12 +195,13 @@ class ImageSource:
     class_names: tuple[str, ...],
     description: str,
   ):
-    """
+    """Creates the source.
+
     Args:
-      parts: examples of a split, and the positions in it to take, int64[n].
-      labels: int32[n], n over all parts.
-      class_names: in label order.
-      description: names the data set and split, in `repr`.
+      parts: examples of a split, and the positions in it to use, int64[n].
+      labels: int32[n], labels of the examples of all parts.
+      class_names: class names in label order.
+      description: name of the data set and split, for `repr`.
     """
     self._parts = parts
     self._stops = np.cumsum([len(positions) for _, positions in parts])
@@ -213,11 +216,11 @@ class ImageSource:
     index = range(len(self))[index]
     part = np.searchsorted(self._stops, index, side='right')
     examples, positions = self._parts[part]
-    # Counted from the part's end.
+    # A negative index, counted from the part's end.
     position = int(positions[index - self._stops[part]])
     return {**examples[position], 'label': int(self.labels[index])}
 
-  # grain compares this when it restores an iterator.
+  # grain compares the repr when it restores an iterator.
   def __repr__(self) -> str:
     return (
       f'ImageSource({self._description}, {len(self)} examples, '
@@ -228,7 +231,7 @@ class ImageSource:
 def check_classes(
   classes: Sequence[str], known: Sequence[str], dataset: str
 ) -> None:
-  """Raises ValueError naming all classes that `dataset` lacks."""
+  """Raises ValueError with the names of all classes that `dataset` lacks."""
   unknown = [c for c in classes if c not in known]
   if unknown:
     close = [
@@ -245,7 +248,7 @@ def _check_list(classes: Sequence[str]) -> None:
   """Raises ValueError if a list of classes has empty or repeated names."""
   if not all(classes):
     raise ValueError(
-      f'classes has an empty name; got {",".join(classes)!r}. Leave it out '
+      f'classes has an empty name; got {",".join(classes)!r}. Omit the option '
       'for all classes'
     )
   repeated = sorted({c for c in classes if classes.count(c) > 1})
@@ -256,13 +259,13 @@ def _check_list(classes: Sequence[str]) -> None:
 def _labels(
   examples: Sequence[Mapping[str, Any]], dataset: Dataset, what: str
 ) -> np.ndarray:
-  """Returns int32 labels; checks the examples of a split first."""
+  """Checks the examples of a split, and returns their int32 labels."""
   if not len(examples):
     return np.zeros(0, np.int32)
   missing = sorted({'image', 'label', 'name'} - set(examples[0]))
   if missing or not isinstance(examples[0]['image'], bytes):
     raise ValueError(
-      f'{what}: an example must have image (bytes), label and name; '
+      f'{what}: an example must have image (bytes), label, and name; '
       + (
         f'{", ".join(missing)} missing'
         if missing

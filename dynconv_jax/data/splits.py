@@ -1,16 +1,16 @@
-"""Resolves splits in TFDS's notation and checks that they do not overlap."""
+"""Splits in TFDS's notation, and checks that they do not overlap."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 
-# A split as slices of the dataset's own splits: (name, start, stop).
+# Slices of the data set's own splits: (name, start, stop).
 Slices = tuple[tuple[str, int, int], ...]
 
 
 def is_none(expression: str | None) -> bool:
-  """Returns whether an expression stands for no split."""
+  """Returns whether an expression means no split."""
   return expression is None or expression.strip().lower() in ('', 'none')
 
 
@@ -19,19 +19,20 @@ def resolve_split(
   sizes: Mapping[str, int],
   aliases: Mapping[str, str] | None = None,
 ) -> Slices:
-  """Returns the slices that an expression in TFDS's notation stands for.
+  """Returns the slices of an expression in TFDS's notation.
 
   Args:
-    expression: such as 'train', 'train[:90%]' or 'train[:50]+test[-10:]'.
-    sizes: number of examples by the name of the dataset's own split.
+    expression: an expression such as 'train', 'train[:90%]', or
+      'train[:50]+test[-10:]'.
+    sizes: number of examples of each of the data set's own splits.
     aliases: other names of those splits, such as {'test': 'validation'}.
 
   Returns:
-    (name, start, stop) for each term, in order; none is empty.
+    (name, start, stop) for each non-empty term, in order.
 
   Raises:
-    ValueError: the notation is wrong, or a split is unknown, out of range, or
-      empty, or would hold an example twice.
+    ValueError: the notation is wrong, or the split is unknown, out of range, or
+      empty, or contains an example twice.
   """
   import tensorflow_datasets as tfds  # Slow, and most programs need no data.
 
@@ -42,10 +43,10 @@ def resolve_split(
   )
   if 'shard' in spec:
     raise ValueError(
-      f'split {expression!r}: slices by shard are not supported, use examples '
+      f'split {expression!r}: slices by shard are not supported; use examples '
       'or percent'
     )
-  # TFDS reads the number of examples only.
+  # TFDS needs only the number of examples.
   infos = {
     name: tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
     for name, size in sizes.items()
@@ -76,12 +77,12 @@ def check_splits(
   sizes: Mapping[str, int],
   aliases: Mapping[str, str] | None = None,
 ) -> dict[str, Slices | None]:
-  """Returns each split's slices; checks that no two share an example.
+  """Returns the slices of each split, and checks that no two overlap.
 
   Args:
     expressions: expression by role, such as {'train': 'train[:90%]',
-      'validation': 'train[90%:]', 'test': ''}; '' and 'none' are no split.
-    sizes: number of examples by the name of the dataset's own split.
+      'validation': 'train[90%:]', 'test': ''}; '' and 'none' mean no split.
+    sizes: number of examples of each of the data set's own splits.
     aliases: other names of those splits.
 
   Returns:

@@ -1,9 +1,8 @@
-"""Spots: drawn images in which one small object alone decides the class.
+"""Spots: synthetic images in which only one small object determines the class.
 
-Each image has a textured background with clutter, which does not depend on the
-class, and one small shape at a random place. Most of the image need not be
-computed, and the object's true mask shows whether a network computes where it
-must.
+Each image has a textured background with clutter, independent of the class, and
+one small shape at a random place. Most of the image need not be computed, and
+the object's true mask shows whether a network computes in the right place.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from dynconv_jax.data.source import Common, Dataset, DataSource, option
 CLASS_NAMES = ('disc', 'ring', 'square', 'triangle', 'cross', 'bars')
 
 _SPLIT_IDS = {'train': 0, 'test': 1}
-# Radius of the object as a share of the image's side: a diameter of 10 to 13
-# of 32 pixels, 3 to 10 % of the image's area.
+# Radius of the object, relative to the image's side. At 32 pixels, the diameter
+# is 10 to 13 pixels; objects cover 3 to 10 % of the image.
 _MIN_RADIUS, _MAX_RADIUS = 0.15, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """Options of the source; they determine every pixel."""
+  """Options of the source, which determine every pixel."""
 
-  spots_size: int = option(32, 'Side of the drawn images, pixels.')
+  spots_size: int = option(32, 'Side of the drawn images, in pixels.')
   spots_train: int = option(3000, 'Number of drawn training images.')
   spots_test: int = option(1000, 'Number of drawn test images.')
   spots_seed: int = option(0, 'Seed of the drawn images.')
@@ -48,7 +47,7 @@ class Options:
 
 
 def open_spots(options: Options, common: Common) -> Dataset:
-  """Returns the drawn images; draws them on first use."""
+  """Returns the data set; draws its images on first use."""
   numbers = {'train': options.spots_train, 'test': options.spots_test}
   return prepare(
     SOURCE.name,
@@ -87,9 +86,9 @@ def draw(
   Args:
     options: size and seed; the numbers of images are ignored.
     split: 'train' or 'test'.
-    index: of the image in its split, from 0.
-    label: draws this class at the same place; by default classes alternate, so
-      that all are equally frequent.
+    index: index of the image in its split.
+    label: the class to draw, at the same place. By default, classes alternate,
+      so all are equally frequent.
 
   Returns:
     uint8[size, size, 3], bool[size, size], int.
@@ -125,7 +124,7 @@ def _grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _background(rng: np.random.Generator, size: int) -> np.ndarray:
-  """Returns float32[size, size, 3] in [0, 1]: texture, blobs, segments."""
+  """Returns texture with blobs and segments, float32[size, size, 3]."""
   y, x = _grid(size)
   # Texture: two gratings of any direction over a plain color.
   image = np.broadcast_to(
@@ -169,8 +168,8 @@ def _contrasting_color(
   )
 
 
-# Signed distances to each shape's edge, negative inside, in units of the
-# radius that all shapes reach to.
+# Signed distances to each shape's edge, negative inside, in units of the common
+# radius.
 def _box(u, v, half_width, half_height):
   return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
 

@@ -1,4 +1,4 @@
-"""Layers in PyTorch's conventions: padding, batch norm, initialization."""
+"""Layers with PyTorch's padding, batch norm, and initialization."""
 
 from dynconv_jax.layers.convolution import conv as conv
 from dynconv_jax.layers.cpu import conv_general_dilated as conv_general_dilated

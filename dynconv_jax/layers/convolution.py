@@ -1,4 +1,4 @@
-"""Convolutions, padded and initialized as in PyTorch."""
+"""Convolutions with PyTorch's padding and initialization."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def conv(
     kernel_size: side of the kernel.
     strides: stride along both axes.
     groups: number of channel groups.
-    padding: 'symmetric', kernel_size // 2 on each side, as PyTorch pads; or
-      'same', TensorFlow's.
+    padding: 'symmetric' for kernel_size // 2 on each side, as in PyTorch; or
+      'same', as in TensorFlow.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
   low = kernel_size // 2
   return nnx.Conv(
@@ -42,8 +42,9 @@ def conv(
     feature_group_count=groups,
     use_bias=False,
     dtype=dtype,
-    # He et al., ICCV 2015; torchvision's ResNets use mode fan_out. Of a group's
-    # outputs, as in TensorFlow and timm: depthwise ones would vanish otherwise.
+    # He et al., ICCV 2015, with mode fan_out as in torchvision's ResNets. As in
+    # TensorFlow and timm, fan_out counts the outputs of one group; otherwise,
+    # depthwise outputs would vanish.
     kernel_init=nnx.initializers.variance_scaling(
       2.0 * groups, 'fan_out', 'normal'
     ),

@@ -16,12 +16,13 @@ from dynconv_jax.layers.depthwise import depthwise
 def conv_general_dilated(x, kernel, strides, padding, **kwargs):
   """Convolves like `lax.conv_general_dilated`, but fast on a CPU.
 
-  XLA's CPU backend is slow at four kinds of convolutions, which this function
-  computes in other ways there: 1x1 as a matrix product, whose gradients are
-  several times faster; depthwise, see `depthwise`; on maps smaller than the
-  kernel by im2col and one product; and with a single feature, as in mask units,
-  by one product that gives all taps. Other platforms and MAC counters see the
-  plain convolution.
+  XLA's CPU backend is slow for four kinds of convolutions, which this function
+  computes differently on a CPU:
+  - 1x1: as a matrix product, whose gradients are several times faster.
+  - Depthwise: see `depthwise`.
+  - Output smaller than the kernel: with im2col and one matrix product.
+  - One output feature, as in mask units: one product computes all taps.
+  Other platforms and MAC counters use the plain convolution.
 
   Args:
     x: float[N, H, W, C].
@@ -109,10 +110,10 @@ def _taps(x, kernel, strides, padding, size, matmul):
 
 @jax.custom_vjp
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns the 3x3 maximum at stride 2, padding 1, of float[N, H, W, C].
+  """Returns the 3x3 max pooling of float[N, H, W, C], stride 2, padding 1.
 
-  The gradient goes to a window's first maximum, as in PyTorch. It is written
-  out because XLA's own, `select_and_scatter`, is slow on a CPU.
+  As in PyTorch, the gradient flows to the first maximum of a window. The custom
+  gradient avoids XLA's `select_and_scatter`, which is slow on a CPU.
   """
   return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
@@ -141,7 +142,7 @@ def _max_pool_backward(residuals, grad):
     return jnp.where(first == 3 * i + j, grad, 0)
 
   def previous(t, axis):
-    """Aligns with each window what the next one sends back to it."""
+    """Shifts gradients so that each window gets those of the next one."""
     rest = lax.slice_in_dim(t, 1, t.shape[axis], axis=axis)
     return jnp.concatenate(
       [rest, jnp.zeros_like(lax.slice_in_dim(t, 0, 1, axis=axis))], axis
@@ -152,8 +153,8 @@ def _max_pool_backward(residuals, grad):
     shape[axis] *= 2
     return jnp.stack([even, odd], axis + 1).reshape(shape)
 
-  # Row 2a is the middle of window a alone; row 2a + 1 is the last of window a
-  # and the first of window a + 1. So are the columns.
+  # Row 2a is the middle row of window a. Row 2a + 1 is the last row of window a
+  # and the first row of window a + 1. The same holds for columns.
   rows = [
     interleave(sent(1, j), sent(2, j) + previous(sent(0, j), 1), 1)
     for j in range(3)

@@ -13,7 +13,7 @@ from jax import lax
 
 from dynconv_jax.layers import training_kernels as kernels
 
-# Partial sums, added in order for any number of threads.
+# Number of partial sums, which are added in order for any number of threads.
 _PARTS = 16
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -23,9 +23,9 @@ Padding = tuple[tuple[int, int], tuple[int, int]]
 def depthwise(
   x: jax.Array, kernel: jax.Array, strides: int, padding: Padding
 ) -> jax.Array:
-  """Returns float[N, h, w, C]: each channel convolved with its own kernel.
+  """Returns a depthwise convolution, float[N, h, w, C].
 
-  Only reverse-mode gradients are defined: no `jvp`, no second derivative.
+  Supports only first-order reverse-mode differentiation.
 
   Args:
     x: float[N, H, W, C].

@@ -1,4 +1,4 @@
-"""Dropout that takes its random keys with the call."""
+"""Dropout with random streams passed to the call."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from flax import nnx
 
 
 class Dropout(nnx.Dropout):
-  """Zeros values at random in training, and scales up the rest.
+  """Zeros values at random in training, and scales up the others.
 
-  With broadcast_dims=(1, 2, 3) it drops whole images: stochastic depth.
+  With broadcast_dims=(1, 2, 3), drops whole images, as in stochastic depth.
   """
 
   def __call__(self, x: jax.Array, *, rngs: nnx.Rngs | None = None):
-    """Returns x; in training, with values dropped.
+    """Returns x, with values dropped in training.
 
     Args:
-      x: of any shape.
-      rngs: stream `dropout`, used in training only.
+      x: array of any shape.
+      rngs: random streams; uses `dropout` in training.
 
     Raises:
-      ValueError: `rngs` has no such stream in training.
+      ValueError: in training, `rngs` has no `dropout` or `default` stream.
     """
     if self.rate and not self.deterministic:
       if rngs is None or not ('dropout' in rngs or 'default' in rngs):
@@ -38,12 +38,12 @@ class Dropout(nnx.Dropout):
     deterministic: bool | None = None,
     use_running_average: bool | None = None,
   ):
-    """Class method used by ``nnx.view``.
+    """Sets attributes for ``nnx.view``.
 
     Args:
       deterministic: if True, nothing is dropped.
-      use_running_average: if True, nothing is dropped: this is evaluation, even
-        if gates sample.
+      use_running_average: if True, nothing is dropped, because the model is in
+        evaluation even if gates sample.
     """
     if deterministic is not None or use_running_average is not None:
       self.deterministic = bool(deterministic or use_running_average)

@@ -19,24 +19,24 @@ ACTIVATIONS = {
   'silu': nnx.silu,
   'gelu': nnx.gelu,
 }
-# Their numbers are those of kernels/batch_norm.h.
+# Numbers of activations in kernels/batch_norm.h.
 _NUMBERS = {None: 0, 'relu': 1, 'relu6': 2}
 
 
 class BatchNorm(nnx.BatchNorm):
-  """Batch normalization in PyTorch's convention, and an activation.
+  """Batch normalization with PyTorch's conventions, followed by an activation.
 
-  Running statistics hold the unbiased variance. Statistics and normalization
-  are float32 for every compute dtype; the result has the input's dtype.
+  The running variance is unbiased. Statistics and normalization use float32;
+  the result has the input's dtype.
 
   Args:
-    num_features: channels.
+    num_features: number of channels.
     activation: a key of ACTIVATIONS, applied to the result.
     scale_init: initializer of the scale.
     epsilon: added to the variance.
-    momentum: share of the running statistics that a step keeps, 1 minus
-      PyTorch's.
-    rngs: stream `params`.
+    momentum: decay of the running statistics, which is 1 minus PyTorch's
+      momentum.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -60,7 +60,7 @@ class BatchNorm(nnx.BatchNorm):
     self.activation = activation
 
   def __call__(self, x: jax.Array, use_running_average=None) -> jax.Array:
-    """Returns x, float[N, H, W, C], normalized by channel and activated."""
+    """Returns x, float[N, H, W, C], normalized per channel and activated."""
     if use_running_average is None:
       use_running_average = self.use_running_average
     y, scale, bias = x.astype(jnp.float32), self.scale[...], self.bias[...]
@@ -82,7 +82,7 @@ class BatchNorm(nnx.BatchNorm):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _batch_norm(x, scale, bias, epsilon, activation):
-  """Returns the normalized, activated input and the batch's statistics.
+  """Returns the normalized and activated input, and the batch statistics.
 
   No gradient flows through the returned statistics.
 
@@ -95,7 +95,7 @@ def _batch_norm(x, scale, bias, epsilon, activation):
 
   Returns:
     y: float32[N, ..., C].
-    mean, var: float32[C]; the variance is the biased one.
+    mean, var: float32[C]; the variance is biased.
   """
 
   def fast(x):
@@ -160,7 +160,7 @@ def _moments(x):
 
 
 def _pooled(moments, axis):
-  """Returns mean and variance of the batch from those of equal shares."""
+  """Returns the mean and variance of a batch from those of equal parts."""
   mean, var = moments
   whole = lax.pmean(mean, axis)
   return [whole, lax.pmean(var + jnp.square(mean - whole), axis)]

@@ -1,4 +1,4 @@
-"""Max pooling as a module, so that sparse backends can replace it."""
+"""Max pooling as a module, which sparse backends can replace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynconv_jax.layers.cpu import max_pool
 
 
 class MaxPool(nnx.Module):
-  """The 3x3 maximum at stride 2, padding 1."""
+  """3x3 max pooling with stride 2 and padding 1."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float[N, h, w, C] for x, float[N, H, W, C]."""

@@ -1,4 +1,4 @@
-"""Kernels of this package for training on a CPU; see kernels/."""
+"""Custom kernels for training on a CPU; see kernels/."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _NAMES = (
 
 
 def choose(fast: Callable, plain: Callable, *args: jax.Array) -> Any:
-  """Returns what one of two functions returns: on a CPU the fast one.
+  """Returns the result of `fast` on a CPU, and of `plain` otherwise.
 
   Args:
-    fast: calls kernels.
-    plain: the same by XLA, for other platforms, other dtypes than float32, and
-      where kernels are not compiled.
-    *args: of both.
+    fast: computes the result with custom kernels.
+    plain: computes the result with XLA; used on other platforms, for dtypes
+      other than float32, and if the kernels failed to compile.
+    *args: arguments of both functions.
   """
   if any(a.dtype != jnp.float32 for a in args) or _library() is None:
     return plain(*args)
@@ -50,24 +50,24 @@ def call(
 ) -> list[jax.Array]:
   """Returns the results of a kernel.
 
-  A batch that is split over devices stays there. Under `vmap` one call follows
-  another.
+  A batch that is sharded over devices is processed in place. Under `vmap`, the
+  kernel is called sequentially.
 
   Args:
-    name: of the kernel.
-    shapes: of its results, all float32.
+    name: name of the kernel.
+    shapes: shapes of the results, all float32.
     *args: float32 arrays.
     rule: dimensions of arguments and results as letters, such as
-      'nhwc,ijc->npqc'; those called n are of the batch.
-    combine: makes results of the whole batch of those of a device's share and
-      the name of the axis, where they have no such dimension.
+      'nhwc,ijc->npqc'; n is the batch dimension.
+    combine: (results of a device's shard, axis name) -> results of the whole
+      batch; needed if results have no batch dimension.
     **attributes: NumPy scalars.
   """
   before, after = (part.split(',') for part in rule.split('->'))
   target = _library().targets[name]
 
   def run(*args):
-    # A share of a batch gives that share of the results.
+    # A shard of the batch yields the same shard of the results.
     results = [
       jax.ShapeDtypeStruct(
         tuple(
@@ -113,7 +113,7 @@ def call(
 
 @functools.cache
 def _library() -> native.Library | None:
-  """Compiles the kernels, if it is a CPU that JAX computes on."""
+  """Compiles the kernels; returns None if JAX does not run on a CPU."""
   if jax.default_backend() != 'cpu':
     return None
   return native.register(_SOURCE, _NAMES)

@@ -1,4 +1,4 @@
-"""ACT: adaptive computation time in a stage, for whole images."""
+"""ACT: adaptive computation time within each stage, per image."""
 
 from __future__ import annotations
 

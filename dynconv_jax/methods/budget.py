@@ -1,4 +1,4 @@
-"""Options that methods share: a budget, and how training gets there."""
+"""Options shared by methods: the budget, its warmup, and the initial bias."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from dynconv_jax.options import SHARE, option
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """How much is to be computed."""
+  """The target amount of computation."""
 
   budget: float = option(
     0.5,
-    "DynConv: target share of the masked layers' MACs; ConvNet-AIG: target "
-    'rate t of executing a block. In [0, 1].',
+    "DynConv: target executed fraction of the masked layers' MACs. "
+    'ConvNet-AIG: target execution rate t of a block. In [0, 1].',
     allowed=SHARE,
   )
 
 
 @dataclasses.dataclass(frozen=True)
 class Warmup:
-  """How long the price of computing rises."""
+  """The warmup of the budget or of the penalty on computation."""
 
   budget_warmup: float = option(
     0.0,
-    'Share of the training over which the target falls from 1 to the budget, '
-    "SkipNet's skip_weight rises from 0 to its value; 0, as in the papers: "
-    'they are so from the start.',
+    'Fraction of training over which the target falls from 1 to the budget '
+    "(DynConv) or SkipNet's skip_weight rises from 0 to its value. 0, as in "
+    'the papers: no warmup.',
     allowed=SHARE,
   )
 
   def warm(self, progress: float | jax.Array) -> float | jax.Array:
-    """Returns the share of the warm-up that is done.
+    """Returns the completed fraction of the warmup, in [0, 1].
 
     Args:
-      progress: share of the training that is done, in [0, 1].
+      progress: fraction of training completed, in [0, 1].
     """
     if not self.budget_warmup:
       return 1.0
@@ -48,11 +48,11 @@ class Warmup:
 
 @dataclasses.dataclass(frozen=True)
 class Opening:
-  """How gates start."""
+  """The initialization of gates."""
 
   mask_bias: float | None = option(
     None,
-    "Initial logit of fresh mask units of DynConv's and gates of SkipNet's: "
-    "weights of the squeeze branch, of a gate's last layer, start at 0 and the "
-    'bias at this. Unset: their own initialization.',
+    "Initial logit of new DynConv mask units and SkipNet gates. SkipNet's last "
+    "layer and DynConv's squeeze branch start with zero weights, and the bias "
+    "starts at this value. Unset: the method's own initialization.",
   )

@@ -1,4 +1,4 @@
-"""ConvNet-AIG: one decision an image and block, and target rates."""
+"""ConvNet-AIG: one decision per image and block, with target rates."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
 from dynconv_jax.methods.method import Method
 from dynconv_jax.options import NOT_NEGATIVE, option
 
-# Channels between the two layers, and the opening logits of 'skip' and
-# 'execute', which leave about 85 % of the blocks open (authors' code).
+# Hidden channels, and the initial logits of 'skip' and 'execute', which execute
+# about 85 % of the blocks (authors' code).
 _HIDDEN = 16
 _OPENING = (0.1, 2.0)
 
 
 class LayerGate(Gate):
-  """Decides per image whether a block's branch is executed.
+  """A gate that executes or skips a block's branch for each image.
 
-  Veit and Belongie, ECCV 2018, section 3.2 and the authors' code: global
-  average, two 1x1 convolutions, Gumbel-softmax over (skip, execute). With two
-  outcomes that is the binary Gumbel-softmax of the logits' difference.
+  Veit and Belongie, ECCV 2018, section 3.2 and the authors' code: a global
+  average, two 1x1 convolutions, and a Gumbel-softmax over (skip, execute). With
+  two outcomes, this equals the binary Gumbel-softmax of the logits' difference.
 
-  In training the gate samples. In evaluation it takes the likelier outcome;
-  with ``nnx.view(model, deterministic=False, use_running_average=True)`` it
-  samples there too, as the authors' code does: then the execution rates of
-  training and evaluation agree, and an image's logits vary from call to call.
+  The gate samples in training and takes the likelier outcome in evaluation.
+  With ``nnx.view(model, deterministic=False, use_running_average=True)`` it
+  also samples in evaluation, as the authors' code does. Execution rates then
+  match those of training, but an image's logits vary between calls.
 
   Args:
     in_features: channels of the block's input.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
 
   per_image = True
-  # The authors' checkpoints: gates lie in their blocks.
+  # In the authors' checkpoints, gates are part of their blocks.
   checkpoint_modules = {
     'downsample': 'shortcut',
     'fc': 'linear',
@@ -85,8 +85,8 @@ class Options(Budget, Gumbel):
 
   target_rates: str = option(
     'uniform',
-    "ConvNet-AIG's target rate of each block: uniform, or the paper's list "
-    'for resnet50 or resnet101, with the budget as t.',
+    "ConvNet-AIG's target rate of each block: uniform, or the paper's list for "
+    'resnet50 or resnet101, with the budget as t.',
   )
   target_rate_weight: float = option(
     2.0, "Weight of ConvNet-AIG's target-rate loss.", allowed=NOT_NEGATIVE
@@ -99,14 +99,15 @@ def target_rates(
   """Returns the target execution rate of each block, in network order.
 
   Args:
-    name: 'uniform', every block at `rate`; or 'resnet50', 'resnet101', the
-      lists of the paper (Veit and Belongie, ECCV 2018, section 4.2 and the
-      authors' code), where `rate` is t. Or the rates themselves.
+    name: 'uniform' for `rate` in every block; 'resnet50' or 'resnet101' for the
+      paper's lists (Veit and Belongie, ECCV 2018, section 4.2 and the authors'
+      code), with `rate` as t; or the rates themselves.
     rate: t, in [0, 1].
-    num_blocks: of the network; None: as many as in the list.
+    num_blocks: number of blocks in the network, or None to skip the check of
+      the list's length.
 
   Raises:
-    ValueError: there is no such list, or it is of another network.
+    ValueError: the name is unknown, or the number of rates is not `num_blocks`.
   """
   t = rate
   known = {
@@ -119,8 +120,8 @@ def target_rates(
   rates = known[name] if isinstance(name, str) else tuple(name)
   if num_blocks is not None and len(rates) != num_blocks:
     raise ValueError(
-      f'target_rates must be one a block, {num_blocks}; got {len(rates)}'
-      + (f', those of {name}' if isinstance(name, str) else '')
+      f'target_rates must have one rate per block ({num_blocks}); got '
+      f'{len(rates)}' + (f' from {name}' if isinstance(name, str) else '')
     )
   return tuple(map(float, rates))
 
@@ -128,13 +129,13 @@ def target_rates(
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns what makes the gate of a block; one whose rate is 1 has none."""
+  """Returns a function that makes a block's gate, or None if its rate is 1."""
   options.check_phases()
   rates = target_rates(options.target_rates, options.budget, len(sites))
   if all(rate == 1 for rate in rates):
     raise ValueError(
-      'convnet_aig needs a target rate below 1, because a block whose target '
-      'is 1 has no gate; got 1 for every block'
+      'convnet_aig needs at least one target rate below 1, because a block '
+      'with target rate 1 has no gate; got 1 for every block'
     )
   order = {site.name: i for i, site in enumerate(sites)}
   return lambda site: (
@@ -147,25 +148,25 @@ def make_gates(
 def target_rate_loss(
   masks: Sequence[ExecutionMask], target_rates: Sequence[float]
 ) -> jax.Array:
-  """Returns ConvNet-AIG's loss on the execution rates, unweighted.
+  """Returns ConvNet-AIG's unweighted loss on execution rates.
 
-  Mean over the gated blocks of (target - batch mean of the gate)^2 (Veit and
-  Belongie, ECCV 2018, section 3.3; the authors weigh it by 2 on CIFAR and by 1
-  on ImageNet).
+  The mean over gated blocks of (target - batch mean of the gate)^2 (Veit and
+  Belongie, ECCV 2018, section 3.3). The authors weight it by 2 on CIFAR and by
+  1 on ImageNet.
 
   Args:
-    masks: one a gated block, with straight-through gradients.
-    target_rates: one a gated block, in [0, 1].
+    masks: one mask per gated block, with straight-through gradients.
+    target_rates: one rate per gated block, in [0, 1].
 
   Returns:
     float32 scalar.
 
   Raises:
-    ValueError: there is not one target a mask, or no mask.
+    ValueError: there are no masks, or the numbers of targets and masks differ.
   """
   if not masks or len(masks) != len(target_rates):
     raise ValueError(
-      'target_rates must be one a gated block, and at least one; got '
+      'target_rates must have one rate per gated block, and at least one; got '
       f'{len(target_rates)} for {len(masks)} masks'
     )
   rates = jnp.stack([jnp.mean(mask.density()) for mask in masks])

@@ -1,4 +1,4 @@
-"""The baseline: every block is executed everywhere."""
+"""The dense baseline: every block runs everywhere."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Blocks that are never executed: the control for what gates decide.
+"""A control for learned gates: named blocks never run.
 
-A gated network may save most where it never executes some blocks. Without those
-blocks, a network without gates saves as much.
+If a gated network saves most of its MACs by never running certain blocks, a
+network without those blocks and without gates saves as much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynconv_jax.options import option
 
 
 class Closed(Gate):
-  """Executes the block's branch for no image."""
+  """A gate that never executes the block's branch."""
 
   per_image = True
 
@@ -33,14 +33,14 @@ class Options:
   """The control's options."""
 
   dropped_blocks: tuple[str, ...] = option(
-    (), 'Blocks that are never executed, such as blocks.3.1,blocks.4.2.'
+    (), 'Blocks that never run, such as blocks.3.1,blocks.4.2.'
   )
 
 
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns what makes the gates of the blocks to drop; others have none."""
+  """Returns a function that makes a block's gate: `Closed` if it is dropped."""
   del rngs
   names = [site.name for site in sites if site.identity]
   unknown = [name for name in options.dropped_blocks if name not in names]

@@ -1,4 +1,4 @@
-"""DynConv: one decision an image and position, and a budget of MACs."""
+"""DynConv: one decision per image and position, with a budget of MACs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
 from dynconv_jax.methods.method import Method
 from dynconv_jax.options import NOT_NEGATIVE, Range, option
 
-# Share of the training after which the per-block bounds are fully open
-# (authors' code, `SparsityCriterion`).
+# Fraction of training after which the per-block bounds are [0, 1] (authors'
+# code, `SparsityCriterion`).
 _ANNEALED = 0.33
 
-# PyTorch's default initialization, U(-1/sqrt(fan_in), 1/sqrt(fan_in)): about
-# half of the positions open at the start.
+# PyTorch's default initialization, U(-1/sqrt(fan_in), 1/sqrt(fan_in)). About
+# half of the positions are executed initially.
 _torch_uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
@@ -41,11 +41,12 @@ class Squeeze(nnx.Module):
   Verelst and Tuytelaars, CVPR 2020, section 3.2 and the authors' code.
 
   Args:
-    in_features: channels of the map.
-    strides: of the convolution.
-    kernel_size: of the convolution, odd.
-    pool: side of the patches whose averages are read, 1: positions.
-    rngs: stream `params`.
+    in_features: channels of the input.
+    strides: stride of the convolution.
+    kernel_size: kernel size of the convolution, odd.
+    pool: side of the patches over which the input is averaged first; 1 for no
+      averaging.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -81,29 +82,29 @@ class Squeeze(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, h, w]: logits of a float[N, H, W, C] input."""
+    """Returns float32[N, h, w] logits for a float[N, H, W, C] input."""
     x = average_pool(x, self.pool)
     squeezed = self.fc(jnp.mean(x, axis=(1, 2)))
     return (self.conv(x) + squeezed[:, None, None, :])[..., 0]
 
 
 class MaskUnit(Gate):
-  """Decides per image and position whether a block's branch is executed.
+  """A gate that executes or skips a block's branch at each position.
 
-  In training the mask is sampled; in evaluation it is logits >= 0. With a
-  granularity above 1 one decision holds for a patch of positions, which is
-  read off the average-pooled map (Han et al., LASNet, NeurIPS 2022, section
-  3.2): coarser masks are cheaper to execute on a large GPU.
+  The mask is sampled in training and is `logits >= 0` in evaluation. With a
+  granularity above 1, each decision covers a patch of positions and is computed
+  from the average-pooled input (Han et al., LASNet, NeurIPS 2022, section 3.2).
+  Coarser masks run faster on a large GPU.
 
   Args:
     in_features: channels of the block's input.
-    strides: stride of the block: the mask has the block's output resolution.
-    kernel_size: 3, or 1 for the variant of the authors' pose network.
+    strides: stride of the block. The mask has the block's output resolution.
+    kernel_size: 3, or 1 for the variant in the authors' pose network.
     granularity: side of a patch, in positions of the block's output.
-    norm: whether the input is normalized by channel first, so that the noise
-      and the initial bias mean the same for any block: pretrained networks'
-      features differ in scale by orders of magnitude.
-    rngs: stream `params`.
+    norm: whether to normalize the input per channel. The features of pretrained
+      networks differ in scale by orders of magnitude; normalization makes the
+      noise and the initial bias equally effective in every block.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -122,7 +123,7 @@ class MaskUnit(Gate):
     self.granularity = granularity
     self.maskconv = Squeeze(
       in_features,
-      # Pooling does the stride of the block too.
+      # Pooling includes the block's stride.
       strides=strides if granularity == 1 else 1,
       kernel_size=kernel_size,
       pool=1 if granularity == 1 else granularity * strides,
@@ -130,7 +131,7 @@ class MaskUnit(Gate):
     )
 
   def open(self, logit: float) -> None:
-    """Makes the logit the same everywhere; above 0 executes the block."""
+    """Sets the logit of all positions; above 0, the block runs everywhere."""
     unit = self.maskconv
     unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
     unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
@@ -154,7 +155,7 @@ class MaskUnit(Gate):
 
 
 def average_pool(x: jax.Array, size: int) -> jax.Array:
-  """Returns float32 means of size x size patches; those at the edge are cut."""
+  """Returns float32 means of size x size patches; edge patches are cropped."""
   if size == 1:
     return x.astype(jnp.float32)
 
@@ -185,12 +186,12 @@ class Options(Budget, Warmup, Opening, Gumbel):
   )
   mask_granularity: tuple[int, ...] = option(
     (1,),
-    "Side of DynConv's patches, in positions of a block's output: one for all "
-    'stages, or one a stage.',
+    "Side of DynConv's patches, in positions of a block's output: one value "
+    'for all stages, or one per stage.',
   )
   mask_norm: bool = option(
     False,
-    "Whether DynConv's mask units normalize their input by channel.",
+    "Whether DynConv's mask units normalize their input per channel.",
     before=False,
   )
   sparsity_weight: float = option(
@@ -198,7 +199,7 @@ class Options(Budget, Warmup, Opening, Gumbel):
   )
 
 
-# More than the side of a map is one patch.
+# Any value above the side of the feature map yields a single patch.
 _MAX_GRANULARITY = 1024
 
 
@@ -208,19 +209,19 @@ def stage_granularities(
   """Returns the side of the patches in each stage.
 
   Args:
-    given: one for all stages, or one a stage.
-    sites: of the network.
+    given: one value for all stages, or one per stage.
+    sites: all sites of the network.
 
   Raises:
-    ValueError: there are not so many, or one is not positive.
+    ValueError: the number of values is wrong, or a value is out of range.
   """
   stages = 1 + max((site.stage for site in sites), default=0)
   if len(given) not in (1, stages) or not all(
     1 <= side <= _MAX_GRANULARITY for side in given
   ):
     raise ValueError(
-      f'mask_granularity must be 1 or {stages} integers, for so many stages, '
-      f'in [1, {_MAX_GRANULARITY}]; got {",".join(map(str, given))}'
+      f'mask_granularity must be 1 or {stages} integers (one per stage) in [1, '
+      f'{_MAX_GRANULARITY}]; got {",".join(map(str, given))}'
     )
   return tuple(given) * (stages if len(given) == 1 else 1)
 
@@ -228,7 +229,7 @@ def stage_granularities(
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns what makes the mask unit of a block."""
+  """Returns a function that makes a block's mask unit."""
   options.check_phases()
   sides = stage_granularities(options.mask_granularity, sites)
   return lambda site: MaskUnit(
@@ -244,14 +245,14 @@ def make_gates(
 def budget_bounds(
   budget: float | jax.Array, progress: float | jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the (lower, upper) bound of a block's executed fraction.
+  """Returns the (lower, upper) bounds of a block's executed fraction.
 
-  Both are the budget at the start and open to [0, 1] by a third of the
+  Both bounds start at the budget and widen to [0, 1] over the first third of
   training (Verelst and Tuytelaars, CVPR 2020, section 3.4).
 
   Args:
     budget: target executed fraction, in [0, 1].
-    progress: share of the training that is done, in [0, 1].
+    progress: fraction of training completed, in [0, 1].
   """
   q = jnp.cos(jnp.pi / 2 * jnp.minimum(1.0, progress / _ANNEALED)) ** 2
   return q * budget, 1.0 - q * (1.0 - budget)
@@ -263,16 +264,16 @@ def sparsity_loss(
   budget: float | jax.Array,
   progress: float | jax.Array,
 ) -> jax.Array:
-  """Returns DynConv's loss on the executed fraction, unweighted.
+  """Returns DynConv's unweighted loss on the executed fraction.
 
-  The network's executed fraction is drawn to the budget, each block's into
-  bounds that open as training goes on (Verelst and Tuytelaars, CVPR 2020,
-  section 3.4; the authors weigh it by 10, by 0.01 for pose).
+  The loss pulls the network's executed fraction toward the budget and each
+  block's into bounds that widen during training (Verelst and Tuytelaars, CVPR
+  2020, section 3.4). The authors weight it by 10, and by 0.01 for pose.
 
   Args:
-    masks: one a gated block, with straight-through gradients.
+    masks: one mask per gated block, with straight-through gradients.
     budget: target executed fraction of the masked layers' MACs, in [0, 1].
-    progress: share of the training that is done, in [0, 1].
+    progress: fraction of training completed, in [0, 1].
 
   Returns:
     float32 scalar.
@@ -282,8 +283,8 @@ def sparsity_loss(
   """
   if not masks:
     raise ValueError(
-      'the sparsity loss needs at least one execution mask; got none: '
-      'a dense network has no budget'
+      'the sparsity loss needs at least one execution mask; got none (a dense '
+      'network has no budget)'
     )
   if not isinstance(budget, jax.Array) and not 0 <= budget <= 1:
     raise ValueError(f'budget must be in [0, 1]; got {budget}')
@@ -294,7 +295,7 @@ def sparsity_loss(
 
 
 def target(options: Options, progress: float | jax.Array) -> float | jax.Array:
-  """Returns the target executed fraction at a share of the training."""
+  """Returns the target executed fraction at the given training progress."""
   if not options.budget_warmup:
     return options.budget
   return 1.0 - (1.0 - options.budget) * options.warm(progress)

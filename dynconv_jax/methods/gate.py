@@ -13,16 +13,16 @@ from flax import nnx
 
 @dataclasses.dataclass(frozen=True)
 class GateSite:
-  """A place in a network where a method may put a gate: one gated block.
+  """A block of a network that can have a gate.
 
   Attributes:
     name: the block's path in the model, such as 'layer2.0'.
-    index: of the block in the network, from 0.
-    stage: of the network, from 0.
-    stage_index: of the block in its stage, from 0.
+    index: index of the block in the network.
+    stage: index of the stage in the network.
+    stage_index: index of the block in its stage.
     in_features: channels of the block's input.
-    strides: of the block.
-    identity: whether its shortcut is the identity.
+    strides: stride of the block.
+    identity: whether the block's shortcut is the identity.
   """
 
   name: str
@@ -35,37 +35,36 @@ class GateSite:
 
 
 class Decision(NamedTuple):
-  """Where a gate lets its block's branch be executed.
+  """The decision of a gate: where its block's branch is executed.
 
   Attributes:
     hard: float32[N, h, w] of {0, 1} at the block's output resolution, or
-      float32[N, 1, 1] of a gate that decides per image.
-    score: what the decision was made from, of the shape of `hard`, where a
-      loss needs it: the probability of executing (SkipNet), the halting score
-      (SACT, ACT). Otherwise None.
+      float32[N, 1, 1] from a per-image gate.
+    score: the basis of the decision, in the shape of `hard`, if a loss needs
+      it: the probability of executing (SkipNet) or the halting score (SACT,
+      ACT). Otherwise None.
   """
 
   hard: jax.Array
   score: jax.Array | None = None
 
 
-# Makes the gate of a block, or None: the branch is executed everywhere.
+# Makes a block's gate, or returns None to execute the branch everywhere.
 MakeGate = Callable[[GateSite], 'Gate | None']
 
 
 class Gate(nnx.Module):
-  """Decides from a block's input whether and where its branch is executed.
+  """A module that decides where a block's branch runs, given the block's input.
 
   Attributes:
-    deterministic: whether decisions are those of evaluation; set by
-      ``nnx.view``.
-    per_image: whether a decision holds for all positions of an image.
-    spans_stage: whether a stage's output is not that of its last block, but
-      what `end_stage` makes of it.
-    checkpoint_modules: how the public checkpoints of networks with such gates
-      rename modules; None for one that they leave out of names.
-    interpolates: whether the gradient of a decision is that of
-      `m relu(s + b) + (1 - m) relu(s)`, with shortcut s and branch b, not that
+    deterministic: whether to decide as in evaluation; set by ``nnx.view``.
+    per_image: whether a decision covers all positions of an image.
+    spans_stage: whether `end_stage` computes a stage's output from the output
+      of the stage's last block.
+    checkpoint_modules: maps module names to the names that public checkpoints
+      of networks with this gate use; None for a module that their names omit.
+    interpolates: whether the gradient of a decision m is that of
+      `m relu(s + b) + (1 - m) relu(s)`, with shortcut s and branch b, instead
       of `relu(s + m b)`. The values are the same.
   """
 
@@ -86,31 +85,31 @@ class Gate(nnx.Module):
     temperature: float | jax.Array = 1.0,
     gumbel_noise: bool | jax.Array = True,
   ) -> tuple[Decision, Any]:
-    """Returns the decision for one block, and what later gates need.
+    """Returns the decision for one block, and the carry for the next gate.
 
     Args:
       x: float[N, H, W, C], the block's input.
-      carry: what the gate before returned; None at first.
-      rngs: stream `gumbel`, for gates that sample.
-      temperature: of a Gumbel-softmax, > 0.
-      gumbel_noise: whether noise is added in training.
+      carry: the carry of the previous gate; None for the first.
+      rngs: random streams; gates that sample use `gumbel`.
+      temperature: temperature of the Gumbel-softmax, > 0.
+      gumbel_noise: whether to add noise in training.
     """
     raise NotImplementedError
 
   def end_stage(self, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
-    """Returns a stage's output and the carry of the next stage's gates.
+    """Returns a stage's output, and the carry for the next stage's gates.
 
     Args:
       x: float[N, h, w, C], the output of the stage's last block.
-      carry: what that block's gate returned.
+      carry: the carry that the last block's gate returned.
     """
     return x, carry
 
   def key(self, rngs: nnx.Rngs | None) -> jax.Array:
-    """Returns the key of a sample.
+    """Returns a PRNG key to sample with.
 
     Raises:
-      ValueError: there is no `gumbel` stream.
+      ValueError: `rngs` has neither a `gumbel` nor a `default` stream.
     """
     if rngs is None or not ('gumbel' in rngs or 'default' in rngs):
       given = None if rngs is None else [name for name, _ in rngs.items()]
@@ -119,27 +118,27 @@ class Gate(nnx.Module):
         f'{given}. For evaluation use nnx.view(model, deterministic=True, '
         'use_running_average=True)'
       )
-    # By name: where there is only `default`, which stands in for any stream,
-    # `rngs.gumbel` is a method that draws a sample.
+    # Index by name: if only `default` exists, `rngs.gumbel` is the method that
+    # draws Gumbel samples.
     return rngs['gumbel']()
 
   def set_view(self, deterministic: bool | None = None):
-    """Class method used by ``nnx.view``.
+    """Sets attributes for ``nnx.view``.
 
     Args:
-      deterministic: if True, decisions are those of evaluation.
+      deterministic: if True, the gate decides as in evaluation.
     """
     if deterministic is not None:
       self.deterministic = deterministic
 
 
 def conv1x1(in_features: int, out_features: int, **kwargs) -> nnx.Conv:
-  """Returns a float32 1x1 convolution with a bias, as gates have them.
+  """Returns a float32 1x1 convolution with a bias, for gates.
 
   Args:
     in_features: channels of the input.
     out_features: channels of the output.
-    **kwargs: `rngs`, and others of nnx.Conv.
+    **kwargs: `rngs` and other arguments of `nnx.Conv`.
   """
   kwargs = {
     'kernel_init': nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal'),

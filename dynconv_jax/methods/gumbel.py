@@ -1,4 +1,4 @@
-"""Binary decisions that are hard forward and soft backward."""
+"""Binary decisions with a hard forward pass and a soft gradient."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dynconv_jax.options import RISING, SHARE, Range, option
 
 @dataclasses.dataclass(frozen=True)
 class Gumbel:
-  """Options of methods that sample by a Gumbel-softmax."""
+  """Options of methods that sample from a Gumbel-softmax."""
 
   gumbel_temperatures: tuple[float, ...] = option(
     (1.0,),
-    'Temperature of the Gumbel sigmoid, one a phase.',
+    'Temperatures of the Gumbel sigmoid, one per phase.',
     allowed=Range(
       lambda values: bool(values) and all(t > 0 for t in values),
       'one or more values > 0',
@@ -24,22 +24,22 @@ class Gumbel:
   )
   gumbel_milestones: tuple[float, ...] = option(
     (),
-    'Where the next temperature begins, as shares of the training.',
+    'Fractions of training at which the next temperature begins.',
     allowed=RISING,
   )
   gumbel_noise_until: float = option(
     0.8,
-    'Share of the training after which the masks get no noise.',
+    'Fraction of training after which gates add no noise.',
     allowed=SHARE,
   )
 
   def anneal(
     self, progress: float | jax.Array
   ) -> tuple[jax.Array, bool | jax.Array]:
-    """Returns temperature and whether gates add noise.
+    """Returns the temperature, and whether gates add noise.
 
     Args:
-      progress: share of the training that is done, in [0, 1].
+      progress: fraction of training completed, in [0, 1].
     """
     starts = jnp.array(self.gumbel_milestones, jnp.float32)
     phase = jnp.sum(progress >= starts).astype(jnp.int32)
@@ -47,10 +47,11 @@ class Gumbel:
     return temperatures[phase], progress < self.gumbel_noise_until
 
   def check_phases(self) -> None:
-    """Raises ValueError unless each temperature but the first has a start."""
+    """Raises ValueError unless each later temperature has a milestone."""
     if len(self.gumbel_milestones) != len(self.gumbel_temperatures) - 1:
       raise ValueError(
-        'gumbel_milestones must be one fewer than gumbel_temperatures; got '
+        'gumbel_milestones must have one value fewer than '
+        'gumbel_temperatures; got '
         f'{len(self.gumbel_milestones)} and {len(self.gumbel_temperatures)}'
       )
 
@@ -71,18 +72,18 @@ def binary_gumbel(
   temperature: float | jax.Array = 1.0,
   noise: bool | jax.Array = True,
 ) -> jax.Array:
-  """Returns hard samples of a binary Gumbel-softmax, straight-through.
+  """Returns hard, straight-through samples of a binary Gumbel-softmax.
 
-  Verelst and Tuytelaars, CVPR 2020, section 3.1: the difference of two Gumbel
-  samples is added to the logits; the sigmoid at a temperature gives the
-  gradient, its rounding the value.
+  Verelst and Tuytelaars, CVPR 2020, section 3.1: adds the difference of two
+  Gumbel samples to the logits and applies a sigmoid with a temperature. The
+  rounded sigmoid is the value; its gradient is that of the sigmoid.
 
   Args:
-    logits: float32[...]; above zero favours 1.
-    key: PRNG key of the noise; may be None where `noise` is the constant False.
-    temperature: of the sigmoid, > 0; may be traced.
-    noise: whether Gumbel noise is added; may be traced, so that the schedule
-      that ends it does not recompile the step.
+    logits: float32[...]; values above 0 favor 1.
+    key: PRNG key; may be None if `noise` is the constant False.
+    temperature: temperature of the sigmoid, > 0; may be traced.
+    noise: whether to add Gumbel noise. May be traced, to avoid recompiling the
+      step when the schedule turns noise off.
 
   Returns:
     float32[...] of {0, 1}, with the gradient of sigmoid((logits + g) / T).

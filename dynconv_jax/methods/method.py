@@ -1,7 +1,7 @@
-"""What a method is, and the methods by name.
+"""The definition of a method, and a registry of methods by name.
 
-A method is one file that exposes a `Method`, by convention `METHOD`, and may
-lie outside the package: package.module:METHOD.
+Each method is one file that defines a `Method`, by convention `METHOD`. Methods
+outside the package are named package.module:METHOD.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.gate import Gate, GateSite, MakeGate
 from dynconv_jax.options import NoOptions
 
-# The methods of this package, one file each, in the order of figures.
+# The methods of this package, one file each, in the order shown in figures.
 METHODS = ('dense', 'drop', 'dynconv', 'convnet_aig', 'skipnet', 'sact', 'act')
 
 Progress = float | jax.Array
@@ -27,31 +27,32 @@ Progress = float | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-  """A way to decide where a network computes.
+  """A method that decides where a network computes.
 
   Attributes:
-    name: for messages and tables.
-    options: a frozen dataclass; its fields, made by `options.option`, become
-      flags. Options that two methods share have one definition.
-    make_gates: (options, sites, rngs) -> what makes the gate of a site, or
-      None for one without. `sites` are all sites of the network. Raises
-      ValueError where the options do not fit them, before it uses `rngs`.
-      None: the network is dense.
+    name: name of the method, for messages and tables.
+    options: a frozen dataclass whose fields, made by `options.option`, become
+      flags. Methods that share an option share its definition.
+    make_gates: (options, sites, rngs) -> function that returns the gate of a
+      site, or None. `sites` are all sites of the network. Raises ValueError
+      before using `rngs` if the options do not fit the sites. None for a dense
+      network.
     loss: (options, masks, cross-entropy of each image, progress) -> (weight,
-      unweighted loss) of what computing costs; None: nothing.
-    target: (options, progress) -> the executed fraction, or rate of execution,
-      that the loss aims at; None: there is none to report.
+      unweighted loss). None for no additional loss.
+    target: (options, progress) -> target executed fraction or execution rate of
+      the loss. None if there is no target to report.
     anneal: (options, progress) -> (temperature, whether gates add noise).
-    open_gate: (options, gate): changes a fresh gate before any weights are
-      loaded; None: gates start as they are made.
-    start_gate: (options, gate): changes a gate after weights are loaded.
-    needs_trained: (options) -> the option that only a trained network can be
-      trained with, such as 'skip_training=reinforce'; '' where there is none.
+    open_gate: (options, gate): modifies a new gate before weights are loaded.
+      None leaves gates unchanged.
+    start_gate: (options, gate): modifies a gate after weights are loaded. None
+      leaves gates unchanged.
+    needs_trained: (options) -> the option that requires a trained network, such
+      as 'skip_training=reinforce', or ''.
     samples: whether gates can sample in evaluation as in training.
-    knob: the option that a curve of accuracy against compute moves along.
-    label: in figures; by default the name.
-    color: of `plotting.style.PALETTE`.
-    marker: Matplotlib's.
+    knob: the option to vary for a curve of accuracy against compute.
+    label: label in figures; the default is the name.
+    color: a color of `plotting.style.PALETTE`.
+    marker: a Matplotlib marker.
   """
 
   name: str
@@ -89,10 +90,10 @@ def load_method(method: str | Method) -> Method:
   """Returns a method.
 
   Args:
-    method: one of METHODS, or package.module:NAME; or the method itself.
+    method: one of METHODS, package.module:NAME, or a `Method`.
 
   Raises:
-    ValueError: there is no such method.
+    ValueError: the method does not exist.
   """
   if isinstance(method, Method):
     return method

@@ -1,4 +1,4 @@
-"""SACT: adaptive computation time in a stage, for each position."""
+"""SACT: adaptive computation time within each stage, per position."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
 from dynconv_jax.methods.method import Method
 from dynconv_jax.options import NOT_NEGATIVE, option
 
-# A position halts where less than this is left of its score (section 3.1).
+# A position halts when at most this much of its remainder is left (section
+# 3.1).
 _EPSILON = 0.01
-# Opening logit, so that nothing halts early at first (authors' code).
+# Initial logit: low, so that positions do not halt early at first (authors'
+# code).
 _OPENING = -3.0
-# That of TF-slim's convolutions (authors' code).
+# Initialization of TF-slim's convolutions (authors' code).
 _kernel_init = nnx.initializers.variance_scaling(
   2.0, 'fan_in', 'truncated_normal'
 )
 
 
 class _Halting(NamedTuple):
-  """What the units of a stage have done so far.
+  """The state of a stage after some of its units.
 
   Attributes:
-    active: bool[N, h, w], where none has halted; of ACT [N, 1, 1].
-    remainder: float32 of that shape, 1 less the scores up to halting.
-    output: float32[N, h, w, C], the states so far, weighted.
+    active: bool[N, h, w], positions that have not halted; [N, 1, 1] in ACT.
+    remainder: float32 in the same shape, 1 minus the sum of the scores before
+      halting.
+    output: float32[N, h, w, C], weighted sum of the states so far.
   """
 
   active: jax.Array
@@ -41,25 +44,27 @@ class _Halting(NamedTuple):
 
 
 class HaltingUnit(Gate):
-  """Executes a residual unit where none of the stage has halted before.
+  """A gate that executes a residual unit at positions that have not halted.
 
   Figurnov et al., CVPR 2017, sections 3.1 and 3.2, and the authors' code. A
-  stage is one computation of at most L units, its blocks. After each but the
-  last, a halting score is read from the state; a position halts once its
-  scores add up to 1 - 0.01. The stage's output is the sum of the states, each
-  weighted by its score, the one at which a position halts by what is then left
-  of 1. The first unit is executed everywhere and has no gate; the gate of unit
-  l reads the state after unit l - 1 and scores that one.
+  stage is one computation of at most L units, its blocks. Each unit except the
+  last is followed by a halting score, computed from the state. A position halts
+  once its scores add up to 1 - 0.01. The stage's output is the weighted sum of
+  the states: each state is weighted by its score, except the state at which a
+  position halts, which is weighted by the remainder. The first unit runs
+  everywhere and has no gate. The gate of unit l reads and scores the state
+  after unit l - 1.
 
-  Nothing is sampled: training and evaluation differ in batch statistics only.
-  The mask has no gradient; the scores get theirs from the weighted output and
-  the ponder cost. Sums are float32 whatever the compute dtype: in bfloat16 the
-  weights of a long stage would not add up to 1.
+  Nothing is sampled: training and evaluation differ only in batch statistics.
+  The mask has no gradient. The scores get theirs from the weighted output and
+  the ponder cost. Sums are float32 regardless of the compute dtype, because in
+  bfloat16 the weights of a long stage would not add up to 1.
 
   Args:
     in_features: channels of the block's input.
-    spatial: whether positions halt one by one (SACT), or whole images (ACT).
-    rngs: stream `params`.
+    spatial: whether each position halts separately (SACT) or the whole image
+      halts at once (ACT).
+    rngs: random streams; uses `params`.
   """
 
   spans_stage = True
@@ -92,7 +97,7 @@ class HaltingUnit(Gate):
     self.global_fc = nnx.Linear(
       in_features,
       1,
-      use_bias=not spatial,  # Of SACT the convolution has it.
+      use_bias=not spatial,  # In SACT, the convolution has the bias.
       dtype=jnp.float32,
       kernel_init=_kernel_init,
       bias_init=opening,
@@ -100,10 +105,10 @@ class HaltingUnit(Gate):
     )
 
   def score(self, x: jax.Array) -> jax.Array:
-    """Returns the halting score, float32[N, h, w] in [0, 1], of ACT [N, 1, 1].
+    """Returns halting scores in [0, 1], float32[N, h, w]; [N, 1, 1] in ACT.
 
     Args:
-      x: float[N, h, w, C], the state that is scored.
+      x: float[N, h, w, C], the state to score.
     """
     x = x.astype(jnp.float32)
     average = jnp.mean(x, axis=(1, 2), keepdims=True)
@@ -134,7 +139,7 @@ class HaltingUnit(Gate):
     return Decision(active.astype(jnp.float32), score), carry
 
   def end_stage(self, x, carry):
-    # The last unit halts whatever is still active.
+    # Positions that are still active halt at the last unit.
     weight = carry.active * carry.remainder
     return (carry.output + weight[..., None] * x).astype(x.dtype), None
 
@@ -145,8 +150,8 @@ class Options:
 
   ponder_weight: float = option(
     0.01,
-    'Weight of the ponder cost of SACT and ACT; on ImageNet the paper has '
-    '0.005.',
+    'Weight of the ponder cost of SACT and ACT. The paper uses 0.005 on '
+    'ImageNet.',
     allowed=NOT_NEGATIVE,
   )
 
@@ -154,21 +159,21 @@ class Options:
 def halting_gates(
   name: str, spatial: bool, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns what makes the halting unit of a block.
+  """Returns a function that makes a block's halting unit.
 
   Args:
-    name: of the method.
-    spatial: whether positions halt one by one.
-    sites: of the network.
-    rngs: stream `params`.
+    name: name of the method, for messages.
+    spatial: whether each position halts separately.
+    sites: all sites of the network.
+    rngs: random streams; uses `params`.
 
   Raises:
-    ValueError: no stage has two blocks.
+    ValueError: no stage has two blocks or more.
   """
   if not any(site.stage_index > 0 for site in sites):
     raise ValueError(
-      f'{name} needs a stage of two blocks or more, because the first of a '
-      'stage is always executed; the network has one a stage'
+      f'{name} needs a stage of two blocks or more, because the first block of '
+      'a stage always runs; the network has one block per stage'
     )
   return lambda site: (
     HaltingUnit(site.in_features, spatial=spatial, rngs=rngs)
@@ -178,35 +183,35 @@ def halting_gates(
 
 
 def ponder_cost(masks: Sequence[ExecutionMask]) -> jax.Array:
-  """Returns what SACT and ACT pay for computing, unweighted.
+  """Returns the unweighted ponder cost of SACT and ACT.
 
-  A position pays N + R in a stage: N units until it halts, and the remainder R
-  that weighs its last state (Figurnov et al., CVPR 2017, section 3.1). The mean
-  over positions and images is summed over the stages; the authors weigh it by
-  0.005 on ImageNet and by 0.01 on CIFAR. Only R has a gradient. A stage of one
-  block has no gate and adds nothing.
+  A position costs N + R in each stage: the number N of units until it halts,
+  plus the remainder R that weights its last state (Figurnov et al., CVPR 2017,
+  section 3.1). The cost is averaged over positions and images and summed over
+  stages. Only R has a gradient. A stage of one block has no gate and adds
+  nothing. The authors weight the cost by 0.005 on ImageNet and 0.01 on CIFAR.
 
   Args:
-    masks: one a gated block, with halting scores.
+    masks: one mask per gated block, with halting scores.
 
   Returns:
     float32 scalar.
 
   Raises:
-    ValueError: there are no masks, or some have no score.
+    ValueError: there are no masks, or a mask has no score.
   """
   check_scores(masks, 'the ponder cost needs masks with halting scores')
   stages: dict[int, jax.Array] = {}
   for mask in masks:
-    # N is 1 and a unit more for each mask that is set; R is 1 less the scores
-    # read there, of the units that did not halt.
+    # N is 1 plus the number of masks that are set. R is 1 minus the scores
+    # under those masks.
     cost = stages.get(mask.stage, 2.0) + mask.hard * (1 - mask.score)
     stages[mask.stage] = cost
   return sum(jnp.mean(cost) for cost in stages.values())
 
 
 def halting_loss(options, masks, cross_entropy, progress):
-  """Returns weight and ponder cost; see `Method.loss`."""
+  """Returns (weight, ponder cost); see `Method.loss`."""
   del cross_entropy, progress
   return options.ponder_weight, ponder_cost(masks)
 

@@ -1,4 +1,4 @@
-"""SkipNet: one decision an image and block, learned in two stages."""
+"""SkipNet: one decision per image and block, trained in two stages."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _HIDDEN = 10
 
 
 class SkipGate(Gate):
-  """Decides per image whether a block is executed; subclasses give the logit.
+  """A per-image gate; subclasses compute its logit.
 
   Wang et al., ECCV 2018, section 3 and the authors' code. A gate reads the
-  output of one block and decides the next, `x = m block(x) + (1 - m) x`; where
-  the shapes differ, the x that is kept is projected. A block is executed where
-  that has a probability above 1/2. Only training by reinforcement samples,
-  whatever `gumbel_noise`, and no gradient passes its samples.
+  output of one block and decides about the next, `x = m block(x) + (1 - m) x`.
+  If the shapes differ, the kept x is projected. A block is executed if its
+  probability exceeds 1/2. Only reinforcement training samples decisions,
+  regardless of `gumbel_noise`; no gradient flows through the samples.
 
   Args:
     training: 'supervised', straight-through; or 'reinforce', sampled.
@@ -53,29 +53,29 @@ class SkipGate(Gate):
 
   @property
   def last_layer(self) -> nnx.Conv | nnx.Linear | None:
-    """The layer that gives the logits; None where another gate holds it."""
+    """The layer that computes the logits; None if it is in another gate."""
     raise NotImplementedError
 
   def open(self, logit: float) -> None:
-    """Makes the logit the same for every image; above 0 executes the block."""
+    """Sets the logit of all images; above 0, the block is executed."""
     if layer := self.last_layer:
       layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-      # Of two outputs it is the difference that counts.
+      # If the layer has two outputs, the logit is their difference.
       bias = jnp.zeros_like(layer.bias[...])
       layer.bias[...] = bias.at[-1].set(logit)
 
   def sharpen(self, temperature: float) -> None:
-    """Divides the logits for good, so that samples are nearly decisions."""
+    """Divides the weights of the last layer, and thus the logits, in place."""
     if layer := self.last_layer:
       for variable in (layer.kernel, layer.bias):
         variable[...] = variable[...] / temperature
 
   def logits(self, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
-    """Returns float32[N], above 0 to execute, and the carry.
+    """Returns float32[N] logits, above 0 to execute, and the carry.
 
     Args:
-      x: float32[N, H, W, C], the output of the block before.
-      carry: what the gate before returned; None at first.
+      x: float32[N, H, W, C], the output of the previous block.
+      carry: the carry of the previous gate; None for the first.
     """
     raise NotImplementedError
 
@@ -92,20 +92,20 @@ class SkipGate(Gate):
 
 
 class FeedForwardGate(SkipGate):
-  """Convolutions with batch norm, the global average, a linear map.
+  """Convolutions with batch norm, the global average, and a linear map.
 
-  Wang et al., ECCV 2018, figure 3 and the authors' code: FF-I halves the map by
-  a maximum and has a 3x3 convolution before the strided one, FF-II has the
-  strided one alone; both keep the channels. Of the softmax over (skip,
-  execute) the probability to execute is the sigmoid of the difference. Beside a
-  basic block without projection that is 16 % of the block's MACs for FF-I and
-  12.5 % for FF-II; a recurrent gate's are below 1 %.
+  Wang et al., ECCV 2018, figure 3 and the authors' code. FF-I has a 2x2 max
+  pooling, a 3x3 convolution, and a strided 3x3 convolution; FF-II has only the
+  strided convolution. Both keep the number of channels. The softmax over (skip,
+  execute) is computed as the sigmoid of the difference. Relative to a basic
+  block without projection, the gate costs 16 % of the block's MACs for FF-I and
+  12.5 % for FF-II; a recurrent gate costs less than 1 %.
 
   Args:
     in_features: channels of the block's input.
-    pooled: FF-I; otherwise FF-II.
-    training: see SkipGate.
-    rngs: stream `params`.
+    pooled: whether the gate is FF-I instead of FF-II.
+    training: see `SkipGate`.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -145,14 +145,14 @@ class FeedForwardGate(SkipGate):
 
 
 class Control(nnx.Module):
-  """An LSTM that steps from gate to gate, and a linear map of its output.
+  """An LSTM over the sequence of gates, and a linear map of its output.
 
   Args:
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(self, *, rngs: nnx.Rngs):
-    init = nnx.initializers.glorot_normal()  # As the authors' code.
+    init = nnx.initializers.glorot_normal()  # As in the authors' code.
     self.rnn = nnx.OptimizedLSTMCell(
       _HIDDEN,
       _HIDDEN,
@@ -168,11 +168,11 @@ class Control(nnx.Module):
   def __call__(
     self, x: jax.Array, state: tuple[jax.Array, jax.Array] | None
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Returns float32[N], the logits, and the new state.
+    """Returns float32[N] logits, and the new state.
 
     Args:
       x: float32[N, 10].
-      state: float32[N, 10] cell and output; None, zeros, at first.
+      state: cell and output, float32[N, 10] each; None for zeros.
     """
     if state is None:
       state = (jnp.zeros_like(x), jnp.zeros_like(x))
@@ -181,17 +181,18 @@ class Control(nnx.Module):
 
 
 class RecurrentGate(SkipGate):
-  """The global average, a 1x1 convolution, and an LSTM for all gates.
+  """The global average, a 1x1 convolution, and an LSTM shared by all gates.
 
   Wang et al., ECCV 2018, figure 3 and the authors' code. The network's first
-  gate holds the LSTM and hands it on with its state: a module that several
-  others hold would be copied, or forbidden, where state is split in tree mode.
+  gate owns the LSTM and passes it on in the carry, with its state. A module
+  referenced by several gates would be copied or rejected when the state is
+  split in tree mode.
 
   Args:
     in_features: channels of the block's input.
     first: whether this is the network's first gate.
-    training: see SkipGate.
-    rngs: stream `params`.
+    training: see `SkipGate`.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -209,8 +210,8 @@ class RecurrentGate(SkipGate):
     control, state = carry or (self.control, None)
     if control is None:
       raise ValueError(
-        'a recurrent gate needs what the gate before returned; got None for '
-        'one that is not the first'
+        'a recurrent gate needs the carry of the previous gate; got None for a '
+        'gate that is not the first'
       )
     x = self.embed(jnp.mean(x, axis=(1, 2), keepdims=True))[:, 0, 0]
     logits, state = control(x, state)
@@ -218,9 +219,9 @@ class RecurrentGate(SkipGate):
 
 
 def _halve(x: jax.Array) -> jax.Array:
-  """Returns the 2x2 maximum at stride 2; an extent of 1 stays.
+  """Returns the 2x2 max pooling at stride 2; an extent of 1 stays.
 
-  By reshaping, because the gradient of XLA's windows is slow on a CPU.
+  Reshapes, because the gradient of XLA's reduce_window is slow on CPUs.
   """
   n, h, w, c = x.shape
   rows, columns = min(2, h), min(2, w)
@@ -236,24 +237,25 @@ class Options(Warmup, Opening):
 
   skip_gate: str = option(
     'recurrent',
-    f"SkipNet's gates, one of {', '.join(SKIP_GATES)}.",
+    f"Type of SkipNet's gates: {', '.join(SKIP_GATES)}.",
     allowed=SKIP_GATES,
   )
   skip_training: str = option(
     'supervised',
-    "SkipNet's stage: supervised, or reinforce, which starts from it.",
+    "SkipNet's training stage: supervised, or reinforce, which starts from a "
+    'trained network.',
     allowed=SKIP_TRAININGS,
   )
   skip_temperature: float = option(
     1.0,
-    "Divides the logits of SkipNet's gates at the start: below 1, as in the "
-    "authors' second stage (0.05), samples are nearly decisions.",
+    "Divides the logits of SkipNet's gates once, before training. Below 1, as "
+    "in the authors' second stage (0.05), samples are nearly deterministic.",
     allowed=POSITIVE,
   )
   skip_weight: float = option(
     0.1,
-    "SkipNet's alpha: what executing every gated block costs, or what skipping "
-    'every one earns.',
+    "SkipNet's alpha: the cost of executing, or the reward for skipping, all "
+    'gated blocks.',
     allowed=NOT_NEGATIVE,
   )
   reinforce_weight: float = option(
@@ -263,18 +265,18 @@ class Options(Warmup, Opening):
   )
 
   def alpha(self, progress: float | jax.Array) -> float | jax.Array:
-    """Returns the price of computing at a share of the training."""
+    """Returns the skip weight at the given training progress."""
     return self.skip_weight * self.warm(progress)
 
 
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns what makes the gate of a block; the network's first has none."""
+  """Returns a function that makes a block's gate; the first block has none."""
   if len(sites) < 2:
     raise ValueError(
-      'skipnet needs two gated blocks or more, because the first is always '
-      f'executed; the network has {len(sites)}'
+      'skipnet needs two gated blocks or more, because the first always runs; '
+      f'this network has {len(sites)}'
     )
   order = {site.name: i for i, site in enumerate(sites)}
 
@@ -296,14 +298,14 @@ def make_gates(
 
 
 def skip_penalty(masks: Sequence[ExecutionMask]) -> jax.Array:
-  """Returns SkipNet's price of computing in supervised training, unweighted.
+  """Returns the unweighted penalty of SkipNet's supervised training.
 
-  Mean over the gated blocks of the batch mean of the gate. The authors' first
-  stage has no such term; their reward for skipping, which it takes the place
-  of, is that of the second (Wang et al., ECCV 2018, section 3.3).
+  The mean over gated blocks of the batch mean of the gate. The authors' first
+  stage has no such term. Here it replaces the reward for skipping, which they
+  use only in the second stage (Wang et al., ECCV 2018, section 3.3).
 
   Args:
-    masks: one a gated block, with straight-through gradients.
+    masks: one mask per gated block, with straight-through gradients.
 
   Returns:
     float32 scalar in [0, 1].
@@ -321,16 +323,16 @@ def skip_rewards(
   cross_entropy: jax.Array,
   skip_weight: float | jax.Array,
 ) -> jax.Array:
-  """Returns what each of SkipNet's gates has to gain, float32[blocks, N].
+  """Returns the rewards of SkipNet's gates, float32[blocks, N].
 
-  R_i = -cross_entropy + the sum over j >= i of (1 - a_j) skip_weight / blocks:
-  of what is skipped, a gate is credited with its own block and those after it
+  R_i = -cross_entropy + the sum over j >= i of (1 - a_j) skip_weight / blocks.
+  A gate is credited for skipping its own block and for all later skipped blocks
   (Wang et al., ECCV 2018, section 3.3 and the authors' code).
 
   Args:
-    actions: float32[blocks, N] of {0, 1}, 1 where a block was executed.
-    cross_entropy: float32[N], of each image.
-    skip_weight: the paper's alpha, the reward for skipping every gated block.
+    actions: float32[blocks, N] of {0, 1}, 1 if a block was executed.
+    cross_entropy: float32[N], one value per image.
+    skip_weight: the paper's alpha, the reward for skipping all gated blocks.
   """
   rewards = (1 - actions) * (skip_weight / len(actions))
   return jax.lax.cumsum(rewards, axis=0, reverse=True) - cross_entropy
@@ -341,23 +343,24 @@ def reinforce_loss(
   cross_entropy: jax.Array,
   skip_weight: float | jax.Array,
 ) -> jax.Array:
-  """Returns a loss whose gradient is REINFORCE's, unweighted.
+  """Returns an unweighted loss whose gradient is that of REINFORCE.
 
   The sum over gates of the batch mean of -log p(a_i) R_i, with the rewards of
-  `skip_rewards` taken as constants: in expectation over the sampled actions its
+  `skip_rewards` as constants. In expectation over the sampled actions, its
   gradient is that of the negative expected reward (Williams, 1992; Wang et al.,
-  ECCV 2018, section 3.3; the authors weigh it by 0.01). Its value means little.
+  ECCV 2018, section 3.3). The authors weight it by 0.01. The value itself is
+  not meaningful.
 
   Args:
-    masks: one a gated block, sampled per image from their `score`.
-    cross_entropy: float32[N], of each image under these masks.
+    masks: one mask per gated block, sampled per image from its `score`.
+    cross_entropy: float32[N], one value per image under these masks.
     skip_weight: the paper's alpha.
 
   Returns:
     float32 scalar.
 
   Raises:
-    ValueError: there are no masks, or some have no score.
+    ValueError: there are no masks, or a mask has no score.
   """
   check_scores(
     masks,
@@ -367,7 +370,7 @@ def reinforce_loss(
   actions = jnp.stack([mask.hard[:, 0, 0] for mask in masks])
   scores = jnp.stack([mask.score[:, 0, 0] for mask in masks])
   rewards = skip_rewards(actions, cross_entropy, skip_weight)
-  # What was sampled has a probability above 0.
+  # The probability of a sampled action is above 0.
   log_p = jnp.log(jnp.where(actions == 1, scores, 1 - scores))
   losses = -log_p * jax.lax.stop_gradient(rewards)
   return jnp.sum(jnp.mean(losses, axis=1))

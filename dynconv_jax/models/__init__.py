@@ -1,4 +1,4 @@
-"""Networks, and the gated blocks that they are made of."""
+"""Networks and their gated blocks."""
 
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck, InvertedResidual
 from dynconv_jax.models.create import create_model

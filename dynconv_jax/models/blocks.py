@@ -16,20 +16,21 @@ from dynconv_jax.models.gated import GatedBlock
 class BasicBlock(GatedBlock):
   """Two 3x3 convolutions.
 
-  He et al., CVPR 2016, figure 5 left. If the shape changes, a projection is the
-  shortcut.
+  He et al., CVPR 2016, figure 5 left. The shortcut is a projection if the shape
+  changes.
 
   Args:
     in_features: channels of the input.
     planes: channels of the 3x3 convolutions.
     strides: stride of the block.
     name: path in the model, such as 'layer2.0'.
-    stage: number of the block's stage.
-    gate: decides where the branch runs; None: everywhere.
+    stage: index of the block's stage.
+    gate: decides where the branch runs; None for everywhere.
     input_activated: whether the block's input comes from a ReLU, as in ResNets.
-      Inactive positions then keep their values.
+      With an identity shortcut, inactive positions then keep their values.
+    drop_rate: probability of dropping an image's branch in training.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
 
   expansion = 1
@@ -76,7 +77,7 @@ class BasicBlock(GatedBlock):
 
 
 class Bottleneck(BasicBlock):
-  """1x1, 3x3 (strided) and 1x1 convolutions.
+  """1x1, strided 3x3, and 1x1 convolutions.
 
   He et al., CVPR 2016, figure 5 right. As in torchvision, the 3x3 convolution
   has the stride, so the first convolution runs at input resolution. Takes the
@@ -96,28 +97,28 @@ class Bottleneck(BasicBlock):
 
 
 class InvertedResidual(GatedBlock):
-  """1x1 expanding, depthwise k x k and linear 1x1 convolutions.
+  """1x1 expanding, k x k depthwise, and 1x1 linear convolutions.
 
-  Sandler et al., CVPR 2018, figures 3 and 4. ReLU6 follows the first two; the
-  sum has no activation. The block has an identity shortcut if the shape does
-  not change, and none otherwise. Modules have timm's names.
+  Sandler et al., CVPR 2018, figures 3 and 4. The first two are followed by
+  ReLU6; the sum has no activation. The block has an identity shortcut if the
+  shape does not change, and none otherwise. Modules have timm's names.
 
   Args:
     in_features: channels of the input.
     features: channels of the output.
-    strides: of the depthwise convolution.
-    expand_ratio: channels of the depthwise convolution over those of the input;
-      1: no expanding convolution.
-    kernel_size: of the depthwise convolution, odd.
-    padding: of the depthwise convolution, 'symmetric' or 'same'.
+    strides: stride of the depthwise convolution.
+    expand_ratio: ratio of the depthwise convolution's channels to the input's.
+      With 1, there is no expanding convolution.
+    kernel_size: kernel size of the depthwise convolution, odd.
+    padding: padding of the depthwise convolution, 'symmetric' or 'same'.
     name: path in the model, such as 'blocks.2.0'.
-    stage: number of the block's stage.
-    gate: decides where the branch runs; None: everywhere.
+    stage: index of the block's stage.
+    gate: decides where the branch runs; None for everywhere.
     norm: creates a batch norm.
     drop_rate: probability of dropping an image's branch in training; ignored if
       the block has no shortcut.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(

@@ -1,4 +1,4 @@
-"""Creates the network of an architecture and a method."""
+"""Creation of networks from an architecture and a method."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def create_model(
     name: a name such as 'resnet50' or 'cifar_resnet32'; package.module:factory;
       or a factory, see `registry`.
     method: a name such as 'dynconv'; package.module:METHOD; or a Method.
-    num_classes: outputs of the head, at least 1.
+    num_classes: number of outputs, at least 1.
     width_multiplier: scales the channels of stem and stages, > 0.
     dtype: compute dtype, float32 or bfloat16.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
     **options: options of the network and of the method, such as DynConv's
       `mask_kernel_size`. Options of other methods are ignored.
 
   Raises:
-    ValueError: an unknown name, method, or option, a value out of range, or a
-      gated method that gates no block.
+    ValueError: the name, the method, or an option is unknown, a value is out of
+      range, or the method's options do not fit the network.
   """
   factory, method = registry.load_factory(name), load_method(method)
   model_type = registry.options_type(factory)
@@ -88,7 +88,7 @@ def assemble(
     method: creates the gates.
     method_options: options of the method.
     width_multiplier: scales the channels, > 0.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
     **kwargs: other arguments of `registry.create`.
 
   Raises:
@@ -113,7 +113,7 @@ def assemble(
 
 
 def _of_others() -> Mapping[str, Any]:
-  found = {}
+  options = {}
   for name in METHODS:
-    found |= options_lib.options_of(load_method(name).options)
-  return found
+    options |= options_lib.options_of(load_method(name).options)
+  return options

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: EfficientNets without squeeze-excitation, with ReLU6."""
+"""EfficientNet-Lite: EfficientNets with ReLU6, without squeeze-excitation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EfficientNetLite(Architecture):
     padding: str = 'same',
     drop_path: DropPath = 0.2,
   ) -> MobileNet:
-    """Returns a freshly initialized network; arguments: see `MobileNet`."""
+    """Returns a freshly initialized network; see `MobileNet`."""
     return super().__call__(
       num_classes=num_classes,
       gate=gate,
@@ -34,8 +34,8 @@ class EfficientNetLite(Architecture):
     )
 
 
-# Stages: Tan and Le, ICML 2019, table 1. Scaling and the Lite changes: the
-# authors' code, tensorflow/tpu, efficientnet_lite_builder.py.
+# Stages: Tan and Le, ICML 2019, table 1. Scaling and Lite changes: the authors'
+# code, efficientnet_lite_builder.py in tensorflow/tpu.
 _STAGES = (
   Stage(1, 16, 1, 1, 3),
   Stage(6, 24, 2, 2, 3),

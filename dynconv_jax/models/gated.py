@@ -1,4 +1,4 @@
-"""Residual blocks that run their branch where a mask says so."""
+"""Residual blocks whose branch runs where a mask is set."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from dynconv_jax.options import BELOW_ONE
 DropPath = Annotated[
   float,
   {
-    'help': "Stochastic depth: how often an image's branch would be dropped in "
-    'training after the last block; rises linearly from 0. 0: off; by default '
-    '0.2 for EfficientNet-Lite, as published, and 0 for other networks.',
+    'help': "Stochastic depth: the probability of dropping an image's branch "
+    'in training, which rises linearly from 0 at the first block toward this '
+    'value. 0: off. Default: 0.2 for EfficientNet-Lite, as published, and 0 '
+    'for other networks.',
     'allowed': BELOW_ONE,
   },
 ]
@@ -35,13 +36,13 @@ class Gating:
   `finish()` with the logits.
 
   Args:
-    rngs: stream `gumbel`, for gates that sample; `dropout`, for blocks that
-      drop their branch.
-    temperature: of the gates' Gumbel-softmax, > 0.
-    gumbel_noise: whether the gates add noise in training.
+    rngs: random streams: `gumbel` for gates that sample, and `dropout` for
+      blocks that drop their branch.
+    temperature: temperature of the gates' Gumbel-softmax, > 0.
+    gumbel_noise: whether gates add noise in training.
     masks: [N, h, w] of {0, 1}, float, int, or bool, to use instead of the
       gates' decisions: one per block in order of execution, or by block name.
-      Where a mask is None or a name is missing, the gate decides.
+      If a mask is None or a name is missing, the gate decides.
   """
 
   def __init__(
@@ -64,7 +65,7 @@ class Gating:
     self._gate: Gate | None = None
     self._carry: Any = None
     self._masks: list[ExecutionMask] = []
-    # What sparse blocks pass on to each other, by backend.
+    # Data that sparse blocks pass to each other, by backend.
     self.scratch: dict[str, Any] = {}
 
   def given(self, name: str, shape: tuple[int, ...]) -> jax.Array | None:
@@ -120,7 +121,7 @@ class Gating:
     self._masks.append(mask)
 
   def end_stage(self, x: jax.Array) -> jax.Array:
-    """Returns the output of a stage: for most methods, its last block's.
+    """Returns the output of a stage; for most methods, that is `x`.
 
     Args:
       x: float[N, h, w, C], the output of the stage's last block.
@@ -147,13 +148,13 @@ class Gating:
       )
     if self._ordered is not None and len(self._ordered) != len(self._asked):
       raise ValueError(
-        f'masks must be one per block, {len(self._asked)}; got '
+        f'masks must be one per block ({len(self._asked)}); got '
         f'{len(self._ordered)}'
       )
     if self._gate is not None and self._gate.spans_stage:
       raise ValueError(
-        f'the gates of {type(self._gate).__name__} weigh the blocks of a '
-        'stage: the network has to call gating.end_stage(x) after each stage'
+        f'gates of type {type(self._gate).__name__} weight the blocks of a '
+        'stage; the network must call gating.end_stage(x) after each stage'
       )
     return self._masks
 
@@ -171,15 +172,15 @@ class GatedBlock(nnx.Module):
   sparse networks run it densely.
 
   Args:
-    branch: describes the branch.
+    branch: description of the branch.
     name: path in the model, such as 'layer2.0'.
-    stage: number of the block's stage.
-    gate: decides where the branch runs; None: everywhere.
-    norm: creates a batch norm: `BatchNorm`, or the same with other constants.
-    drop_rate: probability of dropping an image's branch in training
-      (stochastic depth, Huang et al., ECCV 2016); the others are scaled up.
+    stage: index of the block's stage.
+    gate: decides where the branch runs; None for everywhere.
+    norm: creates a batch norm: `BatchNorm`, or a partial with other constants.
+    drop_rate: probability of dropping an image's branch in training (stochastic
+      depth, Huang et al., ECCV 2016). The remaining branches are scaled up.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
 
   describable = True
@@ -236,7 +237,7 @@ class GatedBlock(nnx.Module):
     return x
 
   def shortcut(self, x: jax.Array) -> jax.Array | float:
-    """Returns the identity or its projection, float[N, h, w, features], or 0.
+    """Returns x or its projection, float[N, h, w, features], or 0 for none.
 
     Args:
       x: float[N, H, W, in_features].
@@ -249,7 +250,7 @@ class GatedBlock(nnx.Module):
     return norm(projection(x))
 
   def decide(self, x: jax.Array, gating: Gating) -> ExecutionMask | None:
-    """Returns where the branch runs; None: everywhere.
+    """Returns where the branch runs, or None for everywhere.
 
     Args:
       x: float[N, H, W, in_features], the block's input.
@@ -267,8 +268,8 @@ class GatedBlock(nnx.Module):
 
     Args:
       x: float[N, H, W, in_features].
-      mask: where the branch runs; None: everywhere.
-      rngs: stream `dropout`, if the block drops its branch in training.
+      mask: where the branch runs; None for everywhere.
+      rngs: random streams; blocks that drop their branch use `dropout`.
     """
     shortcut, branch = self.shortcut(x), self.run_branch(x)
     if self.drop is not None:
@@ -287,8 +288,8 @@ class GatedBlock(nnx.Module):
 
     Args:
       x: float[N, H, W, in_features].
-      gating: the decisions of this forward pass, which receive the execution
-        mask; None: the branch runs everywhere.
+      gating: the decisions of this forward pass, to which the execution mask is
+        added; None to run the branch everywhere.
     """
     mask = None if gating is None else self.decide(x, gating)
     if mask is not None:
@@ -297,10 +298,10 @@ class GatedBlock(nnx.Module):
 
 
 def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
-  """Returns where a block's branch runs; None: everywhere.
+  """Returns where a block's branch runs, or None for everywhere.
 
   Args:
-    block: has `branch`, `name`, `stage` and `masker`.
+    block: has `branch`, `name`, `stage`, and `masker`.
     x: float[N, H, W, in_features], the block's input.
     gating: the decisions of this forward pass.
   """
@@ -324,26 +325,27 @@ def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
 
 
 def drop_rate(drop_path: float, index: int, total: int) -> float:
-  """Returns how often a block's branch is dropped: it rises from 0 linearly.
+  """Returns the probability of dropping a block's branch.
 
-  Huang et al., ECCV 2016, equation 4, as in EfficientNet's code: by the number
-  of the block over that of all.
+  It rises linearly with the block's index, starting at 0 (Huang et al., ECCV
+  2016, equation 4). As in EfficientNet's code, the last block stays below
+  `drop_path`.
 
   Args:
-    drop_path: of the network, which no block reaches, in [0, 1).
-    index: number of the block, from 0.
-    total: blocks of the network.
+    drop_path: the network's stochastic depth, in [0, 1).
+    index: index of the block.
+    total: number of blocks in the network.
   """
   return drop_path * index / total
 
 
 def make_conv(c: Conv, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Conv:
-  """Returns a convolution as described.
+  """Returns a convolution from its description.
 
   Args:
     c: the description.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
   return conv(
     c.in_features,

@@ -1,4 +1,4 @@
-"""MobileNetV2, and the base of other networks of inverted residuals."""
+"""MobileNetV2, and the base class of other inverted-residual networks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from dynconv_jax.methods.gate import GateSite, MakeGate
 from dynconv_jax.models.blocks import InvertedResidual
 from dynconv_jax.models.gated import DropPath, Gating, Masks, drop_rate
 
-# Which blocks a method may gate.
+# Choices of the blocks that a method may gate.
 GATED_BLOCKS = ('identity', 'all')
-# Batch norm constants by padding: PyTorch's, and those of TensorFlow's
-# EfficientNets, which timm and other ports keep.
+# Batch norm constants by padding: those of PyTorch, and those of TensorFlow's
+# EfficientNets, which timm and other ports use too.
 _NORMS = {
   'symmetric': {'epsilon': 1e-5, 'momentum': 0.9},
   'same': {'epsilon': 1e-3, 'momentum': 0.99},
@@ -31,14 +31,14 @@ _STEM, _HEAD = 32, 1280
 
 
 class Stage(NamedTuple):
-  """Blocks of one shape; the first has the stride.
+  """A sequence of blocks; only the first one is strided.
 
   Attributes:
-    expand_ratio: of each block.
+    expand_ratio: expansion ratio of each block.
     features: channels of the output, before scaling.
     depth: number of blocks, before scaling.
-    strides: of the first block.
-    kernel_size: of the depthwise convolutions.
+    strides: stride of the first block.
+    kernel_size: kernel size of the depthwise convolutions.
   """
 
   expand_ratio: int
@@ -56,8 +56,8 @@ class Architecture:
     stages: the stages, before scaling.
     width: scales the channels, which `make_divisible` rounds.
     depth: scales the number of blocks, rounded up.
-    fixed_ends: whether stem and head keep their channels, and the first and the
-      last stage their depth, for any width and depth.
+    fixed_ends: whether scaling leaves unchanged the channels of stem and head
+      and the depths of the first and last stages.
     image_size: side of the images that the network is designed for.
     dropout: dropout rate before the classifier, in training.
   """
@@ -82,7 +82,7 @@ class Architecture:
 
   @property
   def total_stride(self) -> int:
-    """Input pixels per position of the last map, along one side."""
+    """Number of input pixels per position of the last map, along one side."""
     return 2 * math.prod(stage.strides for stage in self.stages)
 
   @property
@@ -94,7 +94,7 @@ class Architecture:
     """Returns the channels of stem and head.
 
     Args:
-      width: scales them unless they are fixed.
+      width: scale of the channels, ignored with `fixed_ends`.
     """
     if self.fixed_ends:
       return _STEM, _HEAD
@@ -112,7 +112,7 @@ class Architecture:
     padding: str = 'symmetric',
     drop_path: DropPath = 0.0,
   ) -> MobileNet:
-    """Returns a freshly initialized network; arguments: see `MobileNet`."""
+    """Returns a freshly initialized network; see `MobileNet`."""
     return MobileNet(
       self,
       num_classes=num_classes,
@@ -144,12 +144,12 @@ ARCHITECTURES = {'mobilenet_v2': mobilenet_v2}
 def make_divisible(features: float, divisor: int = 8) -> int:
   """Returns a number of channels, rounded as in torchvision and TensorFlow.
 
-  Rounds to the nearest multiple of the divisor that is at least 90 % of
-  `features`.
+  Rounds to the nearest multiple of the divisor, or to the next one if that is
+  below 90 % of `features`.
 
   Args:
-    features: channels, > 0.
-    divisor: divides the result.
+    features: number of channels, > 0.
+    divisor: divisor of the result.
   """
   rounded = max(divisor, int(features + divisor / 2) // divisor * divisor)
   return rounded + divisor if rounded < 0.9 * features else rounded
@@ -162,23 +162,23 @@ class MobileNet(nnx.Module):
 
   Args:
     architecture: stages and scaling.
-    num_classes: outputs of the classifier.
-    gate: returns a block's gate, or None, for its site.
-    dtype: compute dtype; parameters, masks and logits are float32.
-    rngs: stream `params`.
-    width_multiplier: scales the channels once more.
-    gated_blocks: which blocks `gate` is asked about, one of GATED_BLOCKS: those
-      with an identity shortcut, or all. Without a shortcut, inactive positions
-      are zero.
-    padding: of strided convolutions, with the matching constants of batch norm.
-      'symmetric' as in PyTorch, epsilon 1e-5: weights of torchvision and timm's
-      `mobilenetv2_*` and `efficientnet_lite0`. 'same' as in TensorFlow, epsilon
-      1e-3: timm's `tf_efficientnet_lite*` and the package
-      `efficientnet-lite-pytorch`.
+    num_classes: number of outputs of the classifier.
+    gate: returns the gate of a site, or None.
+    dtype: compute dtype; parameters, masks, and logits are float32.
+    rngs: random streams; uses `params`.
+    width_multiplier: additional scale of the channels.
+    gated_blocks: the blocks that may have a gate: 'identity' for those with an
+      identity shortcut, or 'all'. Without a shortcut, inactive positions are
+      zero.
+    padding: padding of convolutions, with the matching batch norm constants.
+      'symmetric' is PyTorch's, with epsilon 1e-5; use it for the weights of
+      torchvision and of timm's `mobilenetv2_*` and `efficientnet_lite0`. 'same'
+      is TensorFlow's, with epsilon 1e-3; use it for the weights of timm's
+      `tf_efficientnet_lite*` and of the package `efficientnet-lite-pytorch`.
     drop_path: stochastic depth in training, see `drop_rate`.
 
   Raises:
-    ValueError: an unknown padding or choice of blocks.
+    ValueError: `padding` or `gated_blocks` is unknown.
   """
 
   # Pairs that a sparse network folds into one convolution.
@@ -271,15 +271,16 @@ class MobileNet(nnx.Module):
 
     Args:
       images: float[N, H, W, 3], normalized.
-      rngs: stream `gumbel`, for gates that sample; in training also `dropout`.
-      temperature: of the gates' Gumbel-softmax, > 0.
-      gumbel_noise: whether the gates add noise in training.
+      rngs: random streams: `gumbel` for gates that sample, and `dropout` in
+        training.
+      temperature: temperature of the gates' Gumbel-softmax, > 0.
+      gumbel_noise: whether gates add noise in training.
       masks: [N, h, w] of {0, 1}, one per block in network order or by block
         name, to use instead of the gates' decisions; see `Gating`.
 
     Returns:
       logits: float32[N, num_classes].
-      masks: one ExecutionMask per gated block, in network order; none if dense.
+      masks: one ExecutionMask per gated block, in network order.
     """
     gating = Gating(
       rngs=rngs,

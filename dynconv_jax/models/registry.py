@@ -1,15 +1,14 @@
-"""Networks by name.
+"""Registry of networks by name.
 
-A factory creates a network. It may lie outside the package:
-package.module:factory. It is called as
+A factory creates a network. Factories outside the package are named
+package.module:factory. A factory is called as
   factory(*, num_classes, gate, dtype, rngs, width_multiplier=1.0, **options)
 and returns an nnx.Module whose
   __call__(images, *, rngs, temperature, gumbel_noise, masks)
-returns logits and execution masks. The factory's own keyword arguments, which
-have defaults, are the options of the network. One annotated as
-Annotated[kind, {...}] takes from the dictionary what `options.option` does,
-such as a help text. If the flag file of an older run lacks an option, its
-default is meant.
+returns logits and execution masks. The factory's other keyword arguments must
+have defaults; they are the options of the network. The annotation
+Annotated[kind, {...}] passes arguments of `options.option`, such as a help
+text. If the flag file of an older run lacks an option, the default applies.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.methods.gate import GateSite
 from dynconv_jax.options import make, option, values_of
 
-# Modules of this package. Each has ARCHITECTURES, its factories by name.
+# Modules of this package that define ARCHITECTURES, a dict of factories.
 _FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
 _GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
 
@@ -39,22 +38,21 @@ Factory = Callable[..., nnx.Module]
 
 def architectures() -> Mapping[str, Factory]:
   """Returns the factories of this package by name."""
-  found = {}
+  factories = {}
   for family in _FAMILIES:
     module = importlib.import_module(f'{__package__}.{family}')
-    found |= module.ARCHITECTURES
-  return found
+    factories |= module.ARCHITECTURES
+  return factories
 
 
 def load_factory(model: str | Factory) -> Factory:
   """Returns the factory of a network.
 
   Args:
-    model: a name such as 'resnet50'; package.module:factory; or the factory
-      itself.
+    model: a name such as 'resnet50', package.module:factory, or a factory.
 
   Raises:
-    ValueError: no such factory exists.
+    ValueError: the factory does not exist.
   """
   if not isinstance(model, str):
     return model
@@ -75,7 +73,7 @@ def options_type(factory: Factory) -> type:
   """Returns a frozen dataclass of the options of a network."""
   try:
     signature = inspect.signature(factory, eval_str=True)
-  except NameError:  # Of a type that is there for type checkers alone.
+  except NameError:  # A type that is imported only for type checkers.
     signature = inspect.signature(factory)
   fields = []
   for name, parameter in signature.parameters.items():
@@ -106,11 +104,11 @@ def create(
   Args:
     factory: creates the network.
     options: an instance of its `options_type`.
-    num_classes: outputs of the head, at least 1.
+    num_classes: number of outputs, at least 1.
     gate: returns the gate of a site, or None.
     width_multiplier: scales the channels, > 0.
     dtype: compute dtype.
-    rngs: stream `params`.
+    rngs: random streams; uses `params`.
   """
   if num_classes < 1:
     raise ValueError(f'num_classes must be at least 1; got {num_classes}')
@@ -130,11 +128,11 @@ def create(
 def gate_sites(
   factory: Factory, options: Any, width_multiplier: float = 1.0
 ) -> tuple[GateSite, ...]:
-  """Returns the sites for gates in a network, in order, without computing.
+  """Returns a network's sites for gates, in order, without creating weights.
 
   Args:
     factory: creates the network.
-    options: an instance of its `options_type`; None: the defaults.
+    options: an instance of its `options_type`; None for the defaults.
     width_multiplier: scales the channels, > 0.
   """
   sites = []

@@ -1,4 +1,4 @@
-"""ResNets for ImageNet-like and CIFAR images, with gated residual blocks."""
+"""ResNets for ImageNet and CIFAR, with gated residual blocks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Architecture:
 
   Attributes:
     block: the residual block.
-    depths: blocks per stage.
-    width: channels of the stem; each later stage doubles them.
-    stem: 'imagenet' (7x7 stride 2, max-pool) or 'cifar' (3x3).
+    depths: number of blocks of each stage.
+    width: channels of the stem. Each stage after the first doubles the width.
+    stem: 'imagenet' (7x7 with stride 2, max pooling) or 'cifar' (3x3).
   """
 
   block: type[BasicBlock]
@@ -39,7 +39,7 @@ class Architecture:
 
   @property
   def total_stride(self) -> int:
-    """Input pixels per position of the last map, along one side."""
+    """Number of input pixels per position of the last map, along one side."""
     return 2 ** (len(self.depths) - 1) * (4 if self.stem == 'imagenet' else 1)
 
   @property
@@ -57,10 +57,10 @@ class Architecture:
     width_multiplier: float = 1.0,
     drop_path: DropPath = 0.0,
   ) -> ResNet:
-    """Returns a freshly initialized network; arguments: see `ResNet`.
+    """Returns a freshly initialized network; see `ResNet`.
 
     Raises:
-      ValueError: the width multiplier leaves no channel.
+      ValueError: the width multiplier leaves no channels.
     """
     if int(self.width * width_multiplier) < 1:
       raise ValueError(
@@ -100,11 +100,11 @@ class ResNet(nnx.Module):
 
   Args:
     architecture: depths, width, block, and stem.
-    num_classes: outputs of the head.
-    width_multiplier: scales stem and stages, as int(width * multiplier).
-    gate: returns a block's gate, or None, for its site.
-    dtype: compute dtype; parameters, masks and logits are float32.
-    rngs: stream `params`.
+    num_classes: number of outputs.
+    width_multiplier: scales the channels of stem and stages, rounded down.
+    gate: returns the gate of a site, or None.
+    dtype: compute dtype; parameters, masks, and logits are float32.
+    rngs: random streams; uses `params`.
     drop_path: stochastic depth in training, see `drop_rate`.
   """
 
@@ -194,7 +194,7 @@ class ResNet(nnx.Module):
     return x if self.maxpool is None else self.maxpool(x)
 
   def head(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, num_classes]: logits of the last block's output."""
+    """Returns float32[N, num_classes] logits for the last block's output."""
     return self.fc(jnp.mean(x.astype(jnp.float32), axis=(1, 2)))
 
   def __call__(
@@ -210,16 +210,16 @@ class ResNet(nnx.Module):
 
     Args:
       images: float[N, H, W, 3], normalized.
-      rngs: stream `gumbel`, for gates that sample; in training with stochastic
-        depth also `dropout`.
-      temperature: of the gates' Gumbel-softmax, > 0.
-      gumbel_noise: whether the gates add noise in training.
+      rngs: random streams: `gumbel` for gates that sample, and `dropout` in
+        training with stochastic depth.
+      temperature: temperature of the gates' Gumbel-softmax, > 0.
+      gumbel_noise: whether gates add noise in training.
       masks: [N, h, w] of {0, 1}, one per block in network order or by block
         name, to use instead of the gates' decisions; see `Gating`.
 
     Returns:
       logits: float32[N, num_classes].
-      masks: one ExecutionMask per gated block, in network order; none if dense.
+      masks: one ExecutionMask per gated block, in network order.
     """
     gating = Gating(
       rngs=rngs,
@@ -235,10 +235,8 @@ class ResNet(nnx.Module):
     return self.head(x), gating.finish()
 
   def set_view(self, deterministic: bool | None = None):
-    """Class method used by ``nnx.view``.
-
-    Networks without gates accept it too, so that one call serves all.
+    """Accepts `deterministic` of ``nnx.view``, even without gates.
 
     Args:
-      deterministic: ``nnx.view`` itself passes it to the gates.
+      deterministic: not used here; ``nnx.view`` passes it to the gates.
     """

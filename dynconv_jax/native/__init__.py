@@ -1,4 +1,4 @@
-"""Kernels in C++ for CPUs, compiled at first use for this machine."""
+"""C++ kernels for CPUs, compiled for this machine on first use."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ['Library', 'register']
 
 
 class Library(NamedTuple):
-  """Kernels that are compiled and registered.
+  """A compiled library with registered kernels.
 
   Attributes:
-    targets: the name of each at the foreign function interface.
-    handle: the library itself.
+    targets: kernel name -> name of its foreign function interface target.
+    handle: handle of the library.
   """
 
   targets: dict[str, str]
@@ -31,28 +31,28 @@ class Library(NamedTuple):
 def register(
   source: pathlib.Path, names: Sequence[str], flags: Sequence[str] = ()
 ) -> Library | None:
-  """Compiles and registers kernels; returns None where that fails.
+  """Compiles and registers kernels; returns None if that fails.
 
   Args:
-    source: C++ file that defines the handler dynconv_NAME for each name.
-    names: of the kernels.
-    flags: of the compiler, after the usual ones.
+    source: C++ file that defines a handler dynconv_NAME for each name.
+    names: names of the kernels.
+    flags: additional compiler flags.
   """
   try:
     path = build(source, flags)
     library = ctypes.CDLL(str(path))
   except (OSError, subprocess.SubprocessError) as error:
-    # Template errors go on for pages.
-    told = getattr(error, 'stderr', None) or str(error)
+    # Log only one line, because template errors are long.
+    output = getattr(error, 'stderr', None) or str(error)
     logging.warning(
-      'XLA computes what kernels of this package would compute faster: they '
-      'were not compiled. %s',
-      next((line for line in told.splitlines() if 'error:' in line), told),
+      'Using XLA instead of the faster custom kernels, which failed to '
+      'compile. %s',
+      next((line for line in output.splitlines() if 'error:' in line), output),
     )
     return None
   targets = {}
   for name in names:
-    # Compiled programs are cached by name: each build has names of its own.
+    # JAX caches compiled programs by name, so each build needs unique names.
     targets[name] = f'dynconv_{name}_{path.stem.partition("-")[0]}'
     handler = jax.ffi.pycapsule(getattr(library, f'dynconv_{name}'))
     jax.ffi.register_ffi_target(targets[name], handler, platform='cpu')

@@ -1,4 +1,4 @@
-"""Compiled libraries of kernels, kept in the user's cache."""
+"""Compilation of kernel libraries, cached in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ _FLAGS = ('-std=c++17', '-O3', '-march=native', '-fPIC', '-shared', '-w')
 
 
 def build(source: pathlib.Path, flags: Sequence[str] = ()) -> pathlib.Path:
-  """Compiles kernels, unless it was done before; returns the library.
+  """Compiles kernels unless they are cached, and returns the library.
 
-  The compiler is that of the environment variable CXX, or c++. Libraries are
-  kept in dynconv_jax/kernels of the user's cache: $XDG_CACHE_HOME, or ~/.cache.
-  Each is named by what it was compiled of and by its own hash. One that is
-  damaged, or that others may have written, is compiled anew.
+  Uses the compiler in the environment variable CXX, or c++. Libraries are
+  cached in dynconv_jax/kernels in $XDG_CACHE_HOME or ~/.cache. The name of a
+  library contains a hash of its inputs and a hash of its content. A library
+  that is damaged, or that another user could have written, is recompiled.
 
   Args:
-    source: C++ file; it may include headers beside it and those of this
-      package.
-    flags: of the compiler, after the usual ones.
+    source: C++ file; may include headers in its folder and in this package.
+    flags: additional compiler flags.
 
   Raises:
     OSError: there is no compiler, the library cannot be written, or the folder
       belongs to another user.
-    subprocess.CalledProcessError: the compiler's error.
+    subprocess.CalledProcessError: the compiler failed.
   """
   compiler = shlex.split(os.environ.get('CXX', '')) or ['c++']
   includes = [f'-I{_HEADERS}', f'-I{jax.ffi.include_dir()}']
@@ -49,7 +48,7 @@ def build(source: pathlib.Path, flags: Sequence[str] = ()) -> pathlib.Path:
     [*compiler, '--version'], capture_output=True, text=True, check=True
   ).stdout
   files = [source, *source.parent.glob('*.h'), *_HEADERS.glob('*.h')]
-  # Other headers are jaxlib's, which may be upgraded in place.
+  # All other headers are from jaxlib, which may be upgraded in place.
   parts = (
     *(path.read_text() for path in sorted(files)),
     str(command),
@@ -63,8 +62,8 @@ def build(source: pathlib.Path, flags: Sequence[str] = ()) -> pathlib.Path:
     return path
   # Several processes may start at once.
   with locked(folder, 'compilation of kernels', wait=True) as lock:
-    for left in folder.glob('tmp*'):  # By a process that was killed.
-      shutil.rmtree(left, ignore_errors=True)
+    for stale in folder.glob('tmp*'):  # Left by a process that was killed.
+      shutil.rmtree(stale, ignore_errors=True)
     if path := _sound(folder, digest):
       return path
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -74,7 +73,7 @@ def build(source: pathlib.Path, flags: Sequence[str] = ()) -> pathlib.Path:
         capture_output=True,
         text=True,
         check=True,
-        pass_fds=[lock],  # A compiler may outlive this process.
+        pass_fds=[lock],  # The compiler may outlive this process.
       )
       library.chmod(0o700)
       path = folder / f'{digest}-{_digest(library.read_bytes())}.so'
@@ -87,9 +86,9 @@ def _digest(content: bytes) -> str:
 
 
 def _folder() -> pathlib.Path:
-  """Returns the folder of libraries, which only this user can write to."""
+  """Returns the folder of libraries, writable only by this user."""
   cache = os.environ.get('XDG_CACHE_HOME', '')
-  if not os.path.isabs(cache):  # As the XDG specification has it.
+  if not os.path.isabs(cache):  # As in the XDG specification.
     cache = os.path.expanduser('~/.cache')
   if not os.path.isabs(cache):
     raise OSError('there is no home folder: set HOME or XDG_CACHE_HOME')
@@ -104,7 +103,7 @@ def _folder() -> pathlib.Path:
 
 
 def _sound(folder: pathlib.Path, digest: str) -> pathlib.Path | None:
-  """Returns a library as it was compiled; deletes others of its name."""
+  """Returns an intact library or None, and deletes damaged ones."""
   for path in folder.glob(f'{digest}-*.so'):
     status = path.lstat()
     if (
@@ -114,13 +113,15 @@ def _sound(folder: pathlib.Path, digest: str) -> pathlib.Path | None:
       and path.stem == f'{digest}-{_digest(path.read_bytes())}'
     ):
       return path
-    logging.warning('%s is damaged, or not of this user; compiling anew', path)
+    logging.warning(
+      '%s is damaged or writable by other users; recompiling', path
+    )
     path.unlink(missing_ok=True)
   return None
 
 
 def _processor() -> str:
-  """What -march=native depends on: a home may be shared by machines."""
+  """Returns what -march=native depends on; machines may share a home folder."""
   try:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
   except OSError:

@@ -1,4 +1,4 @@
-// Threads that work together.
+// A team of threads that share work.
 
 #pragma once
 
@@ -13,9 +13,8 @@
 
 namespace {
 
-// The calling thread and those of XLA's pool that help it. Helpers stay for the
-// life of the team: one piece of work follows another without their being
-// woken.
+// The calling thread and helper threads from XLA's pool. Helpers stay for the
+// lifetime of the team, so they need not be woken for each piece of work.
 class Team {
  public:
   explicit Team(xla::ffi::ThreadPool pool) : pool_(pool) {}
@@ -24,12 +23,12 @@ class Team {
 
   int64_t size() const { return std::max<int64_t>(pool_.num_threads(), 1); }
 
-  // Calls run(begin, end) on ranges that cover [0, units). Each thread has a
-  // share of its own, whose units it takes in order, so that what it fetches
-  // ahead is what it needs next; who is done helps others. Long ranges come
-  // first, single units last (Polychronopoulos and Kuck, "Guided
+  // Calls run(begin, end) on ranges that cover [0, units). Each thread has its
+  // own share of units, which it takes in order, so that prefetched data is
+  // needed next. A thread that is done helps others. Ranges are long at first
+  // and single units at the end (Polychronopoulos and Kuck, "Guided
   // Self-Scheduling", 1987). The caller never waits for a unit that no thread
-  // has begun.
+  // has started.
   template <typename Function>
   void Run(int64_t units, const Function& run) {
     if (units == 0) return;
@@ -69,8 +68,8 @@ class Team {
   };
 
   struct Work {
-    // These change only when no unit is left and all are done: who has taken
-    // some reads those of its own work.
+    // Changed only when all units are taken and done. A thread that has taken
+    // units thus reads the values that belong to them.
     void (*call)(const void* function, int64_t begin, int64_t end);
     const void* function;
     std::vector<Share> shares;
@@ -79,14 +78,15 @@ class Team {
 
     explicit Work(int64_t size) : shares(size) {}
 
-    // Does some units, if any are left.
+    // Runs some units, if any are left.
     bool Take(int64_t own) {
       for (size_t i = 0; i < shares.size(); ++i)
         if (TakeOf(shares[(own + i) % shares.size()].left, i == 0)) return true;
       return false;
     }
 
-    // Does some of a share's units: the first ones of the thread's own.
+    // Runs some units of a share: the first ones if it is the thread's own
+    // share, otherwise the last ones.
     bool TakeOf(std::atomic<Range>& left, bool own) {
       Range before = left.load(std::memory_order_acquire), after, taken;
       do {

@@ -1,4 +1,4 @@
-// Vectors of floats, as wide as the processor has them.
+// Vectors of floats, in the processor's native width.
 
 #pragma once
 
@@ -16,7 +16,7 @@ constexpr int kLanes = 4;
 #endif
 typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
-// A Vector or a float at any address.
+// Loads a Vector or a float from any address.
 template <typename T>
 T Load(const float* from) {
   T value;
@@ -29,6 +29,7 @@ void Store(float* to, T value) {
   std::memcpy(to, &value, sizeof(T));
 }
 
-int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }  // Upwards.
+// Returns a / b rounded up.
+int64_t Divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace

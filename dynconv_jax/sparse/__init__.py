@@ -1,4 +1,4 @@
-"""Executing networks only where their masks are set."""
+"""Sparse execution: running networks only where their masks are set."""
 
 from dynconv_jax.sparse.backend import BACKENDS as BACKENDS
 from dynconv_jax.sparse.backend import Backend as Backend

@@ -20,17 +20,17 @@ from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 class Backend:
   """Executes gated blocks at the active positions of their masks.
 
-  A backend packs the folded weights of a block as it reads them, into a tree
-  of arrays of its own, and runs the block. Its instances hold no arrays.
+  A backend packs the folded weights of a block into a tree of arrays in the
+  layout that it needs, and runs the block. Backend instances contain no arrays.
 
   Attributes:
-    name: how it is asked for.
-    calibrated: whether mode 'auto' of `SparseExecutor` times it against dense
-      execution. A backend that is as fast as XLA's dense form at any density
-      sets False.
-    falls_back: whether a batch can be executed densely after all, by a
-      conditional, without waiting for the host.
-    evaluates_given: whether a gate is computed even where a mask is given.
+    name: name of the backend, as in `BACKENDS`.
+    calibrated: whether mode 'auto' of `SparseExecutor` times the backend
+      against dense execution. False for backends that are at least as fast as
+      XLA's dense form at any density.
+    falls_back: whether a conditional can switch a batch to the dense fallback
+      without waiting for the host.
+    evaluates_given: whether gates are computed even if masks are given.
   """
 
   name: str
@@ -42,35 +42,35 @@ class Backend:
     """Returns whether the backend can execute a branch.
 
     Args:
-      branch: its description.
+      branch: description of the branch.
       dtype: compute dtype.
-      platform: of JAX: 'cpu' or 'gpu'.
+      platform: JAX platform, 'cpu' or 'gpu'.
     """
     raise NotImplementedError
 
   def prefers(self, dtype: jnp.dtype, platform: str) -> bool:
-    """Returns whether 'auto' takes the backend where it supports a branch.
+    """Returns whether 'auto' uses the backend for branches that it supports.
 
     Args:
       dtype: compute dtype.
-      platform: of JAX.
+      platform: JAX platform.
     """
     return self.supports_platform(dtype, platform)
 
   def supports_platform(self, dtype: jnp.dtype, platform: str) -> bool:
-    """Returns whether the backend can be used here at all; see `prefers`."""
+    """Returns whether the backend works on this machine; see `prefers`."""
     return True
 
   def compiler_options(self, platform: str) -> dict[str, str]:
-    """Returns options of XLA for a network that the backend executes.
+    """Returns XLA compiler options for networks that the backend executes.
 
     Args:
-      platform: of JAX.
+      platform: JAX platform.
     """
     return {}
 
   def pack(self, block: FoldedBlock) -> Any:
-    """Returns a tree of arrays: the weights of a block as `run` reads them.
+    """Returns the weights of a block for `run`, as a tree of arrays.
 
     Args:
       block: the folded block.
@@ -85,66 +85,67 @@ class Backend:
     Args:
       packed: what `pack` returned.
       x: float[N, H, W, in_features].
-      mask: where the branch is executed; None: everywhere.
+      mask: where to execute the branch; None for everywhere.
     """
     raise NotImplementedError
 
   def run_gated(
     self, block: Any, x: jax.Array, mask: ExecutionMask, gating: Gating
   ) -> jax.Array:
-    """Returns what `run` does, in a forward pass of a network.
+    """Returns the result of `run`, as part of a network's forward pass.
 
     Args:
-      block: has `branch`, `name`, `stage`, `masker`, and what `pack` returned
-        as `packed.tree()`.
+      block: has `branch`, `name`, `stage`, and `masker`; `packed.tree()`
+        returns the result of `pack`.
       x: float[N, H, W, in_features].
-      mask: of `decide`.
-      gating: of this forward pass.
+      mask: the mask returned by `decide`.
+      gating: state of this forward pass.
     """
     return self.run(block.packed.tree(), x, mask)
 
   def decide(
     self, block: Any, x: jax.Array, gating: Gating
   ) -> ExecutionMask | None:
-    """Returns where a block is executed, None for everywhere.
+    """Returns where to execute a block, or None for everywhere.
 
     Args:
-      block: has `branch`, `name`, `stage` and `masker`.
-      x: float[N, H, W, in_features], its input.
-      gating: of this forward pass.
+      block: has `branch`, `name`, `stage`, and `masker`.
+      x: float[N, H, W, in_features], the block's input.
+      gating: state of this forward pass.
     """
     return decide(block, x, gating)
 
   def convolution(self, conv: FoldedConv) -> nnx.Module | None:
-    """Returns a module that computes a convolution outside of gated blocks.
+    """Returns a module that computes a convolution outside gated blocks.
 
     Args:
-      conv: folded, with its activation.
+      conv: the folded convolution, with its activation.
 
     Returns:
-      A module called with float[N, H, W, in_features]; None: XLA's serves.
+      A module called with float[N, H, W, in_features], or None to use XLA's
+      convolution.
     """
     return None
 
   def replacement(self, module: nnx.Module) -> nnx.Module | None:
-    """Returns a module that computes the same faster, None: there is none.
+    """Returns a faster replacement for a module, or None if there is none.
 
     Args:
-      module: any but gated blocks and folded convolutions: pooling, the parts
-        of gates, linear layers.
+      module: any module except gated blocks and folded convolutions, such as
+        pooling, parts of gates, and linear layers.
     """
     return None
 
   def prepare(self, chains: Sequence[Sequence[GatedBlock]]) -> None:
-    """Changes the gates of a network's blocks in place, if it pays.
+    """Optimizes the gates of a network's blocks in place, if that is faster.
 
     Args:
-      chains: the blocks that the backend will execute; in each chain a block
-        reads what the one before it wrote.
+      chains: the blocks that the backend will execute. In each chain, a block's
+        input is the output of the previous block.
     """
 
 
-# In the order in which 'auto' asks them.
+# In the order in which 'auto' tries them.
 BACKENDS = {
   'cpu': 'dynconv_jax.sparse.backends.cpu:CpuBackend',
   'triton': 'dynconv_jax.sparse.backends.triton:TritonBackend',
@@ -155,14 +156,15 @@ BACKENDS = {
 
 
 def get_backend(name: str | Backend) -> Backend:
-  """Returns the backend of a name.
+  """Returns a backend by name.
 
   Args:
     name: a key of BACKENDS, `package.module:CLASS`, or a backend.
 
   Raises:
-    ValueError: there is no such backend.
-    ImportError: a package that it needs is missing; says which extra has it.
+    ValueError: the backend does not exist.
+    ImportError: a required package is missing; the message names the extra that
+      installs it.
   """
   return name if isinstance(name, Backend) else _make_backend(name)
 
@@ -180,18 +182,18 @@ def _make_backend(name: str) -> Backend:
   except (ModuleNotFoundError, AttributeError) as error:
     if name in BACKENDS:
       raise
-    raise ValueError(f'there is no backend {name!r}: {error}') from error
+    raise ValueError(f'backend {name!r} not found: {error}') from error
   if not (isinstance(kind, type) and issubclass(kind, Backend)):
     raise ValueError(f'{name!r} is not a Backend; got {kind!r}')
   return kind()
 
 
 def auto_backends(dtype: jnp.dtype, platform: str) -> list[Backend]:
-  """Returns the backends that 'auto' may take, the best one first.
+  """Returns the backends that 'auto' may use, best first.
 
   Args:
     dtype: compute dtype.
-    platform: of JAX.
+    platform: JAX platform.
   """
   backends = []
   for name in BACKENDS:

@@ -1,4 +1,4 @@
-"""Whether a block is faster sparse or dense, by short measurements."""
+"""Calibration: short measurements of whether blocks run faster sparsely."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.fold import fold_block
 from dynconv_jax.sparse.plan import BlockPlan
 
-# Densities that are measured; times between them are taken as linear. Of whole
-# images there may be one only.
+# Densities to measure; times are interpolated linearly. With per-image masks,
+# the batch may be a single image, which is either skipped or executed.
 _DENSITIES = (0.2, 0.6)
 _IMAGE_DENSITIES = (0.0, 1.0)
 _REPEATS = 4
-# Calls that are timed in a row: up to so many, for so long.
+# Limits on the number and total seconds of consecutive timed calls.
 _CALLS, _SECONDS = 10, 0.01
 
 
@@ -34,18 +34,20 @@ def calibrate(
   density: float,
   budget: float | None = None,
 ) -> BlockPlan:
-  """Returns the faster of a sparse plan and the dense one, with its limit.
+  """Returns the faster of a sparse plan and the dense plan, with its limit.
 
-  Both are timed on clustered masks of two densities. The sparse time is taken
-  as linear in the load, the executed share of the branch's dense MACs.
+  Times both on clustered masks: the sparse plan at two densities, the dense one
+  at a single density, because its time does not depend on the mask. Assumes
+  that the sparse time is linear in the executed fraction of the branch's dense
+  MACs.
 
   Args:
-    block: in evaluation.
-    plan: how it would be executed sparsely.
-    shape: (N, H, W, C) of its input.
-    per_image: whether its mask is constant over an image.
-    density: of the masks to expect.
-    budget: the load to expect; None: that of masks of the density.
+    block: the block, in evaluation.
+    plan: the sparse plan.
+    shape: (N, H, W, C) of the block's input.
+    per_image: whether the block's mask is constant over an image.
+    density: expected density of masks.
+    budget: expected executed fraction; None to derive it from the density.
   """
   rng = np.random.default_rng(0)
   x = jnp.asarray(np.maximum(rng.normal(size=shape), 0), block.dtype)
@@ -72,7 +74,7 @@ def calibrate(
     )
     for name, backend in backends.items()
   }
-  # A dense form takes as long for any mask.
+  # The dense time does not depend on the mask.
   cases = [('dense', 0), ('sparse', 0), ('sparse', 1)]
   times = dict.fromkeys(cases, np.inf)
 
@@ -86,24 +88,24 @@ def calibrate(
 
   for case in cases:
     seconds(case, 1)  # Compiles.
-  # Short calls are timed in a row: on a GPU one waits in the queue while
-  # another runs, as in a network.
+  # Time several short calls in a row: on a GPU, calls queue up while others
+  # run, as in a network.
   once = max(seconds(case, 1) for case in cases)
   calls = int(np.clip(_SECONDS / once, 1, _CALLS))
   for _ in range(_REPEATS):
     for case in cases:
       times[case] = min(times[case], seconds(case, calls))
-  loads = [
+  fractions = [
     float(jnp.mean(mask.executed_macs())) / mask.dense_macs() for mask in masks
   ]
   if budget is None:
-    # Taken as linear between the measured ones, and 1 at 1.
-    budget = float(np.interp(density, (0, *densities, 1), (0, *loads, 1)))
+    # Interpolate linearly between the measured densities, 0, and 1.
+    budget = float(np.interp(density, (0, *densities, 1), (0, *fractions, 1)))
   chosen = choose_plan(
     plan,
     times['dense', 0],
     (times['sparse', 0], times['sparse', 1]),
-    loads,
+    fractions,
     budget,
   )
   logging.info('%s of %s: %s', block.name, shape, chosen)
@@ -117,17 +119,17 @@ def choose_plan(
   loads: Sequence[float],
   expected: float,
 ) -> BlockPlan:
-  """Returns the faster plan at a load, and its limit.
+  """Returns the faster plan at an executed fraction, with its limit.
 
   A backend that cannot fall back to dense execution without waiting for the
-  host is taken for all batches, or for none.
+  host is used for all batches or for none.
 
   Args:
-    plan: the sparse one.
+    plan: the sparse plan.
     dense: seconds of dense execution.
-    sparse: seconds of the plan at the two loads.
-    loads: executed shares of the branch's dense MACs, increasing.
-    expected: the load to expect.
+    sparse: seconds of sparse execution at the two loads.
+    loads: two executed fractions of the branch's dense MACs, increasing.
+    expected: the expected executed fraction.
   """
   slope = max((sparse[1] - sparse[0]) / max(loads[1] - loads[0], 1e-6), 1e-12)
   limit = (dense - (sparse[0] - slope * loads[0])) / slope
@@ -146,18 +148,19 @@ def clustered_masks(
   *,
   side: int = 1,
 ) -> np.ndarray:
-  """Returns float32[N, h, w] of {0, 1}: smooth random fields, thresholded.
+  """Returns float32[N, h, w] of {0, 1}: thresholded smooth random fields.
 
-  Each has round(density * h * w) active positions, at least one above 0; with
-  per-image masks the first round(density * N) images are active.
+  Each mask has round(density * h * w) active positions, or one if this rounds
+  to 0 for a density above 0. With per-image masks, the first round(density * N)
+  images are active, or one.
 
   Args:
-    rng: source of randomness.
+    rng: NumPy random generator.
     shape: (N, h, w).
-    density: share of active positions, in [0, 1].
-    per_image: whether whole images are active.
-    side: of the patches whose positions are active together; they are counted,
-      and those at the edge are cut.
+    density: fraction of active positions, in [0, 1].
+    per_image: whether to activate whole images.
+    side: side of the patches whose positions are active together. The density
+      then counts patches; patches at the edge are cropped.
   """
   n, h, w = shape
   if side > 1:
@@ -168,7 +171,7 @@ def clustered_masks(
     active = np.arange(n) < max(density > 0, round(density * n))
     return np.broadcast_to(active[:, None, None], shape).astype(np.float32)
   field = rng.normal(size=shape)
-  # A Gaussian low-pass of an eighth of the map, periodic.
+  # A periodic Gaussian low-pass filter.
   decay = np.add.outer(
     (np.fft.fftfreq(h) * h / 8) ** 2, (np.fft.fftfreq(w) * w / 8) ** 2
   )

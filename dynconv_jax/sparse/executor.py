@@ -1,4 +1,4 @@
-"""Runs gated networks of a fixed input shape only where their masks are set."""
+"""Jitted sparse execution of gated networks, with statistics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dynconv_jax.sparse.sparsify import (
 
 MODES = ('auto', 'sparse', 'dense')
 
-# The structure of a tree, and shape and dtype of each of its arrays.
+# The structure of a tree, and the shape and dtype of each of its arrays.
 _Layout = tuple[
   jax.tree_util.PyTreeDef, tuple[tuple[tuple[int, ...], str], ...]
 ]
@@ -35,15 +35,15 @@ _Layout = tuple[
 
 @flax.struct.dataclass
 class ExecutionStats:
-  """What was executed of a batch.
+  """Statistics of the execution of a batch.
 
-  It comes as one array, since each that a call returns takes its time; what is
-  asked for is taken out of it.
+  All masks are packed into one array, because each array that a jitted call
+  returns costs time. Properties unpack it on demand.
 
   Attributes:
-    packed: float32[...], the values of the masks, one after the other.
-    layout: how they are packed.
-    names: of the gated blocks, such as 'layer2.0'.
+    packed: float32[...], the concatenated values of the masks.
+    layout: tree structure, shapes, and dtypes of the packed masks.
+    names: names of the gated blocks, such as 'layer2.0'.
   """
 
   packed: jax.Array
@@ -52,10 +52,10 @@ class ExecutionStats:
 
   @classmethod
   def pack(cls, masks: Sequence[ExecutionMask]) -> ExecutionStats:
-    """Returns the statistics of a pass.
+    """Returns the statistics of a forward pass.
 
     Args:
-      masks: as a network returns them.
+      masks: the masks that the network returns.
     """
     masks = [
       ExecutionMask(m.maps, m.name, m.layers, m.stage, m.score, m.overflow)
@@ -71,27 +71,27 @@ class ExecutionStats:
 
   @functools.cached_property
   def masks(self) -> list[ExecutionMask]:
-    """One ExecutionMask a gated block, as the model returns them."""
+    """The execution masks that the model returns, one per gated block."""
     return _unpack(self.packed, self.layout)
 
   @property
   def overflows(self) -> jax.Array:
-    """int32[blocks], 1 where all positions of a block were computed.
+    """int32[blocks], 1 if a block used the dense fallback.
 
-    That is where the batch was above the limit of the block's plan.
+    A block falls back if the batch exceeds the limit of the block's plan.
     """
     zero = jnp.int32(0)
-    found = [m.overflow for m in self.masks]
-    return jnp.stack([zero if v is None else v for v in found])
+    flags = [m.overflow for m in self.masks]
+    return jnp.stack([zero if v is None else v for v in flags])
 
   @property
   def positions(self) -> jax.Array:
-    """int32[blocks], active positions of each, over the batch."""
+    """int32[blocks], number of active positions of each block in the batch."""
     return _counts(mask.hard for mask in self.masks)
 
   @property
   def dilated_positions(self) -> jax.Array:
-    """int32[blocks], those of its first convolution."""
+    """int32[blocks], number of positions of each block's first convolution."""
     return _counts(mask.dilated for mask in self.masks)
 
   def __repr__(self) -> str:
@@ -113,31 +113,34 @@ def _unpack(packed, layout):
 
 
 class SparseExecutor:
-  """Runs a trained network, each branch where its mask is set only.
+  """Runs a trained network's branches only where their masks are set.
 
-  `sparsify`, jitted for one input shape, with statistics. The logits are those
-  of the model up to rounding. One function is compiled, at the first call (one
-  more where masks are given).
+  Wraps `sparsify` with `jax.jit` for one input shape, and returns statistics.
+  The logits equal the model's up to rounding. Compiles on the first call, and
+  again on the first call with given masks.
 
   Args:
     model: the evaluation view of any network with gated blocks, nnx.view(model,
       deterministic=True, use_running_average=True).
     image_shape: (N, H, W, C) of every batch.
-    mode: 'sparse': every block by the backend; 'dense': every block everywhere,
-      masked; 'auto': as 'sparse', but where a backend may be slower than dense
-      execution both are timed here for each distinct shape of block.
-    backend: see `sparsify`; not for mode 'dense'.
-    limit: share of a block's dense MACs in (0, 1] above which it is executed
-      densely, however it is planned; exact all the same, and counted.
-    density: for 'auto', the density of masks to expect, in (0, 1].
-    budget: for 'auto', the share of a block's dense MACs to expect, in (0, 1],
-      such as a run was trained for; None: what the density makes of it.
-    plans: how to execute blocks by their names, instead of that.
-    compiler_options: of XLA; None: what the backends ask for.
+    mode: 'sparse' runs every block with the backend. 'dense' runs every block
+      everywhere and multiplies by the mask. 'auto' is like 'sparse', but if
+      `backend` is also 'auto', backends that may be slower than dense execution
+      are timed against it for each distinct block shape.
+    backend: see `sparsify`; 'auto' or 'dense' in mode 'dense'.
+    limit: executed fraction of a block's dense MACs, in (0, 1], above which the
+      block uses the dense fallback. Lowers the limits of chosen plans, but not
+      those of `plans`. The result is the same; `ExecutionStats.overflows`
+      reports fallbacks.
+    density: expected density of masks for 'auto', in (0, 1].
+    budget: expected executed fraction of a block's dense MACs for 'auto', in
+      (0, 1], such as the budget of training. None to derive it from `density`.
+    plans: plans by block name, which override the chosen ones.
+    compiler_options: XLA compiler options; None for those of the backends.
 
   Attributes:
     model: the sparse network.
-    plans: the BlockPlan of each block by its name.
+    plans: the BlockPlan of each block, by name.
   """
 
   def __init__(
@@ -179,7 +182,7 @@ class SparseExecutor:
     )
     self.plans = chosen
     graphdef, state = nnx.split(self.model)
-    # Arrays are passed, not trees of them, which take their time at each call.
+    # Pass a flat list of arrays, because flattening trees at each call is slow.
     self._arrays, treedef = jax.tree.flatten(nnx.as_pure(state))
 
     def forward(arrays, images, masks):
@@ -195,10 +198,11 @@ class SparseExecutor:
     self._run = jax.jit(forward, compiler_options=dict(compiler_options))
 
   def lower(self, *, device: jax.Device | None = None) -> jax.stages.Lowered:
-    """Returns the network as XLA compiles it; nothing is run.
+    """Returns the network lowered for compilation, without running it.
 
     Args:
-      device: to compile for, also one that is not here; None: JAX's default.
+      device: device to compile for, which need not be present; None for JAX's
+        default.
     """
     sharding = device and jax.sharding.SingleDeviceSharding(device)
     images = jax.ShapeDtypeStruct(self.image_shape, jnp.float32)
@@ -211,18 +215,18 @@ class SparseExecutor:
   def __call__(
     self, images: jax.Array, masks: Masks | None = None
   ) -> tuple[jax.Array, ExecutionStats]:
-    """Returns logits, and what was executed.
+    """Returns the logits and the execution statistics of a batch.
 
     Args:
       images: float[N, H, W, C], normalized.
-      masks: to obey instead of the gates' decisions, see `Gating`.
+      masks: masks to use instead of the gates' decisions, see `Gating`.
 
     Returns:
-      logits: what the network returns, float32[N, num_classes].
+      logits: the network's output, float32[N, num_classes].
       stats: ExecutionStats.
 
     Raises:
-      ValueError: images or masks of another shape.
+      ValueError: images or masks have the wrong shape.
     """
     if tuple(jnp.shape(images)) != self.image_shape:
       raise ValueError(
@@ -238,7 +242,7 @@ def _calibrated(
   density: float,
   budget: float | None,
 ) -> dict[str, BlockPlan]:
-  """The plans, where the backend may be slower than dense: the faster one."""
+  """Returns the plans, with blocks run densely if that is faster."""
   if not any(plan.backend.calibrated for plan in plans.values()):
     return plans
   blocks = {block.name: block for block in gated_blocks(model)}

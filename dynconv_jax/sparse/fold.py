@@ -15,12 +15,12 @@ from dynconv_jax.models.gated import GatedBlock
 
 @flax.struct.dataclass
 class FoldedConv:
-  """A convolution with a bias, and the activation after it.
+  """A convolution with a bias and an activation.
 
   Attributes:
     kernel: float[k, k, in_features / groups, features], in the compute dtype.
     bias: float32[features].
-    conv: its description.
+    conv: description of the convolution.
   """
 
   kernel: jax.Array
@@ -38,9 +38,9 @@ class FoldedBlock:
   """`activation(shortcut(x) + mask * branch(x))` as plain convolutions.
 
   Attributes:
-    convs: of the branch, in order of execution.
-    projection: of the shortcut, or None.
-    branch: its description.
+    convs: convolutions of the branch, in order of execution.
+    projection: convolution of the shortcut, or None.
+    branch: description of the branch.
   """
 
   convs: tuple[FoldedConv, ...]
@@ -49,15 +49,15 @@ class FoldedBlock:
 
 
 def fold_conv(conv: nnx.Conv, norm: BatchNorm, what: Conv, dtype) -> FoldedConv:
-  """Returns a convolution without bias and its batch norm as one layer.
+  """Returns a convolution with its batch norm folded in.
 
-  The product is formed in float64 and rounded once.
+  Computes in float64 and rounds once.
 
   Args:
-    conv: without bias.
-    norm: in evaluation: its running statistics count.
-    what: describes both.
-    dtype: of the folded kernel.
+    conv: a convolution without bias.
+    norm: the batch norm after it; its running statistics are used.
+    what: description of both.
+    dtype: dtype of the folded kernel.
   """
   scale, bias, mean, var = (
     np.asarray(v[...], np.float64)
@@ -73,11 +73,11 @@ def fold_conv(conv: nnx.Conv, norm: BatchNorm, what: Conv, dtype) -> FoldedConv:
 
 
 def fold_block(block: GatedBlock, dtype=None) -> FoldedBlock:
-  """Returns the convolutions of a gated block.
+  """Returns a gated block with batch norm folded into its convolutions.
 
   Args:
-    block: in evaluation.
-    dtype: of the folded kernels; None: the block's compute dtype.
+    block: the block, in evaluation.
+    dtype: dtype of the folded kernels; None for the block's compute dtype.
   """
   dtype = dtype or block.dtype
   projection = None
@@ -96,11 +96,11 @@ def fold_block(block: GatedBlock, dtype=None) -> FoldedBlock:
 def describe_conv(conv: nnx.Conv, norm: BatchNorm) -> Conv | None:
   """Returns the description of a convolution and its batch norm.
 
-  None where a description cannot say what they compute.
+  Returns None if a `Conv` cannot describe them.
 
   Args:
     conv: any convolution.
-    norm: after it.
+    norm: the batch norm after it.
   """
   k, strides = conv.kernel_size, conv.strides
   strides = (strides,) * 2 if isinstance(strides, int) else tuple(strides)
@@ -140,10 +140,10 @@ def describe_conv(conv: nnx.Conv, norm: BatchNorm) -> Conv | None:
 
 
 def check_evaluation(model: nnx.Module) -> None:
-  """Raises ValueError unless a model is the evaluation view.
+  """Raises ValueError unless a model is in evaluation mode.
 
   Args:
-    model: whose batch norms are about to be folded.
+    model: the model whose batch norms will be folded.
   """
   for _, node in nnx.iter_modules(model):
     training = isinstance(node, nnx.BatchNorm) and not node.use_running_average

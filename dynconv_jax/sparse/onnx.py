@@ -1,9 +1,9 @@
-"""Networks as ONNX models that compute only where their masks are set.
+"""Export to ONNX models that compute only where their masks are set.
 
-ONNX has true dynamic shapes: the active positions are found by NonZero, their
-rows gathered, and nothing is compiled for a capacity. The network's own
-`__call__` is traced: any network of gated blocks and ordinary operations can be
-exported, with any gate. Needs the package onnx.
+ONNX supports dynamic shapes: NonZero finds the active positions and Gather
+reads their rows, without a fixed capacity. The export traces the network's own
+`__call__`, so it supports any network of gated blocks and ordinary operations,
+with any gate. Requires the package onnx.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ try:
   )
 except ModuleNotFoundError as error:
   raise ImportError(
-    'dynconv_jax.sparse.onnx needs ONNX:'
+    'dynconv_jax.sparse.onnx needs ONNX;'
     " pip install 'dynconv-jax[onnx]' installs it"
   ) from error
 
 FORMS = ('sparse', 'dense')
 _OPS = {**onnx_ops.OPS, **onnx_shapes.OPS, **onnx_sums.OPS}
-# Primitives that compute what a jaxpr among their parameters says.
+# Primitives that call a jaxpr in their parameters.
 _CALLS = (
   *('checkpoint', 'closed_call', 'core_call', 'jit', 'pjit', 'remat2'),
   *('custom_jvp_call', 'custom_vjp_call'),
@@ -79,28 +79,28 @@ def export_onnx(
   channels: int = 3,
   masks: bool = False,
 ) -> onnx.ModelProto:
-  """Returns a network as an ONNX model, batch norm folded, in float32.
+  """Returns a network as a float32 ONNX model, with batch norm folded.
 
-  Its input 'images' is float32[N, H, W, channels], normalized. Its outputs are
-  'logits', what the network returns first, and for a gated network 'density',
-  float32[N, blocks], the share of active positions of each block.
+  The input 'images' is normalized float32[N, H, W, channels]. The outputs are
+  'logits', the network's first output, and for a gated network 'density',
+  float32[N, blocks], the fraction of active positions of each block.
 
   Args:
     model: the evaluation view of any network,
       nnx.view(model, deterministic=True, use_running_average=True).
     image_size: (H, W).
-    form: of gated blocks: 'sparse', at active positions; 'dense', everywhere,
-      and multiplied by the mask.
-    batch_size: N; None: any.
-    channels: of the images.
-    masks: also output 'executed_macs', float32[N], the MACs of the masked
-      layers at active positions, and each block's mask in network order:
-      'mask_0', 'mask_1' and so on, float32[N, h, w] of {0, 1}.
+    form: 'sparse' to run gated blocks at active positions; 'dense' to run them
+      everywhere and multiply by the mask.
+    batch_size: N, or None for any.
+    channels: channels of the images.
+    masks: whether to also output 'executed_macs', float32[N], the MACs of the
+      masked layers at active positions, and each block's mask in network order:
+      'mask_0', 'mask_1', and so on, float32[N, h, w] of {0, 1}.
 
   Raises:
     ValueError: an argument is out of range, the model is not in evaluation, a
-      block is not what its description says, or something in the network
-      cannot be written.
+      block does not match its description, or an operation of the network is
+      not supported.
   """
   check_choice('form', form, FORMS)
   images = image_type(image_size, batch_size, channels)
@@ -128,7 +128,7 @@ def _dimensions(shape):
   return [n if isinstance(n, int) else str(n) for n in shape]
 
 
-# A module whose nodes are written by a function of this package.
+# A module whose nodes a function of this package writes.
 _leaf_p = core.Primitive('onnx_leaf')
 
 
@@ -145,8 +145,8 @@ def _bind(write: Write, like: Callable[..., jax.Array], *inputs) -> jax.Array:
   """Traces a module as one operation.
 
   Args:
-    write: writes its nodes, given the writer, values and the result's type.
-    like: what it computes, for the type of its result.
+    write: writes the nodes, given the writer, values, and the result's type.
+    like: a function of the inputs with the same result type.
     *inputs: arrays.
   """
   out = jax.eval_shape(like, *inputs)
@@ -154,7 +154,7 @@ def _bind(write: Write, like: Callable[..., jax.Array], *inputs) -> jax.Array:
 
 
 class _Leaf(nnx.Module):
-  """Stands for a module of one input."""
+  """Replaces a module of one input."""
 
   def __init__(self, module: nnx.Module | None, like: Callable, write: Write):
     self.module, self.like, self.write = module, like, write
@@ -164,7 +164,7 @@ class _Leaf(nnx.Module):
 
 
 class _BlockLeaf(nnx.Module):
-  """Stands for a gated block, whose gate is traced as what it is."""
+  """Replaces a gated block. The block's gate is traced normally."""
 
   def __init__(self, block: GatedBlock, form: str):
     self.branch, self.name = block.branch, block.name
@@ -195,7 +195,7 @@ class _BlockLeaf(nnx.Module):
 
 
 class _Folding:
-  """What `fold_pairs` asks of a backend."""
+  """Implements the part of a backend that `fold_pairs` uses."""
 
   def convolution(self, conv: FoldedConv) -> nnx.Module:
     what = conv.conv
@@ -212,10 +212,7 @@ class _Folding:
 
 
 def _with_leaves(model: nnx.Module, form: str) -> nnx.Module:
-  """A copy of a network, some of whose modules are single operations.
-
-  It computes in float32.
-  """
+  """Returns a float32 copy of a network with some modules as one operation."""
   model = nnx.clone(model)
   for _, module in nnx.iter_modules(model):
     dtype = getattr(module, 'dtype', None)
@@ -266,14 +263,14 @@ def _write_jaxpr(
   inputs: list[Operand],
   place: str = '',
 ) -> list[Operand]:
-  """Writes what a jaxpr's results depend on; returns them.
+  """Writes the equations that a jaxpr's results depend on; returns the results.
 
   Args:
     w: the writer.
-    jaxpr: open.
-    consts: of the jaxpr.
-    inputs: of the jaxpr.
-    place: where in the user's code it is called.
+    jaxpr: an open jaxpr.
+    consts: constants of the jaxpr.
+    inputs: inputs of the jaxpr.
+    place: the call's place in the user's code, for messages.
   """
   known: dict[Any, Operand] = dict(
     zip(jaxpr.constvars, map(_constant, consts), strict=True)
@@ -293,7 +290,7 @@ def _write_jaxpr(
 
 
 def _needed(jaxpr):
-  """The equations that the results depend on, in order."""
+  """Returns the equations that the results depend on, in order."""
   needed = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
   kept = []
   for eqn in reversed(jaxpr.eqns):
@@ -304,7 +301,7 @@ def _needed(jaxpr):
 
 
 def _constant(array: Any) -> Any:
-  """A constant to compute with; what is no array of numbers is left alone."""
+  """Returns a NumPy constant; arrays of extended dtypes are left unchanged."""
   if jnp.issubdtype(array.dtype, jax.dtypes.extended):
     return array
   return np.asarray(array)
@@ -317,7 +314,7 @@ def _write_equation(
   outs = [v.aval for v in eqn.outvars]
   if name == 'onnx_leaf':
     return [params['write'](w, [w.as_value(v) for v in values], outs[0])]
-  if name == 'platform_index':  # The last branch is for any platform.
+  if name == 'platform_index':  # The last branch is the default.
     return [np.asarray(len(params['platforms']) - 1, np.int32)]
   if name == 'cond' and isinstance(values[0], np.ndarray):
     branch = params['branches'][int(values[0])]
@@ -338,14 +335,13 @@ def _write_equation(
     return _OPS[name](w, values, outs, **params)
   except NotImplementedError as error:
     raise ValueError(
-      f'ONNX export cannot write {error}{place}; it can write gated '
-      'blocks, convolutions, pooling, matrix products and what works element '
-      'by element'
+      f'ONNX export cannot write {error}{place}; it supports gated blocks, '
+      'convolutions, pooling, matrix products, and element-wise operations'
     ) from error
 
 
 def _inner(params: dict[str, Any]) -> tuple[Any, list[Any]]:
-  """The jaxpr of a call, and its constants."""
+  """Returns the jaxpr of a call and its constants."""
   inner = params.get('jaxpr') or params['call_jaxpr']
   if isinstance(inner, core.ClosedJaxpr):
     return inner.jaxpr, inner.consts
@@ -356,7 +352,7 @@ _LIBRARIES = (f'site-packages{os.sep}', os.path.dirname(os.__file__), '<')
 
 
 def _place(eqn: Any) -> str:
-  """Where in the user's code an equation comes from."""
+  """Returns the place of an equation in the user's code, for messages."""
   traceback = eqn.source_info.traceback
   for frame in traceback.frames if traceback else ():
     if not any(library in frame.file_name for library in _LIBRARIES):

@@ -1,4 +1,4 @@
-"""Folded convolutions and gated blocks as nodes of ONNX."""
+"""ONNX nodes of folded convolutions and gated blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 
 def activate(w: Writer, name: str, activation: str | None) -> str:
-  """Returns a value after an activation."""
+  """Returns an activated value."""
   g = w.graph
   if activation is None:
     return name
@@ -26,7 +26,7 @@ def activate(w: Writer, name: str, activation: str | None) -> str:
     return g('Clip', name, np.float32(0), np.float32(6))
   if activation == 'silu':
     return g('Mul', name, g('Sigmoid', name))
-  if activation == 'gelu':  # By tanh, as in Flax.
+  if activation == 'gelu':  # The tanh approximation, as in Flax.
     cube = g('Mul', name, g('Mul', name, name))
     inner = g('Add', name, g('Mul', cube, np.float32(0.044715)))
     inner = g('Tanh', g('Mul', inner, np.float32((2 / np.pi) ** 0.5)))
@@ -36,12 +36,12 @@ def activate(w: Writer, name: str, activation: str | None) -> str:
 
 
 def convolve(w: Writer, x: str, layer: FoldedConv, size: Size) -> str:
-  """Returns an activated convolution of a map [N, C, H, W].
+  """Returns the activated convolution of a map [N, C, H, W].
 
   Args:
     w: the writer.
     x: the map.
-    layer: folded.
+    layer: the folded convolution.
     size: (H, W).
   """
   conv = layer.conv
@@ -62,13 +62,13 @@ def convolve(w: Writer, x: str, layer: FoldedConv, size: Size) -> str:
 def dense_block(
   w: Writer, block: FoldedBlock, x: Value, hard: Value | None, out
 ) -> Value:
-  """Returns a block computed everywhere and multiplied by its mask.
+  """Returns a block's output, computed everywhere and multiplied by the mask.
 
   Args:
     w: the writer.
-    block: folded.
+    block: the folded block.
     x: float[N, H, W, C].
-    hard: float[N, h, w] of {0, 1}; None: everywhere.
+    hard: float[N, h, w] of {0, 1}; None for everywhere.
     out: has the shape and dtype of the result.
   """
   g, branch, size = w.graph, block.branch, x.shape[1:3]
@@ -90,9 +90,9 @@ def dense_block(
 def sparse_block(
   w: Writer, block: FoldedBlock, x: Value, hard: Value, out
 ) -> Value:
-  """Returns a block whose branch is computed at active positions only.
+  """Returns a block's output, with the branch computed at active positions.
 
-  Arguments are those of `dense_block`.
+  See `dense_block` for the arguments.
   """
   g, branch, size = w.graph, block.branch, x.shape[1:3]
   rows = w.rows(x)
@@ -113,7 +113,7 @@ def sparse_block(
         numbers = _numbers(w, maps[level_before], conv, size_before)
         index = _windows(w, conv, positions[level], size_before)
         index = g('Gather', numbers, index, axis=0)
-        # Row 0 is zero: what a window reads outside of the mask.
+        # Windows read zeros, row 0, outside the mask.
         zero = np.zeros((1, conv.in_features), np.float32)
         windows = g('Gather', g('Concat', zero, y, axis=0), index, axis=0)
       y = _multiply(w, y, windows, layer)
@@ -138,14 +138,15 @@ def sparse_block(
 
 
 def mask_logits(w: Writer, squeeze, x: Value, out) -> Value:
-  """Returns what a mask unit's `Squeeze` computes, float32[N, h, w].
+  """Returns the output of a mask unit's `Squeeze`, float32[N, h, w].
 
-  Both of its maps are linear: the products of all taps and those of the average
-  come from one pass over the features, and are added up afterwards.
+  Its convolution and its map of the average are both linear. One pass over the
+  features computes the products of all taps and of the average, which are added
+  up afterwards.
 
   Args:
     w: the writer.
-    squeeze: of dynconv.
+    squeeze: a `dynconv.Squeeze`.
     x: float[N, H, W, C].
     out: has the shape and dtype of the result.
   """
@@ -190,7 +191,7 @@ def mask_logits(w: Writer, squeeze, x: Value, out) -> Value:
 
 
 def _masks(w, branch: Branch, hard: str, size: Size) -> list[str]:
-  """float[N, h, w], the mask of each level."""
+  """Returns the mask of each level, float[N, h, w]."""
   maps = [hard]
   for conv, level_size in zip(
     branch.reads, branch.level_sizes(size)[1:], strict=True
@@ -200,17 +201,17 @@ def _masks(w, branch: Branch, hard: str, size: Size) -> list[str]:
 
 
 def _dilate(w, mask: str, conv: Conv, size: Size) -> str:
-  """See `masks.dilate`."""
+  """Returns a dilated mask; see `masks.dilate`."""
   g, k, s = w.graph, conv.kernel_size, conv.strides
   mask = g('Unsqueeze', mask, integers(1))
   lows = [conv.pads(n)[0] for n in size]
   stuffed = [conv.output_size(n) * s for n in size]
-  if s > 1:  # Zeros between the positions, after each.
+  if s > 1:  # Insert zeros after each position.
     mask = g('Unsqueeze', mask, integers(3, 5))
     pads = integers(0, 0, 0, 0, 0, 0, 0, 0, 0, s - 1, 0, s - 1)
     mask = g('Pad', mask, pads)
     mask = g('Reshape', mask, integers(-1, 1, *stuffed))
-  # What comes after the last position that is read is cut or padded.
+  # Crop or pad after the last position that is read.
   ends = [n - m + low for n, m, low in zip(size, stuffed, lows, strict=True)]
   if min(ends) < 0:
     limits = [m + min(e, 0) for m, e in zip(stuffed, ends, strict=True)]
@@ -227,7 +228,7 @@ def _dilate(w, mask: str, conv: Conv, size: Size) -> str:
 
 
 def _positions(w, mask: str) -> str:
-  """int64[K]: the flat active positions, in order."""
+  """Returns int64[K], the flat active positions, in order."""
   g = w.graph
   flat = g('Reshape', mask, integers(-1))
   flat = g('Cast', flat, to=onnx.TensorProto.BOOL)
@@ -235,12 +236,14 @@ def _positions(w, mask: str) -> str:
 
 
 def _numbers(w, mask: str, conv: Conv, size: Size) -> str:
-  """int32[N * H' * W'] of the padded map: the active positions from 1, else 0.
+  """Returns int32[N * H' * W'] of the padded map.
+
+  Active positions are numbered from 1; others are 0.
 
   Args:
     w: the writer.
     mask: float[N, H, W].
-    conv: reads the map.
+    conv: the convolution that reads the map.
     size: (H, W).
   """
   g = w.graph
@@ -254,13 +257,13 @@ def _numbers(w, mask: str, conv: Conv, size: Size) -> str:
 
 
 def _windows(w, conv: Conv, positions: str, size: Size) -> str:
-  """int64[K, k * k]: what windows read, positions of the padded map.
+  """Returns int64[K, k * k], the positions of the padded map in each window.
 
   Args:
     w: the writer.
     conv: the convolution.
-    positions: int64[K], flat positions of its output.
-    size: (H, W) of its input.
+    positions: int64[K], flat output positions.
+    size: (H, W) of the input.
   """
   g, k, s = w.graph, conv.kernel_size, conv.strides
   h, width = map(conv.output_size, size)
@@ -271,12 +274,12 @@ def _windows(w, conv: Conv, positions: str, size: Size) -> str:
   image = g('Div', positions, integers(h * width))
   position = g('Sub', positions, g('Mul', image, integers(h * width)))
   start = g('Mul', image, integers(rows * columns))
-  found = g('Gather', table.astype(np.int64), position, axis=0)
-  return g('Add', found, g('Unsqueeze', start, integers(1)))
+  offsets = g('Gather', table.astype(np.int64), position, axis=0)
+  return g('Add', offsets, g('Unsqueeze', start, integers(1)))
 
 
 def _gather_input(w, rows: str, conv: Conv, positions: str, size: Size) -> str:
-  """float[K, k * k, C]: the windows of a block's first convolution."""
+  """Returns float[K, k * k, C], the windows of a block's first convolution."""
   g, features = w.graph, conv.in_features
   (top, bottom), (left, right) = map(conv.pads, size)
   table = g('Reshape', rows, integers(-1, *size, features))
@@ -288,7 +291,7 @@ def _gather_input(w, rows: str, conv: Conv, positions: str, size: Size) -> str:
 
 
 def _multiply(w, rows: str, windows: str | None, layer: FoldedConv) -> str:
-  """float[K, features]: a convolution of rows, or of windows of them."""
+  """Returns float[K, features], a convolution of rows or of windows."""
   g, conv = w.graph, layer.conv
   kernel, bias = _array(layer.kernel), _array(layer.bias)
   taps, depth = conv.kernel_size**2, conv.in_features // conv.groups
@@ -310,7 +313,7 @@ def _multiply(w, rows: str, windows: str | None, layer: FoldedConv) -> str:
 
 
 def _project(w, rows: str, layer: FoldedConv, size: Size) -> str:
-  """The rows of a strided 1x1 projection."""
+  """Returns the rows of a strided 1x1 projection."""
   g, s, features = w.graph, layer.conv.strides, layer.conv.in_features
   if s > 1:
     x = g('Reshape', rows, integers(-1, *size, features))

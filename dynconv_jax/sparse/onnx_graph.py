@@ -1,4 +1,4 @@
-"""A minimal writer of ONNX graphs."""
+"""A minimal ONNX graph writer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _IR_VERSION = 10
 
 
 class Graph:
-  """Nodes and constants, in order; names begin with what is being written.
+  """An ONNX graph under construction.
 
   Attributes:
-    scope: of the nodes to come, such as 'layer1.0'.
+    scope: prefix of the names of new nodes and constants, such as 'layer1.0'.
   """
 
   def __init__(self):
@@ -27,9 +27,9 @@ class Graph:
     """Returns the name of a new node's output.
 
     Args:
-      op: of the standard operator set.
+      op: an operator of the standard operator set.
       *inputs: names of values, or constants.
-      **attributes: of the operator.
+      **attributes: attributes of the operator.
     """
     return self.many(op, *inputs, outputs=1, **attributes)[0]
 
@@ -56,10 +56,10 @@ class Graph:
   def model(
     self, outputs: dict[str, tuple[str, Sequence[int | str]]]
   ) -> onnx.ModelProto:
-    """Returns the checked model, of the nodes that its outputs need.
+    """Returns the checked model, with only the nodes that its outputs need.
 
     Args:
-      outputs: by name, the value and its shape, float32.
+      outputs: name -> (float32 value, shape).
     """
     results = [
       helper.make_node('Identity', [value], [name])
@@ -94,7 +94,7 @@ class Graph:
 
 
 def integers(*values: int) -> np.ndarray:
-  """Returns int64 values: shapes, axes and indices are of that type."""
+  """Returns int64 values, the type of shapes, axes, and indices."""
   return np.array(values, np.int64)
 
 

@@ -1,9 +1,9 @@
-"""Element-wise primitives of JAX as nodes of ONNX.
+"""ONNX nodes of JAX's element-wise primitives.
 
-An operation is written by a function of the writer, the operands, the types of
-the results (anything with `shape` and `dtype`), and the primitive's parameters.
-It returns the results, and raises NotImplementedError, with a name for what it
-cannot write, where there is something like that.
+Each primitive has a function of the writer, the operands, the types of the
+results (anything with `shape` and `dtype`), and the primitive's parameters. The
+function returns the results, or raises NotImplementedError with a description
+of the unsupported operation.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _LOGICAL = {
   'or': ('BitwiseOr', 'Or'),
   'xor': ('BitwiseXor', 'Xor'),
 }
-# They do nothing to values of a network in evaluation.
+# Primitives that do not change values in evaluation.
 _SAME = (
   'copy',
   'copy_p',
@@ -82,17 +82,17 @@ _SAME = (
 def elementwise(
   w: Writer, op: str, xs: list[Operand], out: Any, **attributes
 ) -> Value:
-  """Returns the result of an operator of ONNX that works element by element.
+  """Returns the result of an element-wise ONNX operator.
 
-  It is in the layout of a map among the operands: [N, C, H, W], or in rows
-  where the others have those, too.
+  The result is in [N, C, H, W] layout if an operand is. It is in rows if an
+  operand is and all others are available as rows. Otherwise it is plain.
 
   Args:
     w: the writer.
     op: the operator.
-    xs: its operands, of the result's shape or of one element.
+    xs: the operands, each with the result's shape or with one element.
     out: has the shape and dtype of the result.
-    **attributes: of the operator.
+    **attributes: attributes of the operator.
   """
   values = [w.as_value(x) for x in xs]
   numbers = [all(n == 1 for n in v.shape) for v in values]
@@ -140,7 +140,7 @@ def _is_one(n: Any) -> bool:
 
 
 def _chain(*steps: tuple[str, float | None]) -> Op:
-  """Operators one after another, with a constant as second operand each."""
+  """Returns a chain of operators, with optional constant second operands."""
 
   def write(w, xs, outs, **_):
     x = xs[0]
@@ -171,7 +171,7 @@ def _same(w, xs, outs, **_):
 def _sub(w, xs, outs, **_):
   x, y = xs
   if isinstance(y, np.ndarray) and y.dtype.kind not in 'iub':
-    # Runtimes take sums with constants into the convolution before.
+    # Runtimes fuse additions of constants into a preceding convolution.
     return [elementwise(w, 'Add', [x, -y], outs[0])]
   return [elementwise(w, 'Sub', xs, outs[0])]
 
@@ -201,7 +201,7 @@ def _round(w, xs, outs, rounding_method, **_):
 
 
 def _is_finite(w, xs, outs, **_):
-  # Infinite and undefined numbers alone are not less than infinity.
+  # Only infinities and NaN are not less than infinity.
   size = jax.ShapeDtypeStruct(outs[0].shape, np.float32)
   size = elementwise(w, 'Abs', xs, size)
   infinity = np.asarray(np.inf, np.float32)
@@ -224,12 +224,12 @@ def _select_n(w, xs, outs, **_):
 
 
 def cast(w: Writer, x: Operand, dtype: Any) -> Value:
-  """Returns a value in another type.
+  """Returns a value in another dtype.
 
   Args:
     w: the writer.
     x: the value.
-    dtype: of JAX.
+    dtype: JAX dtype.
   """
   x, dtype = w.as_value(x), np.dtype(dtype)
   if onnx_type(x.dtype) == onnx_type(dtype):

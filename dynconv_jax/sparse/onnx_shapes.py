@@ -1,4 +1,4 @@
-"""Primitives of JAX that move elements, as nodes of ONNX; see onnx_ops."""
+"""ONNX nodes of JAX's primitives that move elements; see `onnx_ops`."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from dynconv_jax.sparse.onnx_values import (
 
 
 def plain(out: Any, name: Name) -> Value:
-  """Returns a value as JAX lays it out.
+  """Returns a value in JAX's layout.
 
   Args:
-    out: has its shape and dtype.
-    name: its name.
+    out: has the shape and dtype of the value.
+    name: name of the value.
   """
   return Value(out.shape, out.dtype, {PLAIN: name})
 
 
 def placed(w: Writer, x: Operand) -> tuple[Name, str]:
-  """Returns a full value and its layout: that of a map, or plain."""
+  """Returns a value at its full shape, and its layout, NCHW or PLAIN."""
   x = w.as_value(x)
   if x.layout == NCHW and not x.is_broadcast:
     return x.names[NCHW], NCHW
@@ -42,7 +42,7 @@ def placed(w: Writer, x: Operand) -> tuple[Name, str]:
 
 
 def axis_in(layout: str, axis: int) -> int:
-  """Returns where an axis is in a layout."""
+  """Returns the index of an axis in a layout."""
   return axis if layout == PLAIN else AXES[layout][axis]
 
 
@@ -68,7 +68,7 @@ def _transpose(w, xs, outs, permutation, **_):
 def _broadcast_in_dim(w, xs, outs, shape, broadcast_dimensions, **_):
   x, out = w.as_value(xs[0]), outs[0]
   if tuple(broadcast_dimensions) == (0, 1, 2, 3) == tuple(range(len(shape))):
-    # Operators of ONNX broadcast by themselves.
+    # ONNX operators broadcast implicitly.
     names = {k: v for k, v in x.names.items() if k in AXES}
     names = names or {PLAIN: w.plain(x)}
     return [Value(out.shape, out.dtype, names, x.extents)]
@@ -99,7 +99,7 @@ def _stack(w, xs, outs, axis, **_):
 
 
 def _cut(w, x, starts, limits, strides=None) -> tuple[Name, str]:
-  """A part of a value along its axes, and the layout."""
+  """Returns a slice of a value, and its layout."""
   name, layout = placed(w, x)
   strides = strides or (1,) * len(starts)
   cuts = [
@@ -129,7 +129,7 @@ def _split(w, xs, outs, sizes, axis, **_):
 
 
 def _inside(starts, shape, sizes, mode) -> list[int]:
-  """The places of a slice, moved inside as JAX does."""
+  """Returns the start indices of a slice, clamped to the shape as in JAX."""
   moved = [
     min(max(start, 0), n - size)
     if isinstance(n, int) and isinstance(size, int)
@@ -163,7 +163,7 @@ def _dynamic_slice(w, xs, outs, slice_sizes, **_):
 
 
 def _gather(w, xs, outs, dimension_numbers, slice_sizes, mode, **params):
-  """Indexing by constants: `x[:, :n]`, `x[..., 0]`, `x[:, [2, 0, 1]]`."""
+  """Supports constant indices: `x[:, :n]`, `x[..., 0]`, `x[:, [2, 0, 1]]`."""
   x, indices = xs
   if not isinstance(indices, np.ndarray):
     raise NotImplementedError('indexing by values')
@@ -181,11 +181,11 @@ def _gather(w, xs, outs, dimension_numbers, slice_sizes, mode, **params):
     if layout == NCHW:
       name = w.transpose(name, FROM_NCHW)
     return [plain(out, w.graph('Squeeze', name, integers(*dropped)))]
-  # Which elements of an image are read.
+  # Find which elements of an image are read.
   if slice_sizes[0] != shape[0] or numbers.offset_dims[:1] != (0,):
     raise NotImplementedError('indexing into the batch')
   count = math.prod(shape[1:])
-  found = jax.lax.gather_p.bind(
+  sources = jax.lax.gather_p.bind(
     np.arange(count, dtype=np.int32).reshape(1, *shape[1:]),
     indices,
     dimension_numbers=numbers,
@@ -193,11 +193,11 @@ def _gather(w, xs, outs, dimension_numbers, slice_sizes, mode, **params):
     mode=mode,
     **{**params, 'fill_value': -1},
   )
-  found = np.asarray(found).reshape(-1)
-  if found.size and found.min() < 0:
+  sources = np.asarray(sources).reshape(-1)
+  if sources.size and sources.min() < 0:
     raise NotImplementedError('indices that are out of bounds')
   name = w.reshape(w.full(x), (shape[0], count))
-  name = w.graph('Gather', name, found.astype(np.int64), axis=1)
+  name = w.graph('Gather', name, sources.astype(np.int64), axis=1)
   return [plain(out, w.reshape(name, out.shape))]
 
 
@@ -209,7 +209,7 @@ def _pad(w, xs, outs, padding_config, **_):
   lows, highs, inner = zip(*(padding_config[i] for i in order), strict=True)
   highs = list(highs)
   if stuffed := [axis for axis in range(rank) if inner[axis]]:
-    # Padding after each element, in an axis of its own; after the last too.
+    # Pad after each element, including the last, in an additional axis.
     if not all(isinstance(shape[axis], int) for axis in stuffed):
       raise NotImplementedError(f'padding by {padding_config}')
     new = [axis + 1 + i for i, axis in enumerate(stuffed)]
@@ -221,7 +221,7 @@ def _pad(w, xs, outs, padding_config, **_):
       shape[axis] *= 1 + inner[axis]
       highs[axis] -= inner[axis]
     name = w.reshape(name, shape)
-  if any((*lows, *highs)):  # Less than none cuts off.
+  if any((*lows, *highs)):  # Negative padding crops.
     name = w.graph('Pad', name, _static(*lows, *highs), value)
   return [Value(outs[0].shape, outs[0].dtype, {layout: name})]
 

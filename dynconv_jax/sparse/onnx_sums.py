@@ -1,6 +1,6 @@
-"""Primitives of JAX that add up, compare or multiply, as nodes of ONNX.
+"""ONNX nodes of reductions, pooling, matrix products, and convolutions.
 
-Reductions, pooling, matrix products and convolutions; see onnx_ops.
+See `onnx_ops`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def _arg(w, xs, outs, axes, index_dtype, *, op, **_):
 
 def _top_k(w, xs, outs, k, axis, **_):
   if not isinstance(k, int):
-    raise NotImplementedError('top_k of a number that is not constant')
+    raise NotImplementedError('top_k with a k that is not constant')
   values, indices = w.graph.many(
     'TopK', w.full(xs[0]), integers(k), outputs=2, axis=axis
   )
-  found = Value(outs[1].shape, np.int64, {PLAIN: indices})
-  return [plain(outs[0], values), cast(w, found, outs[1].dtype)]
+  indices = Value(outs[1].shape, np.int64, {PLAIN: indices})
+  return [plain(outs[0], values), cast(w, indices, outs[1].dtype)]
 
 
 def _cumsum(w, xs, outs, axis, reverse, **_):
@@ -143,8 +143,8 @@ def _pool(
     or xs[0].dtype.kind in 'biu'
   ):
     raise NotImplementedError(
-      f'{xs[0].dtype} pooling with a window of {window_dimensions}, strides of '
-      f'{window_strides} and dilation of {base_dilation} and {window_dilation}'
+      f'{xs[0].dtype} pooling with window {window_dimensions}, strides '
+      f'{window_strides}, and dilations {base_dilation} and {window_dilation}'
     )
   name = w.graph(
     op,
@@ -155,7 +155,7 @@ def _pool(
     **({'count_include_pad': 1} if op == 'AveragePool' else {}),
   )
   y = Value(outs[0].shape, outs[0].dtype, {NCHW: name})
-  if op == 'AveragePool':  # From means to sums.
+  if op == 'AveragePool':  # Convert means to sums.
     area = np.asarray(math.prod(window_dimensions), np.float32)
     y = elementwise(w, 'Mul', [y, area], outs[0])
   return [y]

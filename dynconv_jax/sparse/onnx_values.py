@@ -1,4 +1,4 @@
-"""Values of an exported network, in the layouts that its nodes want."""
+"""Values of an exported network, in the layouts that its nodes need."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 from dynconv_jax.sparse.onnx_graph import Graph, integers
 
 PLAIN, NCHW, ROWS = 'plain', 'nchw', 'rows'
-# Where the axes of a map [N, H, W, C] are in a layout.
+# Index of each axis of a map [N, H, W, C] in a layout.
 AXES = {PLAIN: (0, 1, 2, 3), NCHW: (0, 2, 3, 1)}
 TO_NCHW, FROM_NCHW = (0, 3, 1, 2), (0, 2, 3, 1)
 
@@ -19,14 +19,16 @@ Name = str | np.ndarray
 
 
 class Value:
-  """A traced array, by its names in ONNX.
+  """A traced array and its ONNX names.
 
   Attributes:
-    shape: its dimensions; that of the batch may be symbolic.
-    dtype: in JAX.
-    names: by layout: 'plain', as in JAX; 'nchw' of a map [N, H, W, C]; 'rows',
-      [N * H * W, C] of one. A constant stands for itself.
-    extents: dimensions of its plain tensor: 1 where ONNX broadcasts.
+    shape: shape of the array; the batch dimension may be symbolic.
+    dtype: dtype in JAX.
+    names: layout -> name of the tensor, or the constant itself. Layouts are
+      'plain', as in JAX; 'nchw', [N, C, H, W] of a map [N, H, W, C]; and
+      'rows', [N * H * W, C] of a map.
+    extents: shape of the plain tensor, with 1 for dimensions that ONNX
+      broadcasts.
   """
 
   def __init__(
@@ -42,12 +44,12 @@ class Value:
 
   @property
   def layout(self) -> str:
-    """The layout that it was written in."""
+    """The layout in which the value was written first."""
     return next(iter(self.names))
 
   @property
   def is_broadcast(self) -> bool:
-    """Whether its tensors have extents of 1 that stand for others."""
+    """Whether ONNX broadcasts a dimension of the value's tensors."""
     return self.extents != self.shape
 
 
@@ -55,11 +57,11 @@ Operand = Value | np.ndarray
 
 
 class Writer:
-  """Writes nodes, and keeps the layouts of values.
+  """Writes nodes and caches the layouts of values.
 
   Attributes:
-    graph: what is written to.
-    images: the name of the network's input.
+    graph: the graph to write to.
+    images: name of the network's input.
     batch: the symbolic number of images, or None.
   """
 
@@ -78,10 +80,10 @@ class Writer:
 
     Args:
       name: the tensor.
-      shape: one of its dimensions may be symbolic, or -1.
+      shape: the new shape; one dimension may be symbolic or -1.
 
     Raises:
-      NotImplementedError: more are symbolic.
+      NotImplementedError: more than one dimension is symbolic.
     """
     if sum(not isinstance(n, int) for n in shape) > 1:
       raise NotImplementedError(f'the shape {shape}')
@@ -91,7 +93,7 @@ class Writer:
     return self.graph('Reshape', name, integers(*shape))
 
   def plain(self, value: Operand) -> Name:
-    """Returns a value as JAX lays it out; broadcast where it is broadcast."""
+    """Returns a value in JAX's layout, with extents of 1 if it is broadcast."""
     value = self.as_value(value)
     if PLAIN not in value.names:
       if NCHW in value.names:
@@ -102,7 +104,7 @@ class Writer:
     return value.names[PLAIN]
 
   def full(self, value: Operand) -> Name:
-    """Returns a value as JAX lays it out, at its full shape."""
+    """Returns a value in JAX's layout, at its full shape."""
     value = self.as_value(value)
     if value.is_broadcast:
       name = self.plain(value)
@@ -120,7 +122,7 @@ class Writer:
 
     Args:
       value: the map.
-      full: whether at its full shape.
+      full: whether to expand broadcast dimensions.
     """
     value = self.as_value(value)
     if full and value.is_broadcast:
@@ -137,19 +139,19 @@ class Writer:
     return value.names[ROWS]
 
   def as_value(self, value: Operand) -> Value:
-    """Returns a constant as a value of the graph."""
+    """Returns a `Value`, converting constants."""
     if isinstance(value, Value):
       return value
     return Value(value.shape, value.dtype, {PLAIN: as_onnx(value)})
 
   def dimension(self, n: Any) -> Name:
-    """Returns int64[1], a dimension of a value.
+    """Returns a dimension as int64[1].
 
     Args:
-      n: a number, or a multiple of the number of images.
+      n: an integer, or a multiple of the symbolic number of images.
 
     Raises:
-      NotImplementedError: it is something else.
+      NotImplementedError: the dimension is another symbolic expression.
     """
     if isinstance(n, int):
       return integers(n)
@@ -164,7 +166,7 @@ class Writer:
 
 
 def as_onnx(array: np.ndarray) -> np.ndarray:
-  """Returns an array in a type of ONNX: floats in float32."""
+  """Returns an array in its ONNX type; floats become float32."""
   array = np.asarray(array)
   return array.astype(
     onnx.helper.tensor_dtype_to_np_dtype(onnx_type(array.dtype))
@@ -172,13 +174,13 @@ def as_onnx(array: np.ndarray) -> np.ndarray:
 
 
 def onnx_type(dtype: Any) -> int:
-  """Returns the type of ONNX for one of JAX; floats are float32.
+  """Returns the ONNX type of a JAX dtype; floats become float32.
 
   Args:
-    dtype: of JAX.
+    dtype: JAX dtype.
 
   Raises:
-    NotImplementedError: there is none.
+    NotImplementedError: ONNX has no such type.
   """
   dtype = np.dtype(dtype)
   if dtype.kind == 'c' or dtype.name.startswith(('key', 'float0')):

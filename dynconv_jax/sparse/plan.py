@@ -1,4 +1,4 @@
-"""How a gated block is executed."""
+"""Execution plans of gated blocks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dynconv_jax.sparse.backend import Backend
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
-  """How a gated block is executed; every plan gives the same result.
+  """The execution plan of a gated block. All plans compute the same result.
 
   Attributes:
-    backend: executes it.
-    limit: share of the branch's dense MACs above which a batch is executed
-      densely after all, in (0, 1].
+    backend: the backend that executes the block.
+    limit: executed fraction of the branch's dense MACs, in (0, 1], above which
+      a batch uses the dense fallback.
   """
 
   backend: Backend

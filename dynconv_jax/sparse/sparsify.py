@@ -1,4 +1,4 @@
-"""Networks whose gated blocks run only where their masks are set."""
+"""Conversion of networks to sparse execution of their gated blocks."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class SparseBlock(nnx.Module):
   """A gated block that executes its branch only where its mask is set.
 
   Args:
-    block: in evaluation, described by its branch.
-    plan: how it is executed.
+    block: the block to replace, in evaluation; its branch must describe it.
+    plan: how to execute the block.
   """
 
   def __init__(self, block: GatedBlock, plan: BlockPlan):
@@ -50,8 +50,8 @@ class SparseBlock(nnx.Module):
 
     Args:
       x: float[N, H, W, in_features].
-      gating: of this forward pass, which gets the execution mask; None: the
-        branch is executed everywhere.
+      gating: state of this forward pass, to which the execution mask is added.
+        None to execute the branch everywhere.
     """
     backend = self.plan.backend
     mask = None if gating is None else backend.decide(self, x, gating)
@@ -60,8 +60,8 @@ class SparseBlock(nnx.Module):
     if self.dense is None:
       out, overflow = backend.run_gated(self, x, mask, gating), jnp.int32(0)
     else:
-      load = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
-      overflow = load > self.plan.limit
+      fraction = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
+      overflow = fraction > self.plan.limit
       out = jax.lax.cond(
         overflow,
         lambda: get_backend('dense').run(self.dense.tree(), x, mask),
@@ -72,7 +72,7 @@ class SparseBlock(nnx.Module):
 
 
 class _Arrays(nnx.Module):
-  """A tree of arrays as variables of a module."""
+  """A module that stores a tree of arrays as variables."""
 
   def __init__(self, tree: Any):
     leaves, self.treedef = jax.tree.flatten(tree)
@@ -83,7 +83,7 @@ class _Arrays(nnx.Module):
 
 
 class _Identity(nnx.Module):
-  """Stands where a batch norm was folded away."""
+  """Replaces a folded batch norm."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
     return x
@@ -98,33 +98,33 @@ def sparsify(
 ) -> nnx.Module:
   """Returns a copy of a network that computes only where its masks are set.
 
-  Every gated block becomes a module that executes its branch at the active
-  positions; convolutions become ones with their batch norm folded in where a
-  module names them in `foldable`, and other layers the backend's own. The
-  network's own `__call__` runs unchanged, and gives the same result up to
-  rounding. Later changes of the model's parameters do not reach the copy.
+  Replaces every gated block with a module that executes its branch at active
+  positions. Folds batch norm into the convolutions that modules list in
+  `foldable`, and replaces other layers if the backend has faster ones. The
+  network's own `__call__` runs unchanged and returns the same result up to
+  rounding. Later changes to the model's parameters do not affect the copy.
 
   Args:
     model: the evaluation view of any network with gated blocks,
       nnx.view(model, deterministic=True, use_running_average=True).
-    backend: 'auto': the best one for each block on JAX's default backend; or a
-      key of `BACKENDS`, `package.module:CLASS` or a Backend for all blocks.
-      Blocks that it does not support are executed by 'xla'.
-    image_shape: (N, H, W, C) of an input, from which the order of the blocks is
-      known: gates that read the same map may then share work. Any other input
-      can be passed all the same.
-    plans: how to execute blocks by their names, instead of that.
+    backend: 'auto' for the best backend for each block on JAX's default
+      platform; or a key of `BACKENDS`, `package.module:CLASS`, or a Backend for
+      all blocks. Blocks that it does not support use 'xla'.
+    image_shape: (N, H, W, C) of an example input, used to trace the order of
+      the blocks, so that gates that read the same map can share work. The copy
+      accepts other shapes.
+    plans: plans by block name, which override `backend`.
 
   Raises:
-    ValueError: the model is not in evaluation or has no gated block, there is
-      no such backend, it supports no block, a plan's does not support its
-      block, or a block computes something else than its description says.
+    ValueError: the model is not in evaluation or has no gated block; the
+      backend does not exist or supports no block; a plan's backend does not
+      support its block; or a block does not match its description.
   """
   check_evaluation(model)
   blocks = gated_blocks(model)
   if not blocks:
     raise ValueError(
-      'the network has no gated block (GatedBlock): there is nothing to '
+      'the network has no gated block (GatedBlock), so there is nothing to '
       'execute sparsely'
     )
   check_descriptions(blocks)
@@ -143,7 +143,7 @@ def sparsify(
   for user in {chosen[block.name].backend for block in described}:
     its = {b.name: b for b in described if chosen[b.name].backend == user}
     user.prepare(_chains(its, traces))
-  # Layers outside of blocks are the backend's of most blocks.
+  # Layers outside blocks use the backend that most blocks use.
   users = [chosen[block.name].backend for block in described]
   main = max(users, key=users.count, default=get_backend('dense'))
 
@@ -154,19 +154,19 @@ def sparsify(
 
   fold_pairs(model, main)
   replace_modules(model, main.replacement)
-  # Blocks last: their gates have been replaced by then.
+  # Replace blocks last, after the modules of their gates.
   replace_modules(model, replace_block)
   return model
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockTrace:
-  """How a network calls one of its gated blocks.
+  """A call of a gated block, as traced in a network.
 
   Attributes:
-    name: of the block.
-    shape: of its input.
-    follows: whether its input is the output of the block called before.
+    name: name of the block.
+    shape: shape of the block's input.
+    follows: whether the input is the output of the previously called block.
   """
 
   name: str
@@ -175,7 +175,7 @@ class BlockTrace:
 
 
 class _Recorder(nnx.Module):
-  """Notes how a block is called."""
+  """Records the calls of a block."""
 
   def __init__(self, block: GatedBlock, note: Callable[..., None]):
     self.block, self.note = block, note
@@ -189,11 +189,11 @@ class _Recorder(nnx.Module):
 def trace_blocks(
   model: nnx.Module, image_shape: Sequence[int]
 ) -> tuple[BlockTrace, ...]:
-  """Returns how a network calls its gated blocks, in order of execution.
+  """Returns the calls of a network's gated blocks, in order of execution.
 
   Args:
-    model: in evaluation.
-    image_shape: of the input.
+    model: the network, in evaluation. Its weights may be abstract.
+    image_shape: shape of the input.
   """
   traces, last = [], [None]
 
@@ -206,7 +206,6 @@ def trace_blocks(
     model, lambda m: _Recorder(m, note) if isinstance(m, GatedBlock) else None
   )
   images = jax.ShapeDtypeStruct(tuple(image_shape), jnp.float32)
-  # The weights may be shapes and dtypes.
   graphdef, state = nnx.split(model)
   jax.eval_shape(
     lambda state, images: nnx.merge(graphdef, state)(images)[0],
@@ -219,7 +218,7 @@ def trace_blocks(
 def _chains(
   blocks: Mapping[str, GatedBlock], traces: Sequence[BlockTrace]
 ) -> list[list[GatedBlock]]:
-  """Blocks in lists, in which each reads what the one before it wrote."""
+  """Groups blocks into lists in which each reads the previous one's output."""
   chains, before = [], None
   for trace in traces:
     if trace.name in blocks:
@@ -235,10 +234,10 @@ def _chains(
 def choose_plans(
   blocks: Sequence[GatedBlock], backend: str | Backend
 ) -> dict[str, BlockPlan]:
-  """Returns how each block is executed, by its name.
+  """Returns the plan of each block, by name.
 
   Args:
-    blocks: of a network.
+    blocks: gated blocks of a network.
     backend: see `sparsify`.
   """
   platform = jax.default_backend()
@@ -248,7 +247,7 @@ def choose_plans(
   for block in blocks:
     if not block.describable:
       plans[block.name] = dense
-      logging.info('%s is executed densely: it has no description', block.name)
+      logging.info('%s has no description, so it runs densely', block.name)
       continue
     if asked is None:
       candidates = auto_backends(block.dtype, platform)
@@ -265,10 +264,10 @@ def choose_plans(
     if len(refused) == len(blocks):
       raise ValueError(
         f'backend {asked.name} cannot execute this network on {platform} in '
-        f'{blocks[0].dtype}: it supports none of its gated blocks'
+        f'{blocks[0].dtype}: it supports none of the gated blocks'
       )
     logging.warning(
-      'executed by xla, because backend %s does not support them: %s',
+      'backend %s does not support these blocks; using xla instead: %s',
       asked.name,
       ', '.join(refused),
     )
@@ -278,7 +277,7 @@ def choose_plans(
 def _check_support(
   blocks: Sequence[GatedBlock], plans: Mapping[str, BlockPlan]
 ) -> None:
-  """Raises ValueError where a plan's backend cannot execute its block."""
+  """Raises ValueError if a plan's backend cannot execute its block."""
   platform = jax.default_backend()
   refused = [
     f'{plans[block.name].backend.name} for {block.name}'
@@ -296,13 +295,13 @@ def _check_support(
 
 
 def check_descriptions(blocks: Sequence[GatedBlock]) -> None:
-  """Raises ValueError where a block computes what its branch does not say.
+  """Raises ValueError if a block does not compute what its branch describes.
 
-  A block that inherits all of its computation does by construction what its
-  description says; others are compared with it on random features.
+  A block that inherits all of its computation matches its description by
+  construction. Other blocks are compared with it on random inputs.
 
   Args:
-    blocks: in evaluation.
+    blocks: gated blocks, in evaluation.
   """
   differing = []
   for block in blocks:
@@ -312,27 +311,27 @@ def check_descriptions(blocks: Sequence[GatedBlock]) -> None:
       difference = _difference(block)
     except (AttributeError, TypeError) as error:
       raise ValueError(
-        f'{block.name} ({type(block).__name__}) is not what its branch '
-        f'describes: {error}. {_ADVICE}'
+        f'{block.name} ({type(block).__name__}) does not match its branch: '
+        f'{error}. {_ADVICE}'
       ) from error
     if difference > _TOLERANCE[jnp.dtype(block.dtype).itemsize]:
       differing.append(
-        f'{block.name} ({type(block).__name__}, by {difference:.2g} of its '
-        'largest value)'
+        f'{block.name} ({type(block).__name__}, by {difference:.2g} relative '
+        'to its largest value)'
       )
   if differing:
     raise ValueError(
-      'these blocks compute something else than their branch describes: '
+      'these blocks do not compute what their branch describes: '
       f'{", ".join(differing)}. {_ADVICE}'
     )
 
 
 _ADVICE = (
   'Describe what the block computes (activation, kernel sizes, groups), or set '
-  'describable = False in its class to have it executed densely'
+  'describable = False in its class to run it densely'
 )
-# Largest difference from the description, of the largest value, by the bytes of
-# a compute dtype.
+# Tolerance relative to the largest value, by the number of bytes of the compute
+# dtype.
 _TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-3}
 _OWN = ('__call__', 'execute', 'run_branch', 'shortcut', 'decide')
 
@@ -358,7 +357,7 @@ def _is_described(conv, norm, what) -> bool:
 
 
 def _difference(block: GatedBlock) -> float:
-  """How far a block is from its description, of its largest value."""
+  """Returns the largest error of the description, relative to the output."""
   rng, branch = np.random.default_rng(0), block.branch
   size = (7, 7)
   x = rng.standard_normal((2, *size, branch.in_features)).astype(np.float32)
@@ -379,11 +378,11 @@ def _difference(block: GatedBlock) -> float:
 
 
 def fold_pairs(model: nnx.Module, backend: Backend) -> None:
-  """Folds the batch norms that modules name in `foldable`, in place.
+  """Folds the batch norms that modules list in `foldable`, in place.
 
   Args:
-    model: in evaluation.
-    backend: its `convolution` makes the modules that take their places.
+    model: the network, in evaluation.
+    backend: its `convolution` makes the replacements.
   """
   for _, module in list(nnx.iter_modules(model)):
     if isinstance(module, GatedBlock):
@@ -403,11 +402,11 @@ def fold_pairs(model: nnx.Module, backend: Backend) -> None:
 def replace_modules(
   model: nnx.Module, replace: Callable[[nnx.Module], nnx.Module | None]
 ) -> None:
-  """Puts new modules in the places of old ones, wherever they are.
+  """Replaces modules in place, at any depth.
 
   Args:
-    model: is changed.
-    replace: gives the new module of an old one, or None.
+    model: the network to modify.
+    replace: returns the replacement of a module, or None to keep it.
   """
   for _, parent in list(nnx.iter_modules(model)):
     if isinstance(parent, SparseBlock | _Arrays):

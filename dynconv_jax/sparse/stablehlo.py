@@ -1,6 +1,6 @@
-"""Networks as StableHLO, which runs wherever JAX or another XLA runs.
+"""Export to StableHLO, which runs anywhere that JAX or XLA runs.
 
-The dense form: gates decide, branches run everywhere, masks multiply them.
+Exports the dense form: branches run everywhere and are multiplied by the masks.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ def export_stablehlo(
 ) -> export.Exported:
   """Returns a network and its weights as one StableHLO module.
 
-  `Exported.serialize()` gives bytes, and JAX alone runs them:
+  `Exported.serialize()` returns bytes, which JAX can run without this package:
   `jax.export.deserialize(bytearray(data)).call(images)`. The input is
-  float32[N, H, W, channels], normalized. The outputs are a tuple: the logits,
-  and for a gated network the density, float32[N, blocks], the share of active
-  positions of each block.
+  normalized float32[N, H, W, channels]. The output is a tuple of the logits
+  and, for a gated network, the density of each block, float32[N, blocks].
 
   Args:
     model: the evaluation view of any network,
       nnx.view(model, deterministic=True, use_running_average=True).
     image_size: (H, W).
-    batch_size: N; None: any.
-    channels: of the images.
-    platforms: where it can run, some of PLATFORMS.
+    batch_size: N, or None for any.
+    channels: channels of the images.
+    platforms: target platforms, a subset of PLATFORMS.
 
   Raises:
     ValueError: an argument is out of range, the model is not in evaluation, or
-      the network needs a batch size.
+      the network needs a fixed batch size.
   """
   if not platforms:
-    raise ValueError(f'platforms must be some of {", ".join(PLATFORMS)}')
+    raise ValueError(
+      f'platforms must be one or more of {", ".join(PLATFORMS)}; got none'
+    )
   for platform in platforms:
     check_choice('platform', platform, PLATFORMS)
   images = image_type(image_size, batch_size, channels)
@@ -60,7 +61,7 @@ def export_stablehlo(
 
 
 def _portable(model: nnx.Module) -> nnx.Module:
-  """Returns a copy whose convolutions call no kernels of this package."""
+  """Returns a copy whose convolutions do not use this package's kernels."""
   model = nnx.clone(model)
   for _, module in nnx.iter_modules(model):
     if isinstance(module, nnx.Conv):
@@ -71,7 +72,7 @@ def _portable(model: nnx.Module) -> nnx.Module:
 def image_type(
   image_size: tuple[int, int], batch_size: int | None, channels: int
 ) -> jax.ShapeDtypeStruct:
-  """Returns float32[N, H, W, channels], N symbolic where it is None.
+  """Returns the type float32[N, H, W, channels], with symbolic N for None.
 
   Raises:
     ValueError: an argument is out of range.
@@ -89,24 +90,24 @@ def image_type(
 def inference_function(
   model: nnx.Module, *, masks: bool = False
 ) -> Callable[..., tuple]:
-  """Returns a function of images: logits, and densities if there are masks.
+  """Returns a function from images to logits and, for a gated network, density.
 
   Args:
     model: the evaluation view of any network.
-    masks: also return the MACs of the masked layers at active positions,
-      float32[N], and the mask of each block.
+    masks: whether to also return the MACs of the masked layers at active
+      positions, float32[N], and the mask of each block.
   """
 
   def forward(images):
     result = model(images)
-    logits, found = result if isinstance(result, tuple) else (result, [])
-    if not found:
+    logits, executed = result if isinstance(result, tuple) else (result, [])
+    if not executed:
       return (logits,)
-    density = jnp.stack([mask.density() for mask in found], axis=1)
+    density = jnp.stack([mask.density() for mask in executed], axis=1)
     if not masks:
       return logits, density
-    macs = sum(mask.executed_macs() for mask in found)
-    return logits, density, macs, *(mask.hard for mask in found)
+    macs = sum(mask.executed_macs() for mask in executed)
+    return logits, density, macs, *(mask.hard for mask in executed)
 
   return forward
 
@@ -115,7 +116,7 @@ def for_any_batch(trace: Callable, images: jax.ShapeDtypeStruct):
   """Returns `trace(images)`.
 
   Raises:
-    ValueError: N is symbolic, and the network computes with it.
+    ValueError: N is symbolic, but the network needs its value.
   """
   try:
     return trace(images)
@@ -123,6 +124,6 @@ def for_any_batch(trace: Callable, images: jax.ShapeDtypeStruct):
     if isinstance(error, TypeError) and '_DimExpr' not in str(error):
       raise
     raise ValueError(
-      'the network asks how many images there are: its export needs '
+      'the network depends on the number of images, so the export needs '
       f'batch_size ({error})'
     ) from error

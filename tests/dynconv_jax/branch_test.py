@@ -123,7 +123,7 @@ def test_a_convolution_that_cannot_be(change, message):
     ({'convs': (conv(3, 2),)}, 'identity shortcut needs strides of 1'),
     (
       {'convs': (conv(), dataclasses.replace(conv(), in_features=4))},
-      'c reads 4 channels, but c has 2',
+      'c reads 4 channels, but c writes 2',
     ),
   ],
 )

@@ -312,7 +312,7 @@ class TargetRateLossTest(parameterized.TestCase):
     masks = _decisions([[1, 0], [1, 1]])[:num_masks]
     with self.assertRaisesRegex(
       ValueError,
-      'target_rates must be one a gated block, and at least one; got '
+      'target_rates must have one rate per gated block, and at least one; got '
       f'{len(rates)} for {num_masks} masks',
     ):
       losses.target_rate_loss(masks, rates)

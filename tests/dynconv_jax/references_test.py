@@ -30,8 +30,8 @@ def test_loads(package):
     ('its.good:', 'flag=its.good:: write package.module:NAME'),
     (':VALUE', 'flag=:VALUE: write package.module:NAME'),
     ('its/good.py:VALUE', 'its/good.py:VALUE: write package.module:NAME'),
-    ('it.good:VALUE', 'there is no module it; it is looked for in the current'),
-    ('its.god:VALUE', 'there is no module its.god;'),
+    ('it.good:VALUE', 'there is no module it in the current folder'),
+    ('its.god:VALUE', 'there is no module its.god in'),
     (
       'its.bad:VALUE',
       'importing its.bad fails: ModuleNotFoundError: No module named '

@@ -124,20 +124,20 @@ def test_peers_that_are_not_installed_are_left_out(capsys):
   missing = cases.Peer('torch', ('json', 'no_such_package'))
   with mock.patch.dict(cases.PEERS, torch=missing, litert=cases.Peer('', ())):
     assert cases.available_peers(['torch', 'litert'], False) == ['litert']
-  assert 'torch is left out: no_such_package' in capsys.readouterr().out
+  assert 'skipping torch: no_such_package' in capsys.readouterr().out
 
 
 def test_peers_that_need_a_gpu_are_left_out(capsys):
   with mock.patch.object(cases, '_torch_sees_gpu', lambda: False):
     assert cases.available_peers(['torch_cuda_graph'], False) == []
   pytest.importorskip('torch', reason='pip install -e .[torch]')
-  assert 'PyTorch sees no GPU' in capsys.readouterr().out
+  assert 'PyTorch finds no GPU' in capsys.readouterr().out
 
 
 def test_peers_that_compute_something_else_are_errors():
   expected = [[1.0, -2.0], [3.0, 4.0]]
   cases.check_equal('own', [[1.0, -2.0], [3.0, 4.0003]], expected, 1e-4)
-  with pytest.raises(ValueError, match='own computes something else .* 0.005'):
+  with pytest.raises(ValueError, match='result of own differs .* 0.005'):
     cases.check_equal('own', [[1.0, -2.02], [3.0, 4.0]], expected, 1e-4)
   with pytest.raises(ValueError, match='something else'):
     cases.check_equal('own', [[1.0, np.nan], [3.0, 4.0]], expected, 1e-4)

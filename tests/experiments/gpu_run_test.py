@@ -33,7 +33,8 @@ def test_steps_are_done_once_and_failures_are_noted(run, tmp_path):
     found = run()['steps']
   assert set(found) == {'good', 'bad'}
   assert found['good']['ok'] and found['good']['result'] == [1]
-  assert not found['bad']['ok'] and found['bad']['failure'] == 'ended with 1'
+  assert not found['bad']['ok']
+  assert found['bad']['failure'] == 'exited with code 1'
   assert 'ZeroDivisionError' in (tmp_path / 'gpu_run.log').read_text()
   assert json.loads((tmp_path / 'gpu_run.json').read_text())['steps'] == found
   # Finished steps are kept; failed or unfinished ones run now.
@@ -50,7 +51,7 @@ def test_errors(run, tmp_path):
     run('--steps=all')
   found = {'dry_run': False, 'card': 'none', 'steps': {}}
   (tmp_path / 'gpu_run.json').write_text(json.dumps(found))
-  with pytest.raises(ValueError, match='is of dry_run False; got True'):
+  with pytest.raises(ValueError, match='has dry_run False; got True'):
     run()
 
 

@@ -1,5 +1,5 @@
-// Sums over a batch for batch normalization, in float32, for CPUs. Maps are rows
-// of channels.
+// Sums over a batch for batch normalization, in float32, for CPUs. Maps are
+// [rows][channels].
 
 #pragma once
 
@@ -17,14 +17,15 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 
-// Parts whose sums are added in order: results do not depend on the number of
-// threads. A part sums kRows rows in float32, and these sums in float64.
+// Sums of parts are added in order, so results do not depend on the number of
+// threads. A part sums kRows rows at a time in float32, and these sums in
+// float64.
 constexpr int64_t kSumParts = 16, kRows = 64;
 
-// Their numbers in norm.py.
+// The numbers of activations in norm.py.
 enum Activation { kNone, kRelu, kRelu6 };
 
-// The gradient of z, of which g is the activation's.
+// Returns the gradient of z, given the gradient g of the activation's output.
 template <typename T>
 T Masked(T z, T g, int64_t activation) {
   if (activation == kNone) return g;
@@ -32,7 +33,7 @@ T Masked(T z, T g, int64_t activation) {
   return activation == kRelu6 ? (z < 6 ? g : T{}) : g;
 }
 
-// Calls run(zero, c) for all channels, the zero a Vector or a float.
+// Calls run(zero, c) for all channels, where zero is a Vector or a float.
 template <typename Function>
 void ForChannels(int64_t channels, const Function& run) {
   int64_t c = 0;
@@ -40,7 +41,7 @@ void ForChannels(int64_t channels, const Function& run) {
   for (; c < channels; ++c) run(0.0f, c);
 }
 
-// Sums over all rows of the two values that terms(zero, row, c) returns.
+// Sums the two values that terms(zero, row, c) returns over all rows.
 template <typename Terms>
 std::vector<double> Sums(Team& team, int64_t rows, int64_t channels,
                          const Terms& terms) {
@@ -77,14 +78,14 @@ struct Pair {
   T first, second;
 };
 
-// Mean and variance of each channel.
+// Computes the mean and variance of each channel.
 ffi::Error Moments(ffi::ThreadPool pool, Floats x_, FloatsOut mean,
                    FloatsOut var) {
   const int64_t channels = mean->element_count();
   const int64_t rows = x_.element_count() / channels;
   const float* x = x_.typed_data();
   Team team(pool);
-  // Of differences from the first row, so that squares do not cancel.
+  // Sum differences from the first row, to avoid cancellation of squares.
   const auto sums =
       Sums(team, rows, channels, [=](auto zero, int64_t row, int64_t c) {
         using T = decltype(zero);
@@ -99,8 +100,8 @@ ffi::Error Moments(ffi::ThreadPool pool, Floats x_, FloatsOut mean,
   return ffi::Error::Success();
 }
 
-// Sums of the gradient of what is activated, (x - mean) * slope + bias, and of
-// its products with x - mean.
+// Computes sums of the gradient of the activation's input,
+// (x - mean) * slope + bias, and of its products with x - mean.
 ffi::Error BatchNormSums(ffi::ThreadPool pool, Floats x_, Floats g_,
                          Floats mean_, Floats slope_, Floats bias_,
                          FloatsOut total, FloatsOut product,

@@ -1,8 +1,8 @@
 // Depthwise convolutions and their gradients in training, in float32, for CPUs.
 //
-// Maps are NHWC, kernels [k, k, C]. A band of rows is copied with zeros around
-// it, so that no window crosses a border. Shapes are checked by depthwise.py,
-// which is the only caller.
+// Maps are NHWC, kernels are [k, k, C]. Bands of rows are copied with zero
+// padding, so windows never cross a border. The only caller is depthwise.py,
+// which checks shapes.
 
 #include <algorithm>
 #include <cstdint>
@@ -19,9 +19,9 @@ namespace ffi = xla::ffi;
 using Floats = ffi::Buffer<ffi::F32>;
 using FloatsOut = ffi::ResultBuffer<ffi::F32>;
 
-// Positions of a tile, which share the weights that they load.
+// Positions of a tile, which share loaded weights.
 constexpr int kPositions = 8;
-// Floats of a band of rows: some of a second-level cache.
+// Floats of a band of rows: a part of a second-level cache.
 constexpr int64_t kBand = 1 << 16;
 
 struct Map {
@@ -36,8 +36,8 @@ Map MapOf(const Buffer& buffer) {
   return {shape[1], shape[2], shape[3]};
 }
 
-// Rows [top, top + rows) of an image, columns from -left to -left + width, with
-// zeros where there is no image.
+// Copies rows [top, top + rows) and columns [-left, -left + width) of an image,
+// with zeros outside the image.
 void CopyPadded(const float* image, const Map& map, int64_t top, int64_t rows,
                 int64_t left, int64_t width, float* to) {
   const int64_t c = map.channels;
@@ -61,13 +61,14 @@ float* Scratch(int64_t floats) {
   return scratch.data();
 }
 
-// A tap: where it reads, from a window's first element, and its weights.
+// A tap: its offset from a window's first element, and its weights.
 struct Tap {
   int64_t offset;
   const float* weights;
 };
 
-// P outputs; `in` and `out` step from one to the next.
+// Computes P outputs; `in` and `out` are the distances between consecutive
+// ones.
 template <int P>
 void Tile(const float* from, int64_t in, const std::vector<Tap>& taps,
           int64_t channels, float* to, int64_t out) {
@@ -104,7 +105,7 @@ void Row(int64_t count, const float* from, int64_t in,
            channels, to + i * out, out);
 }
 
-// Outputs of a band, so that what it reads fits into a cache.
+// Returns the number of output rows of a band whose input fits into a cache.
 int64_t BandOf(int64_t row, int64_t strides) {
   return std::max<int64_t>(1, kBand / (row * strides));
 }
@@ -140,9 +141,10 @@ ffi::Error Forward(ffi::ThreadPool pool, Floats x, Floats w, FloatsOut y,
   return ffi::Error::Success();
 }
 
-// Of x, from the gradient g of the output. Position v of x gets from output q by
-// tap i where v + top = q * strides + i. All taps of a v leave the same
-// remainder: v + top = (q0 * strides + r), i = r + a * strides, q = q0 - a.
+// Computes the gradient of x from the gradient g of the output. Output q reads
+// position v of x with tap i if v + top = q * strides + i. All taps that read v
+// have the same remainder r: v + top = q0 * strides + r, i = r + a * strides,
+// q = q0 - a.
 ffi::Error InputGradient(ffi::ThreadPool pool, Floats g, Floats w, FloatsOut dx,
                          int64_t strides, int64_t top, int64_t left) {
   const Map in = MapOf(g), out = MapOf(*dx);
@@ -151,7 +153,7 @@ ffi::Error InputGradient(ffi::ThreadPool pool, Floats g, Floats w, FloatsOut dx,
   const int64_t before = (k - 1) / s;  // The largest a.
   const int64_t width =
       std::max((out.width - 1 + left) / s + 1, in.width) + before;
-  // By the remainders of row and column.
+  // Taps by the remainders of row and column.
   std::vector<std::vector<Tap>> taps(s * s);
   for (int64_t i = 0; i < k; ++i)
     for (int64_t j = 0; j < k; ++j)
@@ -182,7 +184,7 @@ ffi::Error InputGradient(ffi::ThreadPool pool, Floats g, Floats w, FloatsOut dx,
   return ffi::Error::Success();
 }
 
-// Adds the products of a row of g with R rows of windows, K taps each.
+// Adds the products of a row of g with R rows of K taps of its windows.
 template <int K, int R>
 void Products(const float* x, int64_t width, int64_t strides, const float* g,
               int64_t count, int64_t channels, float* sums, int64_t k) {
@@ -208,7 +210,8 @@ void Products(const float* x, int64_t width, int64_t strides, const float* g,
   for (; c < channels; ++c) compute(0.0f, c);
 }
 
-// All k x k taps of a row of g, as many at a time as there are registers.
+// Adds the products of a row of g with all k x k taps, as many at a time as
+// there are registers.
 void AllProducts(int64_t k, const float* x, int64_t width, int64_t strides,
                  const float* g, int64_t count, int64_t channels, float* sums) {
   const auto run = [&](auto products, int64_t rows, int64_t columns) {
@@ -227,8 +230,8 @@ void AllProducts(int64_t k, const float* x, int64_t width, int64_t strides,
     run(Products<1, 1>, 1, 1);
 }
 
-// `partial` has the sums of parts, which are added in order: results do not
-// depend on the number of threads.
+// Computes the gradient of the kernel. `partial` contains the sums of parts,
+// which are added in order, so results do not depend on the number of threads.
 ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats g,
                           FloatsOut dw, FloatsOut partial, int64_t strides,
                           int64_t top, int64_t left) {

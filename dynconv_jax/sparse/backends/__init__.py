@@ -1,1 +1,1 @@
-"""Backends of sparse execution, one a file."""
+"""Backends of sparse execution, one per file."""

@@ -1,8 +1,8 @@
-"""Blocks at active positions by kernels that are compiled on this machine.
+"""CPU backend: runs blocks at active positions with custom C++ kernels.
 
-XLA has static shapes and copies the rows that it gathers. The kernels in
-kernels/ count at run time and read rows where they are. A C++ compiler
-compiles them at first use; without one, XLA's forms are used.
+XLA needs static shapes and copies the rows that it gathers. The kernels in
+kernels/ count active positions at run time and read rows in place. A C++
+compiler compiles them on first use; without one, XLA is used instead.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.fold import FoldedConv
 
 _SOURCE = pathlib.Path(__file__).parent / 'kernels' / 'blocks.cc'
-# Positions of the images that a block computes at a time: about those whose
-# rows fit into a shared cache.
+# Positions per group of images that a block computes at a time. Their rows fit
+# approximately into a shared cache.
 _GROUP_POSITIONS = 3136
 
 
-# Bytes of an expanded map from which an inverted residual runs in bands.
+# Minimum size of an expanded map, in bytes, to run an inverted residual in
+# bands.
 _LARGE_MAP = 1 << 20
-# Weights of a linear layer from which the kernels are worth a call.
+# Minimum number of weights for which a linear layer uses the kernels.
 _LARGE = 1 << 16
 
 
 class CpuBackend(Backend):
-  """Kernels of this package, compiled at first use for this machine."""
+  """Custom kernels, compiled for this machine on first use."""
 
   name = 'cpu'
-  # They take about 0.6 of XLA's time on a full mask.
+  # On a full mask, the kernels take about 0.6 of XLA's time.
   calibrated = False
 
   def supports_platform(self, dtype, platform):
@@ -58,7 +59,7 @@ class CpuBackend(Backend):
       and branch.activation in _ACTIVATIONS
       and (
         branch.shortcut != 'identity'
-        # A single convolution would read the input while it writes over it.
+        # A single convolution would overwrite the input while reading it.
         or (branch.stays and len(branch.convs) > 1)
       )
     )
@@ -90,7 +91,7 @@ class CpuBackend(Backend):
     return None
 
 
-# Their numbers in kernels/blocks.cc.
+# Numbers of activations and shortcuts in kernels/blocks.cc.
 _ACTIVATIONS = {None: 0, 'relu': 1, 'relu6': 2}
 _SHORTCUTS = {'identity': 0, 'projection': 1, 'none': 2}
 
@@ -100,11 +101,11 @@ def _is_depthwise(conv: Conv) -> bool:
 
 
 def runs_in_bands(branch: Branch, size: tuple[int, int]) -> bool:
-  """Returns whether a block's inner map is too large for a cache.
+  """Returns whether a block runs in bands, because its inner map is too large.
 
   Args:
-    branch: of the block.
-    size: (height, width) of its input.
+    branch: branch of the block.
+    size: (height, width) of the block's input.
   """
   *expand, depthwise, project = branch.convs
   height, width = size
@@ -119,7 +120,7 @@ def runs_in_bands(branch: Branch, size: tuple[int, int]) -> bool:
 
 
 def _computes(conv: Conv) -> bool:
-  """Whether the kernels compute a convolution of a chain."""
+  """Returns whether the kernels support a convolution of a branch."""
   return conv.activation in _ACTIVATIONS and (
     conv.groups == 1 or _is_depthwise(conv)
   )
@@ -127,14 +128,14 @@ def _computes(conv: Conv) -> bool:
 
 @flax.struct.dataclass
 class PackedBlock:
-  """The weights of a block as the kernels read them.
+  """The weights of a block in the layout of the kernels.
 
   Attributes:
-    panels: of each convolution, see kernels/product.h.
-    projection: of the shortcut, or None.
-    squares: of each convolution, see kernels/squares.h; empty where there are
-      none.
-    branch: the block's description.
+    panels: packed weights of each convolution, see kernels/product.h.
+    projection: packed weights of the shortcut's projection, or None.
+    squares: weights of each convolution for Winograd tiles, see
+      kernels/squares.h; an empty array if the convolution does not use them.
+    branch: description of the block's branch.
   """
 
   panels: tuple[jax.Array, ...]
@@ -146,12 +147,12 @@ class PackedBlock:
 def run_block(
   block: PackedBlock, x: jax.Array, mask: ExecutionMask | None = None
 ) -> jax.Array:
-  """Returns a block's output, the branch computed at active positions only.
+  """Returns a block's output, with the branch computed at active positions.
 
   Args:
-    block: packed.
+    block: the packed block.
     x: float32[N, H, W, in_features].
-    mask: where the branch is executed; None: everywhere.
+    mask: where to execute the branch; None for everywhere.
 
   Returns:
     float32[N, h, w, features].
@@ -181,7 +182,7 @@ def run_block(
   out, *_ = jax.ffi.ffi_call(
     _register().targets['block'],
     [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
-    # What is inactive stays where the shortcut is the identity.
+    # With an identity shortcut, inactive positions keep their values.
     input_output_aliases={0: 0} if in_place else {},
   )(
     x,
@@ -204,10 +205,10 @@ def run_block(
 
 
 class CpuConv(nnx.Module):
-  """A convolution outside of gated blocks, and its activation.
+  """A convolution outside gated blocks, with its activation.
 
   Args:
-    conv: gives the weights.
+    conv: the folded convolution.
   """
 
   def __init__(self, conv: FoldedConv):
@@ -215,7 +216,7 @@ class CpuConv(nnx.Module):
     self.panels = nnx.Param(_pack(conv))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, h, w, features] of float[N, H, W, in_features]."""
+    """Returns float32[N, h, w, features] for float[N, H, W, in_features]."""
     return convolve(x.astype(jnp.float32), self.panels[...], self.conv)
 
 
@@ -223,7 +224,7 @@ class CpuLinear(nnx.Module):
   """A linear layer.
 
   Args:
-    linear: gives the weights.
+    linear: the layer to replace.
   """
 
   def __init__(self, linear: nnx.Linear):
@@ -235,27 +236,27 @@ class CpuLinear(nnx.Module):
     self.panels = nnx.Param(_panels(kernel, bias))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[..., features] of float[..., in_features]."""
+    """Returns float32[..., features] for float[..., in_features]."""
     rows = x.astype(jnp.float32).reshape(-1, 1, 1, x.shape[-1])
     y = convolve(rows, self.panels[...], self.conv)
     return y.reshape(*x.shape[:-1], self.conv.features)
 
 
 class CpuMaxPool(nnx.Module):
-  """What `layers.MaxPool` computes."""
+  """Replacement of `layers.MaxPool`."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float[N, h, w, C] of float[N, H, W, C]."""
+    """Returns float[N, h, w, C] for float[N, H, W, C]."""
     return max_pool(x)
 
 
 def convolve(x: jax.Array, panels: jax.Array, conv: Conv) -> jax.Array:
-  """Returns float32[N, h, w, features]: a convolution and its activation.
+  """Returns an activated convolution, float32[N, h, w, features].
 
   Args:
     x: float32[N, H, W, in_features].
     panels: packed weights.
-    conv: describes it.
+    conv: description of the convolution.
   """
   size = x.shape[1:3]
   shape = (len(x), *map(conv.output_size, size), conv.features)
@@ -271,7 +272,7 @@ def convolve(x: jax.Array, panels: jax.Array, conv: Conv) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns what `layers.max_pool` does: 3x3 windows, stride 2, padding 1.
+  """Returns the 3x3 max pooling at stride 2 and padding 1.
 
   Args:
     x: float32[N, H, W, C].
@@ -284,10 +285,10 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class CpuSqueeze(nnx.Module):
-  """What a mask unit's `Squeeze` computes.
+  """Replacement of a mask unit's `Squeeze`.
 
   Args:
-    squeeze: gives the weights.
+    squeeze: the module to replace.
   """
 
   def __init__(self, squeeze: Squeeze):
@@ -297,7 +298,7 @@ class CpuSqueeze(nnx.Module):
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, h, w]: logits of a float32[N, H, W, C] input."""
+    """Returns float32[N, h, w] logits for a float32[N, H, W, C] input."""
     x = average_pool(x, self.pool)
     n, height, width, _ = x.shape
     shapes = (
@@ -323,11 +324,14 @@ def squeeze_columns(
   """Returns a mask unit's linear maps as one matrix.
 
   Args:
-    squeeze: gives the weights.
+    squeeze: the module that contains the weights.
 
   Returns:
-    Extent and strides of its convolution; float32[C, size**2 + 1], a column a
-    tap, and that whose products are averaged over the map; the bias.
+    size: kernel size of the convolution.
+    strides: strides of the convolution.
+    matrix: float32[C, size**2 + 1], one column per tap, and a last column whose
+      products are averaged over the map.
+    bias: sum of both biases.
   """
   conv, fc = squeeze.conv, squeeze.fc
   kernel = np.asarray(conv.kernel[...])
@@ -341,14 +345,14 @@ def squeeze_columns(
 
 
 def _pack(conv: FoldedConv) -> jax.Array:
-  """Weights of a convolution: panels; of a depthwise one rows of channels."""
+  """Returns packed weights: panels, or rows of channels if depthwise."""
   if _is_depthwise(conv.conv):
     return jnp.concatenate([conv.bias[None], conv.matrix])
   return _panels(conv.matrix, conv.bias)
 
 
 def _pack_squares(conv: FoldedConv) -> jax.Array:
-  """Weights of a 3x3 for outputs of 2x2 at a time, or nothing."""
+  """Returns weights for Winograd tiles F(2x2, 3x3), or an empty array."""
   c = conv.conv
   if (c.kernel_size, c.strides, c.groups) == (3, 1, 1):
     return _squares(conv.kernel, conv.bias)
@@ -356,7 +360,7 @@ def _pack_squares(conv: FoldedConv) -> jax.Array:
 
 
 def _panels(matrix, bias):
-  """float32[panels, 1 + rows, width] of [rows, columns]: see product.h."""
+  """Packs [rows, columns] as [panels, 1 + rows, width]; see product.h."""
   width = _register().width
   matrix = np.vstack([np.asarray(bias), np.asarray(matrix)])
   matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % width)))
@@ -365,10 +369,11 @@ def _panels(matrix, bias):
 
 
 def _squares(kernel, bias):
-  """float32[panels, 16, 1 + depth, width]: see kernels/squares.h.
+  """Returns float32[panels, 16, 1 + depth, width]; see kernels/squares.h.
 
-  The kernel [3, 3, depth, columns] is transformed in float64 and rounded once.
-  The second row and column of A are ones: there the bias reaches each output.
+  Transforms a kernel [3, 3, depth, columns] in float64 and rounds once. The
+  bias is added to element (1, 1) of the transformed tile, because the output
+  transform A adds that element to every output.
   """
   g = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
   taps = np.einsum('ai,bj,ijdc->abdc', g, g, np.asarray(kernel, np.float64))
@@ -381,11 +386,11 @@ def _squares(kernel, bias):
 
 
 class _Kernels(NamedTuple):
-  """Kernels that are compiled and registered.
+  """The compiled and registered kernels.
 
   Attributes:
-    targets: the name of each at the foreign function interface.
-    width: columns of a panel of packed weights: a matter of the processor.
+    targets: kernel name -> name of its foreign function interface target.
+    width: columns of a panel of packed weights; depends on the processor.
   """
 
   targets: dict[str, str]
@@ -394,7 +399,7 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _register(flags: tuple[str, ...] = ()) -> _Kernels | None:
-  """Compiles and registers the kernels; returns None where that fails."""
+  """Compiles and registers the kernels; returns None if that fails."""
   names = ('block', 'convolution', 'max_pool', 'mask_logits')
   library = native.register(_SOURCE, names, flags)
   if library is None:

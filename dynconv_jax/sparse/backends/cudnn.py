@@ -1,9 +1,9 @@
-"""Dense convolutions in the form that XLA executes the fastest on a GPU.
+"""Dense convolutions in the form that XLA executes fastest on a GPU.
 
-XLA hands a convolution, its bias, the shortcut and the ReLU to cuDNN in one
-call, if all of them are in the dtype of the features, and copies each kernel at
-each call unless its features come first. Matrix products, the form that is the
-best on a CPU, leave bias, shortcut and ReLU to passes of their own.
+XLA fuses a convolution, its bias, the shortcut, and the ReLU into one cuDNN
+call if they all have the features' dtype. It copies a kernel on each call
+unless the output features are its first axis. Matrix products, the fastest form
+on a CPU, would need separate passes for bias, shortcut, and ReLU.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jax import lax
 from dynconv_jax.branch import Conv
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
-# cuDNN's kernels for tensor cores read channels by eights.
+# cuDNN's tensor core kernels read channels in groups of eight.
 _CHANNELS = 8
-# What XLA records into CUDA graphs: all that it does by default, and cuDNN's
-# convolutions. A network becomes one graph, which the host launches at once.
+# Operations that XLA records into CUDA graphs: the defaults and cuDNN
+# convolutions. A network becomes a single graph, launched once by the host.
 COMPILER_OPTIONS = {
   'xla_gpu_enable_command_buffer': (
     'FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,CONVOLUTION'
@@ -29,20 +29,21 @@ COMPILER_OPTIONS = {
 
 @flax.struct.dataclass
 class CudnnConv(FoldedConv):
-  """A folded convolution as cuDNN reads it.
+  """A folded convolution in cuDNN's layout.
 
   Attributes:
     kernel: float[features, k, k, in_features / groups].
     bias: float[features], in the dtype of the kernel.
-    conv: its description.
-    block: it reads squares of as many positions a side, as channels.
+    conv: description of the convolution.
+    block: side of the squares of positions that are rearranged into channels; 1
+      for no rearrangement.
   """
 
   block: int = flax.struct.field(pytree_node=False, default=1)
 
 
 def lay_out(block: FoldedBlock) -> FoldedBlock:
-  """Returns a block whose convolutions are as cuDNN reads them.
+  """Returns a block with its convolutions in cuDNN's layout.
 
   Args:
     block: the folded block.
@@ -55,14 +56,14 @@ def lay_out(block: FoldedBlock) -> FoldedBlock:
 
 
 def lay_out_conv(layer: FoldedConv) -> CudnnConv:
-  """Returns a convolution as cuDNN reads it.
+  """Returns a convolution in cuDNN's layout.
 
-  A 7x7 of stride 2 becomes a 4x4 of stride 1 on squares of 2x2 positions: tap k
-  of the 7, which reads position 2 i + k - 3, is tap a of square b where
-  2 a + b = k + 1.
+  A 7x7 convolution of stride 2 becomes a 4x4 convolution of stride 1 on squares
+  of 2x2 positions. Along each axis, tap k of 7, which reads position
+  2 i + k - 3, becomes tap a at offset b in the square, with 2 a + b = k + 1.
 
   Args:
-    layer: folded.
+    layer: the folded convolution.
   """
   conv, kernel, block = layer.conv, layer.kernel, 1
   if reads_squares(conv):
@@ -82,10 +83,10 @@ def lay_out_conv(layer: FoldedConv) -> CudnnConv:
 
 
 def reads_squares(conv: Conv) -> bool:
-  """Returns whether a convolution is laid out to read squares of positions.
+  """Returns whether `lay_out_conv` makes a convolution read squares.
 
   Args:
-    conv: its description.
+    conv: description of the convolution.
   """
   return (
     (conv.kernel_size, conv.strides) == (7, 2)
@@ -102,7 +103,7 @@ def convolve(
   Args:
     x: float[N, H, W, in_features].
     layer: the convolution.
-    precision: of products in float32, as `lax.conv_general_dilated` takes it.
+    precision: precision of float32 products, see `lax.conv_general_dilated`.
   """
   conv = layer.conv
   strides, pads = conv.strides, tuple(conv.pads(n) for n in x.shape[1:3])
@@ -122,11 +123,11 @@ def convolve(
 
 
 def rearrange(x: jax.Array, layer: CudnnConv) -> jax.Array:
-  """Returns the map that a layer reads, its squares of positions as channels.
+  """Returns the input of a layer, with squares of positions as channels.
 
   Args:
     x: float[N, H, W, in_features].
-    layer: of `lay_out_conv`.
+    layer: a layer from `lay_out_conv`.
   """
   if layer.block == 1:
     return x

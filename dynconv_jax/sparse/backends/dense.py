@@ -1,4 +1,4 @@
-"""Folded gated blocks over all positions, multiplied by their masks."""
+"""Dense backend: runs folded blocks everywhere and applies their masks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 
 class DenseBackend(Backend):
-  """XLA's dense form: what sparse execution has to beat, and equals."""
+  """XLA's dense form, the baseline and fallback of sparse execution."""
 
   name = 'dense'
   calibrated = False
@@ -37,10 +37,10 @@ class DenseBackend(Backend):
 
 
 class DenseConv(nnx.Module):
-  """A folded convolution and its activation.
+  """A folded convolution with its activation.
 
   Args:
-    conv: gives the weights.
+    conv: the folded convolution.
   """
 
   def __init__(self, conv: FoldedConv):
@@ -50,19 +50,19 @@ class DenseConv(nnx.Module):
     self.kernel, self.bias = nnx.Param(conv.kernel), nnx.Param(conv.bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float[N, h, w, features] of float[N, H, W, in_features]."""
+    """Returns float[N, h, w, features] for float[N, H, W, in_features]."""
     conv = self.layout.replace(kernel=self.kernel[...], bias=self.bias[...])
     x = x.astype(self.kernel.dtype)
     return activate(convolve(x, conv), conv).astype(x.dtype)
 
 
 def activate(y: jax.Array, conv: FoldedConv) -> jax.Array:
-  """Returns y after the activation of a convolution."""
+  """Applies the activation of a convolution."""
   return ACTIVATIONS[conv.conv.activation](y)
 
 
 def matmul(rows: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
-  """Returns float32[..., F] or what the bias is: `rows @ matrix + bias`.
+  """Returns `rows @ matrix + bias` in the dtype of the bias, [..., F].
 
   Products of bfloat16 are summed in float32.
 
@@ -75,13 +75,14 @@ def matmul(rows: jax.Array, matrix: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def convolve(x: jax.Array, layer: FoldedConv) -> jax.Array:
-  """Returns float32[N, h, w, features], before any activation.
+  """Returns a convolution before its activation, float32[N, h, w, features].
 
-  One of `cudnn.lay_out` is in the dtype of x.
+  The result of a layer in cuDNN's layout has the dtype of x.
 
   Args:
     x: float[N, H, W, in_features].
-    layer: pointwise ones are matrix products on a CPU.
+    layer: the convolution. Pointwise convolutions that are not in cuDNN's
+      layout are computed as matrix products.
   """
   conv = layer.conv
   if isinstance(layer, cudnn.CudnnConv):
@@ -102,7 +103,7 @@ def convolve(x: jax.Array, layer: FoldedConv) -> jax.Array:
 
 
 def shortcut(block: FoldedBlock, x: jax.Array) -> jax.Array | float:
-  """Returns what is added to the branch, float[N, h, w, features] or 0."""
+  """Returns a block's shortcut, float[N, h, w, features], or 0 for none."""
   if block.branch.shortcut == 'none':
     return 0.0
   if block.projection is None:
@@ -113,12 +114,13 @@ def shortcut(block: FoldedBlock, x: jax.Array) -> jax.Array | float:
 def run_dense(
   block: FoldedBlock, x: jax.Array, hard: jax.Array | None = None
 ) -> jax.Array:
-  """Returns a block's output, the branch computed at all positions.
+  """Returns a block's output, with the branch computed everywhere.
 
   Args:
     block: the folded block.
     x: float[N, H, W, in_features].
-    hard: float32[N, h, w] of {0, 1}, where the branch counts; None: everywhere.
+    hard: float32[N, h, w] of {0, 1}, where to use the branch's output; None for
+      everywhere.
 
   Returns:
     float[N, h, w, features], in the dtype of x.

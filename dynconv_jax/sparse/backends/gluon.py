@@ -1,8 +1,8 @@
-"""The Triton backend with gathered products in Gluon, for Hopper GPUs.
+"""Triton backend with gathered products in Gluon, for Hopper GPUs.
 
-Takes the place of `convolve` for wide layers in bfloat16, where the products of
-Triton stay far from the speed of tensor cores. No GPU has run it, so it is not
-taken by 'auto'. `python -m benchmarks.gpu_gluon` compares and times them.
+Replaces `convolve` for wide bfloat16 layers, for which Triton's products are
+far below the tensor cores' peak. This backend has not been run on a GPU, so
+'auto' does not use it. `python -m benchmarks.gpu_gluon` compares and times it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dynconv_jax.sparse.backends.triton import (
 from dynconv_jax.sparse.backends.triton_launch import cdiv
 from dynconv_jax.sparse.fold import FoldedConv
 
-# What ptxas fits into a multiprocessor without spills; the first one is used.
+# Tile sizes that compile without register spills; the first is the default.
 TILES = tuple(
   {
     'BLOCK_ROWS': rows,
@@ -39,7 +39,7 @@ TILES = tuple(
 
 
 class GluonBackend(TritonBackend):
-  """As 'triton', but for wide convolutions."""
+  """The 'triton' backend with a different kernel for wide convolutions."""
 
   name = 'gluon'
 
@@ -51,10 +51,10 @@ class GluonBackend(TritonBackend):
 
 
 def fits(layer: FoldedConv, tiles: dict[str, int]) -> bool:
-  """Returns whether the kernel computes a convolution.
+  """Returns whether the kernel supports a convolution.
 
   Args:
-    layer: folded.
+    layer: the folded convolution.
     tiles: one of TILES.
   """
   depth, features = layer.kernel.shape[2:]
@@ -78,18 +78,18 @@ def convolve_gathered(
   lookup: bool,
   tiles: dict[str, int] = TILES[0],
 ) -> jax.Array:
-  """Returns what `triton.convolve` does, by Gluon where that fits.
+  """Returns the result of `triton.convolve`, computed by Gluon if it fits.
 
   Args:
-    table: a map, or the listed rows of one.
-    shape: of the map.
-    read: positions.
-    written: positions.
-    layer: folded.
-    lookup: whether the table holds listed rows.
-    tiles: sizes.
+    table: see `triton.convolve`.
+    shape: see `triton.convolve`.
+    read: see `triton.convolve`.
+    written: see `triton.convolve`.
+    layer: see `triton.convolve`.
+    lookup: see `triton.convolve`.
+    tiles: tile sizes, one of TILES.
   """
-  # The kernel looks up the rows of a 3x3, and reads the map for a 1x1.
+  # The kernel reads listed rows for a 3x3 and a full map for a 1x1.
   if not fits(layer, tiles) or lookup != (layer.conv.kernel_size > 1):
     return convolve(table, shape, read, written, layer, lookup=lookup)
   size, features = written.rows.size, layer.bias.size

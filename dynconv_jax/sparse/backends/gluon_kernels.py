@@ -1,8 +1,8 @@
 """A gathered convolution in Gluon, for the tensor cores of Hopper GPUs (sm_90).
 
-Four warps copy rows and weights to shared memory, the others multiply them from
-there: a copy is not waited for by those that multiply, as it is where a warp
-does both. After QuACK's and SonicMoE's gathered products.
+Four warps copy rows and weights to shared memory, and the other warps multiply
+them. Unlike in a kernel whose warps do both, multiplications do not wait for
+the warp's own copies. Follows the gathered products of QuACK and SonicMoE.
 """
 
 from triton.experimental import gluon
@@ -18,13 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 @gluon.jit
 def convolve_gathered(
-  table,  # bfloat16[rows, DEPTH]: a map, or of a 3x3 its listed rows.
-  rows,  # int32[N * HEIGHT * WIDTH]: of a 3x3, their places; -1: zeros.
+  table,  # bfloat16[rows, DEPTH]: a map, or its listed rows for a 3x3.
+  rows,  # int32[N * HEIGHT * WIDTH]: row of each position for a 3x3; -1: zeros.
   indices,  # int32[...]: the output positions.
   count,  # int32[1]
   kernel,  # bfloat16[TAPS, TAPS, DEPTH, FEATURES]
   bias,  # float32[FEATURES]
-  out,  # Out, bfloat16[..., FEATURES]: rows in the order of the list.
+  out,  # Output, bfloat16[..., FEATURES]: rows in the order of the list.
   REVERSED: gl.constexpr,
   TAPS: gl.constexpr,
   STRIDES: gl.constexpr,
@@ -35,8 +35,8 @@ def convolve_gathered(
   BLOCK_ROWS: gl.constexpr,
   BLOCK_FEATURES: gl.constexpr,
   BLOCK_DEPTH: gl.constexpr,
-  STAGES: gl.constexpr,  # Tiles in shared memory.
-  REGISTERS: gl.constexpr,  # Of a thread that copies.
+  STAGES: gl.constexpr,  # Number of tiles in shared memory.
+  REGISTERS: gl.constexpr,  # Registers per copying thread.
 ):
   """Computes rows of relu(convolution) at the listed positions."""
   tiles: gl.constexpr = FEATURES // BLOCK_FEATURES
@@ -65,7 +65,7 @@ def convolve_gathered(
       gl.int64, [STAGES, 1], mbarrier.MBarrierLayout()
     )
     for stage in gl.static_range(STAGES):
-      mbarrier.init(full.index(stage), count=128)  # The threads that copy.
+      mbarrier.init(full.index(stage), count=128)  # The copying threads.
       mbarrier.init(empty.index(stage), count=1)
     gl.warp_specialize(
       [
@@ -144,8 +144,8 @@ def _copy(
   BLOCK_DEPTH: gl.constexpr,
   STAGES: gl.constexpr,
 ):
-  """Copies tiles of rows and weights; each row is looked up a step ahead."""
-  # A thread copies 16 bytes at a time.
+  """Copies tiles of rows and weights; looks up rows one step ahead."""
+  # Each thread copies 16 bytes at a time.
   of_rows: gl.constexpr = gl.BlockedLayout(
     [1, 8], [32 // (BLOCK_DEPTH // 8), BLOCK_DEPTH // 8], [4, 1], [1, 0]
   )
@@ -174,7 +174,7 @@ def _copy(
     mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
     at = here[:, None].to(gl.int64) * DEPTH
     at += (step % steps * BLOCK_DEPTH + depth)[None, :]
-    # Rows that are not there are zeros.
+    # Missing rows are zeros.
     known = gl.expand_dims(here >= 0, 1) & gl.expand_dims(depth >= 0, 0)
     async_copy.async_copy_global_to_shared(left.index(stage), table + at, known)
     at = (step * BLOCK_DEPTH + weight)[:, None] * FEATURES + feature[None, :]
@@ -193,7 +193,7 @@ def _row(
   HEIGHT: gl.constexpr,
   WIDTH: gl.constexpr,
 ):
-  """Returns the rows that a tap of a 3x3 reads; -1: zeros."""
+  """Returns the row that a tap of a 3x3 reads, or -1 for zeros."""
   y, x = top + tap // 3, side + tap % 3
   inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
   return gl.load(rows + (image * HEIGHT + y) * WIDTH + x, inside, other=-1)
@@ -216,7 +216,7 @@ def _multiply(
   BLOCK_FEATURES: gl.constexpr,
   STAGES: gl.constexpr,
 ):
-  """Multiplies tiles as they come; one product is under way meanwhile."""
+  """Multiplies tiles as they arrive, with one product in flight."""
   layout: gl.constexpr = gl.NVMMADistributedLayout(
     [3, 0], [gl.num_warps(), 1], [16, BLOCK_FEATURES, 16]
   )
@@ -224,12 +224,12 @@ def _multiply(
   for step in range(STEPS):
     stage = step % STAGES
     mbarrier.wait(full.index(stage), step // STAGES & 1)
-    fence_async_shared()  # What threads copied is read by the tensor cores.
+    fence_async_shared()  # Makes the copies visible to the tensor cores.
     total = warpgroup_mma(
       left.index(stage), right.index(stage), total, is_async=True
     )
     total = warpgroup_mma_wait(num_outstanding=1, deps=[total])
-    # The product before is done.
+    # The previous product is complete.
     before = (step + STAGES - 1) % STAGES
     mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
   total = warpgroup_mma_wait(num_outstanding=0, deps=[total])

@@ -1,7 +1,7 @@
-"""Blocks at active positions by kernels for a GPU, through Triton.
+"""Triton backend: runs blocks at active positions on a GPU.
 
-The counterpart of `cpu.py`. Active positions are listed, counted and
-computed on the device: no count travels to the host, and nothing overflows.
+The GPU counterpart of `cpu.py`. The device lists, counts, and computes active
+positions, so no count is copied to the host and nothing can overflow.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 # Bottlenecks up to this inner width keep the rows between their last two
-# convolutions in registers, if it is the same on both sides of the 3x3.
+# convolutions in registers, if the 3x3 has as many outputs as inputs.
 FUSED_WIDTH = {jnp.dtype(jnp.float32): 64, jnp.dtype(jnp.bfloat16): 128}
-# Outputs for which tiles of 128 x 128 keep an H100's 132 multiprocessors busy,
-# twice over.
+# Number of outputs for which 128 x 128 tiles keep an H100's 132 multiprocessors
+# busy for two waves.
 _MANY = 2 * 132 * 128 * 128
 
 
 class TritonBackend(Backend):
-  """Kernels in Triton, for bottlenecks, basic blocks, inverted residuals."""
+  """Triton kernels for bottlenecks, basic blocks, and inverted residuals."""
 
   name = 'triton'
-  # A conditional waits for the host at each block.
+  # A conditional would wait for the host at each block.
   falls_back = False
   evaluates_given = True
 
@@ -59,7 +59,7 @@ class TritonBackend(Backend):
     return platform == 'gpu' and dtype in _DTYPES
 
   def prefers(self, dtype, platform):
-    # In float32 XLA's products are rounded to TF32, on tensor cores.
+    # In float32, XLA uses TF32 on tensor cores, which these kernels do not.
     if not self.supports_platform(dtype, platform) or dtype != jnp.bfloat16:
       return False
     try:
@@ -82,7 +82,7 @@ class TritonBackend(Backend):
 
   def run(self, packed, x, mask):
     if mask is None:
-      # As the dense backend, but that XLA copies the kernels at each call.
+      # Like the dense backend, except that XLA copies the kernels at each call.
       return run_dense(cudnn.lay_out(packed.block), x)
     lists = mask.lists if isinstance(mask, ListedMask) else None
     lists = lists or Lists(*map(list_positions, mask.maps))
@@ -132,10 +132,12 @@ class TritonBackend(Backend):
 
 
 def computes(branch: Branch) -> bool:
-  """Returns whether the kernels compute a branch.
+  """Returns whether the kernels support a branch.
+
+  They support bottlenecks and basic blocks of any size.
 
   Args:
-    branch: a bottleneck or a basic block, or what differs in sizes only.
+    branch: description of the branch.
   """
 
   def is_plain(conv: Conv) -> bool:
@@ -145,7 +147,7 @@ def computes(branch: Branch) -> bool:
   return (
     branch.levels in ((1, 0), (1, 0, 0))
     and all(map(is_plain, branch.convs))
-    # A 1x1 is computed at the positions that it reads.
+    # A first 1x1 runs at the positions that it reads.
     and (first.is_pointwise or first.kernel_size == 3)
     and others[0].kernel_size == 3
     and {conv.activation for conv in branch.convs[:-1]} == {'relu'}
@@ -156,10 +158,10 @@ def computes(branch: Branch) -> bool:
 
 
 def fuses(branch: Branch, dtype: jnp.dtype) -> bool:
-  """Returns whether one kernel computes a block after its first convolution.
+  """Returns whether one kernel runs all convolutions of a block but the first.
 
   Args:
-    branch: that the kernels compute.
+    branch: a branch that `computes` accepts.
     dtype: compute dtype.
   """
   _, inner, *last = branch.convs
@@ -169,13 +171,14 @@ def fuses(branch: Branch, dtype: jnp.dtype) -> bool:
 
 @flax.struct.dataclass
 class PackedBlock:
-  """A block as the kernels read it.
+  """The weights of a block in the layout of the kernels.
 
   Attributes:
     block: the folded block.
-    shortcut: its projection as cuDNN reads it, or None.
-    bias: float32[features], of the last convolution and of the projection.
-    convolve: computes those before the last kernel; None: `convolve`.
+    shortcut: the projection in cuDNN's layout, or None.
+    bias: float32[features], sum of the last convolution's and the projection's.
+    convolve: function that computes the convolutions before the last kernel;
+      None for `convolve`.
   """
 
   block: FoldedBlock
@@ -187,7 +190,7 @@ class PackedBlock:
 
   @classmethod
   def pack(cls, block: FoldedBlock) -> PackedBlock:
-    """Returns a folded block as the kernels read it."""
+    """Packs a folded block."""
     projection, bias = block.projection, block.convs[-1].bias
     if projection is None:
       return cls(block, None, bias)
@@ -202,23 +205,25 @@ def run_block(
   squeezed: Squeezed | None = None,
   following: ColumnSqueeze | None = None,
 ) -> tuple[jax.Array, Squeezed | None]:
-  """Returns a block's output, the branch computed at active positions only.
+  """Returns a block's output, with the branch computed at active positions.
 
-  Positions outside of the mask are not touched where the shortcut is the
-  identity, whose values are rectified already. Where it is a projection, cuDNN
-  computes and rectifies it everywhere; at active positions it is a part of the
-  last product, and computed anew.
+  With an identity shortcut, inactive positions are left unchanged; their values
+  are already rectified. With a projection, cuDNN computes and rectifies the
+  shortcut everywhere; the last kernel recomputes it at active positions as part
+  of its product.
 
   Args:
     packed: the block.
     x: float32 or bfloat16[N, H, W, in_features], rectified.
-    lists: where the branch is executed.
-    squeezed: products of the map that the block's mask unit has read.
-    following: of the mask unit that reads the output; `fuses` the block.
+    lists: where to execute the branch.
+    squeezed: products of x that the block's mask unit used.
+    following: the squeeze of the mask unit that reads the output, if its
+      products are computed here, which requires `fuses`; or None.
 
   Returns:
-    float[N, h, w, features], in the dtype of x, and what the mask unit after it
-    takes.
+    out: float[N, h, w, features], in the dtype of x.
+    squeezed: products for the next mask unit; unchanged unless `following` is
+      given.
   """
   block, (active, needed) = packed.block, lists
   end, middle = (
@@ -239,13 +244,13 @@ def run_block(
 
 
 def _shortcut(packed, x):
-  """The map that a block's output is written to, and the projection's part."""
+  """Returns the map to write the output to, and the projection's arguments."""
   projection = packed.block.projection
   if projection is None:
-    # Not x, which XLA would copy: the kernel writes into it.
+    # Do not pass x: XLA would copy it, because the kernel overwrites it.
     nothing = jnp.zeros(1, x.dtype)
     return x, (nothing, nothing), geometry((1, 1, 1), None)
-  # In float32 XLA would round to TF32.
+  # By default, XLA would round float32 to TF32.
   precision = 'highest' if x.dtype == jnp.float32 else None
   base = jax.nn.relu(cudnn.convolve(x, packed.shortcut, precision))
   constants = geometry(x.shape, projection)
@@ -261,15 +266,15 @@ def convolve(
   *,
   lookup: bool,
 ) -> jax.Array:
-  """Returns a rectified convolution, float[positions, features], as listed.
+  """Returns a rectified convolution at listed positions, [positions, features].
 
   Args:
     table: a map, or the listed rows of one.
     shape: (N, H, W, ...) of that map.
-    read: the positions that are listed.
-    written: positions of the output.
-    layer: a 1x1 or 3x3.
-    lookup: whether the table holds listed rows.
+    read: the positions of the listed rows.
+    written: the output positions.
+    layer: a 1x1 or 3x3 convolution.
+    lookup: whether the table contains listed rows.
   """
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup)
   return triton_launch.launch(
@@ -291,11 +296,11 @@ def convolve(
 
 
 def _convolve_add(table, shape, read, written, layer, packed, x):
-  """relu(shortcut + convolution) at the positions of a list, in place."""
+  """Returns relu(shortcut + convolution), computed at listed positions."""
   lookup = layer.conv.kernel_size > 1
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup)
   if table.dtype == jnp.bfloat16 and triton_launch.generation() < 9:
-    # Else an A100's registers do not hold the tile of the shortcut too.
+    # Otherwise, an A100 has too few registers for the tile of the shortcut.
     tiles |= {'BLOCK_ROWS': 64, 'num_warps': 8}
   base, projected, constants = _shortcut(packed, x)
   return triton_launch.launch(
@@ -318,18 +323,18 @@ def _convolve_add(table, shape, read, written, layer, packed, x):
 def _convolve_matmul_add(
   table, shape, read, written, layer, last, packed, x, squeezed, following
 ):
-  """relu(shortcut + last(relu(convolution))) likewise, of small inner widths.
+  """Returns relu(shortcut + last(relu(convolution))) for small inner widths.
 
-  And what `following` multiplies it by.
+  Also returns the products with the weights of `following`, if it is given.
   """
   tiles = _tiles(written.rows.size, layer, table.dtype, lookup=True)
   inner = tiles.pop('BLOCK_FEATURES')
   if table.dtype == jnp.float32:
-    tiles |= {'BLOCK_DEPTH': 16, 'num_warps': 8}  # Else registers spill.
+    tiles |= {'BLOCK_DEPTH': 16, 'num_warps': 8}  # Avoids register spills.
   else:
     tiles |= {'BLOCK_ROWS': max(64, inner), 'num_stages': 3}
     if following is not None and inner > 64:
-      tiles['num_warps'] = 8  # Else registers spill.
+      tiles['num_warps'] = 8  # Avoids register spills.
   base, projected, constants = _shortcut(packed, x)
   columns, terms = jnp.zeros((1, 1, 16), x.dtype), jnp.zeros(1)
   unit = {'PARTS': 0, 'FIRST': 0, 'COLUMNS': 0, 'COLUMNS_WIDTH': 16}
@@ -372,11 +377,11 @@ def _convolve_matmul_add(
 def geometry(
   shape: tuple[int, ...], layer: FoldedConv | None
 ) -> dict[str, int]:
-  """Returns how a convolution reads a map of (N, H, W, ...), as constants.
+  """Returns the kernel constants for a convolution of a map (N, H, W, ...).
 
   Args:
-    shape: of the map.
-    layer: None: there is none.
+    shape: shape of the map.
+    layer: the convolution, or None if there is none.
   """
   return {
     'STRIDES': layer.conv.strides if layer else 1,
@@ -387,16 +392,16 @@ def geometry(
 
 
 def _block_depth(depth: int, tiles: dict[str, int]) -> int:
-  """Channels of the shortcut's input that are multiplied at a time."""
+  """Returns the tile size over the channels of the shortcut's input."""
   return min(tile_side(max(depth, 1)), tiles['BLOCK_DEPTH'])
 
 
 def _tiles(
   size: int, layer: FoldedConv, dtype: jnp.dtype, lookup: bool = False
 ) -> dict[str, int]:
-  """Tile sizes of a product of up to `size` rows.
+  """Returns tile sizes of a product of up to `size` rows.
 
-  Those in bfloat16 are the fastest of about twenty on an H200, for ResNet-50.
+  The bfloat16 sizes are the fastest of about twenty for ResNet-50 on an H200.
   """
   depth, features = layer.kernel.shape[2:]
   if dtype == jnp.float32:  # No tensor cores.
@@ -426,6 +431,6 @@ def _tiles(
 
 
 def _grid(size, layer, tiles):
-  """Programs for all rows, those of the same rows one after the other."""
+  """Returns the number of programs; those of the same rows are consecutive."""
   rows = cdiv(size, tiles['BLOCK_ROWS'])
   return rows * cdiv(layer.bias.size, tiles['BLOCK_FEATURES'])

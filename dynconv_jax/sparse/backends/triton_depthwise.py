@@ -1,4 +1,4 @@
-"""Inverted residuals at active positions by kernels for a GPU."""
+"""Inverted residuals at active positions on a GPU, with Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from dynconv_jax.sparse.backends.triton_launch import cdiv, tile_side
 from dynconv_jax.sparse.backends.triton_masks import Lists
 from dynconv_jax.sparse.fold import FoldedBlock
 
-# Largest values of activations; 0: none.
+# Upper bounds of activations; 0 for none.
 MAXIMA = {'relu': 0, 'relu6': 6}
 
 
 def computes(branch: Branch) -> bool:
-  """Returns whether the kernels compute a branch.
+  """Returns whether the kernels support a branch.
+
+  They support a 1x1, a depthwise 3x3, and a linear 1x1 convolution.
 
   Args:
-    branch: 1x1, depthwise 3x3 and linear 1x1 convolutions.
+    branch: description of the branch.
   """
   if len(branch.convs) != 3 or branch.activation is not None:
     return False
@@ -44,15 +46,15 @@ def computes(branch: Branch) -> bool:
 def run_block(
   block: FoldedBlock, x: jax.Array, lists: Lists, convolve: Callable[..., Any]
 ) -> jax.Array:
-  """Returns a block's output, the branch computed at active positions only.
+  """Returns a block's output, with the branch computed at active positions.
 
-  Two kernels: the expanding convolution, and all that follows.
+  Launches two kernels: one for the expanding convolution, and one for the rest.
 
   Args:
-    block: that `computes` describes.
+    block: a block that `computes` accepts.
     x: float32 or bfloat16[N, H, W, in_features].
-    lists: where the branch is executed.
-    convolve: as of `triton.py`.
+    lists: where to execute the branch.
+    convolve: `triton.convolve` or a replacement.
 
   Returns:
     float[N, h, w, features], in the dtype of x.
@@ -64,7 +66,7 @@ def run_block(
   added = block.branch.shortcut == 'identity'
   base = x if added else jnp.zeros((*shape, project.bias.size), x.dtype)
   features = tile_side(project.bias.size)
-  # A thread's part of the tile of outputs is of at most 64 values.
+  # Each thread holds at most 64 values of the output tile.
   rows, num_warps = (64, 4) if features <= 128 else (32, 8)
   if x.dtype == jnp.float32:
     rows, num_warps = 32, 8

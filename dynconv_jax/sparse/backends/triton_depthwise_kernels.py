@@ -10,18 +10,18 @@ import triton.language as tl
 
 @triton.jit
 def depthwise_matmul_add(
-  table,  # [rows, DEPTH]: listed rows of a map, looked up.
-  rows,  # int32[N * HEIGHT * WIDTH]: their places; -1: zeros.
+  table,  # [rows, DEPTH]: the listed rows of a map.
+  rows,  # int32[N * HEIGHT * WIDTH]: table row of each position; -1: zeros.
   indices,  # int32[...]: the output positions.
   count,  # int32[1]
   kernel,  # [3, 3, DEPTH]
   bias,  # float32[DEPTH]
   last_kernel,  # [DEPTH, FEATURES]
   last_bias,  # float32[FEATURES]
-  base,  # [..., FEATURES]: the shortcut or zeros; out is the same memory.
-  out,  # Out, [..., FEATURES]
-  ADDED: tl.constexpr,  # There is a shortcut.
-  MAXIMUM: tl.constexpr,  # After the depthwise convolution; 0: none.
+  base,  # [..., FEATURES]: the shortcut or zeros; aliased to out.
+  out,  # Output, [..., FEATURES]
+  ADDED: tl.constexpr,  # Whether to add base.
+  MAXIMUM: tl.constexpr,  # Upper bound of the depthwise output; 0: none.
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
@@ -31,9 +31,9 @@ def depthwise_matmul_add(
   BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Writes base + 1x1 of the rectified depthwise 3x3 at listed positions.
+  """Writes base + conv1x1(relu(depthwise 3x3)) at the listed positions.
 
-  What is between the two convolutions stays in registers.
+  Values between the two convolutions stay in registers.
   """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES

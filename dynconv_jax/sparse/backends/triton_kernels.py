@@ -1,9 +1,9 @@
 """Triton kernels that compute residual blocks at the active positions of masks.
 
 Positions are numbered (image * height + row) * width + column; channels are
-last. A program computes a tile of the rows that a list of positions stands for;
-its length is read on the device, and programs past its end return at once.
-Products of bfloat16 are summed in float32, those of float32 are exact: no TF32.
+last. Each program computes a tile of the rows at listed positions. The list's
+length is read on the device, and programs past its end return immediately.
+Products of bfloat16 are summed in float32. Products of float32 do not use TF32.
 """
 
 import triton
@@ -12,15 +12,15 @@ import triton.language as tl
 
 @triton.jit
 def convolve(
-  table,  # [rows, DEPTH]: a map, or with LOOKUP its listed rows.
-  rows,  # int32[N * HEIGHT * WIDTH]: with LOOKUP, their places; -1: zeros.
+  table,  # [rows, DEPTH]: a map, or its listed rows with LOOKUP.
+  rows,  # int32[N * HEIGHT * WIDTH]: table rows, used with LOOKUP; -1: zeros.
   indices,  # int32[...]: the output positions.
-  count,  # int32[1]
+  count,  # int32[1]: the number of output positions.
   kernel,  # [TAPS, TAPS, DEPTH, FEATURES]
   bias,  # float32[FEATURES]
-  out,  # Out, [..., FEATURES]: rows in the order of the list.
+  out,  # Output, [..., FEATURES]: rows in the order of the list.
   LOOKUP: tl.constexpr,
-  MAXIMUM: tl.constexpr,  # Of the output; 0: none.
+  MAXIMUM: tl.constexpr,  # Upper bound of the output; 0: none.
   REVERSED: tl.constexpr,
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
@@ -32,7 +32,7 @@ def convolve(
   BLOCK_FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Computes rows of relu(convolution) at the listed positions."""
+  """Computes relu(convolution) at the listed positions."""
   tiles: tl.constexpr = (FEATURES + BLOCK_FEATURES - 1) // BLOCK_FEATURES
   number = _number(REVERSED)
   start = number // tiles * BLOCK_ROWS
@@ -70,20 +70,20 @@ def convolve(
 
 @triton.jit
 def convolve_add(
-  table,  # [rows, DEPTH]: of a 1x1 the listed rows, of a 3x3 looked up.
-  rows,  # int32[N * HEIGHT * WIDTH]: of a 3x3, their places; -1: zeros.
+  table,  # [rows, DEPTH]: listed rows; a 3x3 looks them up in `rows`.
+  rows,  # int32[N * HEIGHT * WIDTH]: table rows, used by a 3x3; -1: zeros.
   indices,  # int32[...]: the output positions.
-  count,  # int32[1]
+  count,  # int32[1]: the number of output positions.
   kernel,  # [TAPS, TAPS, DEPTH, FEATURES]
   bias,  # float32[FEATURES]
   x,  # [N * X_HEIGHT * X_WIDTH, X_DEPTH]: the block's input.
   projection,  # [X_DEPTH, FEATURES]
-  base,  # [..., FEATURES]: the shortcut; out is the same memory.
-  out,  # Out, [..., FEATURES]
+  base,  # [..., FEATURES]: the shortcut; aliased to out.
+  out,  # Output, [..., FEATURES]
   X_STRIDES: tl.constexpr,
   X_HEIGHT: tl.constexpr,
   X_WIDTH: tl.constexpr,
-  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, base is read.
+  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, read from base.
   X_BLOCK_DEPTH: tl.constexpr,
   REVERSED: tl.constexpr,
   TAPS: tl.constexpr,
@@ -108,7 +108,7 @@ def convolve_add(
   feature += tl.arange(0, BLOCK_FEATURES)
   listed = row < size
   position = tl.where(listed, position, 0)
-  # Before the products, during which it comes.
+  # Load early, so that the load overlaps with the products.
   before = tl.zeros([BLOCK_ROWS, BLOCK_FEATURES], out.dtype.element_ty)
   if X_DEPTH == 0:
     before = _read(base, position, listed, feature, FEATURES)
@@ -148,29 +148,29 @@ def convolve_add(
 
 @triton.jit
 def convolve_matmul_add(
-  table,  # [rows, DEPTH]: listed rows of a map, looked up.
-  rows,  # int32[N * HEIGHT * WIDTH]: their places; -1: zeros.
+  table,  # [rows, DEPTH]: the listed rows of a map.
+  rows,  # int32[N * HEIGHT * WIDTH]: table row of each position; -1: zeros.
   indices,  # int32[...]: the output positions.
-  count,  # int32[1]
+  count,  # int32[1]: the number of output positions.
   kernel,  # [3, 3, DEPTH, DEPTH]
   bias,  # float32[DEPTH]
   last_kernel,  # [DEPTH, FEATURES]
   last_bias,  # float32[FEATURES]
   x,  # [N * X_HEIGHT * X_WIDTH, X_DEPTH]: the block's input.
   projection,  # [X_DEPTH, FEATURES]
-  columns,  # [PARTS, FEATURES, COLUMNS_WIDTH], of `squeeze`.
-  base,  # [..., FEATURES]: the shortcut; out is the same memory.
-  before_terms,  # As before of `squeeze`: terms is the same memory.
-  out,  # Out, [..., FEATURES]
-  terms,  # Out, float32[FIRST + COLUMNS, SIZE]: as of `squeeze`.
-  zero,  # Out, int32[1]: 0, for `decide`.
-  dilated_zero,  # Out, int32[1]: 0, likewise.
+  columns,  # [PARTS, FEATURES, COLUMNS_WIDTH]: weights, see `squeeze`.
+  base,  # [..., FEATURES]: the shortcut; aliased to out.
+  before_terms,  # See `before` of `squeeze`; aliased to terms.
+  out,  # Output, [..., FEATURES]
+  terms,  # Output, float32[FIRST + COLUMNS, SIZE]: see `squeeze`.
+  zero,  # Output, int32[1]: 0, for `decide`.
+  dilated_zero,  # Output, int32[1]: 0, for `decide`.
   X_STRIDES: tl.constexpr,
   X_HEIGHT: tl.constexpr,
   X_WIDTH: tl.constexpr,
-  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, base is read.
+  X_DEPTH: tl.constexpr,  # 0: the shortcut is the identity, read from base.
   X_BLOCK_DEPTH: tl.constexpr,
-  PARTS: tl.constexpr,  # 0: no mask unit reads the map, terms are not written.
+  PARTS: tl.constexpr,  # 0: no mask unit reads the map; terms are not written.
   SIZE: tl.constexpr,
   FIRST: tl.constexpr,
   COLUMNS: tl.constexpr,
@@ -186,9 +186,10 @@ def convolve_matmul_add(
   BLOCK_FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Writes relu(base + 1x1 of relu(3x3)) at the listed positions of a map.
+  """Writes relu(base + conv1x1(relu(conv3x3))) at the listed positions.
 
-  The mask unit that reads the map next has its products of them from here.
+  Also computes the products of the written values with the weights of the next
+  mask unit.
   """
   if tl.program_id(0) == 0:
     tl.store(zero, 0)
@@ -271,9 +272,10 @@ def convolve_matmul_add(
 
 @triton.jit
 def _number(REVERSED: tl.constexpr):
-  """Returns the number of a program, from the last one down if REVERSED.
+  """Returns the number of a program, counting down if REVERSED.
 
-  What the kernel before wrote last is in the L2 cache: it is read first.
+  Counting down reads first what the previous kernel wrote last, which is still
+  in the L2 cache.
   """
   number = tl.program_id(0)
   if REVERSED:
@@ -296,7 +298,7 @@ def _project(
   FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Returns total and the projection of the shortcut; 0 channels: none."""
+  """Returns total plus the projection of the shortcut, if DEPTH is not 0."""
   if DEPTH > 0:
     out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
     out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
@@ -306,7 +308,7 @@ def _project(
     total = _products(
       total,
       x,
-      x,  # Nothing is looked up.
+      x,  # Not read, because LOOKUP is False.
       kernel,
       row,
       listed,
@@ -341,19 +343,19 @@ def _products(
   FEATURES: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Returns float32[positions, features]: total and a convolution.
+  """Returns total plus a convolution, float32[positions, features].
 
-  One loop over taps and channels, so that loads of the next tap are on their
-  way while this one is multiplied. A 1x1 reads the rows `position`.
+  A single loop over taps and channels lets loads of the next tap overlap with
+  the product of the current one. A 1x1 reads the rows `position`.
 
-  A row is looked up a step ahead. Were it in the same one, its load would stand
-  in one queue with those of the tiles, which would all have to be there before
-  the next tile can be asked for.
+  Rows are looked up one step ahead. If a row were looked up in the same step,
+  its load would queue behind the loads of tiles, all of which would have to
+  finish before the next tile could be requested.
   """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
   steps: tl.constexpr = (DEPTH + BLOCK_DEPTH - 1) // BLOCK_DEPTH
-  # Where there is no rest of channels no load is masked for it.
+  # If BLOCK_DEPTH divides DEPTH, loads need no mask over channels.
   whole: tl.constexpr = DEPTH % BLOCK_DEPTH == 0
   image = position // (out_height * out_width)
   top = position // out_width % out_height * STRIDES - 1
@@ -395,7 +397,7 @@ def _row(
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
 ):
-  """Returns the rows that a tap of a 3x3 reads; -1: zeros."""
+  """Returns the row that a tap of a 3x3 reads, or -1 for zeros."""
   y, x = top + tap // 3, left + tap % 3
   inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
   row = (image * HEIGHT + y) * WIDTH + x
@@ -418,7 +420,7 @@ def _read(base, position, listed, feature, FEATURES: tl.constexpr):
 def _add(
   total, bias, before, out, position, listed, feature, FEATURES: tl.constexpr
 ):
-  """Writes relu(before + total + bias) at positions, and returns it."""
+  """Writes relu(before + total + bias) at the positions, and returns it."""
   at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
   stored = listed[:, None] & (feature < FEATURES)[None, :]
   total += tl.load(bias + feature, feature < FEATURES, other=0.0)[None, :]

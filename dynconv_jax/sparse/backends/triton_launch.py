@@ -1,7 +1,7 @@
-"""Compiles the kernels for a GPU by Triton, and has XLA launch them.
+"""Compilation of GPU kernels by Triton, and their launch from XLA.
 
-JAX's own foreign function for Triton kernels starts them. XLA records it into
-CUDA graphs, so that one launch by the host starts a whole network.
+JAX's own foreign function for Triton kernels launches them. XLA records it into
+CUDA graphs, so a single host launch starts a whole network.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import jaxlib.version
 
-# Of jaxlib's CUDA plugin: a handler that may be recorded into CUDA graphs. The
-# first version that has it.
+# A handler of jaxlib's CUDA plugin that can be recorded into CUDA graphs, and
+# the first version that has it.
 _TARGET, _SINCE = 'triton_kernel_call_ffi', (0, 10, 1)
 _TYPES = {'float32': '*fp32', 'bfloat16': '*bf16', 'int32': '*i32'}
 _ALIGNMENT = 16
@@ -29,14 +29,14 @@ KERNEL_MODULES = (
 def capability() -> int:
   """Returns ten times the GPU's compute capability.
 
-  80 is an A100's, 90 an H100's, which is assumed where there is no such GPU.
+  An A100 has 80, an H100 has 90. Returns 90 if there is no such GPU.
   """
-  found = getattr(jax.local_devices()[0], 'compute_capability', '')
-  return int(found.replace('.', '')) if '.' in found else 90
+  version = getattr(jax.local_devices()[0], 'compute_capability', '')
+  return int(version.replace('.', '')) if '.' in version else 90
 
 
 def generation() -> int:
-  """Returns the number before the point of the GPU's compute capability."""
+  """Returns the major version of the GPU's compute capability."""
   return capability() // 10
 
 
@@ -50,7 +50,7 @@ def import_kernels() -> dict[str, Any]:
 
 @functools.cache
 def load() -> tuple[Any, Mapping[str, Any]]:
-  """Returns `jaxlib.gpu_triton` and the kernels by their names.
+  """Returns `jaxlib.gpu_triton` and the kernels by name.
 
   Raises:
     ImportError: Triton is not installed, JAX has no CUDA support, or jaxlib is
@@ -63,18 +63,18 @@ def load() -> tuple[Any, Mapping[str, Any]]:
     kernels = import_kernels()
   except ImportError as error:
     raise ImportError(
-      f"kernels for a GPU need Triton ({error}): pip install 'dynconv-jax[gpu]'"
+      f"GPU kernels need Triton ({error}): pip install 'dynconv-jax[gpu]'"
       ' installs it'
     ) from error
   if jaxlib.version.__version_info__ < _SINCE:
     raise ImportError(
-      'kernels for a GPU need jaxlib 0.10.1 or newer, which lets XLA record '
-      f"them into CUDA graphs; got {version}: pip install -U 'jax[cuda12]'"
+      'GPU kernels need jaxlib 0.10.1 or newer, which lets XLA record them '
+      f"into CUDA graphs; got {version}: pip install -U 'jax[cuda12]'"
     )
   if not hasattr(gpu_triton, 'TritonKernelCall'):
     raise ImportError(
-      "kernels for a GPU need JAX's CUDA support, which jaxlib "
-      f"{version} has not got here: pip install 'jax[cuda12]' installs it"
+      "GPU kernels need JAX's CUDA support, which this jaxlib "
+      f"{version} lacks: pip install 'jax[cuda12]' installs it"
     )
   return gpu_triton, kernels
 
@@ -91,14 +91,15 @@ def launch(
   """Returns the outputs of a kernel.
 
   Args:
-    kernel: its name in one of the files `*_kernels.py`.
-    *args: its inputs.
-    out_shape: a tree of shapes and dtypes, its outputs.
-    grid: programs.
-    input_output_aliases: inputs by number, and the outputs that are the same
+    kernel: name of the kernel in one of the files `*_kernels.py`.
+    *args: inputs of the kernel.
+    out_shape: tree of shapes and dtypes of the outputs.
+    grid: number of programs.
+    input_output_aliases: input index -> index of the output that shares its
       memory.
-    zeroed_outputs: numbers of outputs that are zero at first.
-    **options: the kernel's constants, and Triton's `num_warps`, `num_stages`.
+    zeroed_outputs: indices of outputs to fill with zeros before the launch.
+    **options: the kernel's constants, and Triton's `num_warps` and
+      `num_stages`.
   """
   gpu_triton, kernels = load()
   outputs = jax.tree.leaves(out_shape)
@@ -125,12 +126,12 @@ def launch(
 
 @functools.cache
 def _kernel(function, dtypes, options, capability):
-  """Returns a compiled kernel as jaxlib launches it."""
+  """Compiles a kernel and returns it in the form that jaxlib launches."""
   compiled = compile_kernel(function, dtypes, dict(options), capability)
   metadata = compiled.metadata
   return load()[0].TritonKernel(
     metadata.name,
-    metadata.num_warps,  # Not as asked for where warps are specialized.
+    metadata.num_warps,  # Warp specialization changes the requested number.
     metadata.num_ctas,
     metadata.shared,
     compiled.asm['ptx'],
@@ -145,11 +146,11 @@ def compile_kernel(
   options: Mapping[str, int],
   capability: int,
 ) -> Any:
-  """Returns what Triton compiles of a kernel, from its cache where it can.
+  """Compiles a kernel with Triton, which caches the result.
 
   Args:
-    function: in Triton or Gluon.
-    dtypes: of its arrays, outputs last.
+    function: a Triton or Gluon kernel.
+    dtypes: dtypes of the kernel's arrays, outputs last.
     options: see `launch`.
     capability: ten times the compute capability.
   """
@@ -183,15 +184,15 @@ def compile_kernel(
 
 
 def cdiv(a: int, b: int) -> int:
-  """Returns a / b, rounded up."""
+  """Returns a / b rounded up."""
   return -(-a // b)
 
 
 def ceil_power(n: int) -> int:
-  """Returns the smallest power of two that is not below n."""
+  """Returns the smallest power of two >= n."""
   return 1 << (n - 1).bit_length()
 
 
 def tile_side(n: int) -> int:
-  """Returns the power of two from n up that a tile's side is, at least 16."""
+  """Returns the side of a tile for n: the next power of two, at least 16."""
   return max(16, ceil_power(n))

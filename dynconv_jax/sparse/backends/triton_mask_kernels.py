@@ -2,8 +2,8 @@
 
 Positions are numbered (image * height + row) * width + column; channels are
 last. The length of a list is read on the device, and programs past its end
-return at once. Products of bfloat16 are summed in float32, those of float32 are
-exact: no TF32.
+return immediately. Products of bfloat16 are summed in float32. Products of
+float32 do not use TF32.
 """
 
 import triton
@@ -13,9 +13,9 @@ import triton.language as tl
 @triton.jit
 def list_positions(
   mask,  # float32[SIZE]
-  indices,  # Out, int32[SIZE]: the active positions.
-  rows,  # Out, int32[SIZE]: the place of each in the list; -1: inactive.
-  count,  # Out, int32[1], zero at first: how many there are.
+  indices,  # Output, int32[SIZE]: the active positions.
+  rows,  # Output, int32[SIZE]: index of each in the list; -1: inactive.
+  count,  # Output, int32[1], initially 0: the number of active positions.
   SIZE: tl.constexpr,
   BLOCK: tl.constexpr,
 ):
@@ -29,17 +29,17 @@ def list_positions(
 @triton.jit
 def list_dilated(
   active_rows,  # int32[N * h * w]: -1 where the mask is inactive.
-  zero,  # int32[1]; count is the same memory.
-  indices,  # Out, int32[SIZE], as of `list_positions`.
-  rows,  # Out, int32[SIZE]
-  count,  # Out, int32[1], zero at first.
+  zero,  # int32[1], 0; aliased to count.
+  indices,  # Output, int32[SIZE]: see `list_positions`.
+  rows,  # Output, int32[SIZE]: see `list_positions`.
+  count,  # Output, int32[1], initially 0: see `list_positions`.
   SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
   STRIDES: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
   BLOCK: tl.constexpr,
 ):
-  """Lists the positions that a 3x3 convolution at those of a list reads."""
+  """Lists the positions that a 3x3 convolution at listed positions reads."""
   position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
   inside = position < SIZE
   active = _dilated(active_rows, position, inside, STRIDES, HEIGHT, WIDTH)
@@ -49,13 +49,13 @@ def list_dilated(
 @triton.jit
 def squeeze(
   x,  # [SIZE, DEPTH]
-  weights,  # [PARTS, DEPTH, WIDTH]: COLUMNS of mask units, then zeros.
-  indices,  # int32[...]: with LISTED, the positions to compute.
-  count,  # int32[1]: with LISTED, how many.
-  before,  # float32[FIRST + COLUMNS, SIZE]: terms is the same memory.
-  terms,  # Out, likewise: products from FIRST on, all others as they were.
-  zero,  # Out, int32[1]: 0, for `decide`.
-  dilated_zero,  # Out, int32[1]: 0, likewise.
+  weights,  # [PARTS, DEPTH, WIDTH]: COLUMNS columns of mask units, then zeros.
+  indices,  # int32[...]: the positions to compute, used with LISTED.
+  count,  # int32[1]: the number of positions, used with LISTED.
+  before,  # float32[FIRST + COLUMNS, SIZE]: aliased to terms.
+  terms,  # Output, like `before`: products from row FIRST on; others unchanged.
+  zero,  # Output, int32[1]: 0, for `decide`.
+  dilated_zero,  # Output, int32[1]: 0, for `decide`.
   LISTED: tl.constexpr,
   SIZE: tl.constexpr,  # N * H * W
   PARTS: tl.constexpr,
@@ -66,7 +66,7 @@ def squeeze(
   BLOCK_ROWS: tl.constexpr,
   BLOCK_DEPTH: tl.constexpr,
 ):
-  """Multiplies a map by the weights of mask units, which are a sum of parts."""
+  """Multiplies a map by the weights of mask units, given as a sum of parts."""
   if tl.program_id(0) == 0:
     tl.store(zero, 0)
     tl.store(dilated_zero, 0)
@@ -103,40 +103,40 @@ def squeeze(
 
 @triton.jit
 def decide(
-  terms,  # float32[columns, N * HEIGHT * WIDTH], of `squeeze`.
+  terms,  # float32[columns, N * HEIGHT * WIDTH]: see `squeeze`.
   bias,  # float32[1]
-  given,  # float32[SIZE]: with OBEY, the mask to list; else not read.
-  zero,  # int32[1], of `squeeze`; count is the same memory.
-  dilated_zero,  # int32[1], likewise; dilated_count is the same memory.
-  logits,  # Out, float32[SIZE]
-  indices,  # Out, int32[SIZE], as of `list_positions`.
-  rows,  # Out, int32[SIZE]
-  count,  # Out, int32[1], zero at first.
-  dilated_indices,  # Out, with DILATED as of `list_dilated`.
-  dilated_rows,  # Out, likewise.
-  dilated_count,  # Out, int32[1]: zero at first.
+  given,  # float32[SIZE]: the mask to list, used with OBEY.
+  zero,  # int32[1], 0, from `squeeze`; aliased to count.
+  dilated_zero,  # int32[1], 0, from `squeeze`; aliased to dilated_count.
+  logits,  # Output, float32[SIZE]
+  indices,  # Output, int32[SIZE]: see `list_positions`.
+  rows,  # Output, int32[SIZE]: see `list_positions`.
+  count,  # Output, int32[1], initially 0: see `list_positions`.
+  dilated_indices,  # Output, written with DILATED: see `list_dilated`.
+  dilated_rows,  # Output, written with DILATED: see `list_dilated`.
+  dilated_count,  # Output, int32[1], initially 0: see `list_dilated`.
   SIZE: tl.constexpr,  # N * h * w
   OBEY: tl.constexpr,
-  FIRST: tl.constexpr,  # Column of the unit's first tap; its average is last.
+  FIRST: tl.constexpr,  # Column of the first tap; the last one is the average.
   TAPS: tl.constexpr,
   STRIDES: tl.constexpr,
-  GRANULARITY: tl.constexpr,  # Side of the patches of h x w that it decides on.
+  GRANULARITY: tl.constexpr,  # Side of the patches, in positions of h x w.
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
-  BLOCK: tl.constexpr,  # Patches of a program.
+  BLOCK: tl.constexpr,  # Patches per program.
   CELLS: tl.constexpr,  # GRANULARITY**2, rounded up to a power of two.
-  WINDOW: tl.constexpr,  # The same of the map's positions that a tap averages.
-  LANES: tl.constexpr,  # Positions of the map that are summed up at a time.
-  DILATED: tl.constexpr,  # An image is a program's, which dilates it too.
-  D_STRIDES: tl.constexpr,  # Of the convolution that reads the dilated map.
+  WINDOW: tl.constexpr,  # Map positions that a tap averages, rounded up too.
+  LANES: tl.constexpr,  # Map positions to sum at a time.
+  DILATED: tl.constexpr,  # Each program decides on and dilates a whole image.
+  D_STRIDES: tl.constexpr,  # Strides of the conv that reads the dilated map.
   D_HEIGHT: tl.constexpr,
   D_WIDTH: tl.constexpr,
   D_BLOCK: tl.constexpr,
 ):
-  """Sums up the logits of a mask unit and lists where they are not negative.
+  """Sums the logits of a mask unit and lists positions with logits >= 0.
 
-  A tap reads the mean of a patch; without patches, one position. A program's
-  patches are of one image, whose average it sums up too.
+  Each tap reads the mean of a patch, or one position if GRANULARITY is 1. All
+  patches of a program belong to one image, whose average it computes too.
   """
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
@@ -145,7 +145,7 @@ def decide(
   tiles: tl.constexpr = (patch_rows * patch_columns + BLOCK - 1) // BLOCK
   area: tl.constexpr = out_height * out_width
   plane: tl.constexpr = SIZE // area * HEIGHT * WIDTH
-  # What a decision, and the mean that a tap reads, extend over in the map.
+  # Sides, in map positions, of a decision and of the patch that a tap averages.
   spacing: tl.constexpr = STRIDES * GRANULARITY
   side: tl.constexpr = 1 if GRANULARITY == 1 else spacing
   means: tl.constexpr = (
@@ -190,7 +190,7 @@ def decide(
     active = tl.load(given + position, inside, other=0.0) != 0
   _list(active, position, inside, indices, rows, count)
   if DILATED:
-    # Other threads read what this one has stored.
+    # Other threads read the rows that this thread stored.
     tl.debug_barrier()
     for first in range(0, D_HEIGHT * D_WIDTH, D_BLOCK):
       place = first + tl.arange(0, D_BLOCK)
@@ -209,7 +209,7 @@ def _dilated(
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
 ):
-  """Returns whether a 3x3 convolution at listed positions reads others."""
+  """Returns whether a 3x3 convolution at active positions reads `position`."""
   out_height: tl.constexpr = (HEIGHT + STRIDES - 1) // STRIDES
   out_width: tl.constexpr = (WIDTH + STRIDES - 1) // STRIDES
   image = position // (HEIGHT * WIDTH)
@@ -230,7 +230,7 @@ def _dilated(
 def _extent(
   top, left, SIDE: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 ):
-  """Returns how many positions of a patch are of the map, 1 at least."""
+  """Returns the number of positions of a patch in the map, at least 1."""
   extent = 1
   if SIDE > 1:
     extent = tl.minimum(SIDE, HEIGHT - top) * tl.minimum(SIDE, WIDTH - left)
@@ -240,10 +240,10 @@ def _extent(
 
 @triton.jit
 def _list(active, position, inside, indices, rows, count):
-  """Adds the active ones of a program's positions to a list.
+  """Appends the active positions of a program to a list.
 
-  Programs take places in the order in which they come. Positions increase
-  within a program's tile only; no result depends on the place of its row.
+  Programs append in the order in which they run, so positions increase only
+  within each program's tile. Results do not depend on the order of rows.
   """
   rank = tl.cumsum(active.to(tl.int32), 0)
   row = tl.atomic_add(count, tl.max(rank, 0)) + rank - 1

@@ -1,6 +1,6 @@
-"""Where blocks run on a GPU: lists of active positions, and mask units.
+"""Lists of active positions and mask units on a GPU.
 
-Positions are listed and counted on the device: no count travels to the host.
+The device lists and counts positions, so no count is copied to the host.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from dynconv_jax.sparse.backends.triton_launch import (
   tile_side,
 )
 
-# Positions that a program lists, and that one of a mask unit sums up at a time.
+# Positions that a program lists, and map positions that it sums at a time.
 _LIST_BLOCK, _AVERAGE_BLOCK = 256, 1024
-# An image of up to so many positions is decided on and dilated by one program.
+# One program decides on and dilates an image of up to this many positions.
 _IMAGE = 1024
-# Mask units that share products, so that their matrix has 64 columns.
+# Maximum number of mask units that share products: 3x3 units then have at most
+# 60 of 64 columns.
 UNITS = 6
-# Two counts that lists go on from.
+# Two counts, which lists start from.
 ZEROS = 2 * (jax.ShapeDtypeStruct((1,), jnp.int32),)
 
 
@@ -41,11 +42,10 @@ class Positions(NamedTuple):
   """The active positions of a map.
 
   Attributes:
-    indices: int32[at least size], the flat positions of the active ones, in any
-      order; undefined from `count` on.
-    rows: int32[size], the place of each active position in that list; -1 where
-      the map is inactive.
-    count: int32[1], how many there are.
+    indices: int32[at least size], flat active positions in any order; undefined
+      from `count` on.
+    rows: int32[size], index of each position in that list; -1 if inactive.
+    count: int32[1], number of active positions.
   """
 
   indices: jax.Array
@@ -54,11 +54,11 @@ class Positions(NamedTuple):
 
 
 class Lists(NamedTuple):
-  """Where a block is computed.
+  """The positions at which a block is computed.
 
   Attributes:
-    active: positions of its output.
-    needed: those of its first convolution.
+    active: positions of the block's output.
+    needed: positions of its first convolution.
   """
 
   active: Positions
@@ -66,12 +66,14 @@ class Lists(NamedTuple):
 
 
 class Squeezed(NamedTuple):
-  """Products of a map and the weights of the mask units that read it.
+  """Products of a map with the weights of the mask units that read it.
 
   Attributes:
     terms: float32[columns, N * H * W].
-    changed: positions of the map that have other values since; None: none.
-    zeros: `ZEROS`, where the products are those of the map as it is; else None.
+    changed: positions of the map that changed after the products were computed;
+      None if there are none.
+    zeros: two zero counts, see `ZEROS`, if the products are up to date;
+      otherwise None.
   """
 
   terms: jax.Array
@@ -83,7 +85,7 @@ def list_positions(mask: jax.Array) -> Positions:
   """Returns the active positions of a mask.
 
   Args:
-    mask: float32[N, h, w], active where it is not 0.
+    mask: float32[N, h, w]; nonzero values are active.
   """
   return Positions(
     *triton_launch.launch(
@@ -101,13 +103,13 @@ def list_positions(mask: jax.Array) -> Positions:
 def list_dilated(
   active: Positions, zero: jax.Array, shape: tuple[int, int, int], strides: int
 ) -> Positions:
-  """Returns the positions that a 3x3 convolution at others reads.
+  """Returns the positions that a 3x3 convolution reads.
 
   Args:
-    active: positions of its output.
-    zero: int32[1], 0: counted on.
-    shape: (N, H, W) of its input.
-    strides: of the convolution.
+    active: output positions.
+    zero: int32[1], 0, the initial count.
+    shape: (N, H, W) of the input.
+    strides: strides of the convolution.
   """
   size = math.prod(shape)
   return Positions(
@@ -127,24 +129,24 @@ def list_dilated(
 
 
 def _list_shapes(size):
-  # Tiles of positions are read to their end.
+  # Pad indices, because kernels read whole tiles.
   shapes = ((cdiv(size, _LIST_BLOCK) * _LIST_BLOCK,), (size,), (1,))
   return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
 @flax.struct.dataclass
 class ListedMask(ExecutionMask):
-  """An execution mask whose active positions are listed.
+  """An execution mask with lists of its active positions.
 
   Attributes:
-    lists: the positions of its maps.
+    lists: active positions of the maps.
   """
 
   lists: Lists | None = None
 
 
 def decides(gate: nnx.Module | None) -> bool:
-  """Returns whether kernels compute a gate: see `decide`."""
+  """Returns whether the kernels compute a gate; see `decide`."""
   return type(gate) is MaskUnit and type(gate.maskconv) is ColumnSqueeze
 
 
@@ -154,14 +156,14 @@ def decide(
   given: jax.Array | None,
   squeezed: Squeezed | None,
 ) -> tuple[ListedMask, Squeezed]:
-  """Returns a block's mask with its lists, and what the next block takes.
+  """Returns a block's mask with its lists, and the products for the next block.
 
   Args:
-    block: has a mask unit that `share_squeezes` has changed.
-    x: float32 or bfloat16[N, H, W, in_features], its input.
-    given: float32[N, h, w] of {0, 1} to obey instead of the decision, which is
-      computed all the same, or None.
-    squeezed: what the block before returned; None: nothing is known.
+    block: has a mask unit that `share_squeezes` replaced.
+    x: float32 or bfloat16[N, H, W, in_features], the block's input.
+    given: float32[N, h, w] of {0, 1}, used instead of the decision, which is
+      still computed; or None.
+    squeezed: products from the previous block, or None.
   """
   branch, unit = block.branch, block.masker.maskconv
   end, middle = (
@@ -169,14 +171,14 @@ def decide(
   )
   if squeezed is None or squeezed.zeros is None:
     squeezed = unit.squeeze(x, squeezed)
-  # Else the block before has done it.
+  # Otherwise, the previous block computed the products.
   _, active, needed = unit.list_positions(
     squeezed, x.shape, end, given, middle, branch.reads[0].strides
   )
   mask = ListedMask(
     maps=tuple(
-      (found.rows >= 0).astype(jnp.float32).reshape(shape)
-      for found, shape in ((active, end), (needed, middle))
+      (positions.rows >= 0).astype(jnp.float32).reshape(shape)
+      for positions, shape in ((active, end), (needed, middle))
     ),
     name=block.name,
     layers=masked_layers(branch, block.name),
@@ -187,27 +189,27 @@ def decide(
 
 
 def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
-  """Has the kernels compute the mask units of blocks, in place.
+  """Replaces the mask units of blocks with ones that share products, in place.
 
   Args:
-    chains: in each a block reads what the one before it wrote.
+    chains: lists of blocks in which each reads the previous one's output.
   """
-  asked = collections.Counter(
+  uses = collections.Counter(
     id(block.masker) for chain in chains for block in chain
   )
   groups: list[list[GatedBlock]] = []
   for chain in chains:
     same_map = False
     for block in chain:
-      # One that decides several times has several maps.
-      if not _is_unit(block.masker) or asked[id(block.masker)] > 1:
+      # A unit that is used more than once reads several maps.
+      if not _is_unit(block.masker) or uses[id(block.masker)] > 1:
         same_map = False
         continue
       if same_map and len(groups[-1]) < UNITS:
         groups[-1].append(block)
       else:
         groups.append([block])
-      # Its output is its input but where it is executed.
+      # The output equals the input except at executed positions.
       same_map = block.branch.stays
   for group in groups:
     units = [block.masker for block in group]
@@ -229,23 +231,26 @@ def _is_unit(gate: nnx.Module | None) -> bool:
 
 
 class ColumnSqueeze(nnx.Module):
-  """Computes what a mask unit decides on, and where that is not negative.
+  """Computes the logits of a mask unit, and lists positions with logits >= 0.
 
-  A map is multiplied by a matrix whose columns are the taps of the convolution,
-  and what the average is taken of; another kernel sums up the logits and lists
-  the positions. Means of patches are linear too: it takes them of the products.
-  Units that read the same map, but for the positions that the blocks between
-  them execute, share the products: the first multiplies the map by the columns
-  of them all, each later one what was changed by its own and those after it.
+  One kernel multiplies the map by a matrix with one column per tap of the
+  convolution and one for the average. Another kernel sums the products to
+  logits and lists the positions. Means over patches are linear too, so that
+  kernel takes them from the products.
 
-  Decisions are made of float32 numbers: for features in bfloat16 the matrix is
-  the sum of three in bfloat16, which hold all of its bits.
+  Consecutive units share products if they read the same map except at the
+  positions that the blocks between them execute. The first unit multiplies the
+  whole map by the columns of all units. Each later unit updates the changed
+  positions, for its own columns and those of later units.
+
+  Logits have float32 precision: for bfloat16 features, the matrix is the sum of
+  three bfloat16 matrices, which together represent all of its bits.
 
   Args:
     units: the mask units that share products, in network order.
-    index: of this one.
-    before: the name of the block whose unit is the one before it, or None.
-    following: of the unit after it, or None.
+    index: index of this unit.
+    before: name of the previous unit's block, or None.
+    following: the squeeze of the next unit, or None.
   """
 
   def __init__(
@@ -256,11 +261,11 @@ class ColumnSqueeze(nnx.Module):
     following: ColumnSqueeze | None = None,
   ):
     self.before, self.following = before, following
-    found = [squeeze_columns(unit.maskconv) for unit in units]
+    weights = [squeeze_columns(unit.maskconv) for unit in units]
     self.strides = units[index].strides
     self.granularity = units[index].granularity
-    self.size, _, _, bias = found[index]
-    matrices = [matrix for _, _, matrix, _ in found]
+    self.size, _, _, bias = weights[index]
+    matrices = [matrix for _, _, matrix, _ in weights]
     self.first = sum(matrix.shape[1] for matrix in matrices[:index])
     matrix = np.concatenate(matrices[index:], 1)
     self.columns = matrix.shape[1]
@@ -275,20 +280,20 @@ class ColumnSqueeze(nnx.Module):
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def weights(self, dtype: jnp.dtype) -> jax.Array:
-    """Returns [parts, C, columns], which sum up to the matrix.
+    """Returns [parts, C, columns], which sum to the matrix.
 
     Args:
-      dtype: of the map.
+      dtype: dtype of the map.
     """
     return (self.matrix if dtype == jnp.float32 else self.parts)[...]
 
   def squeeze(self, x: jax.Array, squeezed: Squeezed | None) -> Squeezed:
-    """Returns the products of a map as it is.
+    """Returns up-to-date products of a map.
 
     Args:
       x: float32 or bfloat16[N, H, W, C].
-      squeezed: of the unit before, of which what was changed is computed anew;
-        None: the whole map is multiplied.
+      squeezed: products of the previous unit, to update at changed positions;
+        None to multiply the whole map.
     """
     listed, weights = squeezed is not None, self.weights(x.dtype)
     terms, changed = jnp.zeros(1), Positions(*3 * (jnp.zeros(1, jnp.int32),))
@@ -325,29 +330,30 @@ class ColumnSqueeze(nnx.Module):
     middle: tuple[int, int, int],
     strides: int,
   ) -> tuple[jax.Array, Positions, Positions]:
-    """Returns the logits and the positions where they are not negative.
+    """Returns the logits and the active positions.
 
     Args:
-      squeezed: products of the map as it is.
+      squeezed: up-to-date products of the map.
       in_shape: (N, H, W, C) of the map.
       shape: (N, h, w) of the mask.
-      given: float32[N, h, w], lists where it is not 0 instead; or None.
-      middle: (N, H, W) of what a 3x3 convolution at those positions reads.
-      strides: of that convolution.
+      given: float32[N, h, w], the mask to list instead; or None.
+      middle: (N, H, W) of the input of a 3x3 convolution at active positions.
+      strides: strides of that convolution.
 
     Returns:
-      float32[N, h, w], one logit at all positions of a patch, the positions,
-      and those that the convolution reads.
+      logits: float32[N, h, w], equal at all positions of a patch.
+      active: positions where logits >= 0, or where `given` is not 0.
+      needed: positions that the convolution reads.
     """
     side = self.granularity
     window = 1 if side == 1 else ceil_power((side * self.strides) ** 2)
     patches = cdiv(shape[1], side) * cdiv(shape[2], side)
     dilated = side == 1 and patches <= _IMAGE
-    # The positions that a tap reads are a tile.
+    # Limit the tile of the positions that a tap reads.
     most = _LIST_BLOCK if side == 1 else max(1, min(32, 1024 // window))
     block = min(_IMAGE if dilated else most, tile_side(patches))
     pixels = math.prod(middle[1:])
-    logits, *found = triton_launch.launch(
+    logits, *lists = triton_launch.launch(
       'decide',
       *(squeezed.terms, self.bias[...]),
       self.bias[...] if given is None else given,
@@ -378,14 +384,14 @@ class ColumnSqueeze(nnx.Module):
       D_BLOCK=min(_IMAGE, tile_side(pixels)),
       num_warps=8 if block > _LIST_BLOCK else 4,
     )
-    active, needed = Positions(*found[:3]), Positions(*found[3:])
+    active, needed = Positions(*lists[:3]), Positions(*lists[3:])
     if not dilated:
       needed = list_dilated(active, needed.count, middle, strides)
     return logits, active, needed
 
 
 def _squeeze_tiles(depth: int, width: int, dtype: jnp.dtype) -> dict[str, int]:
-  """Tile sizes of a mask unit's products, chosen as those of `_tiles`."""
+  """Returns tile sizes of products, chosen like those of `triton._tiles`."""
   rows, block, num_stages = 64, min(tile_side(depth), 64), 3
   if dtype == jnp.float32:
     block = min(block, 32)

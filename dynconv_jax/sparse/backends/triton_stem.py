@@ -1,4 +1,4 @@
-"""What comes before the first block, by kernels for a GPU."""
+"""The stem, before the first block, on a GPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dynconv_jax.sparse.backends import cudnn, triton_launch
 from dynconv_jax.sparse.backends.triton_launch import cdiv, tile_side
 from dynconv_jax.sparse.fold import FoldedConv
 
-# Positions of a program of the stem, and of the pooling after it.
+# Positions per program of the stem convolution and of the pooling after it.
 _STEM_ROWS, _POOL_ROWS = 128, 16
-# The most channels of an image for which a row of the stem's taps is a tile.
+# Maximum number of image channels.
 STEM_DEPTH = 4
 
 
 class TritonStem(nnx.Module):
-  """The 7x7 convolution of ImageNet's networks in bfloat16, and its ReLU.
+  """The 7x7 convolution of ImageNet networks with its ReLU, in bfloat16.
 
   Args:
-    conv: gives the weights.
+    conv: the folded convolution.
   """
 
   def __init__(self, conv: FoldedConv):
@@ -31,16 +31,16 @@ class TritonStem(nnx.Module):
     self.kernel, self.bias = nnx.Param(conv.kernel), nnx.Param(conv.bias)
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns bfloat16[N, h, w, features] of float[N, H, W, 3]."""
+    """Returns bfloat16[N, h, w, features] for float[N, H, W, 3]."""
     layer = self.layout.replace(kernel=self.kernel[...], bias=self.bias[...])
     return stem(x.astype(jnp.bfloat16), layer)
 
 
 class TritonMaxPool(nnx.Module):
-  """What `layers.MaxPool` computes."""
+  """Replacement of `layers.MaxPool`."""
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float[N, h, w, C] of float[N, H, W, C]."""
+    """Returns float[N, h, w, C] for float[N, H, W, C]."""
     return max_pool(x)
 
 
@@ -49,7 +49,7 @@ def stem(images: jax.Array, layer: cudnn.CudnnConv) -> jax.Array:
 
   Args:
     images: bfloat16[N, H, W, 3].
-    layer: of `cudnn.lay_out_conv`, on squares of positions.
+    layer: a layer from `cudnn.lay_out_conv` that reads squares of positions.
   """
   x = cudnn.rearrange(images, layer)
   n, h, w, depth = x.shape
@@ -73,7 +73,7 @@ def stem(images: jax.Array, layer: cudnn.CudnnConv) -> jax.Array:
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-  """Returns the 3x3 maximum at stride 2, padding 1.
+  """Returns the 3x3 max pooling at stride 2 and padding 1.
 
   Args:
     x: float32 or bfloat16[N, H, W, C].

@@ -1,4 +1,4 @@
-"""Triton kernels for what comes before the first block, at all positions.
+"""Triton kernels of the stem, which run at all positions.
 
 Positions are numbered (image * height + row) * width + column; channels are
 last. Products of bfloat16 are summed in float32.
@@ -13,7 +13,7 @@ def convolve_rows(
   x,  # [N, HEIGHT, WIDTH, DEPTH]
   kernel,  # [FEATURES, TAPS, TAPS * DEPTH]
   bias,  # [FEATURES]
-  out,  # Out, [N, HEIGHT, WIDTH, FEATURES]
+  out,  # Output, [N, HEIGHT, WIDTH, FEATURES]
   SIZE: tl.constexpr,  # N * HEIGHT * WIDTH
   TAPS: tl.constexpr,
   HEIGHT: tl.constexpr,
@@ -23,9 +23,9 @@ def convolve_rows(
   BLOCK_ROWS: tl.constexpr,
   BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
 ):
-  """Computes relu(convolution) of a map of few channels.
+  """Computes relu(convolution) of a map with few channels.
 
-  The taps of a row lie one after the other in memory: they are one tile.
+  The inputs of a row of taps are contiguous in memory and form one tile.
   """
   position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
   column, feature = tl.arange(0, TAPS * DEPTH), tl.arange(0, BLOCK_FEATURES)
@@ -59,7 +59,7 @@ def convolve_rows(
 @triton.jit
 def max_pool(
   x,  # [N, HEIGHT, WIDTH, FEATURES]
-  out,  # Out, [N, h, w, FEATURES]
+  out,  # Output, [N, h, w, FEATURES]
   SIZE: tl.constexpr,  # N * h * w
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
@@ -67,7 +67,7 @@ def max_pool(
   BLOCK_ROWS: tl.constexpr,
   BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
 ):
-  """Computes the maxima of windows of 3x3 positions, two apart."""
+  """Computes the 3x3 max pooling at stride 2."""
   out_height: tl.constexpr = (HEIGHT + 1) // 2
   out_width: tl.constexpr = (WIDTH + 1) // 2
   position = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

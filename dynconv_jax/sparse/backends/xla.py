@@ -1,4 +1,4 @@
-"""Gated blocks at active positions by XLA: exact for every branch."""
+"""XLA backend: runs any gated block at active positions."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Carry = TypeVar('Carry')
 
 
 class XlaBackend(Backend):
-  """Gathers the rows of active positions and computes them chunk by chunk.
+  """Gathers the rows of active positions and computes them in chunks.
 
-  XLA's shapes are static, counts are not: a loop runs over as many chunks of
-  rows as there are. There is no capacity that could overflow.
+  XLA's shapes are static but the number of rows is not, so a loop runs a
+  dynamic number of fixed-size chunks. There is no capacity that could overflow.
   """
 
   name = 'xla'
@@ -58,13 +58,13 @@ def run_chunks(
   *,
   sizes: Sequence[int] | None = None,
 ) -> jax.Array:
-  """Returns a block's output; its active rows are computed chunk by chunk.
+  """Returns a block's output, computing active rows in chunks.
 
   Args:
     block: the folded block.
     x: float[N, H, W, in_features].
-    mask: where the branch is executed.
-    sizes: rows a chunk, decreasing, see `for_chunks`; None: chosen.
+    mask: where to execute the branch.
+    sizes: rows per chunk, decreasing, see `for_chunks`; None for `chunk_sizes`.
 
   Returns:
     float[N, h, w, features], in the dtype of x.
@@ -72,7 +72,7 @@ def run_chunks(
   sizes = sizes or chunk_sizes(mask.hard.size)
   branch, dtype = block.branch, x.dtype
   found = [find_positions(m, sizes[0]) for m in mask.maps]
-  # The input as rows, and the row of each of its positions.
+  # The input as rows, and the row of each position.
   table = x.reshape(-1, x.shape[-1])
   rows = jnp.arange(len(table), dtype=jnp.int32).reshape(x.shape[:3])
   act = ACTIVATIONS[branch.activation]
@@ -106,7 +106,7 @@ def run_chunks(
 
       y = jnp.zeros((capacity, convs[-1].conv.features), dtype)
       table = for_chunks(positions.count, sizes, store, y)
-      # Out of range of the table, whatever its padding, where inactive.
+      # Inactive positions get a row that is out of range of the padded table.
       rows = positions.rows.reshape(mask.maps[level].shape)
       rows = jnp.where(mask.maps[level] != 0, rows, capacity)
     else:
@@ -115,7 +115,7 @@ def run_chunks(
       def add(start, size, out, positions=positions, compute=compute):
         indices = lax.dynamic_slice(positions.indices, (start,), (size,))
         inside = jnp.minimum(indices, hard.size - 1)
-        # Active rows are written once: what is there is the shortcut.
+        # Each row is written once, so the current value is the shortcut.
         added = take(out if branch.stays else flat, inside) + compute(inside)
         return out.at[indices].set(
           act(added).astype(out.dtype),
@@ -134,12 +134,12 @@ def _convolve_rows(
   reads: Windows | None,
   indices: jax.Array,
 ) -> jax.Array:
-  """Returns float32[K, features]: a convolution at K output positions.
+  """Returns a convolution at K output positions, float32[K, features].
 
   Args:
     table: float[rows, in_features].
     layer: the convolution.
-    reads: which rows its windows read; None: each row is a window.
+    reads: the rows that windows read; None if each row is a window.
     indices: int32[K], flat output positions; all in range.
   """
   conv = layer.conv
@@ -171,10 +171,10 @@ def _grouped(windows: jax.Array, layer: FoldedConv) -> jax.Array:
 
 
 def chunk_sizes(size: int) -> tuple[int, ...]:
-  """Returns two sizes of chunks, the second for the rest, or one.
+  """Returns one or two chunk sizes; the second is for the remainder.
 
   Args:
-    size: positions of the map, all images.
+    size: number of positions of the map, over all images.
   """
   large = min(1024, max(16, 1 << (size // 4).bit_length()))
   return tuple(sorted({large, max(16, large // 8)}, reverse=True))
@@ -186,19 +186,19 @@ def for_chunks(
   body: Callable[[jax.Array, int, Carry], Carry],
   init: Carry,
 ) -> Carry:
-  """Runs a body over [0, count) in chunks, with a dynamic number of them.
+  """Runs a body over [0, count) in a dynamic number of chunks.
 
-  As many of the first size as fit, then of the next; the last chunk may reach
-  past `count` by less than the last size.
+  Runs as many chunks of the first size as fit, then of the next. The last chunk
+  may extend past `count` by less than the last size.
 
   Args:
-    count: int32[], how many rows there are.
-    sizes: of the chunks, decreasing.
-    body: gives the new carry from (start, size, carry); start is traced.
-    init: the first carry.
+    count: int32[], number of rows.
+    sizes: chunk sizes, decreasing.
+    body: (start, size, carry) -> new carry; start is traced.
+    init: the initial carry.
 
   Returns:
-    The last carry.
+    The final carry.
   """
   start, carry = jnp.int32(0), init
   for size in sizes:
@@ -216,13 +216,13 @@ def for_chunks(
 
 
 def padded_size(limit: int, sizes: Sequence[int]) -> int:
-  """Returns how many rows a buffer needs for chunks over up to `limit` rows.
+  """Returns the number of rows of a buffer for chunks over up to `limit` rows.
 
-  A chunk of the first size has to fit even where it never runs.
+  A chunk of the first size must fit even if it never runs.
 
   Args:
-    limit: the largest count.
-    sizes: of the chunks, decreasing.
+    limit: the maximum count.
+    sizes: chunk sizes, decreasing.
   """
   return max(limit + sizes[-1] - 1, sizes[0])
 
@@ -231,11 +231,11 @@ class Positions(NamedTuple):
   """The active positions of a map, numbered in row-major order.
 
   Attributes:
-    count: int32[], how many there are.
-    indices: int32[size + padding], the flat positions of the active ones in
-      order; `size`, which is out of range, from `count` on.
-    rows: int32[size], the number of each active position; the out-of-range
-      number `size` where the map is inactive.
+    count: int32[], number of active positions.
+    indices: int32[size + padding], flat active positions in order; the
+      out-of-range value `size` from `count` on.
+    rows: int32[size], number of each active position; the out-of-range value
+      `size` if inactive.
   """
 
   count: jax.Array
@@ -247,16 +247,16 @@ def find_positions(mask: jax.Array, padding: int = 0) -> Positions:
   """Returns the active positions of a mask.
 
   Args:
-    mask: float or bool[...], active where it is not 0.
-    padding: how many out-of-range entries follow `indices`, so that a slice of
-      that length can start at any active position.
+    mask: float or bool[...]; nonzero values are active.
+    padding: number of out-of-range entries to append to `indices`, so that a
+      slice of that length can start at any active position.
   """
   active = mask.reshape(-1) != 0
   size = active.size
   rank = jnp.cumsum(active, dtype=jnp.int32)
   rows = jnp.where(active, rank - 1, size)
-  # Inactive positions all write to one slot, which is out of the list: on a
-  # CPU faster than a binary search of the cumulative sum.
+  # All inactive positions write to one extra slot. On a CPU, this is faster
+  # than a binary search of the cumulative sum.
   slots = jnp.where(active, rows, size + padding)
   indices = jnp.full(size + padding + 1, size, jnp.int32)
   indices = indices.at[slots].set(
@@ -266,13 +266,13 @@ def find_positions(mask: jax.Array, padding: int = 0) -> Positions:
 
 
 class Windows(NamedTuple):
-  """How the windows of a convolution read a map of rows, see `windows`.
+  """The rows that the windows of a convolution read; see `windows`.
 
   Attributes:
-    table: int32[N * H' * W'], the row of each position of the padded map; an
-      out-of-range number where there is none.
-    shape: (h, w) of the outputs.
-    padded: (H', W').
+    table: int32[N * H' * W'], row of each position of the padded map; an
+      out-of-range value if it has none.
+    shape: (h, w) of the output.
+    padded: (H', W') of the padded map.
     conv: the convolution.
   """
 
@@ -282,7 +282,7 @@ class Windows(NamedTuple):
   conv: Conv
 
   def rows(self, indices: jax.Array) -> jax.Array:
-    """Returns int32[K, k * k]: the rows under the window of each output.
+    """Returns the rows in the window of each output, int32[K, k * k].
 
     Args:
       indices: int32[K], flat output positions in [0, N * h * w).
@@ -297,12 +297,12 @@ class Windows(NamedTuple):
 
 
 def windows(conv: Conv, rows: jax.Array, missing: int) -> Windows:
-  """Returns how the windows of a convolution read a map of rows.
+  """Returns the rows that the windows of a convolution read.
 
   Args:
     conv: the convolution.
-    rows: int32[N, H, W], the row that holds each input position.
-    missing: the out-of-range number for what lies outside of the image.
+    rows: int32[N, H, W], row of each input position.
+    missing: out-of-range value for positions outside the image.
   """
   size = rows.shape[1:]
   table = jnp.pad(
@@ -317,10 +317,10 @@ def windows(conv: Conv, rows: jax.Array, missing: int) -> Windows:
 
 
 def take(table: jax.Array, indices: jax.Array) -> jax.Array:
-  """Returns table[indices]; all indices are in range."""
+  """Returns table[indices]; all indices must be in range."""
   return table.at[indices].get(mode='promise_in_bounds')
 
 
 def take_or_zero(table: jax.Array, indices: jax.Array) -> jax.Array:
-  """Returns table[indices], zeros where an index is out of range."""
+  """Returns table[indices], with zeros for out-of-range indices."""
   return table.at[indices].get(mode='fill', fill_value=0)

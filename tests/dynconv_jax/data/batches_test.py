@@ -253,7 +253,7 @@ class TrainBatchesTest(parameterized.TestCase):
     (dict(cache_size=20), 'cache_size needs cache=device and crop=resized'),
     (
       dict(cache_size=9, cache='device', augmentation=Augmentation()),
-      r'cache_size must be in \[10, 4096\], from image_size on; got 9',
+      r'cache_size must be in \[10, 4096\], at least image_size; got 9',
     ),
     (
       dict(augmentation=Augmentation(crop='pad', crop_padding=10)),

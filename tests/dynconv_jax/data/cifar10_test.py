@@ -74,7 +74,7 @@ def test_published_hash_is_that_of_tfds():
 
 def test_missing_file(cifar10_dir, tmp_path):
   (cifar10_dir / 'data_batch_4.bin').unlink()
-  with pytest.raises(FileNotFoundError, match='absent .*: data_batch_4.bin'):
+  with pytest.raises(FileNotFoundError, match='missing .*: data_batch_4.bin'):
     cifar10.check_directory(cifar10_dir)
   with pytest.raises(FileNotFoundError, match='cifar10_dir: .* not exist'):
     cifar10.check_directory(tmp_path / 'nothing')
@@ -83,9 +83,9 @@ def test_missing_file(cifar10_dir, tmp_path):
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (_record(3, 0)[:-1], 'x.bin has 3072 bytes, which is not .* of 3073'),
-    (b'', 'x.bin has 0 bytes'),
-    (_record(10, 0), 'x.bin has a label of 10; labels are 0 to 9'),
+    (_record(3, 0)[:-1], 'x.bin must be .* of 3073 bytes; got 3072'),
+    (b'', 'x.bin must be .*; got 0 bytes'),
+    (_record(10, 0), 'x.bin has the label 10; labels are 0 to 9'),
   ],
 )
 def test_damaged_file(content, message):

@@ -121,7 +121,7 @@ def _leak(root):
     (
       _remove_images,
       FileNotFoundError,
-      'meta names files that are absent from .*images: apple_pie/1000.jpg, '
+      'meta names files that are missing from .*images: apple_pie/1000.jpg, '
       r'apple_pie/1001.jpg, apple_pie/1002.jpg, ... \(4 in all\)',
     ),
     (
@@ -131,8 +131,8 @@ def _leak(root):
     ),
     (_damage_meta, ValueError, 'train.json must be a JSON object of lists'),
     (_list_meta, ValueError, 'train.json must be a JSON object of lists'),
-    (_mix_meta, ValueError, 'cheesecake/1 under another class'),
-    (_no_names, ValueError, 'train.json names no image'),
+    (_mix_meta, ValueError, 'cheesecake/1 listed under another class'),
+    (_no_names, ValueError, 'train.json lists no image'),
     (_leak, ValueError, r'\(19 in all\) in both train.json and test.json'),
   ],
 )
@@ -202,8 +202,8 @@ def test_published_hash_is_that_of_tfds():
 def test_no_network(tmp_path, monkeypatch):
   monkeypatch.setattr(food101, 'URL', 'http://127.0.0.1:9/x.tar.gz')
   message = (
-    'cannot download http://127.0.0.1:9/x.tar.gz: .*Without a network, name a '
-    'local copy by food101_dir'
+    'cannot download http://127.0.0.1:9/x.tar.gz: .*Without a network, set '
+    'food101_dir to a local copy'
   )
   with pytest.raises(ConnectionError, match=message):
     _open('', tmp_path)

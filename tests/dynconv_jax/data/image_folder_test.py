@@ -115,7 +115,7 @@ def test_links_upward_are_refused(image_folder_dir, link, target):
 def test_a_file_in_two_places(image_folder_dir, tmp_path, link, target):
   (image_folder_dir / link).symlink_to(target)
   with pytest.raises(
-    ValueError, match='holds the same file by link in two classes or splits: '
+    ValueError, match='links to the same file in two classes or splits: '
   ):
     _open(image_folder_dir, tmp_path / 'data')
 
@@ -128,8 +128,8 @@ def test_copies_across_splits_are_reported(image_folder_dir, tmp_path, caplog):
     _open(image_folder_dir, tmp_path / 'data')
   (message,) = [r.getMessage() for r in caplog.records]
   assert message == (
-    'image_folder: two splits hold the same images: train/cat/0.jpg of train '
-    'is test/cat/copy.jpg of test, train/cat/copy.jpg of train is '
+    'image_folder: two splits contain the same images: train/cat/0.jpg of '
+    'train is test/cat/copy.jpg of test, train/cat/copy.jpg of train is '
     'test/cat/copy.jpg of test'
   )
 
@@ -176,11 +176,11 @@ def _pipe(root):
     (_remove_train, FileNotFoundError, 'has no folder train; the layout is'),
     (_empty_class, FileNotFoundError, 'no image .* in .*train/emu'),
     (_no_class, FileNotFoundError, 'no image .* in .*train/CLASS'),
-    (_unknown_class, ValueError, 'test holds classes that train lacks: emu'),
+    (_unknown_class, ValueError, 'test has classes that train lacks: emu'),
     (_zero_bytes, ValueError, 'zero-byte files: test/dog/0.jpg'),
     (_not_utf8, ValueError, r"not UTF-8: 'test/dog/\\udcff.jpg'"),
     (_one_class, ValueError, "image_folder has one class, 'cat'; a classif"),
-    (_pipe, FileNotFoundError, 'absent from .*: train/cat/pipe.jpg'),
+    (_pipe, FileNotFoundError, 'missing from .*: train/cat/pipe.jpg'),
   ],
 )
 def test_errors(image_folder_dir, tmp_path, break_folder, error, message):

@@ -106,16 +106,16 @@ def test_the_real_lists_are_in_the_order_of_the_class_names():
 
 
 def test_what_is_missing_or_damaged_is_named(archives, classes, tmp_path):
-  with pytest.raises(FileNotFoundError, match="imagenet2012_dir, '', holds no"):
+  with pytest.raises(FileNotFoundError, match="imagenet2012_dir='' has no"):
     _open(None, tmp_path)
-  with pytest.raises(FileNotFoundError, match='holds no ILSVRC2012_img_train'):
+  with pytest.raises(FileNotFoundError, match='has no ILSVRC2012_img_train'):
     _open(tmp_path, tmp_path)
   train = archives / 'ILSVRC2012_img_train.tar'
   validation = archives / 'ILSVRC2012_img_val.tar'
   whole = train.read_bytes()
   for content, message in (
     (whole[:1000], 'is damaged: unexpected end of data'),
-    (_tar({'n1.tar': b''}), 'holds n1.tar, which is no class'),
+    (_tar({'n1.tar': b''}), 'contains n1.tar, which is not an'),
     (_tar({f'{classes[0]}.tar': _tar({})}), f'lacks the classes {classes[1]}'),
   ):
     train.write_bytes(content)
@@ -123,9 +123,9 @@ def test_what_is_missing_or_damaged_is_named(archives, classes, tmp_path):
       _open(archives, tmp_path)
   train.write_bytes(whole)
   for files, message in (
-    ({'val_1.JPEG': _jpeg((0, 0, 0))}, 'holds 1 of 4 images'),
-    ({'val_5.JPEG': b''}, 'holds val_5.JPEG, which is no validation image'),
-    ({'val_0.JPEG': b''}, 'holds val_0.JPEG, which is no validation image'),
+    ({'val_1.JPEG': _jpeg((0, 0, 0))}, 'contains 1 of 4 images'),
+    ({'val_5.JPEG': b''}, 'contains val_5.JPEG, which is not an'),
+    ({'val_0.JPEG': b''}, 'contains val_0.JPEG, which is not an'),
   ):
     validation.write_bytes(_tar(files))
     with pytest.raises(ValueError, match=message):

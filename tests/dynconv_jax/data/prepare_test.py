@@ -175,15 +175,19 @@ def _empty(path):
     ('its-train.array_record-00000-of-00001', _cut, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _remove, 'cannot be read ('),
     ('its-train.array_record-00000-of-00001', _flip, 'cannot be read ('),
-    ('its-train.array_record-00000-of-00001', _swap, 'holds 11 of 19 examples'),
+    (
+      'its-train.array_record-00000-of-00001',
+      _swap,
+      'contains 11 of 19 examples',
+    ),
     ('dataset_info.json', _remove, 'is missing'),
     ('dataset_info.json', _cut, 'cannot be read ('),
     ('features.json', _remove, 'cannot be read ('),
     ('features.json', _garbage, 'cannot be read ('),
     ('label.labels.txt', _remove, 'cannot be read ('),
     ('label.labels.txt', _garbage, 'cannot be read ('),
-    ('label.labels.txt', _cut, 'holds 1 of 2 class names'),
-    ('label.labels.txt', _empty, 'holds 0 of 2 class names'),
+    ('label.labels.txt', _cut, 'has 1 of 2 class names'),
+    ('label.labels.txt', _empty, 'has 0 of 2 class names'),
   ],
 )
 def test_damaged_files(data_dir, name, damage, message):
@@ -222,7 +226,7 @@ def test_labels_of_another_data_set(data_dir):
   (path,) = data_dir.rglob('labels.npz')
   for labels in ({'train': np.zeros(19)}, {'train': [], 'test': []}):
     np.savez(path, **labels)
-    with pytest.raises(ValueError, match='labels.npz is damaged: it is of ano'):
+    with pytest.raises(ValueError, match='labels.npz is damaged: it belongs'):
       _prepare(data_dir)
 
 
@@ -244,7 +248,7 @@ def test_another_format(data_dir):
   _prepare(data_dir)
   (path,) = data_dir.rglob('dataset_info.json')
   path.write_text(path.read_text().replace('array_record', 'tfrecord'))
-  with pytest.raises(ValueError, match='is of the format tfrecord, not array_'):
+  with pytest.raises(ValueError, match='has the format tfrecord, not array_'):
     _prepare(data_dir)
   shutil.rmtree(path.parent)
   path.parent.mkdir()

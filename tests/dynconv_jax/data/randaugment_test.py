@@ -171,7 +171,7 @@ def test_batches_hold_what_the_operations_give():
   'given', [(2,), (1.5, 9), (0, 9), (2, 11), (2, -1), (2, 9, 1), (2, np.nan)]
 )
 def test_errors(given):
-  with pytest.raises(ValueError, match='randaugment must be N,M, a whole'):
+  with pytest.raises(ValueError, match='randaugment must be N,M \\(a number'):
     Augmentation(randaugment=given)
 
 

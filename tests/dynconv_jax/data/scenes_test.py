@@ -167,9 +167,9 @@ class DrawTest(parameterized.TestCase):
     self.assertEqual(draw((0, 2), 1, 5), draw((0, 2), 1, np.int64(5)))
 
   @parameterized.parameters(
-    ((), (8,), 'must both be one number or two, .* both be empty; got scene_'),
-    ((8,), (), r'both be empty; got scene_size=\(8,\), object_size=\(\)'),
-    ((1, 2, 3), (1,), r'one number or two, low and high.*got scene_size=\(1, '),
+    ((), (8,), 'must each be one number or two .* must be empty; got scene_'),
+    ((8,), (), r'both must be empty; got scene_size=\(8,\), object_size=\(\)'),
+    ((1, 2, 3), (1,), r'number or two \(low and high.*got scene_size=\(1, '),
     ((20,), (21,), 'the largest object must fit into the smallest scene; got'),
     ((20, 40), (10, 30), r'rise from 1 to 4096.*got scene_size=\(20, 40\)'),
     ((40, 20), (10,), 'rise from 1 to 4096'),
@@ -358,7 +358,7 @@ class TrainTest(parameterized.TestCase):
     ),
     (
       dict(cache='device', cache_size=11, augmentation=Augmentation()),
-      r'cache_size must be in \[12, 4096\], from object_size on; got 11',
+      r'cache_size must be in \[12, 4096\], at least object_size; got 11',
     ),
   )
   def test_errors(self, options, message):

@@ -146,7 +146,7 @@ class TargetRatesTest(parameterized.TestCase):
     ):
       target_rates('resnet152', 0.5, 50)
     with self.assertRaisesRegex(
-      ValueError, 'one a block, 33; got 16, those of resnet50'
+      ValueError, r'one rate per block \(33\); got 16 from resnet50'
     ):
       target_rates('resnet50', 0.5, 33)
 
@@ -297,8 +297,8 @@ class NetworkTest(parameterized.TestCase):
         self.assertGreater(np.abs(gradient).max(), 0, path)
 
   @parameterized.parameters(
-    ((0.5, 0.5), 'target_rates must be one a block, 3; got 2'),
-    ((1.0, 1.0, 1.0), 'convnet_aig needs a target rate below 1.*got 1 for'),
+    ((0.5, 0.5), r'must have one rate per block \(3\); got 2'),
+    ((1.0, 1.0, 1.0), 'convnet_aig needs .* target rate below 1.*got 1 for'),
   )
   def test_errors(self, rates, message):
     with self.assertRaisesRegex(ValueError, message):

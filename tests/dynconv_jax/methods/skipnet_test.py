@@ -170,7 +170,7 @@ class RecurrentGateTest(absltest.TestCase):
   def test_only_the_first_gate_holds_the_lstm(self):
     self.assertIsNone(_gate('recurrent', first=False).control)
     with self.assertRaisesRegex(
-      ValueError, 'needs what the gate before returned; got None'
+      ValueError, 'needs the carry of the previous gate; got None'
     ):
       _gate('recurrent', first=False)(_images(1, 4, 4, 3))
 

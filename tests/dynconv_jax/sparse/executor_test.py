@@ -261,7 +261,7 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   error('plans name layer3.0; the gated blocks are', model, shape, plans=plans)
   error('backend must be auto, cpu, triton', model, shape, backend='fast')
   error("'json:dumps' is not a Backend", model, shape, backend='json:dumps')
-  error('there is no backend', model, shape, backend='json:Fast')
+  error("backend 'json:Fast' not found", model, shape, backend='json:Fast')
   message = "mode 'dense' has no backend"
   error(message, model, shape, mode='dense', backend='cpu')
   rounded = make_network('basic', 'dynconv', jnp.bfloat16)

@@ -297,7 +297,7 @@ REFUSED = {
   ),
   'dilated pooling': (
     lambda x: pool(x, lax.max, -np.inf, window_dilation=(1, 2, 2, 1)),
-    'pooling with a window of',
+    'pooling with window',
   ),
   'transposed convolution': (
     lambda x: conv(x, padding=((2, 2), (2, 2)), lhs_dilation=(2, 2)),
@@ -318,7 +318,8 @@ def test_what_cannot_be_written_is_named_with_its_place(name):
   with pytest.raises(ValueError, match='ONNX export cannot write') as caught:
     export(function)
   text = str(caught.value)
-  assert re.search(rf'({message}).* of .*onnx_ops_test.py:\d+; it can', text)
+  place = r'onnx_ops_test.py:\d+; it supports'
+  assert re.search(rf'({message}).* of .*{place}', text)
   if name == 'sort':
     line = function.__code__.co_firstlineno
     assert f'onnx_ops_test.py:{line};' in text

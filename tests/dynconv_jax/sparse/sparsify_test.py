@@ -22,7 +22,7 @@ FEATURES = 6
 
 
 class SiluBlock(BasicBlock):
-  """Differs from the description that it inherits."""
+  """Does not compute what its inherited branch describes."""
 
   def run_branch(self, x):
     return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
@@ -127,7 +127,7 @@ def test_the_order_of_execution_is_traced(images):
 
 
 def test_a_block_that_is_not_what_it_says_is_refused():
-  with pytest.raises(ValueError, match='compute something else') as error:
+  with pytest.raises(ValueError, match='do not compute what') as error:
     sparsify(make(SiluBlock))
   for name in ('first', 'down', 'after', 'describable = False'):
     assert name in str(error.value)
@@ -141,7 +141,7 @@ def test_a_layer_that_was_exchanged_is_noticed():
   with pytest.raises(ValueError, match=r'first \(BasicBlock, by'):
     sparsify(model)
   model.first.bn1 = nnx.GroupNorm(FEATURES, 2, rngs=nnx.Rngs(0))
-  with pytest.raises(ValueError, match='first .* is not what its branch'):
+  with pytest.raises(ValueError, match='first .* does not match its branch'):
     sparsify(model)
 
 
@@ -194,7 +194,7 @@ def test_given_masks(images):
       model(images, masks=masks)
 
   error('masks must be one per block; got 2, none for after', hard[:2])
-  error('masks must be one per block, 3; got 4', [*hard, hard[0]])
+  error('masks must be one per block (3); got 4', [*hard, hard[0]])
   error('masks are given for third; the gated blocks are', {'third': hard[0]})
   error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
   error('must be float, int or bool', [hard[0].astype(complex)] * 3)

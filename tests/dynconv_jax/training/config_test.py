@@ -395,7 +395,7 @@ class CheckTest(parameterized.TestCase):
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'resnet50'},
-      'target_rates must be one a block, 3; got 16, those of resnet50',
+      r'must have one rate per block \(3\); got 16 from resnet50',
     ),
     (
       {'method': 'convnet_aig', 'target_rates': 'paper'},
@@ -403,7 +403,7 @@ class CheckTest(parameterized.TestCase):
     ),
     (
       {'method': 'convnet_aig', 'budget': 1.0},
-      'convnet_aig needs a target rate below 1',
+      'convnet_aig needs at least one target rate below 1',
     ),
     ({'method': 'sact'}, 'sact needs a stage of two blocks or more'),
     ({'method': 'act'}, 'act needs a stage of two blocks or more'),
@@ -411,7 +411,7 @@ class CheckTest(parameterized.TestCase):
     ({'gumbel_temperatures': (0.0,)}, 'gumbel_temperatures must be one or'),
     (
       {'gumbel_temperatures': (2.0, 1.0)},
-      'gumbel_milestones must be one fewer than gumbel_temperatures; '
+      'gumbel_milestones must have one value fewer than gumbel_temperatures; '
       'got 0 and 2',
     ),
     (
@@ -488,7 +488,7 @@ class RecipeTest(absltest.TestCase):
   def test_stochastic_depth_has_one_flag_and_each_family_its_default(self):
     flags = all_options()['drop_path']
     self.assertIsNone(flags.default)
-    self.assertStartsWith(flags.help, 'Stochastic depth: how often')
+    self.assertStartsWith(flags.help, 'Stochastic depth: the probability')
     for model, rate in (
       ('resnet50', 0.0),
       ('mobilenet_v2', 0.0),

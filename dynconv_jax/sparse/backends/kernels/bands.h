@@ -1,5 +1,6 @@
-// Inverted residuals whose expanded map does not fit into a cache: each thread
-// takes bands of lines, and keeps the few expanded lines that it still reads.
+// Inverted residuals whose expanded map does not fit into a cache. Each thread
+// processes bands of lines and keeps only the expanded lines that it still
+// needs.
 
 #pragma once
 
@@ -14,7 +15,7 @@
 
 namespace {
 
-// Where the positions of each line of a map begin in a list of them.
+// Returns the index in a list of positions at which each line begins.
 inline std::vector<int64_t> LineStarts(const Positions& positions) {
   const int64_t width = positions.map.width;
   const int64_t first = positions.start * positions.map.height;
@@ -32,7 +33,7 @@ inline std::vector<int64_t> LineStarts(const Positions& positions) {
   return starts;
 }
 
-// Multiply by the calling thread alone.
+// Like Multiply, but on the calling thread only.
 template <typename Reads, typename Writes>
 void MultiplyHere(const Product& product, int64_t count, const Reads& reads,
                   const Writes& writes) {
@@ -46,12 +47,13 @@ void MultiplyHere(const Product& product, int64_t count, const Reads& reads,
                   scratch.outputs.data(), scratch.floats.data());
 }
 
-// Rows that a step computes at a time, about.
+// Approximate number of rows per step.
 constexpr int64_t kStepRows = 96;
 
-// project(depthwise(expand(x))) + x, or without x, at the positions of `all`;
-// `needed` are those of the expansion. Without one `expand` is null, and the
-// depthwise convolution reads x. The images of `all`; x and out differ.
+// Computes project(depthwise(expand(x))), plus x if `identity`, at the
+// positions of `all`, for its images. `needed` are the positions of the
+// expansion. If `expand` is null, the depthwise convolution reads x. The
+// buffers of x and out must differ.
 inline void RunBands(Team& team, const Layer* expand, const Layer& depthwise,
                      const Layer& project, bool identity, Map in,
                      const Positions& all, const Positions& needed,

@@ -1,8 +1,8 @@
 // Gated blocks at the active positions of their masks, in float32, for CPUs.
 //
-// A convolution at K positions is a matrix product, see product.h, or where
-// positions are neighbors one of squares, see squares.h. All maps are NHWC.
-// Shapes are checked by cpu.py, which is the only caller.
+// A convolution at K positions is a matrix product (product.h), or uses
+// Winograd tiles if enough positions are neighbors (squares.h). All maps are
+// NHWC. The only caller is cpu.py, which checks shapes.
 
 #include <algorithm>
 #include <cstdint>
@@ -51,20 +51,20 @@ void Convolve(Team& team, const Layer& layer, Product product, Map in,
   Multiply(team, product, positions.active, reads, writes);
 }
 
-// What is added to a branch: the input, whose buffer the output is; the input's
+// The shortcut: the input, whose buffer is also the output; the input's
 // projection; or nothing.
 enum Shortcut { kIdentity, kProjection, kNothing };
 
-// activation(shortcut(x) + mask * branch(x)), where the branch is a chain of
-// convolutions. Layer i runs on mask levels[i]; the last one on level 0. With
-// the identity what is not active stays; `bands` has x and out in two buffers,
-// see RunBands.
+// Computes activation(shortcut(x) + mask * branch(x)), where the branch is a
+// chain of convolutions. Layer i runs on the mask levels[i]; the last layer
+// runs on level 0. With an identity shortcut, inactive positions are left
+// unchanged. With `bands`, x and out are separate buffers, see RunBands.
 //
-// Arguments after x: the masks of the levels; the weights of the convolutions,
-// and of the projection; those for MultiplySquares, without elements where there
-// are none. Results after out: scratch for the rows of `group` images, of each
-// convolution but the last. Of the attributes that are lists, `activations` has
-// one more than convolutions: what follows the addition.
+// Arguments after x: the masks of the levels, the weights of the convolutions,
+// the weights of the projection, and the weights for MultiplySquares, which are
+// empty if not used. Results after out: for each convolution except the last,
+// scratch memory for the rows of `group` images. `activations` has one more
+// entry than there are convolutions: the activation after the addition.
 ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
                  FloatsOut out, ffi::RemainingRets results,
                  ffi::Span<const int64_t> sizes,
@@ -109,7 +109,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
     depth = width;
     widest = std::max(widest, width);
   }
-  // What follows the addition follows the last convolution.
+  // The last convolution applies the activation after the addition.
   layers.back().activation = static_cast<Activation>(activations[convs]);
   const std::vector<float> zeros(widest);
   const auto x_row = [=](int64_t j) { return xs + j * channels; };
@@ -117,7 +117,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
   Team team(pool);
   std::vector<const float*> table;  // Rows of a convolution, by position.
   for (int64_t image = 0; image < images; image += group) {
-    // A group of images after the other: their maps stay in the cache.
+    // Process images in groups whose maps stay in the cache.
     const int64_t stop = std::min(image + group, images);
     std::vector<Positions> lists;
     lists.reserve(num_levels);
@@ -142,7 +142,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
       projection.window = {1, total, 0, 0};
       projection.depth = channels;
       projection.panels = argument(num_levels + convs).typed_data();
-      // Where nothing is added the sum is activated at once.
+      // Inactive positions, to which nothing is added, are activated here.
       Multiply(team, projection.product(false, all.active), all.size(),
                Windows(projection.window, in, all, zeros.data(), x_row),
                out_row);
@@ -194,7 +194,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// A size x size convolution of a padded map, at all positions.
+// Computes a size x size convolution of a padded map at all positions.
 ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
                        FloatsOut out, int64_t size, int64_t strides,
                        int64_t activation) {
@@ -203,7 +203,7 @@ ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
   const int64_t channels = x.dimensions()[3], features = out->dimensions()[3];
   const float* xs = x.typed_data();
   float* outs = out->typed_data();
-  // Nothing is missing: a row of the window is one tap.
+  // All positions exist, so each row of the window is contiguous: one tap.
   Multiply(
       team,
       {panels.typed_data(), size, size * channels, features, false,
@@ -221,7 +221,7 @@ ffi::Error Convolution(ffi::ThreadPool pool, Floats x, Floats panels,
   return ffi::Error::Success();
 }
 
-// The maximum over 3x3 windows, 2 apart, padded by 1.
+// Computes the 3x3 max pooling with stride 2 and padding 1.
 ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, FloatsOut out) {
   const Map in = MapOf(x), end = MapOf(*out);
   const int64_t channels = x.dimensions()[3];
@@ -252,10 +252,11 @@ ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, FloatsOut out) {
   return ffi::Error::Success();
 }
 
-// The logits of a mask unit: a size x size convolution with one output plus a
-// linear map of the average over the map, whose weights are the last of
-// `weights`. Both are linear: the products of all taps and of the average are
-// formed in one pass over x, each in a plane of its own, and summed afterwards.
+// Computes the logits of a mask unit: a size x size convolution with one
+// output, plus a linear map of the average over the map, which has the last
+// weights. Because both are linear, one pass over x computes the products of
+// all taps and of the average, each in a separate plane, which are summed
+// afterwards.
 ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
                       Floats bias, FloatsOut out, FloatsOut products,
                       int64_t size, int64_t strides) {

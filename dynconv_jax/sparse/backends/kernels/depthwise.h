@@ -1,4 +1,4 @@
-// Depthwise convolutions at listed positions: a tap is a product of two rows.
+// Depthwise convolutions at listed positions. Each tap multiplies two rows.
 
 #pragma once
 
@@ -9,8 +9,8 @@
 
 namespace {
 
-// P positions of one convolution; rows[tap * P + i] points at the channels that
-// position i reads by a tap. Weights are [1 + taps][channels], the bias first.
+// Computes P positions; rows[tap * P + i] points to the channels that position
+// i reads for a tap. Weights are [1 + taps][channels], with the bias first.
 template <int P>
 void DepthwiseTile(const Product& product, const float* const* rows,
                    float* const* outputs) {
@@ -34,7 +34,7 @@ void DepthwiseTile(const Product& product, const float* const* rows,
   for (; c < channels; ++c) compute(0.0f, c);
 }
 
-// Positions of a tile, which share the weights that they load.
+// Positions of a tile, which share loaded weights.
 constexpr int kPositions = 6;
 
 template <int P = kPositions>
@@ -46,7 +46,7 @@ void DepthwiseTileOf(int64_t count, const Product& product,
     DepthwiseTileOf<P - 1>(count, product, rows, outputs);
 }
 
-// Positions [begin, end); reads and writes as for Multiply.
+// Computes the positions [begin, end). See Multiply for `reads` and `writes`.
 template <typename Reads, typename Writes>
 void Depthwise(const Product& product, int64_t begin, int64_t end,
                const Reads& reads, const Writes& writes) {

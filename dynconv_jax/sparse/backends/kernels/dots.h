@@ -1,4 +1,4 @@
-// Matrix products with a few columns: dot products along the rows.
+// Matrix products with a few columns, computed as dot products along rows.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace {
 
-// The sum of N floats, by halves.
+// Returns the pairwise sum of N floats.
 template <int N>
 float Sum(const float* v) {
   if constexpr (N == 1) {
@@ -24,8 +24,8 @@ float Sum(const float* v) {
 
 constexpr int kDotRows = kLanes == 16 ? 4 : 2, kDotColumns = 5;
 
-// out[j * plane + i] = rows[i] . weights[j] for M rows and N columns of `depth`
-// floats each. The next M rows are fetched meanwhile.
+// Computes out[j * plane + i] = rows[i] . weights[j] for M rows and N columns
+// of `depth` floats each. Prefetches the next M rows.
 template <int M, int N>
 void Dots(const float* rows, const float* weights, int64_t depth, float* out,
           int64_t plane) {
@@ -49,7 +49,7 @@ void Dots(const float* rows, const float* weights, int64_t depth, float* out,
     }
 }
 
-// The same for any number of columns.
+// Like Dots, for any number of columns.
 template <int M>
 void DotsOf(const float* rows, const float* weights, int64_t depth,
             int64_t columns, float* out, int64_t plane) {
@@ -61,8 +61,8 @@ void DotsOf(const float* rows, const float* weights, int64_t depth,
     Dots<M, 1>(rows, weights + j * depth, depth, out + j * plane, plane);
 }
 
-// float[columns][count]: `count` rows of `depth` floats times weights
-// [columns][depth].
+// Computes float[columns][count], the products of `count` rows of `depth`
+// floats with weights [columns][depth].
 void MultiplyFew(Team& team, const float* rows, int64_t count,
                  const float* weights, int64_t depth, int64_t columns,
                  float* out) {

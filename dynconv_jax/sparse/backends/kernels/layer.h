@@ -1,4 +1,4 @@
-// The convolutions that a block is a chain of.
+// Convolutions of a block's branch.
 
 #pragma once
 
@@ -9,13 +9,12 @@
 
 namespace {
 
-// How a convolution of a chain is followed: by nothing, a ReLU, or one that is
-// capped at 6.
+// The activation after a convolution.
 enum Activation { kNone, kRelu, kRelu6 };
 
-// A convolution of a chain. `panels` are its weights: as Product has them, of a
-// depthwise one as DepthwiseTile; `squares` those for MultiplySquares, if any:
-// faster where positions are neighbors.
+// A convolution of a branch. `panels` are its weights, in the layout of
+// Product, or of DepthwiseTile if depthwise. `squares` are the weights for
+// MultiplySquares, or null.
 struct Layer {
   Window window;
   int64_t level, depth, features;

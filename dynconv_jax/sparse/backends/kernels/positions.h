@@ -24,8 +24,8 @@ Map MapOf(const Buffer& buffer) {
   return {buffer.dimensions()[1], buffer.dimensions()[2]};
 }
 
-// The active positions of a mask in the images of [start, end), and, where they
-// are asked for, the others after them.
+// The active positions of a mask in images [start, end), followed by the
+// inactive ones if `others` is set.
 struct Positions {
   const float* mask;
   Map map;
@@ -40,7 +40,7 @@ struct Positions {
     if (others) List(false);
   }
 
-  // How many are listed.
+  // The number of listed positions.
   int64_t size() const { return numbers.size(); }
 
  private:
@@ -55,8 +55,8 @@ struct Window {
   int64_t size, strides, top, left;
 };
 
-// The reads of a convolution at positions of its output; row(j) points at
-// position j of the map `in`.
+// Returns the `reads` function of a convolution at output positions, see
+// Multiply. row(j) points to position j of the map `in`.
 template <typename Row>
 auto Windows(const Window& window, Map in, const Positions& positions,
              const float* zeros, const Row& row) {

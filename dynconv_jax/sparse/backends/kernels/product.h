@@ -1,5 +1,5 @@
-// Matrix products whose left operand is not formed: its rows are read where
-// they are (Dukhan, "The Indirect Convolution Algorithm", 2019).
+// Matrix products that read the rows of the left operand in place, through
+// pointers (Dukhan, "The Indirect Convolution Algorithm", 2019).
 
 #pragma once
 
@@ -16,9 +16,9 @@
 
 namespace {
 
-// Tiles of kTile rows and one panel, of kWidth columns: two vectors, and as
-// many sums as there are registers, less those that hold the panel's row and a
-// broadcast. kUnroll steps are one pass of a loop.
+// A tile has kTile rows and one panel of kWidth columns, which is two vectors.
+// Its sums take all registers except those for the panel's row and a broadcast
+// value. A loop iteration has kUnroll steps.
 #if defined(__AVX512F__)
 constexpr int kTile = 10, kUnroll = 1;
 #else
@@ -26,16 +26,16 @@ constexpr int kTile = 6, kUnroll = 4;
 #endif
 constexpr int kWidth = 2 * kLanes;
 
-// Has a vector stay in its register: the compiler would load it anew for each
-// of its products, in the same instruction.
+// Keeps a vector in its register. Otherwise, the compiler would reload it in
+// the instruction of each product.
 inline void Keep(Vector& v) {
 #if defined(__AVX__) && !defined(__AVX512F__)
   asm("" : "+x"(v));
 #endif
 }
 
-// Memory of a thread for what it does now, to be written before it is read. It
-// is kept: an allocation would have threads wait for each other.
+// Uninitialized scratch memory of a thread. It is reused, because allocations
+// would make threads wait for each other.
 struct Scratch {
   std::vector<float> floats;
   std::vector<const float*> rows;
@@ -50,17 +50,18 @@ struct Scratch {
   }
 };
 
-constexpr int64_t kLine = 16;  // Floats that a cache line holds.
-// Those of a step's weights, and how far they are apart.
+constexpr int64_t kLine = 16;  // Floats per cache line.
+// Number of cache lines of a step's weights, and their distance in floats.
 constexpr int kLines = kWidth > kLine ? kWidth / kLine : 1;
 constexpr int64_t kStride = kWidth / kLines;
 
-// Steps of a product whose weights, half of a first-level cache or all of it,
-// serve all rows of a block before the next. Where there is one tile of rows,
-// those of kAhead steps later are fetched.
+// Number of steps in a piece. The weights of a piece take half of a first-level
+// cache or all of it, and are used for all rows of a block before those of the
+// next piece. With a single tile of rows, weights are prefetched kAhead steps
+// ahead.
 constexpr int64_t kPiece = 256, kAhead = 64;
 
-// Bytes of the second-level cache.
+// Returns the size of the second-level cache, in bytes.
 inline int64_t CacheBytes() {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
@@ -69,18 +70,19 @@ inline int64_t CacheBytes() {
   return 512 << 10;
 }
 
-// Parts of a product for each thread, at least, if there are enough rows.
+// Minimum number of parts of a product per thread, if there are enough rows.
 constexpr int64_t kParts = 16;
 
-// Rows that a ReLU is applied to: from this one on.
+// First row to which a ReLU is applied.
 constexpr int64_t kAllRows = 0, kNoRow = std::numeric_limits<int64_t>::max();
 
-// What a ReLU does not cap.
+// The cap of a ReLU without an upper bound.
 constexpr float kNoCap = std::numeric_limits<float>::infinity();
 
-// rows x weights + bias, then `add` what the output holds, then a ReLU that is
-// capped at `cap`. Weights are packed: float[panels][1 + taps * depth][kWidth],
-// the bias first, zeros where there are no more columns.
+// rows x weights + bias, plus the output's old value if `add`, followed by a
+// ReLU capped at `cap` from row `relu_from` on. Weights are packed as
+// float[panels][1 + taps * depth][kWidth], with the bias first and zeros for
+// missing columns.
 struct Product {
   const float* panels;
   int64_t taps, depth, columns;
@@ -102,19 +104,19 @@ struct Product {
   }
 };
 
-// A part of a panel's sums: `taps` taps from `tap` on, of each `depth` floats
-// from `start` on.
+// A part of a panel's sums: `taps` taps starting at `tap`, and `depth` floats
+// of each tap starting at `start`.
 struct Piece {
   const float* weights;
   int64_t tap, taps, start, depth;
   bool first, last;
-  const float* ahead;  // What is fetched meanwhile.
+  const float* ahead;  // Weights to prefetch.
 };
 
-// M rows of one panel, of which V vectors; rows[tap * M + i] points at the
-// floats of a tap. M more pointers follow, what is read next: it is fetched
-// meanwhile, and L lines of weights a step. `partial` are the sums between two
-// pieces; `row` is the number of the first row.
+// Computes M rows and V vectors of a panel. rows[tap * M + i] points to the
+// floats of a tap; M more pointers follow, to rows to prefetch. Prefetches L
+// lines of weights per step. `partial` contains the sums between two pieces;
+// `row` is the number of the first row.
 template <int M, int V, int L>
 void Tile(const Product& product, const Piece& piece, int64_t panel,
           int64_t row, const float* const* rows, float* partial,
@@ -140,7 +142,7 @@ void Tile(const Product& product, const Piece& piece, int64_t panel,
   for (int64_t tap = 0; tap < piece.taps; ++tap, rows += M) {
     const float* reads[M];
     for (int i = 0; i < M; ++i) reads[i] = rows[i] + piece.start;
-    // A few lines the processor fetches by itself.
+    // The processor prefetches a few lines by itself.
     const bool few = piece.depth <= 4 * kLine;
     for (int64_t k = 0; k < piece.depth;) {
       for (int i = 0; i < M && !few; ++i)
@@ -197,9 +199,9 @@ void TileOf(int64_t count, const Product& product, const Piece& piece,
                         outputs);
 }
 
-// The `count` rows of a block, from number `row` on, times one panel. Where
-// there is more than one tile of them, a piece of the weights serves all before
-// the next, which is fetched meanwhile. `partial` holds `count` rows of a
+// Multiplies the `count` rows of a block, starting at number `row`, by one
+// panel. With more than one tile of rows, a piece of the weights is used for
+// all rows while the next piece is prefetched. `partial` has `count` rows of a
 // panel.
 void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
                    int64_t count, const float* const* rows,
@@ -227,7 +229,8 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
                   weights + kAhead * kWidth};
       const int64_t steps = piece.taps * piece.depth;
       for (int64_t i = 0; i < count; i += kTile) {
-        // The first tiles fetch a line each of the steps that follow the piece.
+        // Each of the first tiles prefetches one line of the next piece's
+        // steps.
         int lines = one_tile ? 2 : 0;
         if (!one_tile && i < kLines * kTile) {
           piece.ahead = weights + steps * (kWidth + i / kTile * kLine);
@@ -241,8 +244,8 @@ void MultiplyPanel(const Product& product, int64_t panel, int64_t row,
     }
 }
 
-// A product of `count` rows. reads(i, rows, step) writes the pointers of row i,
-// `step` apart; writes(i) returns where its output goes.
+// Computes a product of `count` rows. reads(i, rows, step) writes the pointers
+// of row i, `step` apart; writes(i) returns a pointer to its output.
 template <typename Reads, typename Writes>
 void Multiply(Team& team, const Product& product, int64_t count,
               const Reads& reads, const Writes& writes) {
@@ -250,7 +253,8 @@ void Multiply(Team& team, const Product& product, int64_t count,
   const int64_t taps = product.taps;
   // A unit is a block of rows and a panel.
   const int64_t panels = product.num_panels();
-  // Rows are read for one panel after the other: they stay in the cache.
+  // All panels read the same rows in turn, so a block's rows must fit into the
+  // cache.
   int64_t block = std::max<int64_t>(CacheBytes() / (16 * product.depth), 1);
   block = std::min(block, Divide(count * panels, kParts * team.size()));
   block = std::max<int64_t>(Divide(block, kTile), 4) * kTile;
@@ -265,7 +269,7 @@ void Multiply(Team& team, const Product& product, int64_t count,
       if (unit == begin || unit % panels == 0) {
         size = std::min(block, count - start);
         for (int64_t i = 0; i < size; ++i) {
-          const int64_t first = i - i % kTile;  // Of the tile.
+          const int64_t first = i - i % kTile;  // First row of the tile.
           reads(start + i, &rows[first * taps + i - first],
                 std::min<int64_t>(kTile, size - first));
           outputs[i] = writes(start + i);

@@ -1,6 +1,6 @@
-// 3x3 convolutions by squares of 2x2 outputs: Winograd's minimal filtering
-// F(2x2, 3x3) (Lavin and Gray, "Fast Algorithms for Convolutional Neural
-// Networks", 2016).
+// 3x3 convolutions with Winograd tiles F(2x2, 3x3), called squares: 2x2 outputs
+// each (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
+// 2016).
 
 #pragma once
 
@@ -13,26 +13,26 @@
 
 namespace {
 
-// Squares whose inputs are transformed before they are multiplied, at most.
+// Maximum number of squares whose inputs are transformed at a time.
 constexpr int64_t kSquares = 64;
 
-// What a tile of squares takes, and a convolution by squares more than by rows,
-// where a tile of rows takes 1 a tap: 16 products and the transforms; 7 more
-// taps of weights to fetch from memory.
+// The cost of a tile of squares (16 products and the transforms), and the
+// additional fixed cost of a convolution with squares (7 more taps of weights
+// to read from memory), in units of the cost of a tile of rows per tap.
 constexpr int64_t kSquareCost = 20, kSquareStart = 32;
 
-// 2x2 outputs of a map: the row of each that is active, -1 of the others.
+// 2x2 outputs of a map, with the row of each output; -1 if inactive.
 struct Square {
   int64_t image, top, left, rows[4];
 };
 
-// The squares that have an active position.
+// Returns the squares that have an active position.
 std::vector<Square> FindSquares(const Positions& positions) {
   const Map map = positions.map;
   std::vector<Square> squares;
   squares.reserve((positions.end - positions.start) * Divide(map.height, 2) *
                   Divide(map.width, 2));
-  int64_t next = 0;  // The active positions are numbered line by line.
+  int64_t next = 0;  // Active positions are numbered line by line.
   for (int64_t image = positions.start; image < positions.end; ++image)
     for (int64_t top = 0; top < map.height; top += 2) {
       const float* line =
@@ -53,8 +53,8 @@ std::vector<Square> FindSquares(const Positions& positions) {
   return squares;
 }
 
-// B' d B: d[i] is at rows[i] + channel, the result goes
-// to out + i * step.
+// Computes B' d B, where d[i] is at rows[i] + channel; element i of the result
+// is written to out + i * step.
 template <typename T>
 void TransformInput(const float* const* rows, int64_t channel, float* out,
                     int64_t step) {
@@ -75,7 +75,7 @@ void TransformInput(const float* const* rows, int64_t channel, float* out,
   }
 }
 
-// A' m A, at the square's active outputs.
+// Computes A' m A at the square's active outputs.
 template <typename T>
 void TransformOutput(const float* m, const Product& product, bool relu,
                      float* const* outputs, int64_t column) {
@@ -94,21 +94,21 @@ void TransformOutput(const float* m, const Product& product, bool relu,
   }
 }
 
-// A 3x3 convolution with strides 1, 16 products of a row a square instead of 9
-// an output. Weights are G g G', see cpu.py: float[panels][16][1 +
-// depth][kWidth].
+// Computes a 3x3 convolution with stride 1, with 16 row products per square
+// instead of 9 per output. Weights are G g G' (see cpu.py),
+// float[panels][16][1 + depth][kWidth].
 template <typename Row, typename Writes>
 void MultiplySquares(Team& team, const Product& product,
                      const std::vector<Square>& squares, Map map,
                      const float* zeros, const Row& row, const Writes& writes) {
   const int64_t count = squares.size(), depth = product.depth;
   const int64_t panels = product.num_panels(), parts = 4 * team.size();
-  // The inputs of a block stay in the cache.
+  // Blocks are small enough that their inputs stay in the cache.
   int64_t block = std::min(kSquares, CacheBytes() * 13 / 16 / (64 * depth));
   block = std::min(block, Divide(count * panels, parts));
   block = Divide(block, kTile) * kTile;
   const int64_t blocks = Divide(count, block);
-  // The inputs are transformed anew for each group of panels.
+  // Inputs may be transformed again for each group of panels.
   const int64_t group =
       std::min(panels, std::max<int64_t>(Divide(panels * blocks, parts), 2));
   const int64_t groups = Divide(panels, group);

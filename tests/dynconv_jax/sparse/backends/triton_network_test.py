@@ -234,7 +234,7 @@ def test_a_missing_package_is_told(as_on_gpu, make_network, monkeypatch):
   for absent, version, message in (
     ({kernels: None}, '0.11.2', r"pip install 'dynconv-jax\[gpu\]' installs"),
     ({}, '0.10.0', 'jaxlib 0.10.1 or newer, .* got 0.10.0'),
-    ({}, '0.10.1', "JAX's CUDA support, which jaxlib 0.10.1 has not got"),
+    ({}, '0.10.1', "JAX's CUDA support, which this jaxlib 0.10.1 lacks"),
   ):
     info = tuple(map(int, version.split('.')))
     triton_launch.load.cache_clear()
