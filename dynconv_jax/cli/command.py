@@ -49,8 +49,7 @@ def main() -> None:
     return
   words = 0
   while (
-    words < len(arguments)
-    and ' '.join(arguments[: words + 1]) in _beginnings()
+    words < len(arguments) and ' '.join(arguments[: words + 1]) in _beginnings()
   ):
     words += 1
   given, rest = ' '.join(arguments[:words]), arguments[words:]

@@ -80,7 +80,7 @@ def load_pretrained(
   match.check()
   match.load(model)
   if fresh:
-    logging.info('initialized afresh: %s', ', '.join(fresh))
+    logging.info('newly initialized: %s', ', '.join(fresh))
   return fresh
 
 

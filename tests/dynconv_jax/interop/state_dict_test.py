@@ -357,7 +357,7 @@ def test_pretrained_dense_weights_leave_gates_and_another_head(method):
   model, before = (_network(method, seed=1, name=name) for _ in range(2))
   with absltest.TestCase().assertLogs(level='INFO') as logs:
     fresh = interop.load_pretrained(model, dense)
-  assert logs.output[-1].endswith(f'initialized afresh: {", ".join(fresh)}')
+  assert logs.output[-1].endswith(f'newly initialized: {", ".join(fresh)}')
   assert {'fc.weight', 'fc.bias'} <= set(fresh)
   trunk = set(_own(dense)) - set(fresh)
   assert len(trunk) == len(_own(dense)) - 2
