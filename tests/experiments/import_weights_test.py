@@ -86,9 +86,9 @@ def test_errors(program, exported, tmp_path):
   twice.write_text('a\nb\nc\nb\na\nd\n')
   for flags, message in (
     (['--num_classes=1000'], 'num_classes must be'),
-    (['--pretrained=a.pth'], 'from --from_torch alone'),
+    (['--pretrained=a.pth'], 'from --from_torch; do not set'),
     ([f'--class_names={names}'], r'names\.txt has 1 classes'),
-    ([f'--class_names={twice}'], r'twice\.txt names classes twice: a, b'),
+    ([f'--class_names={twice}'], r'twice\.txt lists classes twice: a, b'),
     (['--method=dense'], r'unexpected: layer1\.0\.masker'),
     (['--model=cifar_resnet14'], r'missing: .*layer1\.1\.conv1'),
   ):

@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_former_table(tmp_path):
 @pytest.mark.parametrize(
   'place, message',
   [
-    ('', 'is a folder; name a CSV file'),
+    ('', 'is a folder; specify a CSV file'),
     ('file/results.csv', 'cannot write to the folder .*file'),
     ('/proc/results.csv', 'cannot write to the folder /proc'),
   ],
