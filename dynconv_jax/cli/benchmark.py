@@ -165,10 +165,10 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     except ValueError as error:
       errors.append(str(error))
 
-  def numbers(flag, kind, holds, allowed):
+  def numbers(flag, kind, valid, allowed):
     try:
       values = [kind(text) for text in flag.value]
-      if values and all(map(holds, values)):
+      if values and all(map(valid, values)):
         return values
     except ValueError:
       pass

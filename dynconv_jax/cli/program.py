@@ -149,7 +149,7 @@ def share_cpu(devices: int, batch_size: int) -> None:
 def keep_memory() -> None:
   """Makes glibc keep freed memory. Has no effect with other C libraries.
 
-  XLA allocates the temporaries of each call anew. By default, large ones are
+  XLA allocates temporaries again in each call. By default, large ones are
   mapped by the system, which zeroes every page. A single arena that is never
   trimmed reuses the same pages.
   """

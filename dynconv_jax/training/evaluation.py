@@ -219,7 +219,7 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
   """Returns the 95 % confidence interval of a proportion (Wilson, 1927)."""
   z = 1.959963984540054  # 97.5 % point of the normal distribution.
   share = successes / n
-  centre = share + z**2 / (2 * n)
+  center = share + z**2 / (2 * n)
   spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
   scale = 1 + z**2 / n
-  return (centre - spread) / scale, (centre + spread) / scale
+  return (center - spread) / scale, (center + spread) / scale
