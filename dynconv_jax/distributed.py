@@ -1,7 +1,7 @@
-"""Several JAX processes that work as one: start, shares, agreement.
+"""Multi-process training: startup, synchronization, and sharding.
 
-What is said of all processes is collective: each of them must call it, in the
-same order. With one process it costs nothing.
+Functions documented as collective must be called by every process, in the same
+order. With one process they cost nothing.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynconv_jax.files import locked, write_atomic
 
-# Seconds until a file that process 0 wrote is seen by all.
+# Maximum seconds until all processes see a file written by process 0.
 _VISIBLE = 10.0
-# Seconds that process 0 outlives an error.
+# Seconds that process 0 keeps running after an error.
 _GRACE = 5.0
-# Arrays of fewer elements are not worth an all-gather of their own.
+# Arrays with fewer elements are not worth an all-gather.
 _SMALLEST_SHARDED = 1024
 
-# What errors of JAX say when another process does not answer.
+# Matches JAX errors that mean that another process does not respond.
 _LOST = re.compile(
   'Gloo|NCCL|ncclR|Connection|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|'
   '[Hh]eartbeat|[Bb]arrier'
@@ -51,49 +51,50 @@ def start(
   cluster: str | None = None,
   timeout: int = 300,
 ) -> bool:
-  """Connects this process with the others; to be called before JAX is used.
+  """Connects this process to the others. Must be called before JAX is used.
 
-  A run that fails in one process ends in all: an error ends a process without
+  A failure in one process ends the whole run: the failing process exits without
   waiting for the others, which then lose their connection to it.
 
   Args:
     coordinator_address: host:port of process 0.
-    num_processes: of the run.
-    process_id: of this one, from 0.
-    cluster: finds the three in the environment of a cluster: 'auto', or 'slurm'
-      or another `cluster_detection_method` of `jax.distributed.initialize`.
-    timeout: seconds that the processes wait for each other. A process that
-      waits in vain says so and exits with status 1.
+    num_processes: number of processes of the run.
+    process_id: index of this process, from 0.
+    cluster: how to find the first three arguments in the environment of a
+      cluster: 'auto', 'slurm', or another `cluster_detection_method` of
+      `jax.distributed.initialize`.
+    timeout: seconds that the processes wait for each other. After that, a
+      process logs an error and exits with status 1.
 
   Returns:
-    Whether there are several processes, or might be.
+    Whether several processes are connected. True whenever `cluster` is set.
 
   Raises:
     ValueError: an argument is missing or out of range, or there is no cluster.
-    OSError: process 0 cannot listen at its address.
+    OSError: process 0 cannot listen on its address.
   """
-  given = dict(
+  settings = dict(
     coordinator_address=coordinator_address,
     num_processes=num_processes,
     process_id=process_id,
   )
-  _check(given, cluster, timeout)
+  _check(settings, cluster, timeout)
   if not cluster and (num_processes or 1) == 1:
     return False
   if coordinator_address and process_id == 0:
     _check_port(coordinator_address)
   method = {None: 'deactivate', 'auto': None}.get(cluster, cluster)
-  watch = threading.Timer(timeout, _give_up, [given, timeout])
+  watch = threading.Timer(timeout, _give_up, [settings, timeout])
   watch.daemon = True
   watch.start()
   try:
     jax.distributed.initialize(
-      **given,
+      **settings,
       cluster_detection_method=method,
-      initialization_timeout=timeout + 60,  # The watch is first.
+      initialization_timeout=timeout + 60,  # `watch` ends the process first.
     )
   except ValueError as error:
-    raise ValueError(f'no cluster is found by {cluster}: {error}') from error
+    raise ValueError(f'{cluster} found no cluster: {error}') from error
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
     raise OSError(
@@ -101,18 +102,18 @@ def start(
     ) from error
   finally:
     watch.cancel()
-  # Runs before JAX's own, which waits for the other processes.
+  # Runs before JAX's own handler, which waits for the other processes.
   atexit.register(_leave)
   return True
 
 
-def _check(given: dict[str, Any], cluster: str | None, timeout: int) -> None:
-  missing = [name for name, value in given.items() if value is None]
-  address, count, number = given.values()
-  if not cluster and 0 < len(missing) < len(given):
+def _check(settings: dict[str, Any], cluster: str | None, timeout: int) -> None:
+  missing = [name for name, value in settings.items() if value is None]
+  address, count, number = settings.values()
+  if not cluster and 0 < len(missing) < len(settings):
     raise ValueError(
       'several processes need coordinator_address, num_processes, and '
-      f'process_id; {" and ".join(missing)} not given'
+      f'process_id; missing {" and ".join(missing)}'
     )
   if address is not None and not re.fullmatch(r'\S+:\d{1,5}', address):
     raise ValueError(f'coordinator_address must be host:port; got {address!r}')
@@ -122,11 +123,11 @@ def _check(given: dict[str, Any], cluster: str | None, timeout: int) -> None:
     upper = 'num_processes' if count is None else count
     raise ValueError(f'process_id must be in [0, {upper}); got {number}')
   if timeout < 1:
-    raise ValueError(f'the timeout must be >= 1 second; got {timeout}')
+    raise ValueError(f'timeout must be >= 1 second; got {timeout}')
 
 
 def _check_port(address: str) -> None:
-  """Raises OSError where jaxlib might end the process by a signal."""
+  """Raises OSError if a port is unavailable, which could crash jaxlib."""
   dualstack = socket.has_dualstack_ipv6()
   family = socket.AF_INET6 if dualstack else socket.AF_INET
   port = int(address.rsplit(':', 1)[1])
@@ -138,17 +139,17 @@ def _check_port(address: str) -> None:
     raise OSError(f'cannot start at {address}: {error}') from error
 
 
-def _give_up(given: dict[str, Any], timeout: int) -> None:
-  """Ends a process that waits in vain; JAX's way out is pages long."""
-  address, count, number = given.values()
+def _give_up(settings: dict[str, Any], timeout: int) -> None:
+  """Ends a process after a timeout, with a shorter message than JAX's."""
+  address, count, number = settings.values()
   if number == 0:
-    text = f'not all {count} processes reached {address}'
+    text = f'not all {count} processes connected to {address}'
   else:
     text = f'process {number} found no coordinator at {address}'
   logging.error(
-    '%s within %d s: are all started, with the address of process 0, and is '
-    'its port open?',
-    text if address else 'the processes of the cluster did not meet',
+    '%s within %d s; check that all processes are started with the address of '
+    'process 0 and that its port is open',
+    text if address else 'the processes of the cluster did not connect',
     timeout,
   )
   os._exit(1)
@@ -156,7 +157,7 @@ def _give_up(given: dict[str, Any], timeout: int) -> None:
 
 def _leave() -> None:
   if _failed:
-    if is_main():  # JAX ends the others when this one does: let them speak.
+    if is_main():  # JAX ends the others with this one. Let them log errors.
       time.sleep(_GRACE)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -165,13 +166,14 @@ def _leave() -> None:
 
 @contextlib.contextmanager
 def ending_together(passing: type[BaseException]) -> Iterator[None]:
-  """Says that another process has ended; an error of this one ends all.
+  """Ends all processes on an error and reports the loss of another process.
 
   Args:
-    passing: what all processes raise together.
+    passing: exception type that all processes raise together, which is not
+      treated as a failure.
 
   Raises:
-    ConnectionError: another process has ended.
+    ConnectionError: another process ended.
   """
   global _failed
   try:
@@ -182,19 +184,19 @@ def ending_together(passing: type[BaseException]) -> Iterator[None]:
     _failed = jax.process_count() > 1
     if not is_lost(error):
       raise
-    # Threads that save wait for it, too, and Python for them.
+    # Saving threads also wait for the lost process, and Python for them.
     end = threading.Timer(2 * _GRACE, os._exit, [1])
     end.daemon = True
     end.start()
     raise ConnectionError(
       f'process {jax.process_index()} lost another process of the run, which '
-      f'ended or failed ({str(error).splitlines()[0][:200]}). Checkpoints '
-      'stay: the same commands go on from the last'
+      f'ended or failed ({str(error).splitlines()[0][:200]}). The same '
+      'commands resume from the last checkpoint'
     ) from error
 
 
 def is_lost(error: BaseException) -> bool:
-  """Returns whether an error means that another process has ended."""
+  """Returns whether an error means that another process ended."""
   return (
     jax.process_count() > 1
     and isinstance(error, jax.errors.JaxRuntimeError)
@@ -203,28 +205,32 @@ def is_lost(error: BaseException) -> bool:
 
 
 def is_main() -> bool:
-  """Returns whether this is process 0, which writes what the run writes."""
+  """Returns whether this is process 0, which writes all shared files."""
   return jax.process_index() == 0
 
 
 def gather(value: int) -> np.ndarray:
-  """Returns int[processes]: a value in [0, 2**32) of each process."""
+  """Returns each process's value as int[processes]; collective.
+
+  Args:
+    value: an integer in [0, 2**32).
+  """
   if jax.process_count() == 1:
     return np.asarray([value])
   return multihost_utils.process_allgather(np.uint32(value)).reshape(-1)
 
 
 def wait() -> None:
-  """Returns once all processes are here."""
+  """Waits for all processes; collective."""
   gather(0)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Raises in all processes what is raised in one; collective at its end.
+  """Raises an error in all processes if one raises; collective on exit.
 
   Raises:
-    OSError: only other processes have an error.
+    OSError: only other processes raised an error.
   """
   error = None
   try:
@@ -236,11 +242,11 @@ def together() -> Iterator[None]:
     raise error
   if failed.size:
     names = ', '.join(map(str, failed))
-    raise OSError(f'process {names} failed; its own error says why')
+    raise OSError(f'process {names} failed; see its own error message')
 
 
 def check_same(text: str) -> None:
-  """Raises ValueError where a text is not that of process 0."""
+  """Raises ValueError if the text differs between processes; collective."""
   sums = gather(_crc(text))
   if differing := np.flatnonzero(sums != sums[0]).tolist():
     raise ValueError(
@@ -255,15 +261,17 @@ def _crc(text: str) -> int:
 
 @contextlib.contextmanager
 def held(folder: pathlib.Path, work: str) -> Iterator[None]:
-  """Holds a folder, which all processes share, by a lock of process 0.
+  """Locks a folder shared by all processes; collective on entry.
+
+  Process 0 holds the lock.
 
   Args:
-    folder: is made.
-    work: what is done there; others are told.
+    folder: the folder, created if necessary.
+    work: description of the work, for the errors of other programs.
 
   Raises:
-    OSError: the folder is in use, or processes have folders of their own by
-      this name, or another process says so.
+    OSError: the folder is in use, the processes do not share it, or another
+      process failed.
   """
   with contextlib.ExitStack() as stack:
     token, path = f'{os.getpid()}.{time.time_ns()}', folder / '.processes'
@@ -273,28 +281,29 @@ def held(folder: pathlib.Path, work: str) -> Iterator[None]:
         if jax.process_count() > 1:
           write_atomic(path, token)
           stack.callback(path.unlink, missing_ok=True)
-    wanted, until = gather(_crc(token))[0], time.monotonic() + _VISIBLE
+    expected, until = gather(_crc(token))[0], time.monotonic() + _VISIBLE
     with together():
       while not is_main() and not (
-        path.exists() and _crc(path.read_text()) == wanted
+        path.exists() and _crc(path.read_text()) == expected
       ):
         if time.monotonic() > until:
           raise OSError(
-            f'process {jax.process_index()} does not see what process 0 writes '
-            f'to {folder}: several processes need a workdir on a file system '
-            'that they share'
+            f'process {jax.process_index()} does not see files that process 0 '
+            f'writes to {folder}: several processes need a workdir on a shared '
+            'file system'
           )
         time.sleep(0.1)
     yield
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:
-  """Returns the mesh of all devices, with the axes 'data' and 'fsdp'.
+  """Returns a mesh of all devices with the axes 'data' and 'fsdp'.
 
-  A batch is split along both, weights at most along the second.
+  Batches are sharded along both axes, weights only along 'fsdp'.
 
   Args:
-    fsdp: devices that share one copy of the weights; divides their number.
+    fsdp: number of devices that share one copy of the weights. Must divide the
+      number of devices.
   """
   devices = jax.devices()
   return jax.make_mesh(
@@ -306,17 +315,17 @@ def make_mesh(fsdp: int = 1) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Returns the sharding of arrays whose first dimension is the batch's."""
+  """Returns the sharding of arrays whose first dimension is the batch."""
   return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
 
 
 def replicated(
   sharding: jax.sharding.Sharding | None,
 ) -> jax.sharding.Sharding | None:
-  """Returns the sharding of arrays that are whole on each device of a batch's.
+  """Returns the sharding of arrays that are replicated on a batch's devices.
 
   Args:
-    sharding: of the batch; None: the default device.
+    sharding: sharding of the batch; None: the default device.
   """
   if isinstance(sharding, NamedSharding):
     return NamedSharding(sharding.mesh, PartitionSpec())
@@ -324,14 +333,14 @@ def replicated(
 
 
 def weight_shardings(tree: Any, mesh: Mesh) -> Any:
-  """Returns where the arrays of a tree go: a share to each device of 'fsdp'.
+  """Returns shardings that split arrays over the 'fsdp' axis.
 
-  The longest dimension that can be split evenly is split. Arrays of fewer than
-  1,024 elements, and all others, are whole on each device.
+  Each array is split along its longest evenly divisible dimension. Arrays with
+  fewer than 1,024 elements or without such a dimension are replicated.
 
   Args:
-    tree: of arrays, such as a training state.
-    mesh: of `make_mesh`.
+    tree: tree of arrays, such as a training state.
+    mesh: the mesh from `make_mesh`.
   """
   parts = mesh.shape['fsdp']
 
@@ -346,11 +355,11 @@ def weight_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def rows_of(sharding: jax.sharding.Sharding | None, n: int) -> np.ndarray:
-  """Returns int[rows], the rows of a batch that are on this process's devices.
+  """Returns int[rows], the rows of a batch that this process's devices store.
 
   Args:
-    sharding: of the batch; None: it is all here.
-    n: rows of the batch.
+    sharding: sharding of the batch; None: this process stores all rows.
+    n: number of rows of the batch.
   """
   rows = np.arange(n)
   if sharding is None:
@@ -360,11 +369,11 @@ def rows_of(sharding: jax.sharding.Sharding | None, n: int) -> np.ndarray:
 
 
 def place(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
-  """Returns the arrays of a tree on the devices of all processes.
+  """Moves process-local arrays to the devices of all processes.
 
   Args:
-    tree: of NumPy arrays: of a batch, the rows of `rows_of`.
-    sharding: of the result; None: the default device.
+    tree: tree of NumPy arrays. For a batch, they contain the rows of `rows_of`.
+    sharding: sharding of the result; None: the default device.
   """
   if sharding is None or sharding.is_fully_addressable:
     return jax.device_put(tree, sharding)
@@ -374,11 +383,11 @@ def place(tree: Any, sharding: jax.sharding.Sharding | None) -> Any:
 
 
 def spread(tree: Any, shardings: Any) -> Any:
-  """Returns arrays that each process has whole on the devices of all.
+  """Moves arrays that every process has in full to the devices of all.
 
   Args:
-    tree: of arrays, the same in each process.
-    shardings: one, or a tree of them.
+    tree: tree of arrays, the same in each process.
+    shardings: one sharding, or a tree of shardings.
   """
   if jax.process_count() == 1:
     return jax.device_put(tree, shardings)
@@ -397,11 +406,7 @@ def spread(tree: Any, shardings: Any) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-  """Returns a tree whose arrays are whole in each process; collective.
-
-  Args:
-    tree: of arrays.
-  """
+  """Gathers arrays so that each process has them in full; collective."""
   meshes = {
     a.sharding.mesh
     for a in jax.tree.leaves(tree)

@@ -1,1 +1,1 @@
-"""Programs: absl flags to calls of the library."""
+"""Command-line programs, which translate absl flags to library calls."""

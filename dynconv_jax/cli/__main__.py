@@ -1,4 +1,4 @@
-"""python -m dynconv_jax.cli is the command `dynconv`."""
+"""Entry point of `python -m dynconv_jax.cli`, same as `dynconv`."""
 
 from dynconv_jax.cli.command import main
 

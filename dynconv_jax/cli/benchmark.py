@@ -3,17 +3,17 @@ r"""Times sparse execution against dense execution.
 dynconv benchmark --model=resnet50 --method=dynconv \
   --density=0.5 --batch_size=8 --image_size=224
 
-On synthetic clustered masks of one or more densities, which the network obeys
-while its gates are evaluated all the same; or, with --workdir and --split, on a
-trained network's own masks of real images. Several --density, --batch_size and
---mask_granularity are crossed.
+Uses synthetic clustered masks of one or more densities; the gates are evaluated
+too, but their masks are replaced. With --workdir and --split, uses a trained
+network's own masks on real images. Several values of --density, --batch_size,
+and --mask_granularity are combined.
 
-Each framework runs in a process of its own; the processes take turns, and
-medians are given. PyTorch, ONNX Runtime, OpenVINO and LiteRT are measured where
-they are installed (pip install -e .[benchmark]), once their logits are found to
-be those of JAX. Options of the network are flags, such as --gated_blocks=all.
-The last line is JSON; --output=DIR writes it to a file as well, with a figure.
-Needs a checkout: what it times with lies in benchmarks/.
+Each framework runs in its own process. Timing is interleaved and medians are
+reported. PyTorch, ONNX Runtime, OpenVINO, and LiteRT are timed if installed
+(pip install -e .[benchmark]), after a check that their logits match those of
+JAX. Options of the network are flags, such as --gated_blocks=all. The last line
+is JSON. --output=DIR also writes it to a file, with a figure. Requires a
+checkout, because benchmarks/ is not installed.
 """
 
 from __future__ import annotations
@@ -43,19 +43,21 @@ program.require_checkout('dynconv benchmark')
 from benchmarks import cases  # noqa: E402
 
 _MODEL = flags.DEFINE_string(
-  'model', 'resnet50', 'Such as resnet50 or efficientnet_lite0.'
+  'model', 'resnet50', 'Network, such as resnet50 or efficientnet_lite0.'
 )
-_METHOD = flags.DEFINE_string('method', 'dynconv', 'A gated method.')
-_IMAGE_SIZE = flags.DEFINE_integer('image_size', 224, 'Pixels.')
-_BATCH_SIZE = flags.DEFINE_list('batch_size', '8', 'Images; one or more.')
+_METHOD = flags.DEFINE_string('method', 'dynconv', 'Gated method.')
+_IMAGE_SIZE = flags.DEFINE_integer(
+  'image_size', 224, 'Side of the images in pixels.'
+)
+_BATCH_SIZE = flags.DEFINE_list('batch_size', '8', 'One or more batch sizes.')
 _DENSITY = flags.DEFINE_list(
-  'density', '0.5', 'Share of active positions, in (0, 1]; one or more.'
+  'density', '0.5', 'One or more fractions of active positions, in (0, 1].'
 )
 _GRANULARITY = flags.DEFINE_string(
   'mask_granularity',
   '1',
-  "Side of DynConv's patches, positions: one for all stages, or one a stage "
-  "(4,4,2,1); several are separated by ';'.",
+  "Side of DynConv's mask patches in positions: one for all stages, or one per "
+  "stage (4,4,2,1). Separate several settings by ';'.",
 )
 _OPTIONS = {
   name: option
@@ -63,44 +65,52 @@ _OPTIONS = {
   for name, option in options_of(registry.options_type(factory)).items()
 }
 for _name in _OPTIONS:
-  flags.DEFINE_string(_name, None, 'Of the network, if it has this option.')
-flags.DEFINE_integer('num_classes', 1000, 'Outputs of the head.')
+  flags.DEFINE_string(
+    _name, None, 'Option of the network, for networks that have it.'
+  )
+flags.DEFINE_integer('num_classes', 1000, 'Number of classes.')
 _DTYPE = flags.DEFINE_string('compute_dtype', 'float32', 'float32 or bfloat16.')
-_MODE = flags.DEFINE_string('mode', 'auto', 'Of the executor.')
+_MODE = flags.DEFINE_string('mode', 'auto', 'Mode of the executor.')
 _BACKEND = flags.DEFINE_string(
-  'backend', 'auto', 'Of the executor: auto, a name or package.module:CLASS.'
+  'backend',
+  'auto',
+  'Backend of the executor: auto, a name, or package.module:CLASS.',
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'A trained run, whose network and masks are timed.'
+  'workdir', None, 'Workdir of a trained run whose network and masks are timed.'
 )
-flags.DEFINE_string('split', 'validation', 'Of the run, for --workdir.')
+flags.DEFINE_string('split', 'validation', 'Split of the run, for --workdir.')
 flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], "Which of the workdir's weights."
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use from --workdir.'
 )
 flags.DEFINE_integer(
-  'num_batches', 8, 'Different batches of the split.', lower_bound=1
+  'num_batches', 8, 'Number of different batches of the split.', lower_bound=1
 )
 flags.DEFINE_string(
-  'food101_dir', None, 'Where the data lies now, if not where it lay.'
+  'food101_dir', None, 'Overrides the food101_dir used in training.'
 )
 _PEERS = flags.DEFINE_list(
-  'peers', 'auto', 'auto: those that are installed; none; or names of them.'
+  'peers',
+  'auto',
+  'Other frameworks to time. auto: all that are installed; none; or names.',
 )
 flags.DEFINE_bool(
   'masked_dense',
   True,
-  'Time the gated network computed everywhere; for a GPU XLA takes minutes to '
-  'compile it.',
+  'Time masked dense execution of the gated network. On a GPU, XLA takes '
+  'minutes to compile it.',
 )
 flags.DEFINE_bool(
-  'launched', False, 'On a GPU, time JAX without CUDA graphs as well.'
+  'launched', False, 'On a GPU, also time JAX without CUDA graphs.'
 )
-_PER_BLOCK = flags.DEFINE_bool('per_block', False, 'Time each block as well.')
-_ROUNDS = flags.DEFINE_integer('rounds', 7, 'Turns of each.', lower_bound=1)
-flags.DEFINE_integer('steps', 2, 'Timed calls a turn.', lower_bound=1)
+_PER_BLOCK = flags.DEFINE_bool('per_block', False, 'Also time each block.')
+_ROUNDS = flags.DEFINE_integer(
+  'rounds', 7, 'Rounds of interleaved timing.', lower_bound=1
+)
+flags.DEFINE_integer('steps', 2, 'Timed calls per round.', lower_bound=1)
 _OUTPUT = flags.DEFINE_string('output', None, 'Folder for JSON and figure.')
 
-# Flags that the timed processes read; the first ones are in the summary.
+# Flags that the timed processes read. The first ones are in the summary.
 _SUMMARY = (
   *('model', 'method', 'image_size', 'num_classes', 'compute_dtype'),
   *('mode', 'backend'),
@@ -113,17 +123,17 @@ _SETTINGS = (
 
 
 def main(argv: Sequence[str]) -> None:
-  """Times the cases, prints a table, then JSON."""
+  """Times all cases and prints a table and JSON."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  wanted, peers = _check()
+  all_cases, peers = _check()
   output = _OUTPUT.value and pathlib.Path(_OUTPUT.value).expanduser()
   if output:
     output.mkdir(parents=True, exist_ok=True)
   results = []
   settings = {**_values(_SETTINGS), 'options': _options()}
   with cases.start_workers(peers, settings) as workers:
-    for case in wanted:
+    for case in all_cases:
       results.append(
         cases.time_case(
           case,
@@ -142,7 +152,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check() -> tuple[list[dict[str, Any]], list[str]]:
-  """Returns the cases and the peers that can run, if all flags are sound."""
+  """Returns the cases and the available peers.
+
+  Raises:
+    ValueError: flags are invalid. The message names each.
+  """
   errors = []
 
   def check(function, *args):
@@ -151,10 +165,10 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
     except ValueError as error:
       errors.append(str(error))
 
-  def numbers(flag, kind, holds, allowed):
+  def numbers(flag, kind, valid, allowed):
     try:
       values = [kind(text) for text in flag.value]
-      if values and all(map(holds, values)):
+      if values and all(map(valid, values)):
         return values
     except ValueError:
       pass
@@ -184,13 +198,13 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
 
   models = registry.architectures()
   gated = [method for method in METHODS if method != 'dense']
-  for what, given, allowed in (
+  for name, value, allowed in (
     ('model', _MODEL.value, models),
     ('method', _METHOD.value, gated),
     ('compute_dtype', _DTYPE.value, ('float32', 'bfloat16')),
     ('mode', _MODE.value, MODES),
   ):
-    check(check_choice, what, given, allowed)
+    check(check_choice, name, value, allowed)
   if _BACKEND.value != 'auto':
     check(get_backend, _BACKEND.value)
     if _MODE.value == 'dense':
@@ -212,16 +226,17 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   )
   if unknown := [peer for peer in peers if peer not in known]:
     errors.append(
-      f'peers must be auto, none or some of {", ".join(known)}; got '
+      f'peers must be auto, none, or some of {", ".join(known)}; got '
       f'{", ".join(unknown)}'
     )
   if errors:
     raise ValueError('; '.join(errors))
   if _WORKDIR.value:  # A trained network has its own masks.
     granularities, densities = [''], [None]
-  wanted = itertools.product(batch_sizes, granularities, densities)
+  product = itertools.product(batch_sizes, granularities, densities)
   return [
-    {'batch_size': n, 'mask_granularity': g, 'density': d} for n, g, d in wanted
+    {'batch_size': n, 'mask_granularity': g, 'density': d}
+    for n, g, d in product
   ], cases.available_peers(peers, bool(_WORKDIR.value))
 
 
@@ -259,9 +274,9 @@ def _values(names) -> dict[str, Any]:
 
 
 def _options() -> dict[str, Any]:
-  """Returns the options of the network that are given."""
-  given = {k: flags.FLAGS[k].value for k in _OPTIONS}
-  return {k: _OPTIONS[k].parse(v) for k, v in given.items() if v is not None}
+  """Returns the options of the network that are set."""
+  values = {k: flags.FLAGS[k].value for k in _OPTIONS}
+  return {k: _OPTIONS[k].parse(v) for k, v in values.items() if v is not None}
 
 
 def _config():
@@ -269,7 +284,7 @@ def _config():
 
 
 def _summary(results) -> dict[str, Any]:
-  """Returns settings, machine and times."""
+  """Returns settings, machine, and times."""
   settings = _values(_SUMMARY) | _options()
   if _WORKDIR.value:
     settings |= _values(_OF_RUNS)
@@ -286,7 +301,7 @@ def _summary(results) -> dict[str, Any]:
 
 
 def _write(output: pathlib.Path, results) -> None:
-  """Writes the JSON file, whole or not at all, and the figure."""
+  """Writes the JSON file and the figure."""
   text = json.dumps(_summary(results), indent=2) + '\n'
   write_atomic(output / 'benchmark.json', text)
   if not _WORKDIR.value:

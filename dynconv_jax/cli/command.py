@@ -1,6 +1,6 @@
-"""The command `dynconv`: runs a program of this package.
+"""The `dynconv` command, which runs the programs of this package.
 
-Imports nothing that takes long: a program's help is kept as text.
+This module imports nothing slow. The help of each program is stored as text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dynconv_jax import extras
 _FOLDER = pathlib.Path(__file__).parent
 HELP = ('--help', '-h', '-help', '--helpshort', '--helpfull')
 
-# What is typed, and the module of this folder that runs.
+# Command names and their modules in this package.
 COMMANDS = {
   'train': 'train',
   'evaluate': 'evaluate',
@@ -40,7 +40,7 @@ COMMANDS = {
 
 
 def main() -> None:
-  """Runs the program that the command line names."""
+  """Runs the program named on the command line."""
   arguments = sys.argv[1:]
   if arguments[:1] == ['--version']:
     from importlib import metadata
@@ -49,17 +49,17 @@ def main() -> None:
     return
   words = 0
   while (
-    words < len(arguments) and ' '.join(arguments[: words + 1]) in _beginnings()
+    words < len(arguments) and ' '.join(arguments[: words + 1]) in _prefixes()
   ):
     words += 1
-  given, rest = ' '.join(arguments[:words]), arguments[words:]
-  if given in COMMANDS:
-    run(COMMANDS[given], rest)
+  command, rest = ' '.join(arguments[:words]), arguments[words:]
+  if command in COMMANDS:
+    run(COMMANDS[command], rest)
   elif not rest or rest[0] in HELP:
-    print(_overview(given))
+    print(_overview(command))
     sys.exit(0 if rest else 2)
   else:
-    allowed = {name.removeprefix(f'{given} ') for name in _beginnings()}
+    allowed = {name.removeprefix(f'{command} ') for name in _prefixes()}
     fail(f'unknown command {rest[0]!r}', rest[0], allowed)
 
 
@@ -69,17 +69,17 @@ def run(
   """Runs a program.
 
   Args:
-    name: of its module, such as 'count_macs'.
-    arguments: of the program; None: those of the command line.
-    live: whether its help is made of its flags, which takes as long as its
-      imports, rather than read.
+    name: name of the program's module, such as 'count_macs'.
+    arguments: the program's arguments. None: those of the command line.
+    live: whether to generate help from the flags, which imports the program,
+      instead of reading the stored text.
   """
   arguments = sys.argv[1:] if arguments is None else arguments
   command = next(k for k, module in COMMANDS.items() if module == name)
-  # As `python -m` has it: --method=package.module:METHOD may lie here.
+  # As with `python -m`, so that --method=package.module:METHOD can be local.
   if '' not in sys.path and os.getcwd() not in sys.path:
     sys.path.append(os.getcwd())
-  # What others expect of a program named on the command line adds flags.
+  # Components given as package.module:NAME may add flags.
   live |= any(':' in argument for argument in arguments)
   live |= not help_file(name).exists()
   if not live and any(argument in HELP for argument in arguments):
@@ -98,40 +98,40 @@ def run(
 
 
 def help_file(name: str) -> pathlib.Path:
-  """Returns the file of a program's help; `dynconv_jax.cli.flag_help` writes.
+  """Returns the path of a program's help, written by `cli.flag_help`.
 
   Args:
-    name: of its module.
+    name: name of the program's module.
   """
   return _FOLDER / f'help/{name}.txt'
 
 
 def find_flag_files(arguments: Sequence[str]) -> list[str]:
-  """Returns arguments in which flag files of this package are full paths.
+  """Returns arguments with names of bundled flag files replaced by paths.
 
-  A name that is no file in the current folder is one of this package's:
-  --flagfile=spots_dynconv.
+  A name that is not a file in the current folder, as in
+  --flagfile=spots_dynconv, refers to a flag file of this package.
 
   Args:
-    arguments: of a command line.
+    arguments: command-line arguments.
   """
-  found = list(arguments)
-  for i, argument in enumerate(found):
-    if argument in ('--flagfile', '-flagfile') and i + 1 < len(found):
-      found[i + 1] = _flag_file(found[i + 1])
+  resolved = list(arguments)
+  for i, argument in enumerate(resolved):
+    if argument in ('--flagfile', '-flagfile') and i + 1 < len(resolved):
+      resolved[i + 1] = _flag_file(resolved[i + 1])
     elif argument.startswith(('--flagfile=', '-flagfile=')):
-      flag, _, given = argument.partition('=')
-      found[i] = f'{flag}={_flag_file(given)}'
-  return found
+      flag, _, name = argument.partition('=')
+      resolved[i] = f'{flag}={_flag_file(name)}'
+  return resolved
 
 
 def fail(message: str, given: str, allowed: Iterable[str]) -> NoReturn:
-  """Ends the program with one line, which names the nearest, and status 2.
+  """Prints an error with a suggestion and exits with status 2.
 
   Args:
-    message: what is wrong.
-    given: the name that was given.
-    allowed: names.
+    message: the error message.
+    given: the invalid name.
+    allowed: the allowed names, of which the closest is suggested.
   """
   near = difflib.get_close_matches(given, allowed, n=1)
   hint = f'; did you mean {near[0]}?' if near else ''
@@ -139,24 +139,24 @@ def fail(message: str, given: str, allowed: Iterable[str]) -> NoReturn:
   sys.exit(2)
 
 
-def _flag_file(given: str) -> str:
-  path = pathlib.Path(given).expanduser()
+def _flag_file(name: str) -> str:
+  path = pathlib.Path(name).expanduser()
   if path.exists() or len(path.parts) != 1:
-    return given
-  ours = {file.stem: str(file) for file in _FOLDER.glob('flags/*.flags')}
-  stem = given.removesuffix('.flags')
-  if stem not in ours:
-    fail(f'there is no flag file {given}', stem, ours)
-  return ours[stem]
+    return name
+  bundled = {file.stem: str(file) for file in _FOLDER.glob('flags/*.flags')}
+  stem = name.removesuffix('.flags')
+  if stem not in bundled:
+    fail(f'there is no flag file {name}', stem, bundled)
+  return bundled[stem]
 
 
-def _beginnings() -> set[str]:
-  """Returns the commands and what they begin with: 'export'."""
+def _prefixes() -> set[str]:
+  """Returns the commands and their first words, such as 'export'."""
   return {*COMMANDS, *(name.split()[0] for name in COMMANDS)}
 
 
 def _overview(group: str = '') -> str:
-  """Returns a line for each command."""
+  """Returns a list of commands with one line each."""
   lines = [f'dynconv {group or "COMMAND"} ... [--flag=value ...]', '']
   for command, name in COMMANDS.items():
     if command.startswith(group) and (file := help_file(name)).exists():

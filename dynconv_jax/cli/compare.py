@@ -1,20 +1,21 @@
-r"""Compares runs by a paired test over the examples of a split.
+r"""Compares runs with paired tests over the examples of a split.
 
-Evaluate each run first; that leaves predictions_SPLIT.csv in its workdir.
+Run `dynconv evaluate` on each run first, which writes predictions_SPLIT.csv to
+its workdir.
 
-Two settings, each of one run or of several seeds:
+To compare two settings, each with one run or several seeds:
 dynconv compare --split=test \
   --runs='workdir/NAME/dynconv_b0.5_seed*' --against='workdir/NAME/dense_seed*'
 
-Prints the accuracy of both, their difference in points with its 95 % interval
-and p by a paired bootstrap over examples and seeds, for single runs McNemar's
-exact test as well, and on the last line JSON. Seeds are paired where both sides
-have the same. --gains=FILE.csv adds the difference to a table for
-`dynconv plot`, at the share of the image that the object covers; --bins=N
-splits the examples into N equal groups by that share.
+Prints both accuracies and their difference in points, with a 95 % interval and
+p-value from a paired bootstrap over examples and seeds. For single runs, also
+prints McNemar's exact test. The last line is JSON. Seeds are paired if both
+sides have the same seeds. --gains=FILE.csv adds the difference to a table for
+`dynconv plot`, at the fraction of the image that the object covers. --bins=N
+splits the examples into N equal groups by that fraction.
 
-Many settings against one, as CSV and Markdown, p without correction for their
-number:
+To compare many settings with a baseline, as CSV and Markdown (p-values are not
+corrected for multiple comparisons):
 dynconv compare --split=test --baseline=dense --table=FILE.csv \
   --groups='dense=workdir/NAME/dense_*;dynconv=workdir/NAME/dynconv_*'
 """
@@ -44,41 +45,40 @@ from dynconv_jax.plotting.results import read_results
 from dynconv_jax.training import workdir
 
 _RUNS = flags.DEFINE_list(
-  'runs', None, 'Workdirs or files of predictions, of one setting; globs.'
+  'runs', None, 'Workdirs or prediction files of one setting; may be globs.'
 )
 _AGAINST = flags.DEFINE_list(
-  'against', None, 'The same of what --runs is compared with.'
+  'against', None, 'Workdirs or prediction files to compare --runs with.'
 )
 _GROUPS = flags.DEFINE_string(
-  'groups', None, 'NAME=RUNS;NAME=RUNS;..., each RUNS as of --runs.'
+  'groups', None, 'NAME=RUNS;NAME=RUNS;..., with RUNS as in --runs.'
 )
 _BASELINE = flags.DEFINE_string(
-  'baseline', None, 'The group that all others are compared with.'
+  'baseline', None, 'Group that all others are compared with.'
 )
 _TABLE = flags.DEFINE_string(
-  'table', None, 'CSV file for the groups; a Markdown file is written beside.'
+  'table', None, 'CSV file for the groups; also writes a Markdown file.'
 )
 _SPLIT = flags.DEFINE_string(
-  'split', 'test', 'Which predictions of a workdir, as evaluate was given it.'
+  'split', 'test', 'Split of the predictions in a workdir, as for evaluate.'
 )
 _GAINS = flags.DEFINE_string(
-  'gains', None, 'CSV file in which the difference gets its rows.'
+  'gains', None, 'CSV file to add the difference to.'
 )
-_LABEL = flags.DEFINE_string(
-  'label', '', 'The curve of --gains that the rows belong to.'
-)
+_LABEL = flags.DEFINE_string('label', '', 'Curve that the --gains belong to.')
 _BINS = flags.DEFINE_integer(
-  'bins', 1, "Rows of --gains, by the object's share.", lower_bound=1
+  'bins', 1, 'Number of --gains rows, by object size.', lower_bound=1
 )
 _SHARE = flags.DEFINE_float(
   'share',
   None,
-  "The object's share in --gains where the predictions do not tell it.",
+  'Fraction of the image that the object covers, for --gains if the '
+  'predictions do not contain it.',
   lower_bound=0,
   upper_bound=1,
 )
 _RESAMPLES = flags.DEFINE_integer(
-  'resamples', statistics.RESAMPLES, 'Of the bootstrap.', lower_bound=1
+  'resamples', statistics.RESAMPLES, 'Bootstrap resamples.', lower_bound=1
 )
 
 _GAIN_COLUMNS = ('label', 'share', 'difference', 'low', 'high', 'p', 'examples')
@@ -88,26 +88,26 @@ class Group:
   """Runs of one setting on the same examples.
 
   Attributes:
-    name: as it is printed.
-    runs: their predictions, in order of their seeds where these are known.
-    seeds: of the runs, or None where they are not known or not distinct.
-    correct: bool[runs, n].
+    name: display name.
+    runs: predictions of the runs, ordered by seed if the seeds are known.
+    seeds: seeds of the runs, or None if they are unknown or not distinct.
+    correct: bool[runs, n], set by `align`.
   """
 
   def __init__(self, name: str, patterns: Sequence[str], split: str):
     """Reads the predictions.
 
     Raises:
-      ValueError, FileNotFoundError: a pattern matches nothing, a run is named
-        twice, or a file is no file of predictions.
+      ValueError, FileNotFoundError: a pattern matches nothing, a run is listed
+        twice, or a file is not a prediction file.
     """
     self.name = name
-    paths = [path for given in patterns for path in _files(given, split)]
+    paths = [path for pattern in patterns for path in _files(pattern, split)]
     if not paths:
       raise ValueError(f'{name} has no runs')
     if len(set(paths)) < len(paths):
       raise ValueError(
-        f'{name} names a run twice: {", ".join(map(str, paths))}'
+        f'{name} lists a run twice: {", ".join(map(str, paths))}'
       )
     seeds = [_seed(path) for path in paths]
     self.seeds = None
@@ -117,10 +117,11 @@ class Group:
     self.runs = [read_predictions(path) for path in paths]
 
   def align(self, first: Predictions) -> None:
-    """Puts every run's examples into the order of `first`.
+    """Reorders the examples of all runs as in `first`.
 
     Raises:
-      ValueError: a run is of other examples or labels; says which.
+      ValueError: a run has different examples or labels. The message names
+        them.
     """
     rows = []
     for run in self.runs:
@@ -131,14 +132,14 @@ class Group:
 
   @property
   def gmacs(self) -> float | None:
-    """Mean over runs and examples; None where a run does not say."""
+    """Mean over runs and examples, or None if unknown for any run."""
     macs = [run.macs for run in self.runs]
     if any(values is None for values in macs):
       return None
     return float(np.mean(macs)) / 1e9
 
   def row(self, baseline: Group | None = None) -> dict[str, Any]:
-    """Returns accuracy and cost, and the difference from another group."""
+    """Returns accuracy and cost, and the difference from a baseline."""
     accuracy = statistics.mean_interval(
       self.correct, resamples=_RESAMPLES.value
     )
@@ -159,12 +160,12 @@ class Group:
 
 
 def difference(a: Group, b: Group, examples) -> dict[str, Any]:
-  """Returns accuracy(a) - accuracy(b) in points, its interval, and p.
+  """Returns accuracy(a) - accuracy(b) in points, its 95 % interval, and p.
 
   Args:
-    a: of the same examples as b.
-    b: what a is compared with.
-    examples: index of those that count.
+    a: a group.
+    b: the group to compare with, on the same examples.
+    examples: index of the examples to use.
   """
   paired = a.seeds is not None and a.seeds == b.seeds
   estimate = statistics.paired_bootstrap(
@@ -183,7 +184,7 @@ def difference(a: Group, b: Group, examples) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-  """Compares two settings, or many against one."""
+  """Compares two settings, or many settings with a baseline."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   pair = (_RUNS.value, _AGAINST.value)
@@ -247,34 +248,34 @@ def _compare_pair(runs: Group, against: Group) -> None:
 
 
 def _gain_rows(runs: Group, against: Group) -> list[dict[str, Any]]:
-  """Returns the rows of a table of gains, by the object's share."""
+  """Returns the rows of a gains table, by object size."""
   path = pathlib.Path(_GAINS.value).expanduser()
   if path.exists() and set(read_results(path)[0]) != set(_GAIN_COLUMNS):
     raise ValueError(
-      f'{path} is no table of gains, which has {", ".join(_GAIN_COLUMNS)}'
+      f'{path} is not a gains table with columns {", ".join(_GAIN_COLUMNS)}'
     )
   n = runs.correct.shape[1]
   shares = runs.runs[0].object_share
   if _SHARE.value is not None:
     shares = np.full(n, _SHARE.value)
     if _BINS.value > 1:
-      raise ValueError('--share is one share; it allows no --bins')
+      raise ValueError('--share cannot be combined with --bins')
   if shares is None:
     raise ValueError(
-      f'{runs.runs[0].path} does not tell what share of an image its object '
-      'covers; give --share'
+      f'{runs.runs[0].path} does not contain the fraction of an image that its '
+      'object covers; set --share'
     )
   if n < 2 * _BINS.value:
     raise ValueError(f'--bins={_BINS.value} is too many for {n} examples')
   rows = []
   order = np.argsort(shares, kind='stable')
   for examples in np.array_split(order, _BINS.value):
-    found = difference(runs, against, examples)
+    result = difference(runs, against, examples)
     values = (
       _LABEL.value,
       float(shares[examples].mean()),
-      *(found[f'difference{end}'] for end in ('', '_low', '_high')),
-      found['p'],
+      *(result[f'difference{end}'] for end in ('', '_low', '_high')),
+      result['p'],
       len(examples),
     )
     rows.append(dict(zip(_GAIN_COLUMNS, values, strict=True)))
@@ -302,7 +303,7 @@ def _compare_many(patterns: Mapping[str, Sequence[str]], name: str) -> None:
 
 
 def _aligned(patterns: Mapping[str, Sequence[str]]) -> list[Group]:
-  """Returns the groups, all of the same examples in the same order."""
+  """Returns the groups, with the same examples in the same order."""
   groups = [Group(name, p, _SPLIT.value) for name, p in patterns.items()]
   for group in groups:
     group.align(groups[0].runs[0])
@@ -317,13 +318,13 @@ def _parse_groups(text: str) -> dict[str, list[str]]:
     if not (name and equals and patterns):
       raise ValueError(f'--groups must be NAME=RUNS;...; got {part!r}')
     if name in groups:
-      raise ValueError(f'--groups names {name} twice')
+      raise ValueError(f'--groups lists {name} twice')
     groups[name] = patterns.split(',')
   return groups
 
 
 def _files(pattern: str, split: str) -> list[pathlib.Path]:
-  """Returns the files of predictions of a workdir, a file or a glob."""
+  """Returns the prediction files of a workdir, a file, or a glob."""
   found = sorted(glob.glob(str(pathlib.Path(pattern).expanduser())))
   if not found:
     raise FileNotFoundError(f'there is no {pattern}')
@@ -333,7 +334,7 @@ def _files(pattern: str, split: str) -> list[pathlib.Path]:
       path /= predictions_file(split)
       if not path.exists():
         raise FileNotFoundError(
-          f'there is no {path}; write it by `dynconv evaluate '
+          f'there is no {path}; write it with `dynconv evaluate '
           f'--workdir={path.parent} --split={split}`'
         )
     paths.append(path)
@@ -341,7 +342,7 @@ def _files(pattern: str, split: str) -> list[pathlib.Path]:
 
 
 def _seed(path: pathlib.Path) -> int | None:
-  """Returns the seed of the run whose workdir a file lies in, if any."""
+  """Returns the seed of the run whose workdir contains a file, or None."""
   try:
     return int(workdir.read_texts(path.parent)['seed'])
   except (FileNotFoundError, KeyError):
@@ -349,7 +350,7 @@ def _seed(path: pathlib.Path) -> int | None:
 
 
 def _check_same(first: Predictions, other: Predictions) -> None:
-  """Raises ValueError unless both are of the same examples and labels."""
+  """Raises ValueError if the two have different examples or labels."""
   a, b = first.labels, other.labels
   parts = [
     f'{len(names)} only in {run.path}, such as {min(names)!r}'
@@ -362,10 +363,10 @@ def _check_same(first: Predictions, other: Predictions) -> None:
       return
     name = wrong[0]
     parts = [
-      f'{len(wrong)} have another label, such as {name!r}: {a[name]} in '
+      f'{len(wrong)} differ in label, such as {name!r}: {a[name]} in '
       f'{first.path}, {b[name]} in {other.path}'
     ]
-  raise ValueError(f'runs must be of the same examples: {"; ".join(parts)}')
+  raise ValueError(f'runs must have the same examples: {"; ".join(parts)}')
 
 
 def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -400,10 +401,10 @@ def _markdown(rows, baseline: str, num_examples: int) -> str:
     [
       *lines,
       '',
-      f'{num_examples} examples; in brackets 95 % intervals of a paired '
-      f'bootstrap, {_RESAMPLES.value} resamples of examples and seeds. Those '
-      'of a single run hold for that network alone. p is not corrected for '
-      'the number of rows.',
+      f'{num_examples} examples. Brackets are 95 % intervals of a paired '
+      f'bootstrap with {_RESAMPLES.value} resamples of examples and seeds. '
+      'Intervals of a single run apply to that network only. p is not '
+      'corrected for the number of rows.',
       '',
     ]
   )

@@ -1,4 +1,4 @@
-"""Command-line flags of a training run, one an option of its configuration."""
+"""Command-line flags for the options of a training run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynconv_jax.options import Option, Range, options_of
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training.config import Config
 
-# Flags that may name something outside the package, whose options are flags.
+# Flags that may name external components, whose options become flags.
 _CHOICES = {'dataset': 'datasets', 'model': 'models', 'method': 'methods'}
 
 
@@ -23,19 +23,19 @@ def define(
 ) -> None:
   """Defines a flag for every option of a run.
 
-  The options of what --dataset, --model and --method name outside the package
-  are flags, too: they are looked up before flags are parsed.
+  This includes the options of external components named by --dataset, --model,
+  and --method, which are looked up before flags are parsed.
 
   Args:
-    flag_values: where to; by default the program's.
-    argv: of the program; by default `sys.argv`.
+    flag_values: flags to add to; by default those of the program.
+    argv: the command line; by default `sys.argv`.
   """
   argv = sys.argv if argv is None else argv
   outside = _outside(argv[1:])
   try:
     options = config_lib.all_options(**outside)
   except ValueError as error:
-    # Flags are defined before a program's own handling of errors.
+    # The program does not yet handle errors at this point.
     sys.exit(f'error: {error}')
   for name, option in options.items():
     default = option.default
@@ -57,35 +57,35 @@ def define(
 
 
 def define_places(flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
-  """Defines the flags that say where data lies; by default as in training.
+  """Defines flags that override the data locations used in training.
 
   Args:
-    flag_values: where to; by default the program's.
+    flag_values: flags to add to; by default those of the program.
 
   Returns:
-    Their names.
+    The names of the flags.
   """
   names = config_lib.places_of(*config_lib.DATASETS)
   for name in names:
     flags.DEFINE_string(
       name,
       None,
-      f'{name} instead of the one in training.',
+      f'Overrides the {name} used in training.',
       flag_values=flag_values,
     )
   return names
 
 
 def values(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
-  """Returns the values of all options that the flags give, by name.
+  """Returns the values of all options that are set by flags, by name.
 
   Args:
-    flag_values: parsed; by default the program's.
+    flag_values: parsed flags; by default those of the program.
 
   Raises:
-    ValueError: an entry of a list of numbers is not one.
+    ValueError: an entry of a list of numbers is not a number.
   """
-  found = {}
+  result = {}
   references = {
     plural: [flag_values[name].value]
     for name, plural in _CHOICES.items()
@@ -96,15 +96,15 @@ def values(flag_values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
     if isinstance(value, list):
       value = option.parse(','.join(value))
     if value is not None:
-      found[name] = value
-  return found
+      result[name] = value
+  return result
 
 
 def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
-  """Returns the configuration that the flags give.
+  """Returns the configuration set by the flags.
 
   Args:
-    flag_values: parsed; by default the program's.
+    flag_values: parsed flags; by default those of the program.
 
   Raises:
     ValueError: as `values`.
@@ -113,14 +113,14 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
 
 
 def _help(option: Option) -> str:
-  """Returns what an option is, and which values are allowed."""
+  """Returns an option's help with its allowed values."""
   allowed = option.allowed
   if isinstance(allowed, Range):
-    said, text = allowed.text.lower() in option.help.lower(), allowed.text
+    stated, text = allowed.text.lower() in option.help.lower(), allowed.text
   else:
-    said = all(name in option.help for name in allowed or ())
+    stated = all(name in option.help for name in allowed or ())
     text = f'one of {", ".join(allowed or ())}'
-  return option.help if said else f'{option.help.removesuffix(".")}; {text}.'
+  return option.help if stated else f'{option.help.removesuffix(".")}; {text}.'
 
 
 def _groups(
@@ -128,47 +128,47 @@ def _groups(
   models: Sequence[str] = (),
   methods: Sequence[str] = (),
 ) -> Iterator[tuple[str, list[str]]]:
-  """Yields titles, and the names of the options that they stand over.
+  """Yields (title, names of options) for each group of options.
 
   Args:
-    datasets: names beside those of this package.
+    datasets: names in addition to those of this package.
     models: as `datasets`.
     methods: as `datasets`.
   """
   choices = config_lib.choices(datasets, models, methods)
-  for what, kind in config_lib.PARTS.items():
-    yield f'{GROUP}the {what}', list(options_of(kind))
+  for part, kind in config_lib.PARTS.items():
+    yield f'{GROUP}the {part}', list(options_of(kind))
     users = {}
     for choice in choices.get(kind, ()):
       for name in options_of(kind.options_type(choice)):
         users.setdefault(name, []).append(choice)
     titles = {}
-    for name, of in users.items():
-      titles.setdefault(f'{GROUP}{", ".join(of)}', []).append(name)
+    for name, names in users.items():
+      titles.setdefault(f'{GROUP}{", ".join(names)}', []).append(name)
     yield from titles.items()
 
 
 def _outside(arguments: Sequence[str]) -> dict[str, list[str]]:
-  """Returns what arguments name by package.module:NAME, by kind."""
+  """Returns the package.module:NAME references in arguments, by kind."""
   try:
     arguments = flags.FLAGS.read_flags_from_files(
       list(arguments), force_gnu=False
     )
-  except flags.Error:  # Parsing reports it.
+  except flags.Error:  # Reported when flags are parsed.
     return {}
-  found = {}
+  values = {}
   for argument, after in zip(arguments, [*arguments[1:], ''], strict=False):
     name, equals, value = argument.lstrip('-').partition('=')
     if argument.startswith('-') and name in _CHOICES:
       value = value if equals else after
-      # A grid of a sweep may name several.
-      found[name] = value
+      values[name] = value
     elif name == 'grid' and equals:
-      name, _, values_ = value.partition('=')
+      # A grid of a sweep may name several components.
+      name, _, text = value.partition('=')
       if name in _CHOICES:
-        found[f'{name}s'] = values_
+        values[f'{name}s'] = text
   references = {}
-  for name, text in found.items():
+  for name, text in values.items():
     plural = _CHOICES.get(name, name)
     references.setdefault(plural, [])
     references[plural] += [v for v in text.split(',') if ':' in v]

@@ -1,4 +1,4 @@
-r"""Counts the multiply-accumulates of a network, layer by layer.
+r"""Counts the multiply-accumulates (MACs) of a network, layer by layer.
 
   dynconv count --model=resnet50 --image_size=224
   dynconv count --model=resnet101 --method=dynconv --depth=2
@@ -8,8 +8,8 @@ r"""Counts the multiply-accumulates of a network, layer by layer.
     --input_shape=input_ids=1,128:int64 --input_shape=attention_mask=1,128:int64
   dynconv count --onnx=FILE --dimension=batch=1
 
-A table of one image, of one batch, or of what the shapes say. The last line is
-JSON: the total, and every layer's share of it by name.
+Prints a table for one image, one batch, or the given input shapes. The last
+line is JSON with the total and the MACs of each layer.
 """
 
 from __future__ import annotations
@@ -27,62 +27,75 @@ from absl import flags
 from dynconv_jax.cli import program
 from dynconv_jax.macs import CONVENTIONS, Report
 
-_MODEL = flags.DEFINE_string('model', None, 'A network of ours: resnet50, ...')
-_METHOD = flags.DEFINE_string('method', 'dense', 'Its gating: dense, dynconv.')
-_NUM_CLASSES = flags.DEFINE_integer('num_classes', 1000, 'Outputs of its head.')
-_WIDTH = flags.DEFINE_float('width_multiplier', 1.0, 'Scales its channels.')
+_MODEL = flags.DEFINE_string(
+  'model', None, 'Network of this package, such as resnet50.'
+)
+_METHOD = flags.DEFINE_string(
+  'method', 'dense', 'Method of --model, such as dense or dynconv.'
+)
+_NUM_CLASSES = flags.DEFINE_integer(
+  'num_classes', 1000, 'Number of classes of --model.'
+)
+_WIDTH = flags.DEFINE_float(
+  'width_multiplier', 1.0, 'Scale of the channel counts of --model.'
+)
 _IMAGE_SIZE = flags.DEFINE_list(
-  'image_size', ['224'], 'Of its images: pixels a side, or HEIGHT,WIDTH.'
+  'image_size', ['224'], 'Input size of --model: SIDE or HEIGHT,WIDTH.'
 )
 _BATCH_SIZE = flags.DEFINE_integer(
-  'batch_size', 1, 'Images of ours.', lower_bound=1
+  'batch_size', 1, 'Batch size of --model.', lower_bound=1
 )
 _JAX = flags.DEFINE_string('jax', None, 'package.module:function to count.')
 _TORCH = flags.DEFINE_string(
-  'torch', None, 'package.module:factory, whose call returns an nn.Module.'
+  'torch',
+  None,
+  'package.module:factory to count; a function that returns an nn.Module.',
 )
-_ONNX = flags.DEFINE_string('onnx', None, 'An ONNX file to count.')
+_ONNX = flags.DEFINE_string('onnx', None, 'ONNX file to count.')
 _INPUT_SHAPE = flags.DEFINE_multi_string(
   'input_shape',
   [],
-  'Of an argument for --jax and --torch, once for each: 1,224,224,3. A dtype'
-  ' may follow, 1,128:int32, and a name precede, input_ids=1,128:int64, for an'
-  ' argument by name. They are float32, or of the dtype of the --torch module.',
+  'Shape of an argument for --jax and --torch, such as 1,224,224,3; repeat it '
+  'for each argument. A dtype may follow (1,128:int32) and the name of a '
+  'keyword argument may precede (input_ids=1,128:int64). The default dtype is '
+  'float32 or, for --torch, that of the module.',
 )
 _DIMENSION = flags.DEFINE_multi_string(
-  'dimension', [], 'NAME=SIZE of a symbolic dimension for --onnx.'
+  'dimension', [], 'Size of a symbolic dimension for --onnx, as NAME=SIZE.'
 )
 _CONVENTION = flags.DEFINE_enum(
   'convention',
   'conv+linear',
   sorted(CONVENTIONS),
-  "What is counted; docs/macs.md. The figures here have 'conv'.",
+  "Counting convention; see docs/macs.md. This project reports 'conv'.",
 )
 _PADDING = flags.DEFINE_bool(
-  'padding', True, 'Whether positions of input padding are work.'
+  'padding', True, 'Count positions of input padding.'
 )
 _TRIP_COUNT = flags.DEFINE_integer(
-  'trip_count', None, 'How often while loops run (--jax, --torch, --onnx).'
+  'trip_count', None, 'Iterations of while loops (--jax, --torch, --onnx).'
 )
 _BRANCH = flags.DEFINE_string(
-  'branch', 'max', 'Which branch of a condition counts: max, min or its name.'
+  'branch', 'max', 'Branch of a condition to count: max, min, or its name.'
 )
 _DEPTH = flags.DEFINE_integer(
-  'depth', None, 'Merges layers by the first DEPTH parts of their names.'
+  'depth', None, 'Merge layers by the first DEPTH parts of their names.'
 )
 _TREE = flags.DEFINE_bool(
-  'tree', False, 'Shows the modules as a tree, as deep as DEPTH.'
+  'tree', False, 'Show the modules as a tree, up to DEPTH.'
 )
 _SORT = flags.DEFINE_enum(
-  'sort', 'order', ['order', 'name', 'macs', 'parameters'], 'Of the rows.'
+  'sort', 'order', ['order', 'name', 'macs', 'parameters'], 'Row order.'
 )
-_CSV = flags.DEFINE_string('csv', None, 'Writes the rows to this file.')
-_JSON = flags.DEFINE_string('json', None, 'Writes all of it to this file.')
-_PLOT = flags.DEFINE_string('plot', None, 'Draws bars, as .png and .svg.')
+_CSV = flags.DEFINE_string('csv', None, 'Write the rows to this file.')
+_JSON = flags.DEFINE_string('json', None, 'Write the report to this file.')
+_PLOT = flags.DEFINE_string(
+  'plot', None, 'Write a bar chart to this file, as .png and .svg.'
+)
 
 
 def main(argv: Sequence[str]) -> None:
-  """Counts what the flags name; prints and writes it."""
+  """Counts the network set by the flags, and prints and writes the report."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   sources = {
@@ -91,11 +104,11 @@ def main(argv: Sequence[str]) -> None:
     'torch': _count_torch,
     'onnx': _count_onnx,
   }
-  given = [name for name in sources if flags.FLAGS[name].value is not None]
-  if len(given) != 1:
+  present = [name for name in sources if flags.FLAGS[name].value is not None]
+  if len(present) != 1:
     raise ValueError(
-      'give one of --model, --jax, --torch and --onnx; got'
-      f' {" and ".join(f"--{name}" for name in given) or "none"}'
+      'set one of --model, --jax, --torch, and --onnx; got'
+      f' {" and ".join(f"--{name}" for name in present) or "none"}'
     )
   if _DEPTH.value is not None and _DEPTH.value < 1:
     raise ValueError(f'depth must be at least 1; got {_DEPTH.value}')
@@ -104,7 +117,7 @@ def main(argv: Sequence[str]) -> None:
     from dynconv_jax.plotting import style
 
     style.figure_paths(_PLOT.value)
-  report = sources[given[0]](
+  report = sources[present[0]](
     {'convention': _CONVENTION.value, 'padding': _PADDING.value}
   )
   shown = report.grouped(_DEPTH.value) if _DEPTH.value else report
@@ -176,7 +189,7 @@ def _count_jax(options: dict[str, Any]) -> Report:
       argument = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or 'float32'))
     except TypeError as error:
       raise ValueError(
-        f'the dtype of input_shape is not one that JAX has; got {dtype!r}'
+        f'the dtype of input_shape must be a JAX dtype; got {dtype!r}'
       ) from error
     _add_argument(args, kwargs, name, argument)
   branch = _BRANCH.value
@@ -200,13 +213,13 @@ def _count_torch(options: dict[str, Any]) -> Report:
   module = _load('torch', _TORCH.value)()
   args, kwargs = [], {}
   for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
-    found = getattr(torch, dtype, None)
-    if dtype and not isinstance(found, torch.dtype):
+    torch_dtype = getattr(torch, dtype, None)
+    if dtype and not isinstance(torch_dtype, torch.dtype):
       raise ValueError(
-        f'the dtype of input_shape is not one that PyTorch has; got {dtype!r}'
+        f'the dtype of input_shape must be a PyTorch dtype; got {dtype!r}'
       )
-    # A shape stands for a tensor of the module's own dtype and device.
-    argument = torch.zeros(shape, dtype=found) if dtype else shape
+    # A plain shape means a tensor with the module's dtype and device.
+    argument = torch.zeros(shape, dtype=torch_dtype) if dtype else shape
     _add_argument(args, kwargs, name, argument)
   try:
     return count_macs(
@@ -252,34 +265,34 @@ def _count_onnx(options: dict[str, Any]) -> Report:
 
 
 def _load(flag: str, path: str) -> Callable:
-  """Returns what 'package.module:name' names, which can be called."""
+  """Returns the callable at 'package.module:name'."""
   module, _, name = path.partition(':')
   if not module or not name:
     raise ValueError(f'--{flag} must be package.module:name; got {path!r}')
   if (folder := os.getcwd()) not in sys.path:
     sys.path.insert(0, folder)
   try:
-    found = importlib.import_module(module)
+    value = importlib.import_module(module)
     for part in name.split('.'):
-      found = getattr(found, part)
+      value = getattr(value, part)
   except (ImportError, AttributeError) as error:
     raise ValueError(f'--{flag}={path}: {error}') from error
-  if not callable(found):
+  if not callable(value):
     raise ValueError(
-      f'--{flag}={path} must be callable; it is a {type(found).__name__}'
+      f'--{flag}={path} must be callable; got {type(value).__name__}'
     )
-  return found
+  return value
 
 
 def _shape(text: str) -> tuple[str, tuple[int, ...], str]:
-  """Returns the name, shape and dtype of 'name=1,224,224,3:dtype'."""
+  """Returns (name, shape, dtype) of 'name=1,224,224,3:dtype'."""
   name, _, rest = text.rpartition('=')
   sizes, _, dtype = rest.partition(':')
   try:
     shape = tuple(int(size) for size in sizes.split(',') if size)
   except ValueError:
     raise ValueError(
-      f'input_shape must be numbers with commas between; got {text!r}'
+      f'input_shape must be integers separated by commas; got {text!r}'
     ) from None
   return name, shape, dtype
 

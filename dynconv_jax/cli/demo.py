@@ -1,11 +1,11 @@
-"""Serves a page that shows where networks compute in a photograph.
+"""Serves a web page that shows where networks compute in an image.
 
 dynconv demo --workdir=workdir/spots_dynconv
 dynconv demo --workdir=workdir/budget0.25,workdir/budget0.5
 
-The page shows the class, the GMACs, the time of dense and of sparse execution,
-and the masks of every block. Several networks can be compared; where they
-differ in their budget, a slider chooses among them.
+The page shows the class, the GMACs, the latency of dense and sparse execution,
+and the masks of every block. Several networks can be compared. If they differ
+in budget, a slider selects one.
 """
 
 from __future__ import annotations
@@ -20,32 +20,37 @@ from dynconv_jax.demo import Server, load_networks
 from dynconv_jax.demo.networks import find_examples
 
 _WORKDIR = flags.DEFINE_list(
-  'workdir', None, 'Folder of the run; several, with commas.', required=True
+  'workdir',
+  None,
+  'Workdir of a run, or several separated by commas.',
+  required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
 _PORT = flags.DEFINE_integer(
-  'port', 8000, 'Of the page; 0: any free one.', 0, 65535
+  'port', 8000, 'Port of the page; 0: any free port.', 0, 65535
 )
 _HOST = flags.DEFINE_string(
-  'host', '127.0.0.1', 'Address to listen at; 0.0.0.0: for other machines too.'
+  'host',
+  '127.0.0.1',
+  'Address to listen on; 0.0.0.0 allows access from other machines.',
 )
 _EXAMPLES = flags.DEFINE_string(
   'examples',
   '8',
-  "Images to offer: a number of the first run's test images, or a folder.",
+  "Example images: a folder, or a number of the first run's test images.",
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Serves until it is interrupted."""
+  """Serves the page until interrupted."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   with Server(_PORT.value, _HOST.value) as server:
     networks = load_networks(_WORKDIR.value, best=_CHECKPOINT.value == 'best')
     examples = find_examples(_EXAMPLES.value, _WORKDIR.value[0])
-    print(f'serving {server.url} (Ctrl-C ends it)', flush=True)
+    print(f'serving {server.url} (press Ctrl-C to stop)', flush=True)
     with contextlib.suppress(KeyboardInterrupt):
       server.start(networks, examples)
 

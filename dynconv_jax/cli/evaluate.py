@@ -2,16 +2,16 @@
 
 dynconv evaluate --workdir=workdir/spots_dynconv --split=test
 
-Prints a table and, on the last line, JSON. Writes evaluation_SPLIT.json,
-predictions_SPLIT.csv with one row an example (`dynconv compare` reads it),
-the per-block density and a grid of ponder-cost maps into the workdir, and with
---results the run's row into a table of runs.
+Prints a table and, on the last line, JSON. Writes to the workdir:
+evaluation_SPLIT.json, predictions_SPLIT.csv with one row per example (for
+`dynconv compare`), the density of each block, and a grid of ponder-cost maps.
+--results adds a row for the run to a table of runs.
 
-Gates decide by their likelier outcome, so that an image's result is its own.
-With --stochastic_gates they sample as in training, as ConvNet-AIG's authors
-evaluate: the rates are then those of training, and an image's result depends on
-the run's seed, the batch it is in and its place there. The files' names end in
-_stochastic.
+By default, gates choose their more likely outcome, and the result for an image
+does not depend on other images. With --stochastic_gates, they sample as in
+training, which is how the authors of ConvNet-AIG evaluate. Execution rates then
+match training, and the result for an image depends on the run's seed, its
+batch, and its position in the batch. File names then end in _stochastic.
 """
 
 from __future__ import annotations
@@ -49,67 +49,72 @@ from dynconv_jax.training.evaluation import evaluate, make_predict
 from dynconv_jax.training.state import split as split_model
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run to evaluate.', required=True
+  'workdir', None, 'Workdir of the run to evaluate.', required=True
 )
 _SPLIT = flags.DEFINE_string(
   'split',
   'validation',
-  "train, validation or test, as the run names them, or in TFDS's notation.",
+  "train, validation, or test for the run's own split, or in TFDS notation.",
 )
 _CHECKPOINT = flags.DEFINE_enum(
   'checkpoint',
   'best',
   ['best', 'latest'],
-  'best by validation accuracy (the latest where there was no validation), '
-  'or latest.',
+  'best by validation accuracy (the latest if there was no validation), or '
+  'latest.',
 )
 _CONVENTION = flags.DEFINE_enum(
-  'convention', 'conv', ['conv', 'conv+linear'], 'How MACs are counted.'
+  'convention', 'conv', ['conv', 'conv+linear'], 'MAC counting convention.'
 )
 _STOCHASTIC = flags.DEFINE_bool(
-  'stochastic_gates', False, "Gates sample as in training, by the run's seed."
+  'stochastic_gates',
+  False,
+  "Sample gate decisions as in training, with the run's seed.",
 )
 _EXECUTION = flags.DEFINE_enum(
   'execution',
   'dense',
   ['dense', 'sparse', 'auto'],
-  'sparse: only where the masks are set, to the same result; auto: so where '
-  'that is measured to be faster.',
+  'sparse: run blocks only at active positions, with the same result; auto: '
+  'sparse if measured to be faster.',
 )
 _NUM_MAPS = flags.DEFINE_integer(
-  'num_maps', 12, 'Images in the grid of ponder-cost maps.', lower_bound=0
+  'num_maps',
+  12,
+  'Number of images in the grid of ponder-cost maps.',
+  lower_bound=0,
 )
 _RESULTS = flags.DEFINE_string(
-  'results', None, 'CSV file of runs, in which this run gets a row.'
+  'results', None, 'CSV table of runs to add a row for this run to.'
 )
 _RECIPE = flags.DEFINE_string(
-  'recipe', '', "What the row's column `recipe` says, to tell curves apart."
+  'recipe', '', 'Value of the column `recipe`, which distinguishes curves.'
 )
-# Where the data lies now, if not where it lay in training.
+# Flags for data locations that have changed since training.
 _PLACES = config_flags.define_places()
 
 
 def main(argv: Sequence[str]) -> None:
-  """Evaluates, writes the figures and prints the result."""
+  """Evaluates the run, writes its files, and prints the result."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   folder = pathlib.Path(_WORKDIR.value).expanduser().absolute()
   texts = workdir.read_texts(folder)
-  given = {name: flags.FLAGS[name].value for name in _PLACES}
-  given = {name: value for name, value in given.items() if value is not None}
-  data = workdir.read_part(folder, DataConfig, given)
+  places = {name: flags.FLAGS[name].value for name in _PLACES}
+  places = {name: value for name, value in places.items() if value is not None}
+  data = workdir.read_part(folder, DataConfig, places)
   config = workdir.read_part(folder, MethodConfig)
   method = config.record
   if _STOCHASTIC.value and not method.samples:
     sampling = [name for name in METHODS if load_method(name).samples]
     raise ValueError(
-      '--stochastic_gates needs gates that sample, those of '
-      f'{" or ".join(sampling)}; the run is of {method.name}'
+      '--stochastic_gates needs gates that sample, as in '
+      f'{" or ".join(sampling)}; the run uses {method.name}'
     )
   if _EXECUTION.value != 'dense' and _STOCHASTIC.value:
     raise ValueError(
-      f'--execution={_EXECUTION.value} takes the decisions of evaluation, not '
-      'those of --stochastic_gates'
+      f'--execution={_EXECUTION.value} cannot be combined with '
+      '--stochastic_gates'
     )
   if _EXECUTION.value != 'dense' and not method.gated:
     raise ValueError(
@@ -216,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _spread(source, skipped: Sequence[str]) -> list[int]:
-  """Returns which examples are spread evenly over the split, so its classes."""
+  """Returns the indices of examples spread evenly over the split."""
   count = min(_NUM_MAPS.value, len(source))
   spread = np.linspace(0, len(source) - 1, count).astype(int).tolist()
   return [i for i in spread if source[i]['name'] not in skipped]

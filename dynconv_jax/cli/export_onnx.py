@@ -1,12 +1,12 @@
-r"""Writes a trained network as an ONNX model that computes where it matters.
+r"""Exports a trained network to ONNX, with sparse execution.
 
 dynconv export onnx --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.onnx [--form=dense]
 
-Networks of every method. The model's input 'images' is float32[N, H, W, 3], of
-any N, normalized by the mean and deviation in its metadata, which names the
-classes too. Its outputs are 'logits' and, for a gated network, 'density', the
-share of active positions of each image and block.
+Supports all methods. The model's input 'images' is float32[N, H, W, 3] with any
+N, normalized by the mean and standard deviation in the model's metadata, which
+also contains the class names. The outputs are 'logits' and, for gated networks,
+'density', the fraction of active positions for each image and block.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from dynconv_jax.files import replacing
 from dynconv_jax.training.workdir import load_run
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run.', required=True
+  'workdir', None, 'Workdir of the run.', required=True
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'The file, which ends in .onnx.', required=True
+  'output', None, 'Output file, ending in .onnx.', required=True
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
 _FORM = flags.DEFINE_enum(
   'form',
   'sparse',
   ['sparse', 'dense'],
-  'Of gated blocks: at active positions only, or everywhere and masked.',
+  'Execution of gated blocks. sparse: active positions only; dense: '
+  'everywhere, then masked.',
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the weights and writes the file."""
+  """Loads the network and writes the file."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   extras.require('onnx', 'onnx')

@@ -1,16 +1,16 @@
-r"""Writes a trained network as StableHLO, in its dense form, for JAX alone.
+r"""Exports a trained network to StableHLO, with dense execution.
 
 dynconv export stablehlo --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.stablehlo [--platforms=cpu,cuda]
 
-Elsewhere, with jax and flatbuffers installed and nothing of this package:
+To run it elsewhere, with only jax and flatbuffers installed:
 
   network = jax.export.deserialize(bytearray(open(FILE, "rb").read()))
   logits, density = network.call(images)
 
-`images` is float32[N, H, W, 3], of any N, normalized by the mean and deviation
-that the program prints. A network without gates returns (logits,) only;
-`density` is the share of active positions of each image and block.
+`images` is float32[N, H, W, 3] with any N, normalized by the mean and standard
+deviation that this program prints. `density` is the fraction of active
+positions for each image and block. A network without gates returns (logits,).
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from dynconv_jax.sparse.stablehlo import PLATFORMS, export_stablehlo
 from dynconv_jax.training.workdir import load_run
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run.', required=True
+  'workdir', None, 'Workdir of the run.', required=True
 )
-_OUTPUT = flags.DEFINE_string('output', None, 'The file.', required=True)
+_OUTPUT = flags.DEFINE_string('output', None, 'Output file.', required=True)
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
 _PLATFORMS = flags.DEFINE_list(
-  'platforms', 'cpu,cuda', f'Where it can run: some of {", ".join(PLATFORMS)}.'
+  'platforms', 'cpu,cuda', f'Target platforms, of {", ".join(PLATFORMS)}.'
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the weights and writes the file."""
+  """Loads the network and writes the file."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   extras.require('stablehlo', 'flatbuffers')

@@ -1,10 +1,10 @@
-"""Writes a static page that runs networks in the browser, without a server.
+"""Writes a static web page that runs networks in the browser.
 
 dynconv export web --workdir=workdir/spots_dynconv --output=site
 python -m http.server --directory=site
 
-The page is that of `dynconv demo`. It loads onnxruntime-web from a CDN, or
-from the folder itself with --runtime.
+The page looks like that of `dynconv demo`. It loads onnxruntime-web from a CDN
+or, with --runtime, from its own folder.
 """
 
 from __future__ import annotations
@@ -21,30 +21,36 @@ from dynconv_jax.demo.networks import find_examples
 from dynconv_jax.demo.web import RUNTIME_VERSION, check_output, read_runtime
 
 _WORKDIR = flags.DEFINE_list(
-  'workdir', None, 'Folder of the run; several, with commas.', required=True
+  'workdir',
+  None,
+  'Workdir of a run, or several separated by commas.',
+  required=True,
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'The folder; a new one, or one to write again.', required=True
+  'output',
+  None,
+  'Output folder: a new one, or an earlier export to overwrite.',
+  required=True,
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
 _EXAMPLES = flags.DEFINE_string(
   'examples',
   '0',
-  'Images to offer, which are published with the page: a number of the first '
-  "run's test images, or a folder.",
+  "Example images: a folder, or a number of the first run's test images. They "
+  'are published with the page.',
 )
 _RUNTIME = flags.DEFINE_string(
   'runtime',
   None,
-  f'Folder dist of the npm package onnxruntime-web@{RUNTIME_VERSION}, to be '
-  'copied; by default the page loads it from jsdelivr.net.',
+  f'Folder dist of the npm package onnxruntime-web@{RUNTIME_VERSION} to copy. '
+  'By default, the page loads it from jsdelivr.net.',
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the networks and writes the folder."""
+  """Loads the networks and writes the folder."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   extras.require('onnx', 'onnx')

@@ -1,11 +1,11 @@
-r"""Writes a network's weights for PyTorch, as a safetensors file.
+r"""Exports a network's weights for PyTorch, as a safetensors file.
 
 dynconv export weights --workdir=workdir/spots_dynconv \
   --output=workdir/spots_dynconv.safetensors
 
-The names are torchvision's, or those of the public checkpoints of the method;
-the file's header says which network it is, so that `predict --pretrained=FILE`
-needs no more.
+Weights have the names used by torchvision or by the method's public
+checkpoints. The file's header describes the network, so
+`predict --pretrained=FILE` needs no other flags.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from dynconv_jax.training.published import save_published
 from dynconv_jax.training.workdir import load_run
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run.', required=True
+  'workdir', None, 'Workdir of the run.', required=True
 )
 _OUTPUT = flags.DEFINE_string(
-  'output', None, 'The file, which ends in .safetensors.', required=True
+  'output', None, 'Output file, ending in .safetensors.', required=True
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Reads the weights and writes the file."""
+  """Loads the network and writes the file."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   output = pathlib.Path(_OUTPUT.value).expanduser()

@@ -1,13 +1,13 @@
-r"""Packs a trained network for the zoo: one file, its index entry, its card.
+r"""Packs a trained network for the zoo: weights, index entry, and model card.
 
 dynconv evaluate --workdir=workdir/NAME --split=test
 dynconv export zoo --workdir=workdir/NAME --name=NAME \
   --output_dir=zoo [--url=https://.../NAME.safetensors]
 
-The file goes to --output_dir, beside a model card in Markdown; upload both. The
-entry goes to the index, after which `--pretrained=zoo:NAME` finds the network,
-for training and prediction, in the folder that DYNCONV_ZOO names, in
-DATA_DIR/zoo, or at its URL.
+Writes the weights and a model card in Markdown to --output_dir; upload both.
+Also adds an entry to the index. `--pretrained=zoo:NAME` then finds the network
+for training and prediction, in the folder DYNCONV_ZOO, in DATA_DIR/zoo, or at
+its URL.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from dynconv_jax.training.published import save_published
 from dynconv_jax.training.workdir import Run, load_run
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of the run.', required=True
+  'workdir', None, 'Workdir of the run.', required=True
 )
 _NAME = flags.DEFINE_string(
-  'name', None, 'Of the network in the zoo.', required=True
+  'name', None, 'Name of the network in the zoo.', required=True
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  'output_dir', 'zoo', 'Where the file and the card are written.'
+  'output_dir', 'zoo', 'Folder for the weights and the model card.'
 )
-_SPLIT = flags.DEFINE_string('split', 'test', 'Whose evaluation is quoted.')
+_SPLIT = flags.DEFINE_string(
+  'split', 'test', 'Split whose evaluation is reported.'
+)
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'Which weights.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use.'
 )
-_URL = flags.DEFINE_string('url', '', 'Of the file, once it is uploaded.')
+_URL = flags.DEFINE_string('url', '', 'URL of the uploaded weights.')
 _INDEX = flags.DEFINE_string(
-  'index', '', "The index that gets the entry; by default the package's."
+  'index', '', 'Index to add the entry to; empty: that of the package.'
 )
 
-# What an entry says about a network, of its flags.
+# Flags of a network that its index entry contains.
 _SHOWN = (
   *('model', 'method', 'image_size', 'padding', 'normalization'),
   *('scene_size', 'object_size'),
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
   name = _NAME.value
   if not re.fullmatch(r'[a-z0-9][a-z0-9._-]*', name):
     raise ValueError(
-      'name must be of lower-case letters, digits, dots, underscores, and '
+      'name must consist of lowercase letters, digits, dots, underscores, and '
       f'hyphens; got {name!r}'
     )
   workdir = pathlib.Path(_WORKDIR.value).expanduser()
@@ -66,8 +68,8 @@ def main(argv: Sequence[str]) -> None:
   run = load_run(workdir, best=_CHECKPOINT.value == 'best')
   if run.step != evaluation['step']:
     raise ValueError(
-      f'the {_CHECKPOINT.value} checkpoint is of step {run.step}; what was '
-      f'evaluated is of step {evaluation["step"]}. Set --checkpoint, or '
+      f'the {_CHECKPOINT.value} checkpoint is of step {run.step}, but the '
+      f'evaluation is of step {evaluation["step"]}. Set --checkpoint or '
       'evaluate again'
     )
   path = pathlib.Path(_OUTPUT_DIR.value).expanduser() / f'{name}.safetensors'
@@ -112,22 +114,22 @@ def model_card(
   evaluation: Mapping[str, Any],
   texts: Mapping[str, str],
 ) -> str:
-  """Returns a model card in Markdown, with the front matter that hubs read.
+  """Returns a model card in Markdown with front matter for model hubs.
 
   Args:
-    name: of the network.
-    entry: of the index.
+    name: name of the network.
+    entry: its index entry.
     run: the network.
-    evaluation: what `dynconv evaluate` wrote.
-    texts: its flags, by name.
+    evaluation: the evaluation written by `dynconv evaluate`.
+    texts: flags of the run, as text by name.
   """
   model, method = run.network.model, run.network.method
   scenes = ''
   if texts.get('scene_size'):
     scenes = (
-      ', as scenes: each photograph, shrunk to a side of '
-      f'{_range(texts["object_size"])} pixels, lies somewhere on another one, '
-      f'blurred, of {_range(texts["scene_size"])} pixels'
+      ', as scenes: each photograph is shrunk to a side of '
+      f'{_range(texts["object_size"])} pixels and placed on a blurred other '
+      f'photograph of {_range(texts["scene_size"])} pixels'
     )
   low, high = evaluation['accuracy_low'], evaluation['accuracy_high']
   rows = {
@@ -171,8 +173,8 @@ datasets: [{texts['dataset']}]
 |---|---|
 {table}
 
-MACs are multiply-accumulates of convolutions; masked layers count by their
-active positions.
+MACs are multiply-accumulates of convolutions. Masked layers count their active
+positions only.
 
 ## Use
 
@@ -181,9 +183,9 @@ dynconv predict --pretrained=zoo:{name} photo.jpg
 dynconv train --pretrained=zoo:{name} --model={model.model} ...
 ```
 
-Without a URL in the index, put the file at `~/.cache/dynconv_jax/zoo/`, or set
-`DYNCONV_ZOO` to its folder. PyTorch reads it as well: names and layouts of the
-weights are PyTorch's.
+If the index has no URL, put the file in `~/.cache/dynconv_jax/zoo/` or set
+`DYNCONV_ZOO` to its folder. PyTorch can read the file too: weights have
+PyTorch's names and layouts.
 
 ## Training
 
@@ -191,13 +193,12 @@ weights are PyTorch's.
 {recipe}
 ```
 
-`init_from` and `distill_from` name other runs of the same sweep.
+`init_from` and `distill_from` refer to other runs of the same sweep.
 
 ## Limits
 
-The network knows the classes above and nothing else. It was evaluated on images
-like those that it was trained on. Its license is that of the code; the images
-have their own.
+The network only knows the classes above. It was evaluated on images similar to
+its training images. Its license is that of the code; the images have their own.
 """
 
 

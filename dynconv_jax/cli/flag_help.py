@@ -1,7 +1,7 @@
-"""The help of programs: all flags of each, grouped.
+"""Help texts of programs, with all their flags in groups.
 
-python -m dynconv_jax.cli.flag_help writes it into help/, where the command
-`dynconv` reads it without importing the program.
+`python -m dynconv_jax.cli.flag_help` writes them to help/, where the command
+`dynconv` reads them without importing the program.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from absl import flags
 
 from dynconv_jax.cli import command
 
-# Names of groups of flags begin so; `config_flags` registers them.
+# Prefix of the names of flag groups, which `config_flags` registers.
 GROUP = 'Options of '
 _COMMON = {
-  'flagfile': 'Reads flags from a file, by path or by the name of one of ours.',
-  'verbosity': 'Logging: 1 and above shows tracebacks and debug messages.',
+  'flagfile': 'Reads flags from a file, a path or a name like spots_dynconv.',
+  'verbosity': 'Log level; 1 and above shows tracebacks and debug messages.',
 }
 _WIDTH, _COLUMN = 80, 28
 
@@ -27,27 +27,27 @@ def text(doc: str, flag_values: flags.FlagValues = flags.FLAGS) -> str:
   """Returns the help of the program whose flags are defined.
 
   Args:
-    doc: of its module.
-    flag_values: its flags.
+    doc: docstring of the program's module.
+    flag_values: the program's flags.
   """
   by_module = flag_values.flags_by_module_dict()
   groups = {
-    name: found for name, found in by_module.items() if name.startswith(GROUP)
+    name: group for name, group in by_module.items() if name.startswith(GROUP)
   }
-  grouped = {flag.name for found in groups.values() for flag in found}
+  grouped = {flag.name for group in groups.values() for flag in group}
   own = [
     flag
-    for name, found in by_module.items()
+    for name, group in by_module.items()
     if name == sys.argv[0] or name.startswith(f'{__package__}.')
-    for flag in found
+    for flag in group
     if flag.name not in grouped
   ]
   defined = list(flag_values)
   own.sort(key=lambda flag: defined.index(flag.name))
   lines = [doc.strip()]
-  for title, found in {'Flags': own, **groups}.items():
-    if found:
-      lines += ['', textwrap.fill(f'{title}:', _WIDTH), *map(_entry, found)]
+  for title, group in {'Flags': own, **groups}.items():
+    if group:
+      lines += ['', textwrap.fill(f'{title}:', _WIDTH), *map(_entry, group)]
   lines += ['', 'Flags of all programs:']
   lines += [_columns(f'--{name}=...', about) for name, about in _COMMON.items()]
   return '\n'.join(lines) + '\n'
@@ -85,7 +85,7 @@ def _columns(name: str, about: str) -> str:
 
 
 def main() -> None:
-  """Writes the help of all programs, each imported in its own process."""
+  """Writes the help of all programs, importing each in its own process."""
   for name in command.COMMANDS.values():
     code = (
       'from dynconv_jax.cli import command; '

@@ -1,4 +1,4 @@
-"""The runs of a sweep: the product of grids of flags, each run once."""
+"""Runs of a sweep: the product of grids of flags, without duplicates."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from dynconv_jax.methods.method import METHODS, load_method
 from dynconv_jax.options import options_of, to_text
 from dynconv_jax.training.config import Config, all_options
 
-# What a figure shows by itself, beside what a method's curve moves along; other
-# flags that vary are told apart by the recipe of a run.
+# Flags that figures distinguish by themselves, in addition to each method's
+# `knob`. Other varying flags become part of a run's recipe.
 _SHOWN = ('method', 'model', 'width_multiplier', 'seed')
 
 
@@ -23,9 +23,9 @@ class Axis:
   """The values of one flag.
 
   Attributes:
-    name: of an option of a run.
-    values: of its type.
-    method: the only method that they are for, or '' for all.
+    name: name of an option of a run.
+    values: values of the option's type.
+    method: the only method that the values apply to, or '' for all.
   """
 
   name: str
@@ -34,7 +34,10 @@ class Axis:
 
   @property
   def named(self) -> bool:
-    """Whether names of runs say the value; one for one method is a setting."""
+    """Whether run names include the value.
+
+    A single value for a single method is a fixed setting and is not included.
+    """
     return not self.method or len(self.values) > 1
 
 
@@ -43,11 +46,12 @@ class Run:
   """One run of a sweep.
 
   Attributes:
-    name: unique in the sweep, fit for a folder.
-    config: everything about it.
-    settings: the flags of the grids, as text; '' where one does not matter to
+    name: name that is unique in the sweep and valid as a folder name.
+    config: configuration of the run.
+    settings: the flags of the grids, as text; '' for flags that do not affect
       the method.
-    recipe: what tells its curve from others of its method, or ''.
+    recipe: text that distinguishes its curve from others of the same method,
+      or ''.
   """
 
   name: str
@@ -57,11 +61,11 @@ class Run:
 
 
 def matters(name: str, method: str) -> bool:
-  """Returns whether an option of a run changes a run of a method.
+  """Returns whether an option affects runs of a method.
 
   Args:
-    name: of the option.
-    method: its name.
+    name: name of the option.
+    method: name of the method.
   """
   others = (options_of(load_method(m).options) for m in METHODS)
   if not any(name in options for options in others):
@@ -70,19 +74,19 @@ def matters(name: str, method: str) -> bool:
 
 
 def make_runs(base: Mapping[str, Any], grids: Sequence[str]) -> list[Run]:
-  """Returns the runs of a product of grids, seed by seed.
+  """Returns the runs of a product of grids, ordered by seed.
 
-  A flag that does not matter to a method does not multiply its runs.
+  Flags that do not affect a method do not multiply its runs.
 
   Args:
-    base: the values of the flags that are in no grid, by name.
-    grids: each 'NAME=VALUE,VALUE' or, for one method alone and in place of the
-      grid for all, 'METHOD:NAME=VALUE,VALUE'. Values of a flag that is a list
-      are separated by semicolons.
+    base: values of the flags that are in no grid, by name.
+    grids: grids as 'NAME=VALUE,VALUE', or 'METHOD:NAME=VALUE,VALUE' to replace
+      the common grid for one method. Values of list flags are separated by
+      semicolons.
 
   Raises:
-    ValueError: a grid is not of this form, or a run would not be valid; names
-      every error.
+    ValueError: a grid does not have this form, or a run is invalid. The message
+      lists every error.
   """
   axes, errors = [], []
   options = _options(base, grids)
@@ -90,7 +94,7 @@ def make_runs(base: Mapping[str, Any], grids: Sequence[str]) -> list[Run]:
     try:
       axis = _parse(text, options)
       if any((a.name, a.method) == (axis.name, axis.method) for a in axes):
-        raise ValueError(f'--grid={text}: there is another grid of this flag')
+        raise ValueError(f'--grid={text}: this flag already has a grid')
       axes.append(axis)
     except ValueError as error:
       errors.append(str(error))
@@ -107,7 +111,7 @@ def make_runs(base: Mapping[str, Any], grids: Sequence[str]) -> list[Run]:
       and _known(axis.method)
       and not matters(axis.name, axis.method)
     ):
-      errors.append(f'{axis.name} does not matter to {axis.method}')
+      errors.append(f'{axis.name} does not affect {axis.method}')
   runs = {}
   for method in methods:
     for run in _product(base, axes, method):
@@ -123,12 +127,12 @@ def make_runs(base: Mapping[str, Any], grids: Sequence[str]) -> list[Run]:
 def _options(base: Mapping[str, Any], grids: Sequence[str]):
   """Returns the options of all runs by name."""
   named = {'dataset': [], 'model': [], 'method': []}
-  for name, found in named.items():
+  for name, references in named.items():
     for text in [f'{name}={base.get(name, "")}', *grids]:
       left, _, values = text.partition('=')
       if left.strip().rpartition(':')[2] == name:
-        found += [v.strip() for v in values.split(',') if ':' in v]
-  return all_options(**{f'{name}s': found for name, found in named.items()})
+        references += [v.strip() for v in values.split(',') if ':' in v]
+  return all_options(**{f'{name}s': refs for name, refs in named.items()})
 
 
 def _known(method: str) -> bool:
@@ -140,7 +144,11 @@ def _known(method: str) -> bool:
 
 
 def _parse(text: str, options: Mapping[str, Any]) -> Axis:
-  """Returns the axis of a grid; raises ValueError naming what is wrong."""
+  """Returns the axis of a grid.
+
+  Raises:
+    ValueError: the grid is invalid.
+  """
   left, equals, right = text.partition('=')
   method, colon, name = left.strip().rpartition(':')
   if not equals or bool(method) != bool(colon):
@@ -148,12 +156,12 @@ def _parse(text: str, options: Mapping[str, Any]) -> Axis:
       f'--grid={text}: must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE'
     )
   if name not in options:
-    raise ValueError(f'--grid={text}: {name!r} is no flag of a training run')
+    raise ValueError(f'--grid={text}: a training run has no flag {name!r}')
   option = options[name]
   if option.operational:
-    raise ValueError(f'--grid={text}: {name} changes nothing about a run')
+    raise ValueError(f'--grid={text}: {name} does not affect the result')
   if name == 'method' and method:
-    raise ValueError(f'--grid={text}: method cannot be for one method alone')
+    raise ValueError(f'--grid={text}: method cannot be set for one method')
   is_list = typing.get_origin(option.kind) is tuple
   values = []
   for cell in right.split(';' if is_list else ','):
@@ -183,7 +191,7 @@ def _product(
   knobs = {load_method(m).knob for m in {*METHODS, method} if _known(m)}
   shown = {*_SHOWN, *knobs}
   if not set(varied) & knobs:
-    shown.add('image_size')  # What a curve moves along, if nothing else does.
+    shown.add('image_size')  # Varies along a curve if no knob does.
   options = [
     (method,) if axis.name == 'method' else axis.values for axis in used
   ]
@@ -191,7 +199,7 @@ def _product(
     chosen = dict(zip((axis.name for axis in used), values, strict=True))
     config = Config.make(**{**base, 'method': method, **chosen})
     flat = config.flat()
-    # An option of another network or data set changes nothing here.
+    # Options of other networks or datasets do not apply.
     labels = [
       _label(axis.name, chosen[axis.name])
       for axis in used
@@ -211,18 +219,18 @@ def _product(
 
 
 def _text(value: Any) -> str:
-  """Returns a value as in a flag, whole numbers without a point."""
+  """Returns a value as in a flag, without '.0' in whole numbers."""
   parts = value if isinstance(value, tuple) else (value,)
   return ','.join(to_text(part).removesuffix('.0') for part in parts)
 
 
 def _short(value: Any) -> str:
-  """Returns a value as text, of a path the last part."""
+  """Returns a value as text, shortened to the last part of a path."""
   return _text(value).rstrip('/').rpartition('/')[2]
 
 
 def _label(name: str, value: Any) -> str:
-  """Returns 'budget0.3', or 'crop-none' for text, fit for a file name."""
+  """Returns a label for file names, such as 'budget0.3' or 'crop-none'."""
   text = re.sub(r'[^\w.+-]+', '-', _short(value)).strip('-') or 'none'
   if name in ('method', 'model'):
     return text
@@ -231,7 +239,7 @@ def _label(name: str, value: Any) -> str:
 
 
 def _unique(runs: Sequence[Run]) -> list[Run]:
-  """Returns the runs, numbered where two have the same name."""
+  """Returns the runs, with numbers appended to duplicate names."""
   known, unique = {}, []
   for run in runs:
     number = known[run.name] = known.get(run.name, 0) + 1
@@ -242,7 +250,7 @@ def _unique(runs: Sequence[Run]) -> list[Run]:
 
 
 def _invalid(runs: Sequence[Run]) -> list[str]:
-  """Returns each error of the configurations once, with the runs it is of."""
+  """Returns each distinct configuration error with the runs that have it."""
   names: dict[str, list[str]] = {}
   for run in runs:
     try:

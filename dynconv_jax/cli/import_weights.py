@@ -1,13 +1,13 @@
-r"""Makes a workdir of weights that were trained in PyTorch.
+r"""Creates a workdir from weights trained in PyTorch.
 
 dynconv import --from_torch=resnet50.pth \
   --model=resnet50 --method=dense --image_size=224 --workdir=workdir/resnet50
 
-evaluate, predict and --init_from accept it like that of a run. Any flag of a
-run may be given, and says what the network was trained for: --method, --budget
-and --target_rates decide which blocks have gates. The file must hold all
-weights of the network; to train from dense weights, or with another
-classifier, use `train --pretrained=FILE`.
+evaluate, predict, and --init_from accept it like the workdir of a run. Set the
+flags of a run that describe how the network was trained; for example, --method,
+--budget, and --target_rates determine which blocks have gates. The file must
+contain all weights of the network. To train from dense weights or with another
+classifier, use `train --pretrained=FILE` instead.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from dynconv_jax.training.workdir import build_model, write_network
 _FROM_TORCH = flags.DEFINE_string(
   'from_torch',
   None,
-  'File of weights: .pth, .pt, .pth.tar or .safetensors.',
+  'File of weights: .pth, .pt, .pth.tar, or .safetensors.',
   required=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder that is made.', required=True
+  'workdir', None, 'Folder to create.', required=True
 )
 _NUM_CLASSES = flags.DEFINE_integer(
-  'num_classes', None, 'Outputs of the classifier, if not as in the file.'
+  'num_classes', None, 'Expected number of classes in the file.'
 )
 _CLASS_NAMES = flags.DEFINE_string(
   'class_names',
   None,
-  'File with the name of a class a line, in label order. By default the names '
-  'of --dataset where that is given, and numbers otherwise.',
+  'File with one class name per line, in label order. By default, the names of '
+  '--dataset if it is set, or else numbers.',
 )
 config_flags.define()
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
   config = config_flags.read()
   if config.optimization.init_from or config.optimization.pretrained:
     raise ValueError(
-      'the weights come from --from_torch alone; leave out --init_from and '
+      'the weights come from --from_torch; do not set --init_from or '
       '--pretrained'
     )
   config.check()
@@ -78,7 +78,7 @@ def _class_names(config: Config, num_classes: int) -> tuple[str, ...]:
     try:
       text = pathlib.Path(source).expanduser().read_text(encoding='utf-8')
     except UnicodeDecodeError as error:
-      raise ValueError(f'{source} is no text in UTF-8: {error}') from None
+      raise ValueError(f'{source} is not UTF-8 text: {error}') from None
     names = tuple(filter(None, map(str.strip, text.splitlines())))
   elif flags.FLAGS['dataset'].present:
     source = config.data.dataset
@@ -86,7 +86,7 @@ def _class_names(config: Config, num_classes: int) -> tuple[str, ...]:
   else:
     return tuple(map(str, range(num_classes)))
   if twice := [name for name, n in Counter(names).items() if n > 1]:
-    raise ValueError(f'{source} names classes twice: {", ".join(twice)}')
+    raise ValueError(f'{source} lists classes twice: {", ".join(twice)}')
   if len(names) != num_classes:
     raise ValueError(
       f'{source} has {len(names)} classes; {_FROM_TORCH.value} has '

@@ -1,7 +1,7 @@
-r"""Draws figures from what was measured.
+r"""Plots results, gains, or learning curves.
 
-Accuracy against GMACs, and against latency where it was measured, beside the
-table, as `dynconv sweep` draws them:
+Accuracy against GMACs, and against latency if it was measured, next to the
+table, as in `dynconv sweep`:
 dynconv plot --results=results/NAME/results.csv \
   [--series=recipe] [--chance=0.167]
 
@@ -9,7 +9,7 @@ One figure, accuracy against GMACs or against another column:
 dynconv plot --results=results/NAME/results.csv --output=FIG.png \
   [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
 
-Gains of `dynconv compare` against the share of the image that the object
+Gains from `dynconv compare` against the fraction of the image that the object
 covers:
 dynconv plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
 
@@ -35,44 +35,44 @@ from dynconv_jax.plotting.tradeoff import (
 )
 from dynconv_jax.training import workdir
 
-_RESULTS = flags.DEFINE_string('results', None, 'A results.csv to draw.')
-_GAINS = flags.DEFINE_string('gains', None, 'A table of gains to draw.')
+_RESULTS = flags.DEFINE_string('results', None, 'A results.csv to plot.')
+_GAINS = flags.DEFINE_string('gains', None, 'A gains table to plot.')
 _AGAINST = flags.DEFINE_string(
-  'against', '', 'What the gains are over, for the title of --gains.'
+  'against', '', 'Name of the baseline of --gains, for the title.'
 )
-_WORKDIR = flags.DEFINE_string('workdir', None, 'The folder of a run to draw.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of a run to plot.')
 _OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'The figure, written as .png and .svg; by default beside the table or in '
-  'the folder of the run.',
+  'The figure, written as .png and .svg. By default, next to the table or in '
+  'the workdir of the run.',
 )
 _X = flags.DEFINE_string(
-  'x', 'gmacs_mean', 'Column of the horizontal axis of --results.'
+  'x', 'gmacs_mean', 'Column of --results for the x axis.'
 )
 _SERIES = flags.DEFINE_string(
-  'series', None, 'A column of --results that tells curves apart.'
+  'series', None, 'Column of --results that separates curves.'
 )
 _CHANCE = flags.DEFINE_float(
-  'chance', None, 'Accuracy of guessing, in [0, 1]: a line in --results.'
+  'chance', None, 'Chance accuracy in [0, 1], drawn as a line for --results.'
 )
 
 
 def main(argv: Sequence[str]) -> None:
-  """Draws one figure and names its files."""
+  """Draws the figures and prints their file names."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  given = [_RESULTS.value, _GAINS.value, _WORKDIR.value]
-  if given.count(None) != 2:
+  inputs = [_RESULTS.value, _GAINS.value, _WORKDIR.value]
+  if inputs.count(None) != 2:
     raise ValueError(
-      'give one of --results=FILE.csv, --gains=FILE.csv, and --workdir=DIR'
+      'set one of --results=FILE.csv, --gains=FILE.csv, and --workdir=DIR'
     )
   if _AGAINST.value and _GAINS.value is None:
-    raise ValueError('--against belongs to --gains')
+    raise ValueError('--against needs --gains')
   if _RESULTS.value is None:
     for name in ('x', 'series', 'chance'):
       if flags.FLAGS[name].present:
-        raise ValueError(f'--{name} belongs to --results')
+        raise ValueError(f'--{name} needs --results')
   if _RESULTS.value is not None:
     results = pathlib.Path(_RESULTS.value).expanduser()
     if _OUTPUT.value is None:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     rows = workdir.read_metrics(folder)
     if not rows:
       raise FileNotFoundError(
-        f'{folder} is no workdir of a run that has trained for an epoch: '
+        f'{folder} is not the workdir of a run that has trained for an epoch: '
         f'{folder / workdir.METRICS_FILE} is missing or has no rows'
       )
     plot_learning_curves(rows, output)

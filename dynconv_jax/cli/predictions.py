@@ -1,4 +1,4 @@
-"""What a run said of each example: a CSV file of one row an example."""
+"""CSV files of predictions, with one row per example."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _NUMBERS = ('macs', 'object_share')
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-  """What `compare` needs of a file of predictions.
+  """The contents of a prediction file that `compare` needs.
 
   Attributes:
-    path: of the file.
-    labels: class name by the example's name.
-    correct: bool[n], in order of `labels`.
-    macs: float[n]; None where the file has none.
-    object_share: float[n], share of the image that the object covers; None
-      where the file has none.
+    path: path of the file.
+    labels: label (class name) by example name.
+    correct: bool[n], in the order of `labels`.
+    macs: float[n], or None if the file has no MACs.
+    object_share: float[n], fraction of the image that the object covers, or
+      None if the file has no object shares.
   """
 
   path: pathlib.Path
@@ -39,21 +39,21 @@ class Predictions:
 
 
 def split_stem(split: str, stochastic: bool = False) -> str:
-  """Returns the part of a file's name that says which split it is of.
+  """Returns the part of file names that identifies a split.
 
   Args:
-    split: such as 'test' or 'train[:3]'.
-    stochastic: whether gates sampled.
+    split: a split, such as 'test' or 'train[:3]'.
+    stochastic: whether gates sampled their decisions.
   """
   stem = ''.join(c if c.isalnum() else '_' for c in split)
   return stem + '_stochastic' * stochastic
 
 
 def predictions_file(split: str) -> str:
-  """Returns the name of a split's file in a workdir.
+  """Returns the name of a split's prediction file in a workdir.
 
   Args:
-    split: as of `split_stem`.
+    split: a split or its `split_stem`.
   """
   return f'predictions_{split_stem(split)}.csv'
 
@@ -64,20 +64,21 @@ def write_predictions(
   names: Sequence[str],
   class_names: Sequence[str],
 ) -> None:
-  """Writes one row an example, whole or not at all.
+  """Writes a prediction file with one row per example.
 
-  Columns: name, label and prediction (class names), correct (0 or 1),
-  cross_entropy, and where known macs, object_share, and the means over blocks
-  of object_recall and background_density, empty where no object is seen.
+  The columns are name, label and prediction (class names), correct (0 or 1),
+  and cross_entropy. If known, there are also macs, object_share, and the means
+  over blocks of object_recall and background_density. Cells are empty for
+  images without a visible object.
 
   Args:
-    path: of the CSV file.
-    result: of the evaluation.
-    names: of all examples, those that were left out included.
-    class_names: in label order.
+    path: path of the CSV file.
+    result: the evaluation.
+    names: names of all examples, including skipped ones.
+    class_names: class names in label order.
 
   Raises:
-    OSError: the file cannot be written; a former one stays as it was.
+    OSError: the file cannot be written. An existing file is kept.
   """
   columns = {
     'name': [names[i] for i in result.index],
@@ -101,27 +102,27 @@ def write_predictions(
 
 
 def read_predictions(path: str | os.PathLike) -> Predictions:
-  """Returns the predictions of a file.
+  """Reads a prediction file.
 
   Args:
-    path: of the file.
+    path: path of the CSV file.
 
   Raises:
-    FileNotFoundError: there is none.
-    ValueError: it is not a file of predictions, or names an example twice.
+    FileNotFoundError: the file does not exist.
+    ValueError: it is not a prediction file, or it lists an example twice.
   """
   path = pathlib.Path(path)
   rows = read_results(path)
   needed = ('name', 'label', 'correct')
   if missing := [name for name in needed if name not in rows[0]]:
     raise ValueError(
-      f'{path} is no file of predictions: it lacks {", ".join(missing)}'
+      f'{path} is not a prediction file: it lacks {", ".join(missing)}'
     )
   labels = {row['name']: row['label'] for row in rows}
   if len(labels) < len(rows):
     names = [row['name'] for row in rows]
     twice = next(name for name in names if names.count(name) > 1)
-    raise ValueError(f'{path} names the example {twice!r} twice')
+    raise ValueError(f'{path} lists the example {twice!r} twice')
   if wrong := {row['correct'] for row in rows} - {'0', '1'}:
     raise ValueError(f'{path}: correct must be 0 or 1; got {min(wrong)!r}')
   numbers = {}

@@ -1,4 +1,4 @@
-"""Jobs in child processes, so many at a time, which stop when we must."""
+"""Parallel execution of jobs in child processes."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-# Seconds between looks at the children.
+# Seconds between polls of the children.
 _INTERVAL = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """Commands to be run one after the other.
+  """A sequence of commands to run one after the other.
 
   Attributes:
-    commands: returns an iterator, which is asked for the next command when the
-      last has ended well. A generator's return value is the job's result. An
-      OSError or ValueError that it raises fails the job, as a command does. It
-      can be pickled: it is called where the commands run.
-    log: file that all they print is appended to.
-    needs: names of jobs that must have ended well before.
-    finish: is called with the result by the process that started the jobs; its
-      errors, too, fail the job.
+    commands: function that returns an iterator over the commands. It is
+      advanced when the previous command has succeeded. The return value of a
+      generator is the job's result. The job fails if a command fails or if the
+      iterator raises OSError or ValueError. Must be picklable, because it is
+      called where the commands run.
+    log: file that the output of all commands is appended to.
+    needs: names of jobs that must have succeeded before.
+    finish: function that is called with the result by the process that started
+      the jobs. OSError and ValueError fail the job.
   """
 
   commands: Callable[[], Iterator[Sequence[str]]]
@@ -38,26 +39,26 @@ class Job:
   finish: Callable[[Any], None] = lambda result: None
 
   def lacks(self, ended: Mapping[str, str]) -> str:
-    """Returns '', or why the job cannot run: it needs one that has failed.
+    """Returns an error if a needed job has failed, or else ''.
 
     Args:
-      ended: by name of a job that has ended, '' or its error.
+      ended: errors of the jobs that have ended, by name; '' for success.
     """
     failed = ', '.join(need for need in self.needs if ended.get(need))
     return failed and f'needs {failed}, which failed'
 
 
-# The error of jobs that wait for each other.
+# The error of jobs that need each other.
 CYCLE = 'needs a run that needs this one'
 
 
 def step(
   steps: Iterator[Sequence[str]],
 ) -> tuple[Sequence[str] | None, Any]:
-  """Returns the next command of a job, or None and its result.
+  """Returns (next command of a job, None), or (None, result) at its end.
 
   Args:
-    steps: what `Job.commands` returned.
+    steps: iterator from `Job.commands`.
   """
   try:
     return next(steps), None
@@ -69,7 +70,7 @@ class Interrupted(Exception):
   """A signal ended the jobs.
 
   Attributes:
-    signal: its number.
+    signal: the signal number.
   """
 
   def __init__(self, received: signal.Signals):
@@ -83,23 +84,23 @@ def run_jobs(
   watch: Callable[[Sequence[str], Mapping[str, str]], None],
   pass_fds: Sequence[int] = (),
 ) -> dict[str, str]:
-  """Runs jobs, each with its share of the cores, in their order.
+  """Runs jobs in order, several at a time, each on its share of the cores.
 
-  SIGINT, SIGTERM, and SIGHUP are passed on to the children, and nothing new is
-  started.
+  SIGINT, SIGTERM, and SIGHUP are forwarded to the children, and no more jobs
+  are started.
 
   Args:
-    jobs: by name.
-    parallel: how many at a time.
-    watch: is called all the time with the names of the jobs that run and what
-      this function returns.
+    jobs: jobs by name.
+    parallel: maximum number of jobs that run at the same time.
+    watch: function that is called continually with the names of the running
+      jobs and the errors of the ended jobs (see Returns).
     pass_fds: file descriptors that the children keep open.
 
   Returns:
-    By name, in order of the end: '' or, of a job that failed, why.
+    The error of each job by name, in order of their ends; '' for success.
 
   Raises:
-    Interrupted: a signal came; all children have ended.
+    Interrupted: a signal was received. All children have ended.
   """
   shares = core_shares(parallel)
   free, waiting = list(range(parallel)), dict(jobs)
@@ -118,7 +119,7 @@ def run_jobs(
       else:
         share = shares[slot] if parallel > 1 else None
         environment = dict(os.environ)
-        if parallel > 1:  # Else each takes most of a GPU's memory at once.
+        if parallel > 1:  # By default, each would take most of a GPU's memory.
           environment.setdefault(
             'XLA_PYTHON_CLIENT_MEM_FRACTION', f'{0.9 / parallel:.3f}'
           )
@@ -152,7 +153,7 @@ def run_jobs(
           del running[name]
           if error := child.error():
             free.append(slot)
-            # What a signal ended has not failed: it goes on later.
+            # Jobs ended by a signal have not failed. They can resume.
             if not stopped:
               ended[name] = error
           elif stopped:
@@ -174,7 +175,7 @@ def run_jobs(
 
 
 class Child:
-  """A process whose output goes to a file."""
+  """A process whose output is appended to a file."""
 
   def __init__(
     self,
@@ -186,14 +187,16 @@ class Child:
     *,
     session: bool = True,
   ):
-    """Args:
-    command: to run.
-    log: is appended to.
-    cores: that it runs on; None: on all of its parent's.
-    environment: all variables.
-    pass_fds: file descriptors that it keeps open.
-    session: whether it has a session of its own: Ctrl-C reaches it through
-      us only, once.
+    """Starts the process.
+
+    Args:
+      command: the command to run.
+      log: file to append the output to.
+      cores: cores to run on; None: those of the parent.
+      environment: all environment variables.
+      pass_fds: file descriptors that the process keeps open.
+      session: whether to start a new session, so that Ctrl-C does not reach the
+        process directly.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open('ab') as file:
@@ -209,7 +212,7 @@ class Child:
         start_new_session=session,
         pass_fds=pass_fds,
       )
-    # Before it has threads: they have the affinity of who starts them.
+    # Set before the process starts threads, which inherit the affinity.
     if cores and hasattr(os, 'sched_setaffinity'):
       with contextlib.suppress(ProcessLookupError):
         os.sched_setaffinity(self._process.pid, cores)
@@ -225,7 +228,7 @@ class Child:
     self._process.wait()
 
   def error(self) -> str:
-    """Returns '' after success, else the last line that it printed."""
+    """Returns '' for success, or else an error from the last output line."""
     code = self._process.returncode
     if code == 0:
       return ''
@@ -240,12 +243,12 @@ class Child:
 
 
 def core_shares(parallel: int) -> list[list[int]]:
-  """Returns the cores of each of some processes.
+  """Returns the cores of each process.
 
-  They share no core, unless they are more than the cores.
+  Processes do not share cores unless there are more processes than cores.
 
   Args:
-    parallel: their number, at least 1.
+    parallel: number of processes, at least 1.
   """
   if not hasattr(os, 'sched_getaffinity'):
     return [[] for _ in range(parallel)]
@@ -258,14 +261,14 @@ def core_shares(parallel: int) -> list[list[int]]:
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[signal.Signals]]:
-  """Yields a list that the signals to end are put into as they come."""
+  """Yields a list that collects the termination signals received."""
   received: list[signal.Signals] = []
   old = {
     kind: signal.signal(
       kind, lambda number, _: received.append(signal.Signals(number))
     )
     for kind in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    # Under nohup SIGHUP is ignored.
+    # nohup makes the process ignore SIGHUP.
     if (kind, signal.getsignal(kind)) != (signal.SIGHUP, signal.SIG_IGN)
   }
   try:

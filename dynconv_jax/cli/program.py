@@ -1,4 +1,4 @@
-"""What every program here shares: one clear line for a user's error."""
+"""Common behavior of all programs: errors, logging, and setup."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ import dynconv_jax
 from dynconv_jax import extras
 from dynconv_jax.cli import command, flag_help
 
-# Ours; through other libraries' progress nobody would find it.
+# Log records from this folder are shown at all levels.
 _PACKAGE = f'{pathlib.Path(dynconv_jax.__path__[0]).resolve()}{os.sep}'
 
 _RAISED_HERE = ('orbax', 'asyncio')
 
 
 def is_wanted(record: stdlib_logging.LogRecord) -> bool:
-  """Returns whether a record is shown: our own, and warnings of most others.
+  """Returns whether to show a log record.
 
-  At --verbosity=1 and above everything is.
+  Shows all records of this package and warnings of most other packages, and
+  everything at --verbosity=1 and above.
 
   Args:
-    record: of any logger.
+    record: a record of any logger.
   """
   if logging.get_verbosity() > logging.INFO:
     return True
-  # orbax warns of what is meant, such as saves without metrics or reading only,
-  # and its threads and tasks log pages on errors that are raised here as well.
+  # orbax warns about intended use, such as saves without metrics or read-only
+  # managers. Its threads and tasks log pages about errors that are also raised.
   if any(f'{os.sep}{n}{os.sep}' in record.pathname for n in _RAISED_HERE):
     return False
   return record.levelno >= stdlib_logging.WARNING or os.path.realpath(
@@ -43,25 +44,25 @@ def is_wanted(record: stdlib_logging.LogRecord) -> bool:
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-  """Returns the errors whose message says what to do.
+  """Returns the error types that are reported by message only.
 
-  Anything else is a bug and its traceback is wanted.
+  Any other error is a bug and is shown with its traceback.
   """
   errors = (FloatingPointError, OSError, ValueError, extras.MissingError)
-  # A program that has no checkpoints does not import what they need.
+  # Programs without checkpoints do not import this module.
   checkpoints = sys.modules.get('dynconv_jax.training.checkpoints')
   return (*errors, checkpoints.CheckpointError) if checkpoints else errors
 
 
 def parse(argv: Sequence[str], doc: str) -> list[str]:
-  """Returns what is left of a command line after its flags.
+  """Parses flags and returns the remaining arguments.
 
-  A flag that is wrong ends the program with one line and status 2; one that
-  asks for help, with all flags.
+  A wrong flag ends the program with a one-line error and status 2. --help
+  prints all flags and exits.
 
   Args:
-    argv: of the program.
-    doc: of its module.
+    argv: the command line.
+    doc: docstring of the program's module.
   """
   if any(argument in command.HELP for argument in argv[1:]):
     print(flag_help.text(doc), end='')
@@ -81,10 +82,10 @@ def parse(argv: Sequence[str], doc: str) -> list[str]:
 
 
 def check_given(name: str) -> None:
-  """Raises ValueError for a flag of a program that is given without a value.
+  """Raises ValueError if a flag of a program is set to an empty value.
 
   Args:
-    name: of the program's module, as absl has it.
+    name: name of the program's module in absl.
   """
   empty = [
     f'--{flag.name}'
@@ -92,40 +93,39 @@ def check_given(name: str) -> None:
     if flag.default is None and flag.value in ('', [''])
   ]
   if empty:
-    raise ValueError(f'a value is missing: {", ".join(sorted(empty))}')
+    raise ValueError(f'missing values: {", ".join(sorted(empty))}')
 
 
 def require_checkout(what: str) -> None:
-  """Checks that benchmarks/ lies beside the package, and makes it importable.
+  """Makes benchmarks/ of the checkout importable.
 
   Args:
-    what: needs it.
+    what: name of the feature that needs it, for the error message.
 
   Raises:
-    extras.MissingError: the package is installed without it.
+    extras.MissingError: there is no benchmarks/ next to the package.
   """
   root = pathlib.Path(dynconv_jax.__path__[0]).parent
   if not (root / 'benchmarks/cases.py').exists():
     raise extras.MissingError(
-      f'{what} needs a checkout of dynconv_jax: what it times with is not '
-      'installed'
+      f'{what} needs a checkout of dynconv_jax: benchmarks/ is not installed'
     )
-  # An editable install finds the package alone.
+  # An editable install only makes the package itself importable.
   if str(root) not in sys.path:
     sys.path.append(str(root))
 
 
 def share_cpu(devices: int, batch_size: int) -> None:
-  """Shares the CPU out to JAX devices; to be called before JAX is used.
+  """Splits the CPU into several JAX devices. Must be called before JAX is used.
 
-  XLA runs many of a step's operations on one core, so two devices with half a
-  batch each are quicker on two cores than one with all of it. Devices that
-  XLA_FLAGS asks for stay, and those of a process that has used JAX before.
+  XLA runs many operations on one core. On two cores, two devices with half a
+  batch each are therefore faster than one device with the whole batch. Has no
+  effect if XLA_FLAGS sets the number of devices or if JAX is already in use.
 
   Args:
-    devices: their number; 0: one a core, but at most 2, or 1 where the batch
-      cannot be halved.
-    batch_size: images that they share.
+    devices: number of devices. 0: 2, or 1 if there is one core or the batch
+      size is odd.
+    batch_size: number of images in a batch over all devices.
   """
   if 'xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', ''):
     return
@@ -136,49 +136,49 @@ def share_cpu(devices: int, batch_size: int) -> None:
       else os.cpu_count()
     )
     devices = 2 if cores > 1 and batch_size % 2 == 0 else 1
-  import jax  # Here: to count a PyTorch model takes no JAX.
+  import jax  # Imported here because counting a PyTorch model needs no JAX.
 
   try:
     jax.config.update('jax_num_cpu_devices', devices)
   except (
     RuntimeError
-  ):  # JAX is in use already, as where a test calls a program.
+  ):  # JAX is already in use, for example when tests call programs.
     logging.info('JAX keeps its %d devices', jax.local_device_count())
 
 
 def keep_memory() -> None:
-  """Lets the C library keep freed memory, where it is glibc.
+  """Makes glibc keep freed memory. Has no effect with other C libraries.
 
-  XLA allocates the temporaries of each call anew. Large ones come from the
-  system, which clears every page again. One arena, without separate mappings,
-  which is not trimmed, hands the same pages out.
+  XLA allocates temporaries again in each call. By default, large ones are
+  mapped by the system, which zeroes every page. A single arena that is never
+  trimmed reuses the same pages.
   """
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):
     return
-  # M_TRIM_THRESHOLD, M_MMAP_MAX and M_ARENA_MAX of malloc.h.
+  # M_TRIM_THRESHOLD, M_MMAP_MAX, and M_ARENA_MAX of malloc.h.
   for parameter, value in ((-1, 2**31 - 1), (-4, 0), (-8, 1)):
     mallopt(parameter, value)
 
 
 def show_unraisable(unraisable) -> None:
-  """Shows an error that nobody catches, but for one that is raised as well.
+  """Reports unraisable errors except a redundant one of TensorStore.
 
-  Where an array of a checkpoint cannot be written, TensorStore's threads find
-  that nobody waits for the others.
+  If an array of a checkpoint cannot be written, that error is raised, and the
+  event loop of TensorStore's other writes is already closed.
 
   Args:
-    unraisable: as `sys.unraisablehook` has it.
+    unraisable: argument of `sys.unraisablehook`.
   """
   if str(unraisable.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(unraisable)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs a program; an error of the user's ends it with status 1 and a line."""
+  """Runs a program. User errors end it with a one-line message and status 1."""
   module = sys.modules[main.__module__]
-  # absl knows the main module by this name.
+  # absl's name of the main module.
   name = sys.argv[0] if module.__name__ == '__main__' else module.__name__
 
   def guarded(argv: Sequence[str]) -> None:
@@ -191,19 +191,19 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       print('interrupted', file=sys.stderr)
       sys.exit(128 + signal.SIGINT)
     except (*user_errors(), RuntimeError) as error:
-      # pathlib has no error of its own for a '~' that leads nowhere.
+      # pathlib raises a plain RuntimeError if it cannot expand '~'.
       homeless = 'home directory' in str(error)
-      # At --verbosity=1 and above the traceback is shown too.
+      # Show the traceback at --verbosity=1 and above.
       if logging.get_verbosity() > logging.INFO or not (
         homeless or isinstance(error, user_errors())
       ):
         raise
-      advice = ' Set HOME, or give paths without ~' if homeless else ''
+      advice = ' Set HOME or use paths without ~' if homeless else ''
       print(f'error: {error}{advice}', file=sys.stderr)
       sys.exit(1)
 
   sys.unraisablehook = show_unraisable
-  # Names of files may be no text.
+  # File names may not be valid text.
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors='backslashreplace')
   app.run(guarded, flags_parser=lambda argv: parse(argv, module.__doc__ or ''))

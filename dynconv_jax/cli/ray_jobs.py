@@ -1,7 +1,7 @@
-"""Jobs on a Ray cluster: one task each, which Ray places, retries, and orders.
+"""Jobs on a Ray cluster, each as one task that Ray schedules and retries.
 
-All nodes share the file system: a job that starts again after its node was lost
-finds what it has saved.
+All nodes must share a file system, so that a job that restarts after the loss
+of its node can resume from its files.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from dynconv_jax import extras
 from dynconv_jax.cli import processes
 from dynconv_jax.files import locked
 
-# Seconds between looks at the tasks; until a cluster answers; until one that
-# does not is lost (after 60, Ray ends this process); until what was told to end
-# has saved.
+# Seconds between polls of the tasks, to wait for a cluster to answer, until a
+# cluster that does not answer is lost (after 60 s, Ray ends this process), and
+# for canceled tasks to save.
 _INTERVAL, _ANSWER, _LOST, _GRACE = 1.0, 5.0, 30.0, 120.0
 
 
 class JobError(Exception):
-  """A job failed; Ray hands it to the jobs that need this one, too."""
+  """A job failed. Ray also raises this error in jobs that need it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-  """A Ray cluster that this process is connected with.
+  """A Ray cluster that this process is connected to.
 
   Attributes:
-    address: host:port of its head.
-    cpus: of a job.
-    gpus: of a job; may be a fraction.
-    retries: how often a job starts again after its node was lost.
-    node: a node that has them, as in `ray.nodes()`.
+    address: host:port of the head node.
+    cpus: number of CPUs of a job.
+    gpus: number of GPUs of a job; may be a fraction.
+    retries: how often a job restarts after its node was lost.
+    node: a node with enough CPUs and GPUs, as in `ray.nodes()`.
   """
 
   address: str
@@ -57,19 +57,19 @@ class Cluster:
     *,
     alone: bool = False,
   ) -> dict[str, str]:
-    """Runs jobs as `processes.run_jobs` does.
+    """Runs jobs like `processes.run_jobs`.
 
     Args:
-      jobs: by name.
-      watch: as there.
-      alone: whether each has a whole node to itself, the same one as long as it
-        lives.
+      jobs: jobs by name.
+      watch: as in `processes.run_jobs`.
+      alone: whether each job needs a whole node to itself. All jobs then use
+        the same node as long as it is alive.
 
     Returns:
-      By name, in order of the end: '' or, of a job that failed, why.
+      The error of each job by name, in order of their ends; '' for success.
 
     Raises:
-      Interrupted: a signal came; all jobs have ended.
+      Interrupted: a signal was received. All jobs have ended.
       ConnectionError: the cluster is lost.
     """
     import ray
@@ -90,10 +90,10 @@ class Cluster:
           if not error:
             answered = time.monotonic()
           elif time.monotonic() - answered > _LOST:
-            tasks.clear()  # There is nobody to cancel them.
+            tasks.clear()  # They cannot be canceled anymore.
             raise ConnectionError(
-              f'the Ray cluster at {self.address} is lost: {error}; what is '
-              'trained is saved, and the same command goes on from there'
+              f'the Ray cluster at {self.address} is lost: {error}; progress '
+              'is saved, and the same command resumes'
             )
       finally:
         left = list(tasks.values())
@@ -108,7 +108,10 @@ class Cluster:
   def _submit(
     self, jobs: Mapping[str, processes.Job], alone: bool
   ) -> dict[str, Any]:
-    """Returns the tasks by name, without jobs that wait for each other."""
+    """Submits jobs and returns the tasks by name.
+
+    Jobs that need each other in a cycle are not submitted.
+    """
     import ray
 
     options = self._options(alone)
@@ -128,7 +131,7 @@ class Cluster:
     return tasks
 
   def _options(self, alone: bool) -> dict[str, Any]:
-    """Returns the options of the tasks, as `ray.remote` has them."""
+    """Returns the options of the tasks for `ray.remote`."""
     if not alone:
       return {
         'num_cpus': self.cpus,
@@ -138,10 +141,10 @@ class Cluster:
       }
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    has = self.node['Resources']
+    resources = self.node['Resources']
     return {
-      'num_cpus': has.get('CPU', 0),
-      'num_gpus': has.get('GPU', 0),
+      'num_cpus': resources.get('CPU', 0),
+      'num_gpus': resources.get('GPU', 0),
       'max_retries': self.retries,
       'scheduling_strategy': NodeAffinitySchedulingStrategy(
         self.node['NodeID'], soft=True
@@ -153,35 +156,35 @@ class Cluster:
 def connected(
   address: str, *, cpus: float, gpus: float, retries: int
 ) -> Iterator[Cluster]:
-  """Connects with a cluster while the block runs.
+  """Connects to a cluster for the duration of the context.
 
   Args:
-    address: host:port of its head, or 'auto': RAY_ADDRESS, else the cluster
-      that this machine belongs to.
-    cpus: of a job.
-    gpus: of a job.
-    retries: how often a job starts again after its node was lost.
+    address: host:port of the head node, or 'auto' for RAY_ADDRESS or else the
+      cluster that this machine belongs to.
+    cpus: number of CPUs of a job.
+    gpus: number of GPUs of a job.
+    retries: how often a job restarts after its node was lost.
 
   Raises:
     MissingError: Ray is not installed.
-    ConnectionError: no cluster answers there.
-    ValueError: the address is of another form, or no node has what a job
-      needs, or none can have it.
+    ConnectionError: no cluster answers at the address.
+    ValueError: the address or the number of GPUs is invalid, or no node has
+      enough CPUs and GPUs.
   """
   extras.require('ray', 'ray')
   if not re.fullmatch(r'auto|[^\s/]+:\d{1,5}', address):
     raise ValueError(f"ray_address must be 'auto' or host:port; got {address}")
   if gpus > 1 and gpus % 1:
-    raise ValueError(f'ray_gpus above 1 must be whole; got {gpus:g}')
+    raise ValueError(f'ray_gpus above 1 must be an integer; got {gpus:g}')
   import ray
 
   address = _resolve(address)
-  # Ray would try for minutes.
+  # Check first, because Ray would retry for minutes.
   if error := _unanswered(address):
     raise ConnectionError(f'no Ray cluster at {address}: {error}')
   try:
     ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-  # Ray ends the process of a head that does not answer.
+  # Ray raises SystemExit if the head node does not answer.
   except (OSError, RuntimeError, SystemExit) as error:
     raise ConnectionError(f'no Ray cluster at {address}: {error}') from error
   try:
@@ -195,17 +198,17 @@ def _resolve(address: str) -> str:
   """Returns the address as host:port."""
   from ray._private import services
 
-  found = services.canonicalize_bootstrap_address(address)
-  if found is None:
+  resolved = services.canonicalize_bootstrap_address(address)
+  if resolved is None:
     raise ConnectionError(
-      'no Ray cluster is found from here: give --ray_address=HOST:PORT, or '
-      'make this machine a node of it with `ray start`'
+      'no Ray cluster found: set --ray_address=HOST:PORT, or add this machine '
+      'to the cluster with `ray start`'
     )
-  return found
+  return resolved
 
 
 def _unanswered(address: str) -> str:
-  """Returns '', or why there is no connection to an address."""
+  """Returns an error if there is no connection to an address, or else ''."""
   host, _, port = address.rpartition(':')
   try:
     socket.create_connection((host.strip('[]'), int(port)), _ANSWER).close()
@@ -217,28 +220,32 @@ def _unanswered(address: str) -> str:
 def _fitting(
   nodes: Sequence[Mapping[str, Any]], cpus: float, gpus: float
 ) -> Mapping[str, Any]:
-  """Returns the first node that has enough; raises ValueError without one."""
+  """Returns the first live node with enough CPUs and GPUs.
+
+  Raises:
+    ValueError: there is no such node.
+  """
   alive = [node for node in nodes if node['Alive']]
   for node in alive:
-    has = node['Resources']
-    if has.get('CPU', 0) >= cpus and has.get('GPU', 0) >= gpus:
+    resources = node['Resources']
+    if resources.get('CPU', 0) >= cpus and resources.get('GPU', 0) >= gpus:
       return node
   kinds = Counter(
     f'{n["Resources"].get("CPU", 0):g} CPUs and '
     f'{n["Resources"].get("GPU", 0):g} GPUs'
     for n in alive
   )
-  has = ', '.join(f'{count} x {kind}' for kind, count in kinds.items())
+  available = ', '.join(f'{count} x {kind}' for kind, count in kinds.items())
   raise ValueError(
     f'no node of the Ray cluster has the {cpus:g} CPUs and {gpus:g} GPUs of a '
-    f'run; it has {has or "no nodes"}'
+    f'run; it has {available or "no nodes"}'
   )
 
 
 def _share(options: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the variables that hold a program to its share of a node."""
+  """Returns environment variables that limit a program to its resources."""
   share = {'NPROC': str(max(1, int(options['num_cpus'])))}  # XLA's threads.
-  if 0 < options['num_gpus'] < 1:  # Else each takes most of its memory at once.
+  if 0 < options['num_gpus'] < 1:  # By default, each would take most memory.
     fraction = 0.9 * options['num_gpus']
     share['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{fraction:.3f}'
   return share
@@ -251,10 +258,10 @@ def _attempt(
   share: Mapping[str, str],
   *needed: Any,
 ) -> Any:
-  """Runs a job in a worker of Ray, once what it needs has ended well."""
+  """Runs a job in a Ray worker, after the jobs that it needs."""
   del needed
   try:
-    os.chdir(folder)  # What paths of flags are relative to.
+    os.chdir(folder)  # For relative paths in flags.
     _wait_until_free(log)
     steps = commands()
     while True:
@@ -265,7 +272,7 @@ def _attempt(
         command, log, None, {**share, **os.environ}, session=False
       )
       try:
-        while child.running():  # A call that waits does not see a cancellation.
+        while child.running():  # A blocking wait would ignore cancellation.
           time.sleep(0.1)
       finally:
         if child.running():
@@ -277,22 +284,22 @@ def _attempt(
 
 
 def _wait_until_free(log: pathlib.Path) -> None:
-  """Waits for programs in a workdir: a node that is lost may still train."""
-  told = False
+  """Waits until no program uses the workdir. A lost node may still train."""
+  logged = False
   while True:
     try:
       with locked(log.parent, 'a sweep'):
         return
     except BlockingIOError as error:
-      if not told:
+      if not logged:
         with log.open('a') as file:
-          file.write(f'\nwaits: {error}\n')
-      told = True
+          file.write(f'\nwaiting: {error}\n')
+      logged = True
       time.sleep(1)
 
 
 def _end(job: processes.Job, task: Any, ended: Mapping[str, str]) -> str:
-  """Finishes a job whose task has ended; returns '' or its error."""
+  """Finishes a job whose task has ended and returns its error or ''."""
   import ray
 
   try:

@@ -1,4 +1,4 @@
-"""A table of runs, such as results/NAME/results.csv."""
+"""Tables of runs, such as results/NAME/results.csv."""
 
 from __future__ import annotations
 
@@ -14,32 +14,31 @@ from dynconv_jax.plotting.results import read_results
 
 
 def check_table(path: str | os.PathLike) -> None:
-  """Checks that `write_result` can add to a file, before there is a result.
+  """Checks in advance that `write_result` can write to a file.
 
   Raises:
     ValueError, OSError: as `write_result`.
   """
   path = pathlib.Path(path)
   if path.is_dir():
-    raise ValueError(f'{path} is a folder; name a CSV file, which may be in it')
+    raise ValueError(f'{path} is a folder; specify a CSV file')
   check_folder(path.parent)
   _read(path)
 
 
 def write_result(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
-  """Puts a run's row into a table of runs, in place of its former row.
+  """Adds a run's row to a table of runs or updates it.
 
-  Of the former row, the columns that the new one lacks are kept: a latency
-  measured elsewhere, a note. The file is replaced whole, so that none is ever
-  half-written.
+  When a row is updated, columns that the new row lacks are kept, such as a
+  latency measured elsewhere or a note. The file is replaced atomically.
 
   Args:
-    path: of the CSV file; made where there is none.
-    row: has 'run' and 'split', which name it, beside its values.
+    path: path of the CSV file, created if necessary.
+    row: values by column. 'run' and 'split' identify the row.
 
   Raises:
-    ValueError: there is a file that is no table of runs.
-    OSError: the file cannot be written; a former one stays as it was.
+    ValueError: the existing file is not a table of runs.
+    OSError: the file cannot be written. An existing file is kept.
   """
   path = pathlib.Path(path)
   rows = _read(path)
@@ -64,5 +63,5 @@ def _read(path: pathlib.Path) -> list[dict[str, str]]:
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, str]:
-  """Returns what names a row: its run and split."""
+  """Returns the key of a row: its run and split."""
   return str(row.get('run', '')), str(row.get('split', ''))

@@ -1,29 +1,29 @@
-r"""Trains and evaluates a grid of runs: results.csv and its figures.
+r"""Trains and evaluates a grid of runs, and writes results.csv and figures.
 
 dynconv sweep --flagfile=BASE.flags \
   --grid='method=dense,dynconv' --grid='budget=0.3,0.5,0.7' \
   --grid='seed=0,1,2' --results=results/NAME \
   [--workdir=workdir/NAME] [--parallel=N] [any flag of a training run]
 
-Runs the product of the grids. A flag that does not matter to a method, such as
-the budget to a dense network, does not multiply its runs. --grid=METHOD:FLAG=
-is for one method alone: dense:width_multiplier=0.5,0.71,1 gives the baseline of
-narrower networks, skipnet:mask_bias=2 a setting of its own. Values that are
-lists are separated by semicolons. Seeds come one after the other, so that a
-sweep that is cut short has fewer seeds. Runs that start from, or are distilled
-from, a run of the sweep (--grid=dynconv:distill_from=,WORKDIR/dense_seed0) wait
+Runs the product of all grids. Flags that do not affect a method, such as the
+budget of a dense network, do not multiply its runs. --grid=METHOD:FLAG=VALUES
+applies to one method: dense:width_multiplier=0.5,0.71,1 adds narrower dense
+networks as a baseline, and skipnet:mask_bias=2 changes a setting of SkipNet.
+Separate values that are lists by semicolons. Runs are ordered by seed, so an
+interrupted sweep has complete seeds. Runs that start from or are distilled from
+another run of the sweep (--grid=dynconv:distill_from=,WORKDIR/dense_seed0) wait
 for it.
 
-Each run has a workdir of its own, with sweep.log. Started again, the same
-command goes on: what is trained and has a row is passed over. A failure does
-not end the sweep; its error is told at the end. Latency is measured after all
-trainings.
+Each run has its own workdir with a sweep.log. The same command resumes the
+sweep and skips runs that are trained and have a row in the table. A failed run
+does not end the sweep; its error is reported at the end. Latency is measured
+after all training.
 
---engine=ray runs them on a Ray cluster, whose nodes share a file system; a run
-whose node is lost goes on elsewhere.
+--engine=ray runs the sweep on a Ray cluster whose nodes share a file system. A
+run whose node is lost resumes on another node.
 
-Six classes of Food-101 (DIR: an unpacked Food-101), two cores, from the dense
-run workdir/food/dense, and narrower dense networks:
+Six classes of Food-101 (DIR: an unpacked Food-101) on two cores, starting from
+the dense run workdir/food/dense, plus narrower dense networks:
 dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px_from_dense \
   --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
   --grid=budget=0.3,0.5,0.7 --grid=skip_weight=0.3,0.6,1.2 \
@@ -34,14 +34,14 @@ dynconv sweep --food101_dir=DIR --epochs=36 --flagfile=food101_6_resnet18_64px \
   --grid=method=dense --grid=width_multiplier=0.55,0.71 --grid=seed=0,1 \
   --checkpoint=latest --parallel=2 --results=results/food101_6_resnet18_64px
 
-The same from the same start, distilled from it:
+The same start, also distilled from the dense run:
 dynconv sweep --food101_dir=DIR --recipe=distilled \
   --flagfile=food101_6_resnet18_64px_from_dense \
   --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 \
   --grid=distill_from=workdir/food/dense --grid=seed=0 --checkpoint=latest \
   --parallel=2 --results=results/food101_6_resnet18_64px
 
-At 224 pixels with ResNet-50, from scratch, on a GPU:
+ResNet-50 at 224 pixels from scratch, on a GPU:
 dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px \
   --model=resnet50 --image_size=224 --cache_size=256 \
   --compute_dtype=bfloat16 --epochs=100 \
@@ -51,14 +51,14 @@ dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px \
   --grid=skipnet:budget_warmup=0.6 --grid=ponder_weight=0.001,0.003,0.01 \
   --grid=seed=0 --checkpoint=latest --results=results/food101_6_resnet50_224px
 
-The student project's experiment, whose MACs vary by the size of the input:
+The student project's experiment, which varies MACs through the input size:
 dynconv sweep --food101_dir=DIR --epochs=4 --cache_size=112 \
   --flagfile=food101_6_resnet18_64px_from_dense \
   --budget=0.5 --grid=method=dense,dynconv --grid=image_size=64,80,96 \
   --grid=seed=0 --checkpoint=latest --parallel=2 --latency_batch_size=0 \
   --results=results/food101_6_input_size
 
-CIFAR-10, ResNet-32, by the published recipe (DIR: CIFAR-10's binary files):
+CIFAR-10 with ResNet-32 and the published recipe (DIR: CIFAR-10 binary files):
 dynconv sweep --cifar10_dir=DIR --flagfile=cifar10_resnet32 \
   --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 \
   --grid=dense:width_multiplier=0.55,0.71,0.84,1 --grid=seed=0,1,2 \
@@ -89,66 +89,76 @@ from dynconv_jax.training import workdir as workdir_lib
 from dynconv_jax.training.config import operational_options, to_flags
 
 _GRID = flags.DEFINE_multi_string(
-  'grid', None, '[METHOD:]FLAG=VALUE,VALUE,...; once a flag.', required=True
+  'grid',
+  None,
+  '[METHOD:]FLAG=VALUE,VALUE,...; repeat it for each flag.',
+  required=True,
 )
 _RESULTS = flags.DEFINE_string(
-  'results', None, 'Folder of results.csv and the figures.', required=True
+  'results', None, 'Folder for results.csv and the figures.', required=True
 )
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  "Folder of the runs' workdirs; by default workdir/NAME for results/NAME.",
+  'Folder for the workdirs of all runs; by default workdir/NAME for '
+  'results/NAME.',
 )
 _PARALLEL = flags.DEFINE_integer(
   'parallel',
   1,
-  'Runs at a time, each on its share of the cores.',
+  'Number of runs at a time, each on its share of the cores.',
   lower_bound=1,
 )
 _ENGINE = flags.DEFINE_enum(
   'engine',
   'local',
   ['local', 'ray'],
-  'What runs the runs: processes of this machine, or a Ray cluster.',
+  'Where runs execute: in local processes or on a Ray cluster.',
 )
 _RAY_ADDRESS = flags.DEFINE_string(
   'ray_address',
   'auto',
-  'HOST:PORT of the Ray cluster; auto: RAY_ADDRESS, or that of this machine.',
+  'HOST:PORT of the Ray cluster. auto: RAY_ADDRESS, or else the cluster of '
+  'this machine.',
 )
 _RAY_CPUS = flags.DEFINE_float(
-  'ray_cpus', 1, 'CPUs of a run on Ray.', lower_bound=0
+  'ray_cpus', 1, 'CPUs per run on Ray.', lower_bound=0
 )
 _RAY_GPUS = flags.DEFINE_float(
-  'ray_gpus', 0, 'GPUs of a run on Ray; 0.5: two runs share one.', lower_bound=0
+  'ray_gpus',
+  0,
+  'GPUs per run on Ray; with 0.5, two runs share one.',
+  lower_bound=0,
 )
 _RAY_RETRIES = flags.DEFINE_integer(
   'ray_retries',
   3,
-  'How often a run goes on after its node was lost.',
+  'How often a run on Ray resumes after its node was lost.',
   lower_bound=0,
 )
 _CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'best', ['best', 'latest'], 'What is evaluated.'
+  'checkpoint', 'best', ['best', 'latest'], 'Checkpoint to evaluate.'
 )
 _RECIPE = flags.DEFINE_string(
-  'recipe', '', "The rows' column `recipe`, to tell curves of sweeps apart."
+  'recipe',
+  '',
+  'Value of the column `recipe`, which distinguishes curves of several sweeps.',
 )
 _LATENCY_BATCH_SIZE = flags.DEFINE_integer(
   'latency_batch_size',
   1,
-  'Images a batch in the measurement of latency; 0: not measured.',
+  'Batch size for measuring latency; 0: do not measure it.',
   lower_bound=0,
 )
 config_flags.define()
 
-# Runs jobs and tells how far they are, as `processes.run_jobs` does; `alone`:
-# with nothing beside them.
+# A function like `processes.run_jobs`, with the additional argument `alone`:
+# whether to run jobs one at a time with nothing else.
 _Engine = Callable[..., dict[str, str]]
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the grid, then draws the figures; status 1 if a run failed."""
+  """Runs the grid and draws the figures. Exits with 1 if a run failed."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
@@ -165,8 +175,8 @@ def main(argv: Sequence[str]) -> None:
         failures |= _measure(runs, root, table, run_jobs)
   except processes.Interrupted as interrupted:
     print(
-      f'{interrupted}: what is trained is saved in {root}; the same command '
-      'goes on from there',
+      f'{interrupted}: progress is saved in {root}; the same command resumes '
+      'from there',
       file=sys.stderr,
     )
     sys.exit(128 + interrupted.signal)
@@ -186,22 +196,28 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
-  """Returns the runs; raises ValueError naming all that is wrong."""
+  """Returns the runs.
+
+  Raises:
+    ValueError: flags or workdirs are invalid. The message lists all errors.
+  """
   errors, runs = [], []
   if _LATENCY_BATCH_SIZE.value:
-    program.require_checkout('latency (else --latency_batch_size=0)')
+    program.require_checkout(
+      'measuring latency (disable it with --latency_batch_size=0)'
+    )
   local = _ENGINE.value == 'local'
   for flag in (_RAY_ADDRESS, _RAY_CPUS, _RAY_GPUS, _RAY_RETRIES):
     if local and flag.present:
-      errors.append(f'--{flag.name} is for --engine=ray')
+      errors.append(f'--{flag.name} needs --engine=ray')
   if not local and _PARALLEL.present:
     errors.append(
-      '--parallel is for --engine=local; on Ray, --ray_cpus and --ray_gpus of '
-      'a run say how many run at a time'
+      '--parallel needs --engine=local; on Ray, --ray_cpus and --ray_gpus '
+      'determine how many runs fit'
     )
   if results.suffix == '.csv':
     errors.append(
-      f'results must be a folder, in which {TABLE} is written; got {results}'
+      f'results must be a folder, which will contain {TABLE}; got {results}'
     )
   if results.exists() and not results.is_dir():
     errors.append(f'results must be a folder; {results} is a file')
@@ -221,7 +237,7 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
 
 @contextlib.contextmanager
 def _engine(root: pathlib.Path) -> Iterator[_Engine]:
-  """Yields what runs jobs, while it holds the folder of the workdirs."""
+  """Yields a function that runs jobs, and locks the folder of the workdirs."""
   if _ENGINE.value == 'ray':
     from dynconv_jax.cli import ray_jobs
 
@@ -248,14 +264,15 @@ def _train(
   table: pathlib.Path,
   run_jobs: _Engine,
 ) -> dict[str, str]:
-  """Trains and evaluates what is not yet; returns the errors by run."""
+  """Trains and evaluates unfinished runs and returns the errors by run."""
   rows = read_rows(table)
   for run in runs:
     folder, epochs = root / run.name, run.config.optimization.epochs
     if (folder / TRAINED).exists() and (
       epochs != workdir_lib.read_config(folder).optimization.epochs
     ):
-      # It goes on, to be measured anew; last what tells that it has to.
+      # The run resumes and is measured again. The marker is removed last, in
+      # case the sweep is interrupted here.
       if run.name in rows:
         again = {'run': run.name, 'split': SPLIT, 'latency_ms': ''}
         write_result(table, again)
@@ -287,10 +304,10 @@ def _train(
       functools.partial(_record, run, table),
     )
   logging.info(
-    '%d runs, %d of them finished before', len(runs), len(runs) - len(left)
+    '%d runs, %d of them already finished', len(runs), len(runs) - len(left)
   )
   if _ENGINE.value != 'local' or _PARALLEL.value > 1:
-    # Processes that prepare the same dataset at once get in each other's way.
+    # Processes that prepare the same dataset at the same time would conflict.
     parts = [run.config.data for run in left]
     for data in {part.dataset: part for part in parts}.values():
       inputs.open_splits(data)
@@ -305,8 +322,8 @@ def _place(folder: str | os.PathLike) -> str:
 
 
 def _record(run: Run, table: pathlib.Path, row: sweep_runs.Row) -> None:
-  """Puts a run into the table, and the flags that make it again beside it."""
-  # Without the places of one machine.
+  """Adds a run to the table and writes its flags next to the table."""
+  # Leave out paths of this machine.
   places = operational_options(run.config)
   kept = {k: v for k, v in run.config.flat().items() if k not in places}
   write_atomic(table.parent / 'flags' / f'{run.name}.flags', to_flags(kept))
@@ -319,7 +336,7 @@ def _measure(
   table: pathlib.Path,
   run_jobs: _Engine,
 ) -> dict[str, str]:
-  """Measures latency, one run after the other; returns the errors by run."""
+  """Measures latency, one run at a time, and returns the errors by run."""
   rows, batch_size = read_rows(table), _LATENCY_BATCH_SIZE.value
   jobs = {
     run.name: processes.Job(
@@ -346,7 +363,7 @@ def _measure(
     ended = run_jobs(jobs, progress.show, alone=True)
   rows = read_rows(table).values()
   if len({row.get('latency_machine') for row in rows} - {None, ''}) > 1:
-    logging.warning('%s has latencies of several machines', table)
+    logging.warning('%s mixes latencies from several machines', table)
   return {name: f'latency: {error}' for name, error in ended.items() if error}
 
 

@@ -1,4 +1,4 @@
-"""One line for a whole sweep."""
+"""Progress display of a sweep."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dynconv_jax.training.config import Config
 
 
 class Progress:
-  """Runs that are done, those at work, the time left.
+  """Display of finished runs, running runs, and the remaining time.
 
-  A line that changes on a terminal, log lines elsewhere.
+  Shows a status line on a terminal and writes log lines elsewhere.
   """
 
-  # Seconds between looks at the runs, and between log lines.
+  # Seconds between polls of the runs, and between log lines.
   look, interval = 1.0, 60.0
 
   def __init__(
@@ -29,11 +29,13 @@ class Progress:
     runs: Mapping[pathlib.Path | str, Config | None],
     before: int,
   ):
-    """Args:
-    what: is done with a run, such as 'trained'.
-    runs: those that are left: workdir and configuration, or name and None
-      where nothing is known about how far a run is.
-    before: how many were done before.
+    """Initializes the display.
+
+    Args:
+      what: what is done with each run, such as 'trained'.
+      runs: the remaining runs: configurations by workdir, or None by name if
+        the progress within runs is unknown.
+      before: number of runs that were already done.
     """
     self._what, self._before = what, before
     self._runs = {
@@ -59,11 +61,11 @@ class Progress:
       self._bar.close()
 
   def show(self, running: Sequence[str], ended: Mapping[str, str]) -> None:
-    """Shows where the sweep is, not more often than is of use.
+    """Updates the display, at a limited rate.
 
     Args:
-      running: names of the runs at work.
-      ended: by name, '' or the error of a run that failed.
+      running: names of the running runs.
+      ended: errors of the ended runs by name; '' for success.
     """
     now, news = time.monotonic(), len(ended) != self._ended
     if not news and now - self._looked < self.look:
@@ -83,12 +85,12 @@ class Progress:
   def line(
     self, running: Sequence[str], ended: Mapping[str, str], seconds: float
   ) -> str:
-    """Returns '3/18 trained, 1 failed, at work: NAME (epoch 2/28), 9 min left'.
+    """Returns '3/18 trained, 1 failed, running: NAME (epoch 2/28), 9 min left'.
 
     Args:
-      running: names of the runs at work.
-      ended: by name, '' or the error of a run that failed.
-      seconds: since the start.
+      running: names of the running runs.
+      ended: errors of the ended runs by name; '' for success.
+      seconds: seconds since the start.
     """
     failed = sum(map(bool, ended.values()))
     done = self._before + len(ended) - failed
@@ -106,19 +108,19 @@ class Progress:
       names.append(f'{name} (epoch {epochs}/{config.optimization.epochs})')
       left[name] = min(left[name], 1 - epochs / config.optimization.epochs)
     if names:
-      parts.append(f'at work: {", ".join(names)}')
+      parts.append(f'running: {", ".join(names)}')
     done = whole - sum(left.values())
     if names and done:
       parts.append(f'{_duration(seconds * sum(left.values()) / done)} left')
     return ', '.join(parts)
 
   def _left(self, name: str) -> float:
-    """Returns the share of a run that was not done before this start."""
+    """Returns the fraction of a run that remained at the start."""
     _, config = self._runs[name]
     return 1 - self._first[name] / config.optimization.epochs if config else 1.0
 
   def _epochs(self, name: str) -> int:
-    """Returns how many epochs of a run are done."""
+    """Returns the number of epochs that a run has done."""
     path, config = self._runs[name]
     if config is None:
       return 0
@@ -127,7 +129,7 @@ class Progress:
 
 
 def _duration(seconds: float) -> str:
-  """Returns '2 h 05 min', '12 min' or '40 s'."""
+  """Returns a duration as '2 h 05 min', '12 min', or '40 s'."""
   minutes = round(seconds / 60)
   if seconds < 99:
     return f'{seconds:.0f} s'

@@ -1,7 +1,7 @@
-"""What a sweep does with a run: commands in its workdir, which give a row.
+"""Commands of a sweep for each run, which produce its row of the table.
 
-All is named by plain values, so that it can be sent to another machine. JAX is
-not imported while a run trains: this process would hold it in vain.
+Arguments are plain values that can be sent to another machine. This module does
+not import JAX, which would waste memory while a run trains.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def train_and_evaluate(
   checkpoint: str,
   columns: Mapping[str, str],
 ) -> Commands:
-  """Yields the commands of a run that is not trained or not evaluated.
+  """Yields the commands that train a run, if necessary, and evaluate it.
 
   Args:
-    folder: workdir; its name is the run's.
+    folder: workdir of the run. Its name is the name of the run.
     flags: the whole configuration, as the text of a flag file.
-    checkpoint: 'best' or 'latest', what is evaluated.
-    columns: more of the row.
+    checkpoint: checkpoint to evaluate, 'best' or 'latest'.
+    columns: additional columns of the row.
 
   Returns:
     The run's row of the table.
@@ -49,7 +49,7 @@ def train_and_evaluate(
     write_atomic(flagfile, flags)
     yield _command('train', flagfile=flagfile, workdir=folder)
     write_atomic(marker, json.dumps({'commit': _commit()}) + '\n')
-  # A table of its own: only the sweep's process writes the common one.
+  # Use a separate table. Only the sweep's process writes the common one.
   own = folder / TABLE
   yield _command(
     'evaluate', workdir=folder, split=SPLIT, checkpoint=checkpoint, results=own
@@ -65,16 +65,16 @@ def train_and_evaluate(
 def measure_latency(
   folder: pathlib.Path, gated: bool, checkpoint: str, batch_size: int
 ) -> Commands:
-  """Yields the command that times a run.
+  """Yields the command that measures the latency of a run.
 
   Args:
-    folder: workdir of a trained run; its name is the run's.
-    gated: whether it has masks, and would be used sparse.
+    folder: workdir of a trained run. Its name is the name of the run.
+    gated: whether the network has masks and would use sparse execution.
     checkpoint: 'best' or 'latest'.
-    batch_size: in images.
+    batch_size: number of images in a batch.
 
   Returns:
-    The times, for the run's row; in ms.
+    The latency columns of the run's row, in ms.
   """
   output = folder / 'latency'
   yield _command(
@@ -88,12 +88,12 @@ def measure_latency(
   )
   measured = json.loads((output / 'benchmark.json').read_text())
   sparse = measured.get('sparse_ms')
-  # The faster form: gated networks are executed by the same kernels.
+  # The fastest dense form, because sparse execution uses the same kernels.
   dense = min(measured[k] for k in _DENSE_TIMES if k in measured)
   return {
     'run': folder.name,
     'split': SPLIT,
-    # As it would be used: the sparse one, where there are masks.
+    # The latency in use: sparse if there are masks.
     'latency_ms': round(sparse if gated else dense, 4),
     'latency_dense_ms': round(dense, 4),
     'latency_sparse_ms': '' if sparse is None else round(sparse, 4),
@@ -103,15 +103,15 @@ def measure_latency(
 
 
 def read_rows(table: pathlib.Path) -> dict[str, dict[str, str]]:
-  """Returns the rows of the test split by run; none where there is no table.
+  """Returns the rows of the test split by run.
 
   Args:
-    table: path of the CSV file.
+    table: path of the CSV file. If it does not exist, there are no rows.
   """
   from dynconv_jax.plotting.results import read_results
 
-  found = read_results(table) if table.exists() else []
-  return {row['run']: row for row in found if row.get('split') == SPLIT}
+  rows = read_results(table) if table.exists() else []
+  return {row['run']: row for row in rows if row.get('split') == SPLIT}
 
 
 def _command(name: str, **values: Any) -> list[str]:
@@ -128,18 +128,18 @@ def _training_seconds(folder: pathlib.Path) -> int | str:
 
 
 def _commit() -> str:
-  """Returns the commit of the code, '-dirty' if it was changed since."""
+  """Returns the commit of the code, with '-dirty' if files were changed."""
   root = pathlib.Path(__file__).parents[2]
   git = functools.partial(
     subprocess.run, cwd=root, capture_output=True, text=True
   )
-  if not (root / '.git').exists():  # It is installed.
+  if not (root / '.git').exists():  # Not a checkout.
     return 'unknown'
   try:
     head = git(['git', 'rev-parse', 'HEAD'])
     code = ['dynconv_jax', 'experiments']
     changed = git(['git', 'diff', '--quiet', 'HEAD', '--', *code])
-  except OSError:  # There is no git.
+  except OSError:  # Git is not installed.
     return 'unknown'
   if head.returncode:
     return 'unknown'

@@ -3,9 +3,9 @@ r"""Trains a network.
 dynconv train --flagfile=spots_dynconv \
   --workdir=workdir/spots_dynconv [any flag again, later wins]
 
-Started again with the same workdir it goes on from the last checkpoint; with
-another --epochs, on the schedules of the new total. Several processes train as
-one: see docs/scaling.md.
+With an existing workdir, training resumes from the last checkpoint. If --epochs
+has changed, schedules follow the new total. For training with several
+processes, see docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -21,39 +21,40 @@ from dynconv_jax.cli import config_flags, program
 from dynconv_jax.training import loop, workdir
 
 _WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Folder of this run; holds all about it.', required=True
+  'workdir', None, 'Folder of the run, for all its files.', required=True
 )
 _CPU_DEVICES = flags.DEFINE_integer(
   'cpu_devices',
   0,
-  'JAX devices that the CPU is shared out to, each with its part of a batch; '
-  '0: one a core, at most 2, or 1 with several processes. XLA runs much '
-  "of one device's work on one core.",
+  'Number of JAX devices that the CPU is split into, each with a part of the '
+  'batch. XLA runs much of the work of a device on one core. 0: one device per '
+  'core, at most 2, or 1 with several processes.',
   lower_bound=0,
 )
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
-  'coordinator_address', None, 'host:port of process 0, of several processes.'
+  'coordinator_address', None, 'host:port of process 0, for several processes.'
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'Processes that train together, each of them started.'
+  'num_processes', None, 'Number of processes that train together.'
 )
 _PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Number of this one of several processes, from 0.'
+  'process_id', None, 'Index of this process, from 0.'
 )
 _DISTRIBUTED = flags.DEFINE_string(
   'distributed',
   None,
-  "auto: find those three in a cluster's environment, as SLURM, Open MPI, and "
-  'Kubernetes set it; or how: slurm, ompi, mpi4py, k8s.',
+  'How to find coordinator_address, num_processes, and process_id in the '
+  'environment: auto (detects SLURM, Open MPI, and Kubernetes), slurm, ompi, '
+  'mpi4py, or k8s.',
 )
 _START_TIMEOUT = flags.DEFINE_integer(
-  'start_timeout', 300, 'Seconds that processes wait for each other to start.'
+  'start_timeout', 300, 'Seconds to wait for other processes to start.'
 )
 config_flags.define()
 
 
 def main(argv: Sequence[str]) -> None:
-  """Trains, draws the learning curves and prints one summary line."""
+  """Trains, plots the learning curves, and prints a summary line."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
@@ -77,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(128 + interrupted.signal)
   if not distributed.is_main():
     return
-  # Here: importing Matplotlib takes a while.
+  # Imported here because Matplotlib is slow to import.
   from dynconv_jax.plotting.curves import plot_learning_curves
 
   figure = folder / 'learning_curves.png'

@@ -1,6 +1,6 @@
-"""A page that shows where trained networks compute in a photograph.
+"""Web page that shows where trained networks compute in an image.
 
-`server` runs it on this machine; `web` writes it as a static folder.
+`server` serves it from this machine; `web` writes it as a static folder.
 """
 
 from dynconv_jax.demo.networks import DemoNetwork, load_networks

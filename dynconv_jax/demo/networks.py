@@ -1,4 +1,4 @@
-"""Trained networks as the page shows them."""
+"""Trained networks for the demo page."""
 
 from __future__ import annotations
 
@@ -31,24 +31,32 @@ from dynconv_jax.training.config import DataConfig, ModelConfig
 from dynconv_jax.training.inputs import eval_batches, open_split
 from dynconv_jax.training.workdir import Run, load_run, read_part
 
-# Of a photograph: enough for any camera, and decoded within 200 MB.
+# Limits of an image: enough for any camera, and at most 200 MB decoded.
 MAX_PIXELS = 64_000_000
 MAX_BYTES = 64_000_000
-# Timed calls of each form, taking turns.
+# Timed calls of each form; timing is interleaved.
 TIMED_CALLS = 7
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp')
 
 
 class DemoNetwork:
-  """A trained network, sparse and dense, for one photograph at a time.
+  """A trained network with sparse and dense execution, for single images.
 
   Args:
     run: the trained network.
-    name: what the page calls it.
+    name: name of the network on the page.
 
   Attributes:
-    ungated: the same weights without gates: every block runs everywhere.
+    run: the trained network.
+    name: name of the network on the page.
+    ungated: network with the same weights and without gates, which runs every
+      block everywhere.
+    dense_macs: MACs of `ungated`.
+    always_macs: MACs that do not depend on the image: stem, head, and gates.
+    blocks: name, stage, mask size, and output name of each gated block with a
+      spatial mask.
+    gated: whether the network has gates.
   """
 
   def __init__(self, run: Run, name: str):
@@ -64,11 +72,10 @@ class DemoNetwork:
     self.dense_macs = dense.total
     _, masks = nnx.eval_shape(run.model, images)
     nothing = jax.tree.map(lambda m: np.zeros(m.shape, m.dtype), masks)
-    # MACs of stem, head and gates: what runs for any photograph.
     self.always_macs = float(
       self._report.executed(nothing)[0] if masks else dense.total
     )
-    # Masks of tokens have no place in the picture.
+    # Masks of tokens cannot be shown on the image.
     self.blocks = [
       {
         'name': mask.name,
@@ -91,7 +98,7 @@ class DemoNetwork:
 
   @property
   def description(self) -> dict[str, Any]:
-    """What the page needs to know, fit for JSON."""
+    """JSON-serializable description of the network for the page."""
     run, method = self.run, self.run.network.method
     mean, std = NORMALIZATIONS[run.normalization]
     knob = method.record.knob
@@ -101,7 +108,7 @@ class DemoNetwork:
       'model': run.network.model.model,
       'method': method.record.label or method.record.name,
       'gated': self.gated,
-      # What a slider moves along: the budget of most methods.
+      # The option that a slider changes; a budget for most methods.
       'knob': knob if isinstance(value, int | float) else '',
       'knob_value': value if isinstance(value, int | float) else None,
       'class_names': list(run.class_names),
@@ -115,15 +122,15 @@ class DemoNetwork:
     }
 
   def predict(self, image: np.ndarray) -> dict[str, Any]:
-    """Returns what the network makes of a photograph, fit for JSON.
+    """Returns a JSON-serializable prediction for an image.
 
     Args:
-      image: uint8[H, W, 3], at its own size.
+      image: uint8[H, W, 3], of any size.
 
     Returns:
-      'probabilities', one a class; 'macs', executed; 'masks', of each block a
-      text of 0 and 1 by rows; 'dense_ms', and of a gated network 'sparse_ms':
-      the median time of a call, in milliseconds.
+      'probabilities' of all classes; 'macs', the executed MACs; 'masks', a
+      row-major string of 0 and 1 for each block; 'dense_ms' and, for gated
+      networks, 'sparse_ms', the median latency in milliseconds.
 
     Raises:
       FloatingPointError: the logits are not finite.
@@ -162,7 +169,7 @@ class DemoNetwork:
 
 
 def _interleaved(executors, images) -> dict[str, float]:
-  """Returns the median milliseconds of each; they take turns."""
+  """Returns the median latency of each executor in ms, timed interleaved."""
   times = {form: [] for form in executors}
   for _ in range(TIMED_CALLS):
     for form, executor in executors.items():
@@ -177,19 +184,22 @@ def load_networks(
 ) -> list[DemoNetwork]:
   """Returns the trained networks of workdirs.
 
+  Networks are named after their workdirs, with the parent folder or the full
+  path if names would be equal.
+
   Args:
-    workdirs: of the runs. Their folders' names are the networks', with the
-      folder above where two share one.
+    workdirs: workdirs of the runs.
     best: see `load_run`.
 
   Raises:
-    ValueError: there is no workdir, or one is given twice; and as `load_run`.
+    ValueError: there are no workdirs, or a workdir is listed twice.
+    FileNotFoundError, CheckpointError: as `load_run`.
   """
   paths = [pathlib.Path(workdir).expanduser() for workdir in workdirs]
   absolute = [path.absolute() for path in paths]
   if not paths or len(set(absolute)) < len(paths):
     raise ValueError(
-      'give one or more different workdirs; got '
+      'specify one or more different workdirs; got '
       f'{", ".join(workdirs) or "none"}'
     )
   runs = [load_run(path, best=best) for path in paths]
@@ -202,19 +212,19 @@ def load_networks(
 
 
 def check_size(data: bytes, name: str) -> None:
-  """Raises CorruptImageError for a picture of too many pixels.
+  """Raises CorruptImageError if an image has too many pixels.
 
-  What is no picture passes: `decode_image` says so.
+  Files that are not images pass; `decode_image` reports them.
 
   Args:
-    data: an image file.
-    name: what to call it in the error.
+    data: contents of an image file.
+    name: name of the image in the error.
   """
   try:
     width, height = Image.open(io.BytesIO(data)).size
   except (
     Image.DecompressionBombError,
-    Image.DecompressionBombWarning,  # Where warnings are errors.
+    Image.DecompressionBombWarning,  # If warnings are errors.
   ) as error:
     raise CorruptImageError(name, _too_large()) from error
   except Exception:
@@ -228,16 +238,16 @@ def _too_large() -> str:
 
 
 def find_examples(given: str, workdir: str) -> list[tuple[str, bytes]]:
-  """Returns names and contents of images for the page to offer.
+  """Returns the names and contents of example images for the page.
 
   Args:
-    given: a folder of images; or a number, of test images of a run's data set,
-      as scenes if it was trained on scenes. Without that data there are none,
-      and the log says so.
-    workdir: of the run.
+    given: a folder of images, or a number of test images from a run's dataset,
+      as scenes if the run was trained on scenes. If the dataset is not
+      available, there are no images and a warning is logged.
+    workdir: workdir of the run.
 
   Raises:
-    FileNotFoundError: the folder is none, or has no image.
+    FileNotFoundError: the folder does not exist or contains no images.
   """
   if given.isdigit():
     return _of_run(workdir, int(given)) if int(given) else []
@@ -260,7 +270,7 @@ def _of_run(workdir: str, number: int) -> list[tuple[str, bytes]]:
   except (OSError, ValueError) as error:
     logging.warning('no example images: %s', error)
     return []
-  # Class after class: the first example of each, then the second.
+  # Interleave classes: the first example of each class, then the second.
   rank = np.zeros(len(split), int)
   for label in range(len(split.class_names)):
     members = np.flatnonzero(split.labels == label)
@@ -271,7 +281,7 @@ def _of_run(workdir: str, number: int) -> list[tuple[str, bytes]]:
     return [
       (name, split[i]['image']) for name, i in zip(names, order, strict=True)
     ]
-  # Around what the network will see.
+  # Scenes of the size that the network's preprocessing starts from.
   size = read_part(workdir, ModelConfig).image_size
   (batch,) = eval_batches(
     dataclasses.replace(data, cache='none', num_workers=0),

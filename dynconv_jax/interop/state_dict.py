@@ -1,4 +1,4 @@
-"""Networks to and from PyTorch's state_dicts; needs no PyTorch itself."""
+"""Conversion between networks and PyTorch state_dicts, without PyTorch."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from flax import nnx
 from dynconv_jax.interop import mobilenet
 from dynconv_jax.interop import names as names_lib
 
-# Where training scripts keep the weights, and what wrappers put before a name.
+# Entries where training scripts store the weights, and prefixes of wrappers.
 _NESTS = ('state_dict', 'model_state_dict', 'model', 'module', 'net', 'network')
 _PREFIXES = (*_NESTS, '_orig_mod', 'backbone')
-# What lies beside the weights, in checkpoints that are not nested.
+# Other entries next to the weights in checkpoints that are not nested.
 _BESIDE = re.compile(r'(optim\w*|(lr_)?scheduler|scaler|amp)\..*')
 
 
 def load_torch_state_dict(
   model: nnx.Module, state_dict: Mapping[str, Any]
 ) -> None:
-  """Sets all weights and batch statistics of a network from PyTorch's.
+  """Loads all weights and batch statistics of a network from PyTorch.
 
-  Names are torchvision's, or those of the public checkpoints of the network's
-  method (DynConv's, ConvNet-AIG's); other methods' gates have our own paths.
-  Gates of blocks that are always executed here are left out, and logged.
+  Names are those of torchvision or of the public checkpoints of the network's
+  method (DynConv, ConvNet-AIG). The gates of other methods use the paths of
+  this package. Gates of blocks that are always executed in the network are
+  ignored and logged.
 
   Args:
-    model: is changed, unless an error is raised; may be abstract, of shapes
-      and dtypes.
-    state_dict: NumPy arrays or tensors, of any floating point, by name; or a
-      checkpoint that holds such a mapping, with prefixes such as `module.`
-      and an optimizer's state beside it.
+    model: the network, modified in place unless an error is raised. It may be
+      abstract, with shapes and dtypes instead of arrays.
+    state_dict: floating-point NumPy arrays or tensors by name, or a checkpoint
+      that contains such a mapping. Prefixes such as `module.` and optimizer
+      state are ignored.
 
   Raises:
-    ValueError: names every entry that is missing, unexpected, of another shape,
-      not of floating point or without values, that holds NaN or infinity, and
-      every negative variance.
+    ValueError: entries are missing, unexpected, of the wrong shape, not
+      floating-point, unreadable, NaN or infinite, or are negative variances.
+      The message lists each.
   """
   match = _match(model, state_dict)
   match.check(_hint(match))
@@ -51,18 +52,20 @@ def load_torch_state_dict(
 def load_pretrained(
   model: nnx.Module, state_dict: Mapping[str, Any]
 ) -> list[str]:
-  """Starts a network from PyTorch's weights; what they lack stays as it is.
+  """Initializes a network from PyTorch weights before training.
 
-  Gates stay as initialized where the state_dict has none at all: gated methods
-  start from dense weights, as in their papers. So does a classifier of another
-  number of classes. All else must be there, as in `load_torch_state_dict`.
+  Gates keep their initialization if the state_dict has no gates at all, because
+  gated methods start from dense weights, as in their papers. A classifier with
+  another number of classes keeps its initialization too. Everything else must
+  be present, as in `load_torch_state_dict`.
 
   Args:
-    model: is changed, unless an error is raised.
+    model: the network, modified in place unless an error is raised.
     state_dict: as in `load_torch_state_dict`.
 
   Returns:
-    PyTorch's names of the weights that stay as initialized; they are logged.
+    The PyTorch names of weights that keep their initialization, which are also
+    logged.
 
   Raises:
     ValueError: as `load_torch_state_dict`.
@@ -80,17 +83,17 @@ def load_pretrained(
   match.check()
   match.load(model)
   if fresh:
-    logging.info('initialized afresh: %s', ', '.join(fresh))
+    logging.info('newly initialized: %s', ', '.join(fresh))
   return fresh
 
 
 def to_torch_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-  """Returns a network's weights and statistics by PyTorch's names.
+  """Returns a network's weights and batch statistics by PyTorch name.
 
-  The names are those that `load_torch_state_dict` describes, with every batch
-  norm's `num_batches_tracked`, which nothing here counts, as 0: a PyTorch
-  module of the same structure loads it with `strict=True`. Its arrays are
-  copies in PyTorch's layout and the network's dtype.
+  See `load_torch_state_dict` for the names. The result also contains
+  `num_batches_tracked` of every batch norm, always 0, so a PyTorch module of
+  the same structure can load it with `strict=True`. Arrays are copies in
+  PyTorch's layout and the network's dtype.
   """
   weights = names_lib.torch_names(model, names_lib.own_naming(model))
   arrays = dict(nnx.to_flat_state(nnx.state(model)))
@@ -110,29 +113,29 @@ def num_classes(state_dict: Mapping[str, Any]) -> int:
     state_dict: as in `load_torch_state_dict`.
 
   Raises:
-    ValueError: it has no classifier of a known name.
+    ValueError: there is no classifier with a known name.
   """
   found = _find_weights(state_dict)
   for name in (f'{head}.bias' for head in names_lib.HEADS):
     if name in found and len(np.shape(found[name])) == 1:
       return len(found[name])
   raise ValueError(
-    'the state_dict has no classifier, fc.bias or linear.bias; it has '
+    'the state_dict has no classifier, such as fc.bias or linear.bias; it has '
     f'{_first(found)}'
   )
 
 
 @dataclasses.dataclass
 class _Match:
-  """How the entries of a state_dict fit a network.
+  """Result of matching the entries of a state_dict with a network.
 
   Attributes:
-    weights: the network's, by PyTorch's names.
-    arrays: those entries that fit.
+    weights: weights of the network by PyTorch name.
+    arrays: the entries that fit, by name.
     missing: names that the state_dict lacks.
     unexpected: names that the network lacks.
-    misfits: by name, what is wrong with an entry.
-    shapes: of the entries whose shape differs, by name.
+    misfits: reasons why entries do not fit, by name.
+    shapes: shapes of the entries whose shape is wrong, by name.
   """
 
   weights: dict[str, names_lib.Weight]
@@ -143,13 +146,13 @@ class _Match:
   shapes: dict[str, tuple[int, ...]]
 
   def forgive(self, names: list[str]) -> None:
-    """Lets these entries be missing or of another shape."""
+    """Allows entries to be missing or to have another shape."""
     self.missing = [name for name in self.missing if name not in names]
     for name in names:
       self.misfits.pop(name, None)
 
   def check(self, hint: str = '') -> None:
-    """Raises ValueError naming every entry that does not fit."""
+    """Raises ValueError listing every entry that does not fit."""
     kinds = {
       'missing': self.missing,
       'unexpected': self.unexpected,
@@ -162,7 +165,7 @@ class _Match:
       )
 
   def load(self, model: nnx.Module) -> None:
-    """Sets the weights that fit."""
+    """Loads the weights that fit."""
     state = {
       self.weights[name].path: jnp.array(
         self.weights[name].from_torch(_to_numpy(array))
@@ -174,7 +177,7 @@ class _Match:
 
 def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
   found = _find_weights(state_dict)
-  # A network is met in its method's naming and in torchvision's.
+  # Try the naming of the network's method and that of torchvision.
   candidates = [
     names_lib.torch_names(model, naming)
     for naming in (names_lib.own_naming(model), names_lib.TORCHVISION)
@@ -187,7 +190,7 @@ def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
     dropped = {name for entries in always.values() for name in entries}
     unexpected = [name for name in unexpected if name not in dropped]
     logging.info(
-      'left out the gates of blocks that are always executed: %s',
+      'ignored the gates of blocks that are always executed: %s',
       ', '.join(always),
     )
   arrays, misfits, shapes = {}, {}, {}
@@ -197,7 +200,7 @@ def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
       shapes[name] = shape
       misfits[name] = f'is {shape}, not {weight.shape}'
     elif not _is_floating(found[name]):
-      misfits[name] = f'is {found[name].dtype}, not of floating point'
+      misfits[name] = f'is {found[name].dtype}, not floating-point'
     elif wrong := _wrong_values(name, found[name], weight):
       misfits[name] = wrong
     else:
@@ -215,12 +218,12 @@ def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
 def _hint(match: _Match) -> str:
   gates = {name for name, weight in match.weights.items() if weight.is_gate}
   if gates and gates <= set(match.missing):
-    return ', whose gates it lacks (training can start from it: `pretrained`)'
+    return ', whose gates it lacks (to train from it, use `pretrained`)'
   return ''
 
 
 def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the arrays of a checkpoint, without what wrappers put around."""
+  """Returns the weights of a checkpoint by name, without wrappers' prefixes."""
   if not isinstance(state_dict, Mapping):
     raise ValueError(
       'a state_dict must be a mapping of names to arrays; got '
@@ -233,16 +236,16 @@ def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       (nest[k] for k in _NESTS if isinstance(nest.get(k), Mapping)), None
     )
   found = {}
-  for given, array in state_dict.items():
-    name = str(given)
+  for key, array in state_dict.items():
+    name = str(key)
     while name.partition('.')[0] in _PREFIXES:
       name = name.partition('.')[2]
-    # Epochs, accuracies, arguments, an optimizer's state.
+    # Skip epochs, accuracies, arguments, and optimizer state.
     is_number = '.' not in name and np.ndim(array) == 0
     if is_number or not hasattr(array, 'shape') or _BESIDE.fullmatch(name):
       continue
     if name in found:
-      raise ValueError(f'the state_dict has {name} twice, as {given} as well')
+      raise ValueError(f'the state_dict has {name} twice, also as {key}')
     found[name] = array
   if not found:
     raise ValueError(
@@ -252,22 +255,24 @@ def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_floating(array: Any) -> bool:
-  if hasattr(array, 'is_floating_point'):  # PyTorch's.
+  if hasattr(array, 'is_floating_point'):  # A PyTorch tensor.
     return array.is_floating_point()
   return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def _wrong_values(name: str, array: Any, weight: names_lib.Weight) -> str:
-  """Returns what is wrong with the values of an entry, or ''."""
+  """Returns an error if the values of an entry are invalid, or else ''."""
   try:
-    with np.errstate(over='ignore'):  # Too large for the network: infinity.
+    with np.errstate(over='ignore'):  # Overflow gives infinity, checked below.
       values = _to_numpy(array).astype(weight.dtype)
-  # PyTorch's tensors of another layout, or on its device `meta`.
+  # PyTorch tensors with another layout or on the device `meta`.
   except (NotImplementedError, RuntimeError, TypeError) as error:
-    return f'has no values that can be read ({str(error).splitlines()[0]})'
+    return f'has no readable values ({str(error).splitlines()[0]})'
   finite = np.isfinite(values)
   if not finite.all():
-    return f'holds NaN or infinity ({(~finite).sum()} of {finite.size} values)'
+    return (
+      f'contains NaN or infinity ({(~finite).sum()} of {finite.size} values)'
+    )
   if name.endswith('.running_var') and (values < 0).any():
     return f'is negative ({(values < 0).sum()} of {values.size} variances)'
   return ''
@@ -279,7 +284,7 @@ def _to_numpy(array: Any) -> np.ndarray:
   array = array.detach().cpu()
   try:
     return array.numpy()
-  except TypeError:  # bfloat16 and narrower, which NumPy has not.
+  except TypeError:  # bfloat16 and narrower types, which NumPy lacks.
     return array.float().numpy()
 
 

@@ -1,7 +1,7 @@
-"""Networks trained with this package, by name: --pretrained=zoo:NAME.
+"""Zoo of networks trained with this package, used as --pretrained=zoo:NAME.
 
-`zoo.json` lists them: file, SHA-256, what they are, what they reach, and a URL
-once there is one. A file's own header says all that is needed to use it.
+`zoo.json` lists their files, SHA-256, configurations, results, and URLs if
+published. The header of a file contains all information needed to use it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from dynconv_jax.interop.files import read_metadata
 
 PREFIX = 'zoo:'
 INDEX = pathlib.Path(__file__).with_name('zoo.json')
-# Names a folder that is looked into first.
+# Environment variable with the folder that is searched first.
 VARIABLE = 'DYNCONV_ZOO'
 FOLDER = '~/.cache/dynconv_jax'
 
 
 @functools.cache
 def entries() -> Mapping[str, dict[str, Any]]:
-  """Returns the networks of the index by name.
+  """Returns the entries of the index by name.
 
-  An entry has 'file', 'sha256', 'bytes', 'url' (a string or None), 'flags'
-  (which network, which images; text by name), 'dataset', 'classes', 'split',
-  'accuracy' there, and 'gmacs', the mean of an image.
+  An entry has 'file', 'sha256', 'bytes', 'url' (text or None), 'flags' (of the
+  network and its images, as text by name), 'dataset', 'classes' (their number),
+  'split', 'accuracy' on the split, and 'gmacs', the mean per image.
   """
   return _read(INDEX)
 
@@ -47,7 +47,7 @@ def entry(source: str) -> dict[str, Any]:
   """Returns the entry of 'zoo:NAME'.
 
   Raises:
-    ValueError: there is no such network; names those that there are.
+    ValueError: the network does not exist. The message lists all names.
   """
   name = source.removeprefix(PREFIX)
   check_choice('pretrained', name, entries())
@@ -55,19 +55,20 @@ def entry(source: str) -> dict[str, Any]:
 
 
 def find_zoo(source: str, folder: str | os.PathLike = FOLDER) -> pathlib.Path:
-  """Returns the file of a network, downloaded where it has a URL.
+  """Returns the file of a network, downloading it if necessary.
 
-  It is looked for in the folder that the variable DYNCONV_ZOO names, then in
-  FOLDER/zoo, where downloads go, and in ~/.cache/dynconv_jax/zoo.
+  Searches the folder in the environment variable DYNCONV_ZOO, then
+  `folder`/zoo, then ~/.cache/dynconv_jax/zoo. Downloads go to the first of
+  these folders that is set.
 
   Args:
     source: 'zoo:NAME'.
-    folder: such as that of --data_dir.
+    folder: a folder, such as that of --data_dir.
 
   Raises:
-    ValueError: there is no such network, or a file is another one.
-    FileNotFoundError: there is no file and no URL, or it cannot be downloaded;
-      says where to put the file by hand.
+    ValueError: the network does not exist, or a file has the wrong SHA-256.
+    FileNotFoundError: there is no file, and it has no URL or cannot be
+      downloaded. The message says where to put the file.
   """
   known = entry(source)
   folders = [
@@ -88,8 +89,9 @@ def find_zoo(source: str, folder: str | os.PathLike = FOLDER) -> pathlib.Path:
   advice = f'put the file (SHA-256 {known["sha256"]}) at {path}'
   if not known['url']:
     raise FileNotFoundError(
-      f'{source} is not here and is not published yet: {advice}. Looked in '
-      f'{", ".join(map(str, dict.fromkeys(folders)))}; {VARIABLE} names another'
+      f'{source} was not found and is not published yet: {advice}. Searched '
+      f'{", ".join(map(str, dict.fromkeys(folders)))}; set {VARIABLE} to add a '
+      'folder'
     )
   try:
     with replacing(path) as partial:
@@ -110,28 +112,28 @@ def find_zoo(source: str, folder: str | os.PathLike = FOLDER) -> pathlib.Path:
 def check_hash(
   path: pathlib.Path, sha256: str, place: str | os.PathLike | None = None
 ) -> None:
-  """Raises ValueError unless a file has a SHA-256.
+  """Raises ValueError if a file does not have the given SHA-256.
 
   Args:
-    path: of the file.
+    path: path of the file.
     sha256: 64 hexadecimal digits.
-    place: of the file, for the error; None: the path.
+    place: name of the file in the error; None: the path.
   """
   with path.open('rb') as file:
-    found = hashlib.file_digest(file, 'sha256').hexdigest()
-  if found != sha256:
+    actual = hashlib.file_digest(file, 'sha256').hexdigest()
+  if actual != sha256:
     raise ValueError(
-      f'{place or path} is damaged or another file: its SHA-256 is {found}, '
+      f'{place or path} is damaged or another file: its SHA-256 is {actual}, '
       f'expected {sha256}'
     )
 
 
 def source_flags(source: str) -> Mapping[str, str]:
-  """Returns the flags, text by name, of a network of this package.
+  """Returns the flags of a network trained with this package, as text by name.
 
   Args:
-    source: of weights: 'zoo:NAME', or a .safetensors file whose header has
-      them; for others there are none.
+    source: 'zoo:NAME' or a .safetensors file with flags in its header. Other
+      sources have no flags.
   """
   if source.startswith(PREFIX):
     known = source.removeprefix(PREFIX)
@@ -145,12 +147,12 @@ def source_flags(source: str) -> Mapping[str, str]:
 def write_entry(
   name: str, values: Mapping[str, Any], index: str | os.PathLike = INDEX
 ) -> None:
-  """Puts an entry into an index, in place of its former one.
+  """Adds an entry to an index or replaces it.
 
   Args:
-    name: of the network.
-    values: see `entries`.
-    index: the file; made where there is none.
+    name: name of the network.
+    values: the entry, see `entries`.
+    index: the index file, created if necessary.
   """
   path = pathlib.Path(index)
   known = _read(path) if path.exists() else {}

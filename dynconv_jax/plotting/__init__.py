@@ -1,6 +1,6 @@
 """Figures: learning curves, block density, ponder maps, accuracy, speed."""
 
-# ruff: noqa: E402  What is missing is said before anything needs it.
+# ruff: noqa: E402  Missing packages are reported before the imports below.
 
 from dynconv_jax import extras
 

@@ -1,4 +1,4 @@
-"""Figures of one run: its learning curves and the density of its blocks."""
+"""Figures of a single run: learning curves and block densities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SPLIT_COLORS = {
   'validation': style.VERMILION,
   'test': style.GREEN,
 }
-# Terms of the training loss: what they are called, and their colors.
+# Labels and colors of the terms of the training loss.
 _PARTS = {
   'cross_entropy': ('cross-entropy', style.BLUE),
   'distillation': ('distillation', style.ORANGE),
@@ -32,31 +32,30 @@ _MOST_MARKERS = 40
 def plot_learning_curves(
   metrics: Sequence[Mapping], path: str | os.PathLike
 ) -> Figure:
-  """Draws losses, accuracy and executed fraction over the epochs of a run.
+  """Plots losses, accuracy, and executed fraction over the epochs of a run.
 
-  Training's loss, with its terms, and the cross-entropy of other splits have
-  panels of their own.
+  The training loss with its terms and the cross-entropy of other splits have
+  separate panels.
 
-  A quantity that a row lacks, or holds as None, is left out of its curve; a
-  panel that no row has data for is left out of the figure, such as the executed
-  fraction of a dense network. Where a step was logged twice, by a run that was
-  killed and resumed, the later row counts.
+  Values that are missing or None are skipped. Panels without data are omitted,
+  such as the executed fraction of a dense network. If a step was logged twice
+  because a killed run resumed, the later row is used.
 
   Args:
-    metrics: the rows of a workdir's `metrics.jsonl`: 'split' ('train',
-      'validation' or 'test'), 'epoch' or 'step', and any of 'loss', the terms
-      of training's, 'cross_entropy', 'distillation' and 'gating', and
-      'accuracy', 'executed_fraction' and 'budget', these in [0, 1].
-    path: the figure is written as PNG and SVG; see `style.figure_paths`.
+    metrics: rows of a workdir's `metrics.jsonl`, with 'split' ('train',
+      'validation', or 'test'), 'epoch' or 'step', and any of 'loss'; its terms
+      'cross_entropy', 'distillation', and 'gating' in training; and 'accuracy',
+      'executed_fraction', and 'budget', all in [0, 1].
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
 
   Returns:
-    The figure, one axes a panel.
+    The figure, with one axes per panel.
 
   Raises:
-    ValueError: if there is no row, or none that can be drawn.
+    ValueError: there are no rows, or no row can be drawn.
   """
   if not metrics:
-    raise ValueError('there are no metrics to plot: not a single row')
+    raise ValueError('there are no metrics to plot')
   x_key = next(
     (
       key for key in ('epoch', 'step') if all(_has(row, key) for row in metrics)
@@ -65,7 +64,7 @@ def plot_learning_curves(
   )
   training = [row for row in metrics if row.get('split', 'train') == 'train']
   others = [row for row in metrics if row.get('split', 'train') != 'train']
-  # One loss a panel: training's has terms that validation's lacks.
+  # Separate panels, because only the training loss has several terms.
   panels = {
     'training loss (nats)': (training, 'loss', _draw_parts),
     'cross-entropy (nats)': (others, 'loss', None),
@@ -83,7 +82,7 @@ def plot_learning_curves(
   }
   if x_key is None or not panels:
     raise ValueError(
-      "metrics need 'epoch' or 'step' in every row, and 'loss', 'accuracy' or "
+      "metrics need 'epoch' or 'step' in every row, and 'loss', 'accuracy', or "
       f"'executed_fraction' in some; got the keys "
       f'{sorted({key for row in metrics for key in row})}'
     )
@@ -100,7 +99,7 @@ def plot_learning_curves(
     ax.set_ylabel(label)
     if label.endswith('(%)'):
       ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
-    # Above the panel, where no curve is.
+    # Above the panel, so that the legend does not hide curves.
     ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
   style.save_figure(figure, path)
   return figure
@@ -113,7 +112,7 @@ def _has(row: Mapping, key: str) -> bool:
 def _series(
   rows: Iterable[Mapping], x_key: str, y_key: str
 ) -> tuple[list[float], list[float]]:
-  """Returns x and y in order of x, the last row of each x."""
+  """Returns x and y sorted by x, using the last row of each x."""
   points = {
     float(row[x_key]): float(row[y_key]) for row in rows if _has(row, y_key)
   }
@@ -140,18 +139,18 @@ def _draw(
 
 
 def _draw_parts(ax: Axes, rows: Sequence[Mapping], x_key: str) -> None:
-  """Draws the terms of the training loss, before they are weighted."""
+  """Draws the unweighted terms of the training loss."""
   (total,) = ax.lines
   for key, (label, color) in _PARTS.items():
     x, y = _series(rows, x_key, key)
-    # A term that plays no part is 0; one that is alone is the loss itself.
+    # Skip terms that are unused (all 0) or equal to the total.
     if any(y) and y != total.get_ydata().tolist():
       total.set_label('total')
       _draw(ax, x, y, color, label)
 
 
 def _draw_best(ax: Axes, rows: Sequence[Mapping], x_key: str) -> None:
-  """Rings the best validation accuracy and names it."""
+  """Marks the best validation accuracy and adds it to the legend."""
   del rows
   for line in ax.lines:
     if line.get_label() != 'validation':
@@ -178,7 +177,7 @@ def _draw_budget(ax: Axes, metrics: Sequence[Mapping], x_key: str) -> None:
   if not x:
     return
   ax.plot(x, budgets, '--', color=style.INK, linewidth=1, label='budget')
-  # On the side of the budget where no curve ends, if there is one.
+  # Put the label on the side of the line where no curve ends, if possible.
   below = min(line.get_ydata()[-1] for line in ax.lines) >= budgets[-1]
   ax.annotate(
     f'budget {100 * budgets[-1]:.3g} %',
@@ -205,23 +204,23 @@ def plot_block_density(
   *,
   stages: Sequence[int] | None = None,
 ) -> Figure:
-  """Draws the share of active positions of each block as a bar.
+  """Plots the fraction of active positions of each block as a bar.
 
   Args:
-    names: of the blocks in network order, such as 'layer2.0'.
-    densities: float[B], or float[B, N] for N images: bars are their means and
+    names: names of the blocks in network order, such as 'layer2.0'.
+    densities: float[B], or float[B, N] for N images. Bars are means, and
       whiskers go from the 5th to the 95th percentile over the images.
-    path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    budget: in [0, 1], drawn as a line where given.
-    stages: the number of each block's stage, see `ExecutionMask.stage`; blocks
-      of a stage stand together. None: all are of one stage.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    budget: budget in [0, 1] to draw as a line, or None.
+    stages: stage number of each block, see `ExecutionMask.stage`. Blocks of a
+      stage are grouped. None: all blocks are in one stage.
 
   Returns:
     The figure.
 
   Raises:
-    ValueError: if there is no block, the names do not match the densities, or a
-      density or the budget is outside [0, 1].
+    ValueError: there are no blocks, names or stages do not match the densities,
+      or a density or the budget is outside [0, 1].
   """
   densities = np.asarray(densities, np.float64)
   if densities.ndim not in (1, 2) or not densities.size:
@@ -232,8 +231,8 @@ def plot_block_density(
   stages = [0] * len(names) if stages is None else list(stages)
   if not len(names) == len(densities) == len(stages):
     raise ValueError(
-      f'names, densities and stages must match; got {len(names)} names, '
-      f'{len(densities)} densities and {len(stages)} stages'
+      f'names, densities, and stages must match; got {len(names)} names, '
+      f'{len(densities)} densities, and {len(stages)} stages'
     )
   if not np.all((densities >= 0) & (densities <= 1)):
     raise ValueError(f'densities must be in [0, 1]; got {densities.tolist()}')
@@ -247,7 +246,7 @@ def plot_block_density(
   ax.bar(x, means, width=0.78, color=style.BLUE)
   if densities.ndim == 2 and densities.shape[1] > 1:
     low, high = np.percentile(densities, [5, 95], axis=1)
-    # A skewed distribution can have its mean outside the percentiles.
+    # The mean of a skewed distribution can be outside the percentiles.
     spread = np.maximum([means - low, high - means], 0)
     ax.errorbar(
       x, means, spread, fmt='none', ecolor=style.INK, elinewidth=1, capsize=2
@@ -278,7 +277,7 @@ def plot_block_density(
 def _stage_positions(
   names: Sequence[str], stages: Sequence[int]
 ) -> tuple[list[float], list[tuple[str, list[str]]]]:
-  """Returns where the bars stand, and (stage, its blocks' labels) in order."""
+  """Returns the positions of the bars, and (label, block labels) per stage."""
   positions, groups = [], []
   blocks = zip(names, stages, strict=True)
   for _, group in itertools.groupby(blocks, lambda block: block[1]):
@@ -286,7 +285,7 @@ def _stage_positions(
     gap = 0.6 * len(groups)
     start = len(positions)
     positions += [start + i + gap for i in range(len(members))]
-    # A stage is called what its blocks share of their names.
+    # The label of a stage is the common prefix of its blocks' names.
     shared = os.path.commonprefix(members).rpartition('.')[0]
     labels = [name.removeprefix(f'{shared}.') for name in members]
     groups.append((shared, labels))
@@ -302,11 +301,11 @@ def _label_stages(
   ax.tick_params(axis='x', length=0)
   start = 0
   for stage, blocks in groups:
-    centre = math.fsum(x[start : start + len(blocks)]) / len(blocks)
+    center = math.fsum(x[start : start + len(blocks)]) / len(blocks)
     start += len(blocks)
     ax.annotate(
       stage,
-      (centre, 0),
+      (center, 0),
       xycoords=('data', 'axes fraction'),
       xytext=(0, -18),
       textcoords='offset points',

@@ -1,4 +1,4 @@
-"""The figure of a gain in accuracy against the size of the object."""
+"""Figure of accuracy gains against object size."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def plot_gains(
   *,
   against: str = '',
 ) -> Figure:
-  """Draws a difference in accuracy against the object's share of the image.
+  """Plots accuracy differences against the object's share of the image.
 
-  One curve a label, with the 95 % interval of each point as a bar and between
-  points as a band; a line at zero. The horizontal axis is logarithmic.
+  Each label is a curve. Bars are the 95 % intervals of points, and a band
+  connects them. The x axis is logarithmic.
 
   Args:
-    rows: cells as text or numbers: 'share' of the image that the object covers,
-      in (0, 1]; 'difference', 'low', and 'high' in points; optionally 'label'.
-    path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    against: what the difference is from, for the title.
+    rows: rows with text or numbers: 'share', the fraction of the image that the
+      object covers, in (0, 1]; 'difference', 'low', and 'high' in points; and
+      optionally 'label'.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    against: name of the baseline, for the title.
 
   Returns:
-    The figure; the containers of its axes are the curves, in order of the rows.
+    The figure. The containers of its axes are the curves, in order of the rows.
 
   Raises:
     ValueError: there are no rows, columns are missing, a cell is not a number,
-      a share is outside (0, 1], a difference lies outside its interval, or two
-      rows of a label are of one share.
+      a share is outside (0, 1], a difference is outside its interval, or two
+      rows of a label have the same share.
   """
   curves = _read_curves(rows)
   figure = style.new_figure(5.4, 3.4)
@@ -93,7 +94,7 @@ def _signed(value: float, _) -> str:
 def _read_curves(rows) -> dict[str, list[tuple[float, ...]]]:
   """Returns (share, difference, low, high) of each point, by label."""
   if not rows:
-    raise ValueError('there are no gains to plot: not a single row')
+    raise ValueError('there are no gains to plot')
   if missing := [name for name in _COLUMNS if name not in rows[0]]:
     raise ValueError(
       f'gains need the columns {", ".join(_COLUMNS)}; missing: '
@@ -110,11 +111,13 @@ def _read_curves(rows) -> dict[str, list[tuple[float, ...]]]:
       raise ValueError(f'row {number}: share must be in (0, 1]; got {share:g}')
     if not (low <= value <= high and math.isfinite(high - low)):
       raise ValueError(
-        f'row {number}: difference {value:g} must lie in its interval, '
+        f'row {number}: difference {value:g} must be within its interval, '
         f'{low:g} to {high:g}'
       )
     points = curves.setdefault(str(row.get('label', '')), [])
     if share in [other[0] for other in points]:
-      raise ValueError(f'row {number}: its label has the share {share:g} twice')
+      raise ValueError(
+        f'row {number}: its label already has a row with the share {share:g}'
+      )
     points.append(point)
   return curves

@@ -1,4 +1,4 @@
-"""Draws what each layer of a network costs."""
+"""Figure of the cost of each layer of a network."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from dynconv_jax.plotting import style
 def plot_layers(
   report: Report, path: str | os.PathLike, sort: str = 'order'
 ) -> tuple[pathlib.Path, pathlib.Path]:
-  """Draws a bar for each layer, colored by kind; returns the files written.
+  """Plots the cost of each layer as a bar, colored by kind.
 
   Args:
-    report: what to draw.
-    path: of the PNG and the SVG file.
-    sort: as in `Report.rows`; the first row is on top.
+    report: the report to plot.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    sort: row order, as in `Report.rows`. The first row is at the top.
+
+  Returns:
+    The paths of the PNG and the SVG file.
   """
   rows = report.rows(sort)
   colors = dict(

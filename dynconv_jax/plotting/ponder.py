@@ -1,4 +1,4 @@
-"""Ponder-cost maps: where in an image the network computed."""
+"""Ponder-cost maps, which show where in an image a network computes."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from dynconv_jax.files import replacing
 from dynconv_jax.masks import ExecutionMask, resize_nearest
 from dynconv_jax.plotting import style
 
-# Its lightness rises strictly with the value, in grey print too.
+# Its lightness increases strictly with the value, also in grayscale.
 _COLORMAP = 'inferno'
-# The part of the color map that is used: its first shades are black and would
-# hide the image where nothing was executed, its last are as pale as paper.
+# Range of the colormap that is used. Its first colors are black and would hide
+# the image where nothing was executed; its last are almost white.
 _FIRST_COLOR, _LAST_COLOR = 0.15, 0.93
-# Share of a colour that is left on a black pixel: less, and the map is lost in
-# dark images; more, and the image is lost in the map.
+# Fraction of a color that remains on a black pixel. Lower values hide the map
+# in dark images, higher values hide the image.
 _OPACITY = 0.35
-# Share of the plain grey image, which shows where the colours are dark.
+# Fraction of the plain gray image, which remains visible under dark colors.
 _GREY_SHARE = 0.22
-# Grey of the image on which the colour bar shows its colours.
+# Gray level on which the color bar shows its colors.
 _BAR_GREY = 190
-# Brightness of what the network did not see.
+# Brightness of the part of the image that the network did not see.
 _UNSEEN = 0.2
-# Side of an image of the grid, in inches.
+# Side of an image in the grid, in inches.
 _CELL = 1.25
-# Characters of a title beside the GMACs.
+# Maximum characters per line of a title.
 _TITLE_WIDTH = 24
-# Of an image that are overlaid at a time.
+# Number of image rows that are overlaid at a time.
 _ROWS = 64
-# Rec. 601 luma, the weights of Pillow's conversion to grey.
+# Rec. 601 luma, the weights of Pillow's conversion to grayscale.
 _LUMA = np.array([0.299, 0.587, 0.114])
 
 
@@ -51,25 +51,27 @@ def ponder_cost_map(
   image_shape: tuple[int, int],
   weighting: str = 'blocks',
 ) -> np.ndarray:
-  """Returns float32[N, H, W] in [0, 1], the share of blocks executed there.
+  """Returns the fraction of blocks executed at each position of images.
 
-  The map of DynConv (arXiv 1912.03203, section 4) is the number of blocks
-  executed at each position of the image; here it is divided by the number of
-  gated blocks, so that 1 is a position where each of them ran. The masks are
-  resized to the image by the nearest neighbor of each pixel's centre, and are
-  not changed.
+  DynConv's map (arXiv 1912.03203, section 4) is the number of blocks executed
+  at each position. This map is also divided by the number of gated blocks, so 1
+  means that all of them ran. Masks are resized with nearest-neighbor sampling
+  at pixel centers.
 
   Args:
-    masks: as the model returns them.
-    image_shape: (H, W) of the map, usually of the images the model was given.
-    weighting: 'blocks' counts each block once. 'macs' counts each masked
-      convolution by its MACs, on the mask that it runs on (the dilated one for
-      a block's first): where H and W are multiples of every mask's size, the
-      mean of the map is exactly executed over dense MACs.
+    masks: execution masks from the model.
+    image_shape: (H, W) of the map, usually that of the model's input.
+    weighting: 'blocks' gives each block the same weight. 'macs' weights each
+      masked convolution by its MACs and uses its own mask (dilated for the
+      first convolution of a block). If H and W are multiples of all mask sizes,
+      the mean of the map is then exactly executed over dense MACs.
+
+  Returns:
+    float32[N, H, W] in [0, 1].
 
   Raises:
-    ValueError: if there is no mask, masks are of different batches, or
-      `image_shape` or `weighting` is unknown.
+    ValueError: there are no masks, masks have different batch sizes, or
+      `image_shape` or `weighting` is invalid.
   """
   if not masks:
     raise ValueError(
@@ -89,9 +91,11 @@ def ponder_cost_map(
   ]
   shapes = [values.shape for values, _ in terms]
   if {len(shape) for shape in shapes} != {3} or len({s[0] for s in shapes}) > 1:
-    raise ValueError(f'masks must be float[N, h, w] of one N; got {shapes}')
+    raise ValueError(
+      f'masks must be float[N, h, w] with the same N; got {shapes}'
+    )
   total = sum(weight for _, weight in terms)
-  # Masks of one size are added before they are resized, and into fresh memory.
+  # Add masks of the same size before resizing them.
   sums = {}
   for values, weight in terms:
     size = values.shape[1:]
@@ -101,7 +105,7 @@ def ponder_cost_map(
 
 
 def _terms(mask: ExecutionMask, weighting: str) -> list[tuple]:
-  """Returns (float[N, h, w], its weight) for what one mask adds to a map."""
+  """Returns the terms (float[N, h, w], weight) that a mask adds to a map."""
   if weighting == 'blocks':
     return [(mask.hard, 1)]
   terms = []
@@ -117,20 +121,19 @@ def overlay_ponder_map(
   cost: np.ndarray,
   limits: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
-  """Returns uint8[H, W, 3], the image lit where the network computed.
+  """Returns an image overlaid with its ponder-cost map, as uint8[H, W, 3].
 
-  The image in grey, and a colour map multiplied by it: a pixel
-  gets strictly brighter with the cost at any grey of the image, and with the
-  grey at any cost.
+  The overlay multiplies the grayscale image with the map's colors. A pixel is
+  strictly brighter for higher cost and for a brighter image.
 
   Args:
     image: uint8[H, W, 3].
-    cost: float[H, W]; NaN where the network did not see the image, which is
-      shown dark and without colour.
-    limits: the costs drawn darkest and brightest.
+    cost: float[H, W], NaN where the network did not see the image. These pixels
+      are dark and gray.
+    limits: (lowest, highest) cost of the color scale.
 
   Raises:
-    ValueError: if image, cost or limits are not as above.
+    ValueError: image, cost, or limits are invalid.
   """
   image, cost = np.asarray(image), np.asarray(cost, np.float64)
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
@@ -148,7 +151,7 @@ def overlay_ponder_map(
       f'limits must be (low, high) with low < high; got {limits}'
     )
   overlay = np.empty_like(image)
-  # By rows: a photo of 12 megapixels would take 1.7 GB of float64 at once.
+  # Process blocks of rows. All of a 12-megapixel photo would take 1.7 GB.
   for start in range(0, len(image), _ROWS):
     rows = slice(start, start + _ROWS)
     overlay[rows] = _overlay(image[rows], cost[rows], low, high)
@@ -174,23 +177,23 @@ def save_overlay(
   box: tuple[int, int, int, int] | None = None,
   limits: tuple[float, float] = (0.0, 1.0),
 ) -> None:
-  """Writes the overlay of a ponder-cost map as a PNG of the image's own size.
+  """Writes an overlaid ponder-cost map as a PNG with the size of the image.
 
   Args:
-    path: of the PNG; missing folders are made.
-    image: uint8[H, W, 3], at its own size.
-    cost: float[h, w] at the size that the network saw.
-    box: (left, top, right, bottom) in pixels, the part of the image that the
-      network saw, as in `PIL.Image.crop`; the whole image where None.
-    limits: the costs drawn darkest and brightest.
+    path: path of the PNG. Missing folders are created.
+    image: uint8[H, W, 3].
+    cost: float[h, w], at any size.
+    box: (left, top, right, bottom) in pixels, as in `PIL.Image.crop`, of the
+      part of the image that the network saw. None: the whole image.
+    limits: (lowest, highest) cost of the color scale.
 
   Raises:
-    ValueError: if the path does not end in .png, the box is empty or outside
-      the image, or image and cost are not as above.
+    ValueError: the path does not end in .png, the box is empty or outside the
+      image, or image, cost, or limits are invalid.
   """
   path, image, cost = Path(path), np.asarray(image), np.asarray(cost)
   if path.suffix.lower() != '.png':
-    raise ValueError(f'an overlay is written as .png; got {str(path)!r}')
+    raise ValueError(f'overlays are written as .png; got {str(path)!r}')
   if cost.ndim != 2 or not cost.size:
     raise ValueError(f'cost must be float[h, w]; got shape {cost.shape}')
   height, width = image.shape[:2]
@@ -220,28 +223,28 @@ def plot_ponder_grid(
   object_masks: Sequence[np.ndarray] | None = None,
   label: str = 'blocks executed (%)',
 ) -> Figure:
-  """Draws each image beside the map of where the network computed in it.
+  """Plots images next to their overlaid ponder-cost maps.
 
-  All maps share one scale, from the least to the greatest cost among them, that
-  the color bar shows.
+  All maps share one color scale, from the lowest to the highest cost.
 
   Args:
-    images: each uint8[H, W, 3].
-    cost_maps: each float[H, W], from `ponder_cost_map`.
-    gmacs: GMACs executed for each image.
-    titles: one an image, such as its class.
-    path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    columns: pairs of image and map side by side, at most.
-    object_masks: each bool[H, W], whose bounding box is drawn on the map,
-      unless it is empty or all of the image; None where there are none.
-    label: what the color bar shows, in percent.
+    images: images as uint8[H, W, 3].
+    cost_maps: maps as float[H, W], from `ponder_cost_map`.
+    gmacs: executed GMACs of each image.
+    titles: title of each image, such as its class.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    columns: maximum number of pairs of image and map in a row.
+    object_masks: bool[H, W] of each image. Its bounding box is drawn on the
+      map, unless the mask is empty or its box is the whole image. None: no
+      object masks.
+    label: label of the color bar, in percent.
 
   Returns:
-    The figure: axes 2 i and 2 i + 1 hold image i and its overlay.
+    The figure. Axes 2 i and 2 i + 1 show image i and its overlay.
 
   Raises:
-    ValueError: if there is no image, the sequences differ in length, or an
-      image and its map do not fit.
+    ValueError: there are no images, the sequences differ in length, or an image
+      and its map do not match.
   """
   if object_masks is None:
     object_masks = [np.zeros((1, 1), bool)] * len(images)
@@ -249,7 +252,7 @@ def plot_ponder_grid(
   lengths = list(map(len, sequences))
   if lengths[0] < 1 or len(set(lengths)) > 1:
     raise ValueError(
-      'images, cost_maps, gmacs, titles and object_masks must be of one '
+      'images, cost_maps, gmacs, titles, and object_masks must have the same '
       f'length, at least 1; got {lengths}'
     )
   if columns < 1:
@@ -262,13 +265,13 @@ def plot_ponder_grid(
     for title in titles
   ]
   lines = [1 + title.count('\n') for title in titles]
-  # Inches: room for the titles of a row, its images, and the gap to the next.
+  # Height in inches of the titles of each row and the gap above them.
   rooms = [
     0.1 + 0.14 * max(lines[row * columns : (row + 1) * columns])
     for row in range(rows)
   ]
   tops = np.cumsum(rooms) + _CELL * np.arange(rows)
-  # Two images and the gap to the next pair.
+  # Width in inches of two images and the gap to the next pair.
   width, left, bar_width = 2 * _CELL + 0.2, 0.05, 0.75
   bottom = tops[-1] + _CELL
   total = (left + columns * width + bar_width, bottom + 0.05)
@@ -277,7 +280,7 @@ def plot_ponder_grid(
   figure.set_layout_engine('none')
 
   def place(x: float, y: float, w: float, h: float):
-    """Returns axes at inches from the left and the top."""
+    """Returns axes at a position in inches from the top left."""
     down = total[1] - y - h
     return figure.add_axes(
       (x / total[0], down / total[1], w / total[0], h / total[1])
@@ -319,7 +322,7 @@ def plot_ponder_grid(
 
 
 def _draw_box(ax: Axes, mask: np.ndarray) -> None:
-  """Draws the bounding box of a mask that covers a part of the image."""
+  """Draws the bounding box of a mask, unless it is empty or the whole image."""
   (ys,), (xs,) = (np.nonzero(mask.any(axis)) for axis in (1, 0))
   if not ys.size or (len(ys), len(xs)) == mask.shape:
     return
@@ -337,14 +340,14 @@ def _draw_box(ax: Axes, mask: np.ndarray) -> None:
 
 
 def _overlay_colors() -> ListedColormap:
-  """Returns the colours that an overlay has on a plain grey image."""
+  """Returns the colors of an overlay on a plain gray image."""
   grey = np.full((1, 256, 3), _BAR_GREY, np.uint8)
   (colors,) = overlay_ponder_map(grey, np.linspace(0, 1, 256)[None])
   return ListedColormap(colors / 255)
 
 
 def _shared_limits(cost_maps: Sequence[np.ndarray]) -> tuple[float, float]:
-  """Returns the least and greatest cost; (0, 1) where all are the same."""
+  """Returns the lowest and highest cost, or (0, 1) if all are equal."""
   low = min(float(np.nanmin(cost)) for cost in cost_maps)
   high = max(float(np.nanmax(cost)) for cost in cost_maps)
   return (low, high) if low < high else (0.0, 1.0)

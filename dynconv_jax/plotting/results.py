@@ -1,4 +1,4 @@
-"""What a results.csv says: curves of accuracy over the settings of its runs."""
+"""Accuracy curves from the rows of a results.csv."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from absl import logging
 from dynconv_jax.methods.method import Method, load_method
 
 _REQUIRED = ('model', 'method', 'accuracy')
-# Columns that name a run: no axis, even where their cells are numbers.
+# Columns that identify a run and cannot be an axis, even if they are numeric.
 _NAMES = ('model', 'method', 'seed')
 
 
@@ -25,17 +25,17 @@ class Point:
   """One setting of a curve.
 
   Attributes:
-    x: in the unit of its column, the mean over seeds.
-    accuracy: in [0, 1], the mean over seeds.
-    below: how far the error bar reaches below `accuracy`.
-    above: how far it reaches above.
-    seeds: runs in the mean.
-    model: its name.
-    budget: the target budget, None where the row has none.
-    weight: of the loss on computing where that is what is chosen in place of a
-      budget, else None.
-    width_multiplier: of the channels.
-    image_size: side of the input in pixels, None where the row has none.
+    x: mean over seeds, in the unit of its column.
+    accuracy: mean over seeds, in [0, 1].
+    below: length of the error bar below `accuracy`.
+    above: length of the error bar above `accuracy`.
+    seeds: number of runs in the mean.
+    model: name of the model.
+    budget: the target budget, or None.
+    weight: weight of the compute loss for methods that have one instead of a
+      budget, or None.
+    width_multiplier: scale of the channel counts.
+    image_size: side of the input in pixels, or None.
   """
 
   x: float
@@ -54,14 +54,15 @@ class Point:
 class Curve:
   """The settings of one model and method, or the dense models of one family.
 
-  Dense networks of one model that differ in width are a curve of their own.
+  Dense networks of one model with different widths form a separate curve.
 
   Attributes:
-    method: such as 'dynconv'.
-    model: such as 'resnet101', or 'resnet' where dense models differ in depth.
-    series: the cell that tells the curve apart from others, or ''.
-    points: in order of x.
-    width_multiplier: of all points; None where they differ in it.
+    method: name of the method, such as 'dynconv'.
+    model: name of the model, such as 'resnet101', or 'resnet' for dense models
+      of several depths.
+    series: value of the series column, or ''.
+    points: points in order of x.
+    width_multiplier: width of all points, or None if they differ.
   """
 
   method: str
@@ -72,21 +73,21 @@ class Curve:
 
 
 def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
-  """Returns the rows of a CSV file with a header, cells as text.
+  """Reads the rows of a CSV file with a header, with cells as text.
 
   Args:
-    path: of the CSV file.
+    path: path of the CSV file.
 
   Raises:
-    FileNotFoundError: if there is no such file.
-    ValueError: if it is not text, has no header or no row, names a column
-      twice, or a row has more or fewer cells than the header.
+    FileNotFoundError: the file does not exist.
+    ValueError: the file is not text, has no header or no rows, has duplicate
+      columns, or a row has more or fewer cells than the header.
   """
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {str(path)!r}')
   try:
-    # Spreadsheets write a byte-order mark.
+    # Spreadsheet programs write a byte-order mark.
     with path.open(encoding='utf-8-sig', newline='') as file:
       lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
   except (UnicodeDecodeError, csv.Error) as error:
@@ -96,7 +97,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
     raise ValueError(f'{path} is empty: it has no header')
   header, *rows = lines
   if len(set(header)) < len(header):
-    raise ValueError(f'{path} names a column twice: {", ".join(header)}')
+    raise ValueError(f'{path} has duplicate columns: {", ".join(header)}')
   if not rows:
     raise ValueError(f'{path} has a header but no rows')
   for number, row in enumerate(rows, 1):
@@ -108,7 +109,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
 
 
 def find_method(name: str) -> Method:
-  """Returns a method of a table; one that cannot be found has its name."""
+  """Returns a method, or a placeholder with its name if it is not found."""
   try:
     return load_method(name)
   except ValueError:
@@ -122,20 +123,20 @@ def accuracy_curves(
 ) -> list[Curve]:
   """Returns the curves of a results table, in order of their first rows.
 
-  Runs that differ by nothing but the seed are one point, whose error bar is the
-  standard deviation over the seeds; a single run has its own interval.
+  Runs that differ only in the seed form one point, whose error bar is the
+  standard deviation over seeds. The error bar of a single run is its interval.
 
   Args:
-    rows: cells as text or numbers: 'model', 'method', 'accuracy' in [0, 1] and
-      the column of x; optionally 'budget' or the option that the method has in
-      place of one (`Method.knob`), 'width_multiplier', 'image_size', 'seed',
-      'accuracy_low' and 'accuracy_high'. A row with no value of x is left out.
-    x: the numeric column that the points are ordered by.
-    series: a further column that tells curves apart, such as 'recipe'.
+    rows: rows with text or numbers: 'model', 'method', 'accuracy' in [0, 1],
+      and the column `x`; optionally 'budget' or the method's alternative to it
+      (`Method.knob`), 'width_multiplier', 'image_size', 'seed', 'accuracy_low',
+      and 'accuracy_high'. Rows without a value of `x` are skipped.
+    x: numeric column by which points are sorted.
+    series: additional column that separates curves, such as 'recipe'.
 
   Raises:
-    ValueError: if there are no rows, columns are missing, x is not a numeric
-      column, a cell is not a number, an accuracy not in [0, 1] or outside its
+    ValueError: there are no rows, columns are missing, `x` is not a numeric
+      column, a cell is not a number, an accuracy is outside [0, 1] or its
       interval, or two rows are the same run.
   """
   _check_columns(rows, x, series)
@@ -143,7 +144,7 @@ def accuracy_curves(
   for number, row in enumerate(rows, 1):
     point = _parse(row, x, number)
     if point is None:
-      logging.warning('row %d has no %s: left out', number, x)
+      logging.warning('skipping row %d, which has no %s', number, x)
       continue
     kind = str(row[series]) if series else ''
     parsed.append((str(row['method']), kind, number, row, point))
@@ -153,7 +154,7 @@ def accuracy_curves(
 
   settings = {}
   for method, kind, number, row, point in parsed:
-    # What a dense row has for a budget, 1 or nothing, tells nothing apart.
+    # Ignore the budget of dense rows, which is 1 or empty.
     setting = dataclasses.replace(
       point,
       x=0,
@@ -183,7 +184,7 @@ def accuracy_curves(
 def _dense_curves(
   point: Point, kind: str, dense: Sequence[Point]
 ) -> list[tuple[str, str, float | None, str]]:
-  """Returns the curves a dense network is on: by depth, by width, or both."""
+  """Returns the curves of a dense network: by depth, by width, or both."""
   width, family = point.width_multiplier, _family(point.model)
   widths = {p.width_multiplier for p in dense if p.model == point.model}
   by_depth = ('dense', family, width, kind)
@@ -199,7 +200,7 @@ def _dense_curves(
 
 
 def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
-  """Returns the point of one row; None where it has no value of x."""
+  """Returns the point of a row, or None if it has no value of x."""
   at = _number(row, x, number, optional=True)
   if at is None:
     return None
@@ -242,14 +243,14 @@ def _average(runs: Sequence[tuple[int, str, Point]]) -> list[Point]:
   for seed, numbers in rows_of_seed.items():
     if len(numbers) == 1:
       continue
-    # With neither, nothing says that the runs are of one setting: they are
-    # points of a curve that another knob than the budget moves along.
+    # Without a budget or weight, the runs may differ in another setting. They
+    # are then separate points of a curve.
     if points[0].budget is None and points[0].weight is None:
       return points
     raise ValueError(
       f'rows {", ".join(map(str, numbers))} have the same model, method, '
-      f'budget and seed ({seed or "none given"}); name a column that tells '
-      'them apart as series'
+      f'budget, and seed ({seed or "none"}); set series to a column in which '
+      'they differ'
     )
   if len(points) == 1:
     return points
@@ -271,26 +272,26 @@ def _check_columns(
   rows: Sequence[Mapping[str, object]], x: str, series: str | None
 ) -> None:
   if not rows:
-    raise ValueError('there are no results to plot: not a single row')
-  given = list(rows[0])
-  missing = [name for name in _REQUIRED if name not in given]
+    raise ValueError('there are no results to plot')
+  columns = list(rows[0])
+  missing = [name for name in _REQUIRED if name not in columns]
   if missing:
     raise ValueError(
       f'results need the columns {", ".join(_REQUIRED)} and that of x; '
-      f'missing: {", ".join(missing)}; given: {", ".join(given)}'
+      f'missing: {", ".join(missing)}; given: {", ".join(columns)}'
     )
   numeric = [
     name
-    for name in given
+    for name in columns
     if name not in _NAMES and any(_is_number(row.get(name)) for row in rows)
   ]
-  if x not in given or x in _NAMES:
+  if x not in columns or x in _NAMES:
     raise ValueError(
       f'x must be one of the numeric columns {", ".join(numeric)}; got {x!r}'
     )
-  if series is not None and series not in given:
+  if series is not None and series not in columns:
     raise ValueError(
-      f'series must be one of the columns {", ".join(given)}; got {series!r}'
+      f'series must be one of the columns {", ".join(columns)}; got {series!r}'
     )
 
 

@@ -1,4 +1,4 @@
-"""Speed-up of sparse execution against mask density."""
+"""Figure of the speedup of sparse execution against mask density."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dynconv_jax.plotting import style
 
-# Column, what its curves are called, line and face.
+# Column, suffix of its label, line style, and marker face color.
 _KINDS = (
   ('sparse_over_fastest_dense', '', '-', None),
   ('onnx_sparse_over_fastest_dense', ' in ONNX Runtime', ':', 'white'),
@@ -27,19 +27,23 @@ def plot_speedup(
   *,
   title: str = '',
 ) -> Figure:
-  """Writes how much faster than dense execution is, against mask density.
+  """Plots the speedup over dense execution against mask density.
 
-  One curve a batch size and size of the masks' patches, a second where the
-  exported network was timed too, the MAC-proportional ideal dashed, and
-  break-even: the density at which a curve crosses 1, taken as linear between
-  measurements. Masks of patches are squares on lighter curves.
+  Each batch size and mask granularity is a curve. If the exported network was
+  timed, it has a second curve. A dashed line shows the MAC-proportional ideal.
+  Ticks mark the break-even density at which a curve crosses 1, interpolated
+  linearly. Other granularities than the first have lighter curves with square
+  markers.
 
   Args:
-    runs: of 'batch_size', 'density', 'sparse_over_fastest_dense' and
-      'mac_ideal', some of 'mask_granularity' and
-      'onnx_sparse_over_fastest_dense', as dynconv_jax.cli.benchmark gives.
-    path: of the figure, written as .png and .svg.
-    title: above it.
+    runs: results of `dynconv benchmark`, with 'batch_size', 'density',
+      'sparse_over_fastest_dense', and 'mac_ideal', and optionally
+      'mask_granularity' and 'onnx_sparse_over_fastest_dense'.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    title: title of the figure.
+
+  Returns:
+    The figure.
 
   Raises:
     ValueError: there are no runs.
@@ -96,7 +100,7 @@ def plot_speedup(
   ax.set_xlim(0, 1.02)
   ax.set_ylim(bottom=0)
   ax.set_xlabel('mask density')
-  ax.set_ylabel('speed-up over the fastest dense')
+  ax.set_ylabel('speedup over the fastest dense')
   if title:
     ax.set_title(title)
   ax.legend(loc='best')
@@ -109,11 +113,11 @@ def _patches(run: Mapping[str, Any]) -> str:
 
 
 def break_even(densities: np.ndarray, speedups: np.ndarray) -> float | None:
-  """Returns the largest density at which the speed-up falls to 1, or None.
+  """Returns the highest density at which the speedup falls below 1, or None.
 
   Args:
     densities: float[n], increasing.
-    speedups: float[n], over dense execution, at each.
+    speedups: float[n], speedup over dense execution at each density.
   """
   for i in range(len(densities) - 1, 0, -1):
     high, low = speedups[i - 1], speedups[i]

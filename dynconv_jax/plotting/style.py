@@ -1,4 +1,4 @@
-"""The look of every figure, and how a figure reaches the disk."""
+"""Common style of figures, and writing them to files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from dynconv_jax.files import replacing
 
-# Okabe and Ito, Color Universal Design (2008): told apart by readers with any
-# of the common colour-vision deficiencies.
+# Okabe and Ito, Color Universal Design (2008): distinguishable with all common
+# color vision deficiencies.
 BLACK = '#000000'
 ORANGE = '#e69f00'
 SKY_BLUE = '#56b4e9'
@@ -22,7 +22,7 @@ BLUE = '#0072b2'
 VERMILION = '#d55e00'
 PURPLE = '#cc79a7'
 
-# By name, as methods choose theirs.
+# Colors by the names that methods use.
 PALETTE = {
   'black': BLACK,
   'orange': ORANGE,
@@ -69,52 +69,51 @@ _RC = {
   'savefig.facecolor': 'white',
 }
 
-# Decorates a plotting function: its artists are made in the house style, and
-# the settings of the process are as before when it returns.
+# Decorator that applies the style within a plotting function only.
 styled = functools.partial(matplotlib.rc_context, _RC)
 
 
 def new_figure(width: float, height: float) -> Figure:
-  """Returns an empty figure of the given inches that pyplot knows nothing of.
+  """Returns an empty figure that is not registered with pyplot.
 
   Args:
-    width: in inches.
-    height: in inches.
+    width: width in inches.
+    height: height in inches.
   """
   return Figure(figsize=(width, height), layout='constrained')
 
 
 def figure_paths(path: str | os.PathLike) -> tuple[Path, Path]:
-  """Returns the PNG and the SVG file that a figure called `path` is written to.
+  """Returns the paths of the PNG and the SVG file of a figure.
 
   Args:
-    path: with the suffix .png, .svg or none; a dot within the name, as in
-      'budget_0.5', is not taken for a suffix.
+    path: path with the suffix .png, .svg, or none. Other dots, as in
+      'budget_0.5', are part of the name.
 
   Raises:
-    ValueError: if the suffix is that of another format.
+    ValueError: the suffix is that of another format.
   """
   path = Path(path)
   suffix = path.suffix.lower()
   if suffix in ('.png', '.svg'):
     path = path.with_suffix('')
   elif suffix[1:] in FigureCanvasBase.get_supported_filetypes():
-    raise ValueError(f'a figure is written as .png and .svg; got {str(path)!r}')
+    raise ValueError(f'figures are written as .png and .svg; got {str(path)!r}')
   return path.with_name(path.name + '.png'), path.with_name(path.name + '.svg')
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
   """Writes a figure as PNG and SVG and returns their paths.
 
-  The same figure gives the same bytes: no dates, no random identifiers. A file
-  is renamed into place when it is whole, so that none is ever half-written.
+  Files are written atomically and contain no dates or random identifiers, so
+  the same figure results in the same bytes.
 
   Args:
-    figure: what to write.
-    path: as in `figure_paths`; missing folders are made.
+    figure: the figure to write.
+    path: as in `figure_paths`. Missing folders are created.
 
   Raises:
-    ValueError: if the suffix of `path` is that of another format.
+    ValueError: the suffix of `path` is that of another format.
   """
   png, svg = figure_paths(path)
   with matplotlib.rc_context({'svg.hashsalt': 'dynconv_jax'}):
@@ -130,5 +129,5 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def footnote(figure: Figure, text: str) -> None:
-  """Writes a small grey line below a figure: what its marks stand for."""
+  """Adds a small gray explanation below a figure."""
   figure.supxlabel(text, x=0.01, ha='left', fontsize=7, color=GREY)

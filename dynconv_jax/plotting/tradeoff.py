@@ -1,4 +1,4 @@
-"""The figure of many runs: accuracy against what computing it costs."""
+"""Figures of many runs: accuracy against computational cost."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _X_LABELS = {
   'executed_fraction': 'executed / dense MACs of the masked layers',
   'latency_ms': 'latency of a batch (ms)',
 }
-# Characters a line of the notes below a figure.
+# Characters per line of the notes below a figure.
 _NOTE_WIDTH = 92
 _UNITS = ('us', 'ms', 's', 'mb', 'mib', 'gb', 'gib')
 
@@ -42,28 +42,27 @@ def plot_accuracy_against_macs(
   series: str | None = None,
   chance: float | None = None,
 ) -> Figure:
-  """Draws accuracy against GMACs, or against any other numeric column.
+  """Plots accuracy against GMACs or another numeric column.
 
-  One curve a model and method, its points in order of x and labelled with their
-  budgets, or the weights that stand for them; dense networks of a family
-  (ResNet-18, -34, ...) are one curve, labelled with their depths, and those of
-  one model that differ in width another, labelled with their widths. Error
-  bars, which the figure explains, are the standard deviation over the seeds of
-  a setting, or the 95 % interval of a single run (`accuracy_low` to
-  `accuracy_high`) where its row has one.
+  Each model and method is a curve, with points labeled by budget or by the
+  weight that replaces it. Dense networks of a family (ResNet-18, -34, ...) form
+  one curve, labeled by depth. Dense networks of one model with different widths
+  form another, labeled by width. Error bars are the standard deviation over the
+  seeds of a setting or, for a single run, its 95 % interval (`accuracy_low` to
+  `accuracy_high`) if it has one. A note below the figure explains them.
 
   Args:
-    rows: of a results.csv; see `results.accuracy_curves`.
-    path: the figure is written as PNG and SVG; see `style.figure_paths`.
-    x: the column of the horizontal axis, such as 'latency_sparse_ms'.
-    series: a further column that tells curves apart, such as 'recipe'.
-    chance: accuracy of guessing, in [0, 1], drawn as a line where given.
+    rows: rows of a results.csv; see `results.accuracy_curves`.
+    path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
+    x: column of the x axis, such as 'latency_sparse_ms'.
+    series: additional column that separates curves, such as 'recipe'.
+    chance: chance accuracy in [0, 1] to draw as a line, or None.
 
   Returns:
-    The figure; the containers of its axes are the curves, in order of the rows.
+    The figure. The containers of its axes are the curves, in order of the rows.
 
   Raises:
-    ValueError: if chance is outside [0, 1], or as `results.accuracy_curves`.
+    ValueError: chance is outside [0, 1], or as `results.accuracy_curves`.
   """
   if chance is not None and not 0 <= chance <= 1:
     raise ValueError(f'chance must be in [0, 1]; got {chance}')
@@ -97,19 +96,18 @@ def plot_results(
   series: str | None = None,
   chance: float | None = None,
 ) -> list[tuple[pathlib.Path, pathlib.Path]]:
-  """Draws the figures of a results table: against GMACs and against latency.
+  """Plots a results table against GMACs and, if measured, against latency.
 
   Args:
-    rows: as of `plot_accuracy_against_macs`. Latency is drawn where a row has
-      one, 'latency_ms'.
-    folder: where accuracy_against_macs and accuracy_against_latency, .png and
-      .svg, are written.
-    series: a column that tells curves apart; by default 'recipe' where a row
-      has one.
-    chance: accuracy of guessing, in [0, 1], drawn as a line where given.
+    rows: as in `plot_accuracy_against_macs`. Latency is plotted if a row has
+      'latency_ms'.
+    folder: folder for accuracy_against_macs and accuracy_against_latency, each
+      as .png and .svg.
+    series: column that separates curves. None: 'recipe' if a row has one.
+    chance: chance accuracy in [0, 1] to draw as a line, or None.
 
   Returns:
-    The paths of each figure, PNG and SVG.
+    The PNG and SVG paths of each figure.
 
   Raises:
     ValueError: as `plot_accuracy_against_macs`.
@@ -128,7 +126,7 @@ def plot_results(
 
 
 def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
-  """Draws a curve; rank counts the curves of its method."""
+  """Draws a curve, the `rank`-th of its method."""
   method = find_method(curve.method)
   color = style.PALETTE.get(method.color, method.color)
   points = curve.points
@@ -158,7 +156,7 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
 
 
 def _name(method: str, curve: Curve) -> str:
-  """Returns what the legend calls a curve."""
+  """Returns the legend label of a curve."""
   name, width = f'{method} {_display(curve.model)}', curve.width_multiplier
   if width is None:
     name += ', by width'
@@ -168,7 +166,7 @@ def _name(method: str, curve: Curve) -> str:
 
 
 def _point_label(curve: Curve, point: Point) -> str:
-  """Returns what tells a point from others of its curve."""
+  """Returns a label that distinguishes a point from others of its curve."""
   parts = []
   if curve.method == 'dense':
     parts.append(point.model.removeprefix(curve.model))
@@ -201,7 +199,7 @@ def _draw_chance(ax: Axes, chance: float) -> None:
 
 
 def _display(model: str) -> str:
-  """Returns 'CIFAR ResNet-32' for 'cifar_resnet32'; others as they are."""
+  """Returns 'CIFAR ResNet-32' for 'cifar_resnet32'; keeps other names."""
   match = re.fullmatch(r'(cifar_)?resnet(\d*)', model)
   if not match:
     return model
@@ -218,7 +216,7 @@ def _unit_label(column: str) -> str:
 
 
 def _notes(curves: Sequence[Curve]) -> list[str]:
-  """Returns what the error bars and numbers of a figure stand for."""
+  """Returns explanations of the error bars and numbers in a figure."""
   points = [point for curve in curves for point in curve.points]
   seeds = sorted({point.seeds for point in points if point.seeds > 1})
   bars = []
@@ -233,7 +231,7 @@ def _notes(curves: Sequence[Curve]) -> list[str]:
   if any(p.budget is not None for curve in gated for p in curve.points):
     numbers.append('computational budget')
   if any(p.budget is None and p.weight for c in gated for p in c.points):
-    numbers.append('weight of the loss on computing (methods without a budget)')
+    numbers.append('weight of the compute loss (methods without a budget)')
   if any(p.model != c.model for c in curves for p in c.points):
     numbers.append('depth of a dense network')
   if any(curve.width_multiplier is None for curve in curves):
@@ -246,7 +244,7 @@ def _notes(curves: Sequence[Curve]) -> list[str]:
 
 
 def _latency_notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
-  """Returns batch and machine of the latencies, where the rows have them."""
+  """Returns a note with the batch size and machine of latencies, if known."""
   batches, machines = (
     sorted({str(row[name]) for row in rows if row.get(name)})
     for name in ('latency_batch_size', 'latency_machine')

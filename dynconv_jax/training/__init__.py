@@ -2,10 +2,10 @@
 
 from dynconv_jax import extras
 
-# What loads a trained network. Modules that train ask for more.
+# Enough to load a trained network. Modules that train require more.
 extras.require('train', 'optax', 'orbax')
 
-# Its modules; importing the package imports none of them.
+# Importing the package imports none of its modules.
 __all__ = [
   'checkpoints',
   'config',

@@ -1,4 +1,4 @@
-"""Checkpoints: asynchronous, the latest and the best, self-contained."""
+"""Asynchronous, self-contained checkpoints of the latest and best weights."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ _managers = ocp.checkpoint_managers
 
 
 class CheckpointError(RuntimeError):
-  """No usable checkpoint; the message names the directory and the reasons."""
+  """No usable checkpoint. The message names the directory and the reasons."""
 
 
 @contextlib.contextmanager
 def open_manager(
   workdir: pathlib.Path, *, keep: int = 2, read_only: bool = False
 ) -> Iterator[ocp.CheckpointManager]:
-  """Yields the manager of a workdir's checkpoints; waits for saves at the end.
+  """Yields the checkpoint manager of a workdir and waits for saves on exit.
 
   Args:
-    workdir: of the run.
-    keep: latest checkpoints to keep, beside the best by validation accuracy.
-    read_only: for evaluation.
+    workdir: the run's folder.
+    keep: number of latest checkpoints to keep, in addition to the one with the
+      best validation accuracy.
+    read_only: whether to open existing checkpoints without writing.
 
   Raises:
-    OSError: the disk is full; names the checkpoints that stay.
+    OSError: the disk is full. The message names the checkpoints that remain.
   """
   path = (workdir / 'checkpoints').expanduser().absolute()
   if not read_only:
@@ -63,8 +64,8 @@ def open_manager(
   try:
     yield manager
   except BaseException as error:
-    # What went wrong first is told; a save under way may fail for it, too. It
-    # would wait for a process that is lost.
+    # Report this error, not a failure of a pending save that it may cause. If
+    # a process is lost, closing would wait for it forever.
     if not distributed.is_lost(error):
       with contextlib.suppress(Exception):
         manager.close()
@@ -74,12 +75,12 @@ def open_manager(
 
 
 def _drop_damaged_metrics(folder: pathlib.Path) -> None:
-  """Removes metrics that cannot be read: orbax would not even start."""
+  """Removes unreadable metrics, with which orbax would not start."""
   for path in folder.glob('[0-9]*/metrics/metrics'):
     try:
       _check_metrics(json.loads(path.read_text()))
     except ValueError as error:
-      logging.warning('leaving out the damaged %s: %s', path, error)
+      logging.warning('removing the damaged %s: %s', path, error)
       shutil.rmtree(path.parent)
 
 
@@ -88,13 +89,13 @@ def _accuracy(metrics: dict[str, Any]) -> float:
 
 
 def _check_metrics(metrics: Any) -> None:
-  """Raises ValueError unless metrics are as they were saved."""
+  """Raises ValueError if metrics are not as they were saved."""
   if not isinstance(metrics, dict) or 'accuracy' not in metrics:
-    raise ValueError('it holds no accuracy')
+    raise ValueError('it contains no accuracy')
   accuracy = metrics['accuracy']
   # Earlier versions saved no checksums.
   if metrics.get('checksum') not in (None, _checksum_json(accuracy)):
-    raise ValueError('it differs from its checksum')
+    raise ValueError('it does not match its checksum')
 
 
 def _checksum_json(value: Any) -> str:
@@ -111,7 +112,7 @@ def _checksum_array(array: jax.Array) -> str:
 
 
 def _checksums(state: Any, info: dict[str, Any]) -> dict[str, str]:
-  """Returns CRC-32s: of each array of a state by its path, and of an info."""
+  """Returns the CRC-32 of each array of `state` by its path, and of `info`."""
   info = {name: info[name] for name in info if name != 'checksums'}
   return {'info': _checksum_json(info)} | {
     jax.tree_util.keystr(path, simple=True, separator='.'): _checksum_array(a)
@@ -121,15 +122,17 @@ def _checksums(state: Any, info: dict[str, Any]) -> dict[str, str]:
 
 
 def _verify(restored: Any) -> None:
-  """Raises ValueError naming what is not as it was saved."""
+  """Raises ValueError naming everything that is not as it was saved."""
   info = restored['info']
   if 'class_names' not in info:
     raise ValueError('its info lacks class_names')
   # Earlier versions saved no checksums.
   if (saved := info.get('checksums')) is not None:
-    found = _checksums(restored.get('state', {}), info)
-    if differing := [name for name in found if found[name] != saved.get(name)]:
-      raise ValueError(f'differing from its checksum: {", ".join(differing)}')
+    actual = _checksums(restored.get('state', {}), info)
+    if differing := [
+      name for name in actual if actual[name] != saved.get(name)
+    ]:
+      raise ValueError(f'does not match its checksum: {", ".join(differing)}')
 
 
 def save(
@@ -139,20 +142,22 @@ def save(
   info: dict[str, Any],
   accuracy: float | None,
 ) -> None:
-  """Starts to save; the state may be donated as soon as this returns.
+  """Starts an asynchronous save. The state may be donated once this returns.
 
-  A checksum of each array is saved with it, and verified when it is restored.
+  A checksum of each array is saved too, and verified on restore.
 
   Args:
-    manager: of the workdir.
-    step: steps done.
+    manager: the workdir's checkpoint manager.
+    step: number of steps done.
     state: tree of arrays.
-    info: fit for JSON; holds the data iterator's position and class names.
-    accuracy: on the validation split, by which the best is kept.
+    info: JSON-serializable; contains the data iterator's position and the class
+      names.
+    accuracy: validation accuracy, which determines the best checkpoint.
 
   Raises:
-    OSError: the disk is full, now or at the save before; names the
-      checkpoints that stay.
+    OSError: the disk is full, now or during the previous save. The message
+      names the checkpoints that remain.
+    RuntimeError: `step` is not after the latest checkpoint.
   """
   metrics = None
   if accuracy is not None:
@@ -166,16 +171,16 @@ def save(
         state=ocp.args.PyTreeSave(state), info=ocp.args.JsonSave(info)
       ),
     )
-  # orbax passes over a step that is not past the latest.
+  # orbax silently skips a step that is not after the latest.
   if not saved:
     raise RuntimeError(f'step {step} is not after {manager.all_steps()}')
 
 
 def wait(manager: ocp.CheckpointManager) -> None:
-  """Returns once all is saved.
+  """Waits until all pending saves are done.
 
   Raises:
-    OSError: the disk is full; names the checkpoints that stay.
+    OSError: the disk is full. The message names the checkpoints that remain.
   """
   with _explained(manager):
     manager.wait_until_finished()
@@ -193,11 +198,11 @@ def exists(workdir: pathlib.Path) -> bool:
 
 
 def drop_after(manager: ocp.CheckpointManager, step: int) -> None:
-  """Deletes checkpoints that could not be read, so that they can come anew.
+  """Deletes unreadable later checkpoints so that they can be written again.
 
   Args:
-    manager: of the workdir.
-    step: of the checkpoint that was fallen back to.
+    manager: the workdir's checkpoint manager.
+    step: step of the checkpoint that was restored.
   """
   for later in [s for s in manager.all_steps() if s > step]:
     logging.warning('deleting the damaged checkpoint of step %d', later)
@@ -210,17 +215,17 @@ def restore(
   *,
   best: bool = False,
 ) -> tuple[Any, dict[str, Any], int]:
-  """Returns (state, info, step) of the newest checkpoint that can be read.
+  """Returns (state, info, step) of the newest readable checkpoint.
 
   Args:
-    manager: of the workdir.
-    target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays; may
-      hold a part of what was saved.
-    best: whether the best by validation accuracy comes first.
+    manager: the workdir's checkpoint manager.
+    target: tree of `jax.ShapeDtypeStruct` with shardings, or of arrays. May
+      contain only a part of what was saved.
+    best: whether to try the best checkpoint by validation accuracy first.
 
   Raises:
-    CheckpointError: there is none, none can be read, or it lacks weights; names
-      them.
+    CheckpointError: there is no checkpoint, none can be read, or it lacks
+      weights. The message names the missing weights.
   """
   steps = sorted(manager.all_steps(), reverse=True)
   if best and (step := best_step(manager)) is not None:
@@ -242,7 +247,7 @@ def restore(
 
 
 def _check_complete(state: Any, place: str) -> None:
-  """Raises CheckpointError naming each weight that a checkpoint lacks."""
+  """Raises CheckpointError naming each weight missing from a checkpoint."""
   missing = [
     '.'.join(str(getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
     for path, leaf in jax.tree.leaves_with_path(state)
@@ -250,17 +255,17 @@ def _check_complete(state: Any, place: str) -> None:
   ]
   if missing:
     raise CheckpointError(
-      f'the checkpoint in {place} is of another network: it lacks '
+      f'the checkpoint in {place} is for a different network: it lacks '
       f'{", ".join(missing)}'
     )
 
 
 @contextlib.contextmanager
 def _explained(manager: ocp.CheckpointManager):
-  """Turns a failure to save into an OSError that says what is left."""
+  """Turns a failed save into an OSError naming the remaining checkpoints."""
   try:
     yield
-  # The writers raise errors of several kinds, from threads of their own.
+  # The writer threads raise errors of several kinds.
   except Exception as error:  # noqa: BLE001
     if distributed.is_lost(error):
       raise
@@ -268,18 +273,18 @@ def _explained(manager: ocp.CheckpointManager):
     raise OSError(
       f'cannot save a checkpoint in {manager.directory} '
       f'({_first_line(error)}); is the disk full? '
-      f'Checkpoints that stay: {steps or "none"}'
+      f'Remaining checkpoints: {steps or "none"}'
     ) from error
 
 
 def _first_line(error: Exception) -> str:
-  """Returns the start of a message; orbax's run to pages."""
+  """Returns the start of a message. Those of orbax can be pages long."""
   lines = str(error).strip().splitlines() or [type(error).__name__]
   return lines[0][:200]
 
 
 def _first_readable(manager, steps, args):
-  """Returns (what was restored, step) of the first step that can be read."""
+  """Returns (restored values, step) of the first readable step."""
   failures = []
   for step in steps:
     try:
@@ -287,8 +292,8 @@ def _first_readable(manager, steps, args):
         restored = manager.restore(step, args=args)
       with distributed.together():
         _verify(restored)
-    # A damaged file may surface as almost any error of orbax, tensorstore or
-    # the JSON reader; every one means the same here.
+    # A damaged file can surface as almost any error from orbax, tensorstore, or
+    # the JSON reader.
     except Exception as error:  # noqa: BLE001
       if distributed.is_lost(error):
         raise
@@ -307,10 +312,10 @@ def _first_readable(manager, steps, args):
 
 
 def read_info(manager: ocp.CheckpointManager) -> dict[str, Any]:
-  """Returns the info of the newest checkpoint that can be read.
+  """Returns the info of the newest readable checkpoint.
 
   Raises:
-    CheckpointError: there is none, or none can be read.
+    CheckpointError: there is no checkpoint, or none can be read.
   """
   return _first_readable(
     manager,
@@ -320,10 +325,10 @@ def read_info(manager: ocp.CheckpointManager) -> dict[str, Any]:
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """Returns the step of the best validation accuracy, if one was measured."""
+  """Returns the step with the best validation accuracy, or None."""
   best = None
   for step in manager.all_steps():
-    # A damaged checkpoint is no candidate; `restore` reports it.
+    # Skip damaged checkpoints. `restore` reports them.
     with contextlib.suppress(Exception):
       metrics = manager.metrics(step)
       _check_metrics(metrics)
@@ -333,11 +338,12 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def like(tree: Any, sharding: jax.sharding.Sharding | None = None) -> Any:
-  """Returns the tree's shapes and dtypes, to restore into.
+  """Returns a tree of `jax.ShapeDtypeStruct` as the target of `restore`.
 
   Args:
-    tree: of arrays, or of their shapes and dtypes.
-    sharding: where to; None: where each array is, or the default device.
+    tree: tree of arrays, or of their shapes and dtypes.
+    sharding: the sharding to restore to. None: that of each array, or the first
+      local device.
   """
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 

@@ -1,7 +1,7 @@
-"""Everything that defines a run: data, model, method, optimization, run.
+"""Configuration of a run: data, model, method, optimization, and run.
 
-The names of all fields are unique, so that a configuration is also a flat
-mapping of names to values: what flags give and what a workdir keeps.
+Field names are unique across all parts. A configuration is therefore also a
+flat mapping from names to values, as in flags and in a workdir's flag file.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from dynconv_jax.training.parts import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Everything that defines a run.
+  """Configuration of a run.
 
-  An option marked operational may change when a run is resumed: it says where
-  things lie or what is shown, not what is computed.
+  Operational options may change when a run resumes: they set file locations and
+  display, not what is computed.
   """
 
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -46,14 +46,14 @@ class Config:
 
   @classmethod
   def make(cls, **values) -> Config:
-    """Returns a configuration of flat values; the rest are defaults.
+    """Returns a configuration from flat values, with defaults for the rest.
 
     Args:
-      **values: of any option. Those of methods, data sets and networks that
-        are not chosen play no part.
+      **values: values of any options. Options of methods, datasets, and
+        networks that are not selected are ignored.
 
     Raises:
-      ValueError: there is no such option.
+      ValueError: an option does not exist.
     """
     config = cls(
       **{name: make_part(kind, values) for name, kind in PARTS.items()}
@@ -62,7 +62,7 @@ class Config:
     return config
 
   def replace(self, **changes) -> Config:
-    """Returns a configuration of which some values, given flat, differ."""
+    """Returns a copy of the configuration with some flat values changed."""
     return Config.make(**{**self.flat(), **changes})
 
   def flat(self) -> dict[str, Any]:
@@ -79,12 +79,12 @@ class Config:
     factory: registry.Factory | None = None,
     resumed: bool = False,
   ) -> None:
-    """Raises ValueError naming every option that is out of range.
+    """Raises ValueError naming every invalid option.
 
     Args:
-      num_devices: devices of all processes, which share a batch.
-      factory: of the network, where it is not found by name.
-      resumed: whether the run goes on, and needs no pretrained weights.
+      num_devices: number of devices of all processes, which share a batch.
+      factory: factory of the network, if not found by name.
+      resumed: whether the run resumes and needs no pretrained weights.
     """
     optimization = self.optimization
     errors = options_lib.errors(
@@ -122,7 +122,7 @@ class Config:
       errors += options_lib.errors(checks)
       if optimization.init_from:
         errors.append(
-          'init_from and pretrained exclude each other; got '
+          'init_from and pretrained are mutually exclusive; got '
           f'{optimization.init_from} and {optimization.pretrained}'
         )
     steps, fsdp = optimization.grad_accum_steps, self.run.fsdp
@@ -150,10 +150,10 @@ class Config:
       raise ValueError('; '.join(dict.fromkeys(errors)))
 
   def check_network(self, factory: registry.Factory | None = None) -> None:
-    """Raises ValueError unless input and gates fit the network.
+    """Raises ValueError if the input size or the gates do not fit the network.
 
     Args:
-      factory: of the network, where it is not found by name.
+      factory: factory of the network, if not found by name.
     """
     model, method = self.model, self.method
     factory = factory or registry.load_factory(model.model)
@@ -178,10 +178,10 @@ class Config:
       raise ValueError('; '.join(errors))
 
   def to_flags(self, *, places: bool = True) -> str:
-    """Returns a flag file that gives this configuration, a flag a line.
+    """Returns the configuration as a flag file, with one flag per line.
 
     Args:
-      places: whether it says where things lie, which may differ by machine.
+      places: whether to include file locations, which may differ by machine.
     """
     left_out = () if places else places_of(self.data.dataset)
     return to_flags(
@@ -190,13 +190,13 @@ class Config:
 
   @classmethod
   def from_flags(cls, text: str) -> Config:
-    """Returns the configuration of a text written by `to_flags`.
+    """Returns the configuration from a text written by `to_flags`.
 
-    Options that do not exist (any more) are left out with a warning.
+    Options that do not exist (anymore) are ignored with a warning.
 
     Raises:
-      ValueError: a line is not --name=value, an option is missing, or its value
-        is not of its type; names each.
+      ValueError: a line is not --name=value, or options are missing or of the
+        wrong type. The message names each.
     """
     texts = read_flags(text)
     parts, errors = {}, []
@@ -211,14 +211,14 @@ class Config:
     try:
       check_names(texts, config)
     except ValueError as error:
-      logging.warning('left out: %s', error)
+      logging.warning('ignored: %s', error)
     return config
 
   def differing(self, other: Config) -> Sequence[str]:
-    """Returns 'name: mine, not theirs' for all but operational options.
+    """Returns 'name: mine, not theirs' for each option that differs.
 
-    Options that only one of them has follow from another method, data set or
-    network, which is named.
+    Operational options are excluded. So are options that only one of the two
+    has: the choice of method, dataset, or network then differs and is listed.
     """
     mine, theirs = self.flat(), other.flat()
     operational = operational_options(self) | operational_options(other)
@@ -237,7 +237,7 @@ class Config:
 
 
 def make_part(kind: type, values: Mapping[str, Any]) -> Any:
-  """Returns a part of a configuration of flat values; others are ignored."""
+  """Returns a part of a configuration from flat values; ignores the others."""
   part = options_lib.make(kind, values)
   if isinstance(part, Chosen):
     options = options_lib.make(type(part.options), values)
@@ -246,25 +246,26 @@ def make_part(kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def read_part(kind: type, texts: Mapping[str, str]) -> Any:
-  """Returns a part of a configuration of which the values are text.
+  """Returns a part of a configuration from values given as text.
 
   Args:
-    kind: of the part, such as ModelConfig.
-    texts: by name, see `read_flags`; others are ignored.
+    kind: type of the part, such as ModelConfig.
+    texts: values by name, see `read_flags`. Other names are ignored.
 
   Raises:
-    ValueError: options are missing or not of their type; names each.
+    ValueError: options are missing or of the wrong type. The message names
+      each.
   """
   values = options_lib.parse(kind, texts)
   part = make_part(kind, values)
   if isinstance(part, Chosen):
-    kind.options_type(part._name)  # An unknown name is an error.
+    kind.options_type(part._name)  # Raises ValueError for an unknown name.
     values |= options_lib.parse(type(part.options), texts)
   return make_part(kind, values)
 
 
 def to_flags(values: Mapping[str, Any]) -> str:
-  """Returns a flag file of flat values, a flag a line; None is left out."""
+  """Returns flat values as a flag file, one per line, leaving out None."""
   return ''.join(
     f'--{name}={options_lib.to_text(value)}\n'
     for name, value in values.items()
@@ -273,7 +274,7 @@ def to_flags(values: Mapping[str, Any]) -> str:
 
 
 def read_flags(text: str) -> dict[str, str]:
-  """Returns the text of each value in a flag file, by name.
+  """Returns the text of each value of a flag file by name.
 
   Raises:
     ValueError: a line is not --name=value.
@@ -288,10 +289,10 @@ def read_flags(text: str) -> dict[str, str]:
 
 
 def places_of(*datasets: str) -> list[str]:
-  """Returns the options that say where data lies, not what it is.
+  """Returns the names of the options that are locations of data.
 
   Args:
-    datasets: whose own options count, too.
+    *datasets: datasets whose own options are included.
   """
   kinds = (DataConfig, *map(DataConfig.options_type, datasets))
   return [
@@ -307,10 +308,10 @@ def choices(
   models: Sequence[str] = (),
   methods: Sequence[str] = (),
 ) -> dict[type, list[str]]:
-  """Returns what can be chosen by name, for each part that has a choice.
+  """Returns the names that can be selected for each part that has a choice.
 
   Args:
-    datasets: names beside those of this package.
+    datasets: names in addition to those of this package.
     models: as `datasets`.
     methods: as `datasets`.
   """
@@ -326,10 +327,12 @@ def all_options(
   models: Sequence[str] = (),
   methods: Sequence[str] = (),
 ) -> dict[str, options_lib.Option]:
-  """Returns the options of a run by name, those of every choice.
+  """Returns all options of a run by name, including those of every choice.
+
+  If choices disagree about the default of an option, its default is None.
 
   Args:
-    datasets: names beside those of this package.
+    datasets: names in addition to those of this package.
     models: as `datasets`.
     methods: as `datasets`.
 
@@ -359,26 +362,26 @@ def all_options(
 
 def _check_disjoint(found: Mapping[str, Any], more: Mapping[str, Any]) -> None:
   if same := sorted(found.keys() & more.keys()):
-    raise ValueError(f'two options are called {", ".join(same)}')
+    raise ValueError(f'options defined twice: {", ".join(same)}')
 
 
 def check_names(values: Mapping[str, Any], config: Config) -> None:
-  """Raises ValueError naming those names that no option has.
+  """Raises ValueError listing the names that belong to no option.
 
   Args:
-    values: by name.
-    config: whose choices have options, too.
+    values: values by name.
+    config: configuration whose choices have options, too.
   """
   known = config.flat()
   if all(name in known for name in values):
     return
   known |= all_options()
   if unknown := [name for name in values if name not in known]:
-    raise ValueError(f'a run has no options called {", ".join(unknown)}')
+    raise ValueError(f'unknown options: {", ".join(unknown)}')
 
 
 def operational_options(config: Config) -> set[str]:
-  """Returns the names of the options that do not change what is computed."""
+  """Returns the names of options that do not affect what is computed."""
   return {
     name
     for part in config._parts()

@@ -1,4 +1,4 @@
-"""Accuracy, compute and where it was spent, over a whole split."""
+"""Accuracy, compute, and executed positions over a whole split."""
 
 from __future__ import annotations
 
@@ -20,25 +20,27 @@ Predict = Callable[[jax.Array], tuple[jax.Array, list[ExecutionMask]]]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What a network did on each of n examples.
+  """Results of a network on each of n examples.
 
   Attributes:
-    index: int[n], the example's place among all, those of weight 0 included.
+    index: int[n], index of the example, counting padding examples too.
     label: int[n].
-    prediction: int[n], the class that the network says.
+    prediction: int[n], the predicted class.
     cross_entropy: float64[n].
-    executed_macs: float64[n], of the masked layers; empty if dense.
-    dense_macs: of the masked layers for one image, masks all ones.
-    densities: float64[n, blocks], share of active positions.
-    block_names: one a gated block.
-    stages: the number of each gated block's stage.
-    macs: float64[n], of the whole network; empty without a MAC report.
-    object_recall: float64[n, blocks], share of object pixels at active
-      positions, NaN where the image shows no object; empty where the data has
-      no object masks.
-    background_density: float64[n, blocks], share of other pixels there.
-    object_share: float64[n], share of the image that its object covers; empty
-      where the data has no object masks.
+    executed_macs: float64[n], executed MACs of the masked layers. Empty for a
+      dense network.
+    dense_macs: MACs of the masked layers for one image at density 1.
+    densities: float64[n, blocks], fraction of active positions.
+    block_names: names of the gated blocks.
+    stages: stage number of each gated block.
+    macs: float64[n], MACs of the whole network. Empty without a MAC report.
+    object_recall: float64[n, blocks], fraction of object pixels at active
+      positions; NaN for images without an object. Empty if the data has no
+      object masks.
+    background_density: float64[n, blocks], fraction of background pixels at
+      active positions. Empty if the data has no object masks.
+    object_share: float64[n], fraction of the image covered by its object. Empty
+      if the data has no object masks.
   """
 
   index: np.ndarray
@@ -57,16 +59,17 @@ class Evaluation:
 
   @property
   def correct(self) -> np.ndarray:
-    """bool[n]: whether the network says the label."""
+    """bool[n], whether the predicted class is the label."""
     return self.prediction == self.label
 
   def summary(self) -> dict[str, Any]:
-    """Returns means over the examples, fit for JSON.
+    """Returns JSON-serializable means over the examples.
 
-    'accuracy' with its 95 % interval, 'loss', 'num_examples'; of a gated
-    network 'executed_fraction', 'block_density' and 'block_stage'; with a MAC
-    report 'gmacs_mean', 'gmacs_p50', 'gmacs_p95'; with object masks
-    'object_recall' and 'background_density', means over the blocks.
+    Always: 'accuracy' with its 95 % interval 'accuracy_low' and
+    'accuracy_high', 'loss', and 'num_examples'. For gated networks:
+    'executed_fraction', 'block_density', and 'block_stage'. With a MAC report:
+    'gmacs_mean', 'gmacs_p50', and 'gmacs_p95'. With object masks:
+    'object_recall' and 'background_density', averaged over blocks.
     """
     n = len(self.correct)
     low, high = wilson_interval(int(self.correct.sum()), n)
@@ -98,13 +101,14 @@ class Evaluation:
 
 
 def make_predict(graphdef: nnx.GraphDef):
-  """Returns the jitted (params, model_state, images, key=None).
+  """Returns a jitted prediction function.
 
-  It returns (logits, masks). With a key, the gates' random stream, a network
-  whose view is `deterministic=False, use_running_average=True` samples.
+  Its arguments are (params, model_state, images, key=None) and it returns
+  (logits, masks). With a PRNG key, gates sample their decisions if the view is
+  `deterministic=False, use_running_average=True`.
 
   Args:
-    graphdef: of the evaluation view of the model.
+    graphdef: graph definition of the model's evaluation view.
   """
 
   @jax.jit
@@ -120,16 +124,16 @@ def evaluate(
   batches: Iterable[Mapping[str, jax.Array]],
   report=None,
 ) -> Evaluation:
-  """Returns what the network did, counting every example once.
+  """Evaluates a network, counting every example once.
 
   Args:
-    predict: images -> (logits, masks).
-    batches: of 'image', 'label', 'weight' and perhaps 'object_mask', as
-      `EvalBatches` gives; examples of weight 0 are padding.
-    report: the MAC report of one image, or None.
+    predict: function from images to (logits, masks).
+    batches: batches with 'image', 'label', 'weight', and optionally
+      'object_mask', such as `EvalBatches`. Examples of weight 0 are padding.
+    report: the MAC report for one image, or None.
 
   Raises:
-    ValueError: there is no example.
+    ValueError: there are no examples.
     FloatingPointError: the loss of an example is not finite.
   """
   rows, start = [], 0
@@ -163,9 +167,9 @@ def evaluate(
         [m.hard.mean(tuple(range(1, m.hard.ndim))) for m in masks], -1
       )
       if objects is not None:
-        found = [_found(m.hard, objects) for m in masks]
+        shares = [_object_shares(m.hard, objects) for m in masks]
         row['object_recall'], row['background_density'] = (
-          np.stack(values, -1) for values in zip(*found, strict=True)
+          np.stack(values, -1) for values in zip(*shares, strict=True)
         )
     if report is not None:
       row['macs'] = (
@@ -175,7 +179,7 @@ def evaluate(
       )
     rows.append({name: value[real] for name, value in row.items()})
   if not rows or not sum(len(row['label']) for row in rows):
-    raise ValueError('there is no example to evaluate on')
+    raise ValueError('there are no examples to evaluate')
 
   def joined(name):
     return np.concatenate([row.get(name, np.zeros(0)) for row in rows])
@@ -199,23 +203,23 @@ def evaluate(
   )
 
 
-def _found(hard: np.ndarray, objects: np.ndarray):
-  """Returns (share of object pixels, share of others) at active positions."""
+def _object_shares(hard: np.ndarray, objects: np.ndarray):
+  """Returns the fractions of object and background pixels that are active."""
   active = resize_nearest(hard, objects.shape[1:])
   inside = objects.sum((1, 2))
   outside = np.prod(objects.shape[1:]) - inside
   hits = (active * objects).sum((1, 2))
   rest = (active * ~objects).sum((1, 2))
-  # Evaluation's crop may cut the object off.
+  # The evaluation crop may cut off the object.
   recall = np.where(inside > 0, hits / np.maximum(inside, 1), np.nan)
   return recall, rest / np.maximum(outside, 1)
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
-  """Returns the 95 % interval of a proportion (Wilson, 1927)."""
+  """Returns the 95 % confidence interval of a proportion (Wilson, 1927)."""
   z = 1.959963984540054  # 97.5 % point of the normal distribution.
   share = successes / n
-  centre = share + z**2 / (2 * n)
+  center = share + z**2 / (2 * n)
   spread = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
   scale = 1 + z**2 / n
-  return (centre - spread) / scale, (centre + spread) / scale
+  return (center - spread) / scale, (center + spread) / scale

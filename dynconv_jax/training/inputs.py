@@ -1,4 +1,4 @@
-"""The data of a run, opened as its configuration says."""
+"""Data sources and batches of a run, opened from its configuration."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dynconv_jax.training.config import Config, DataConfig
 def open_splits(
   data: DataConfig, source: DataSource | None = None
 ) -> sources.Splits:
-  """Returns the sources of the run, preparing the dataset where need be.
+  """Returns the sources of all splits, preparing the dataset if necessary.
 
   Args:
-    data: of the run.
-    source: of the data, where it is not found by name.
+    data: the run's data configuration.
+    source: the data source, if not found by name.
 
   Raises:
     ValueError, FileNotFoundError, ConnectionError, OSError: as
@@ -45,29 +45,30 @@ def open_split(
   """Returns the source of one split.
 
   Args:
-    data: of the run.
-    split: 'train', 'validation' or 'test', by its role in the run; or in
-      TFDS's notation.
-    source: of the data, where it is not found by name.
+    data: the run's data configuration.
+    split: 'train', 'validation', or 'test' for the run's own split, or a split
+      in TFDS notation.
+    source: the data source, if not found by name.
 
   Raises:
-    ValueError: the run has no such split; and as `open_splits`.
+    ValueError: the run has no such split.
+    FileNotFoundError, ConnectionError, OSError: as `open_splits`.
   """
   if split not in sources.Splits._fields:
     source, options, common = _source(data, source)
     opened = sources.open_source(source, split, options, common)
     if opened is None:
       raise ValueError(
-        f'split must be {", ".join(sources.Splits._fields)} or in the notation '
-        f'of TFDS; got {split!r}'
+        f'split must be {", ".join(sources.Splits._fields)} or in TFDS '
+        f'notation; got {split!r}'
       )
     return opened
   splits = open_splits(data, source)
   opened = getattr(splits, split)
   if opened is None:
-    there = [name for name, s in splits._asdict().items() if s is not None]
+    available = [name for name, s in splits._asdict().items() if s is not None]
     raise ValueError(
-      f'this run has no {split} split; it has {" and ".join(there)}'
+      f'this run has no {split} split; it has {" and ".join(available)}'
     )
   return opened
 
@@ -75,7 +76,7 @@ def open_split(
 def _source(
   data: DataConfig, source: DataSource | None
 ) -> tuple[DataSource, Any, Common]:
-  """Returns the data source, its options and those of all sources."""
+  """Returns the data source, its own options, and the common options."""
   source = source or data.source
   options = data.options if isinstance(data.options, source.options) else None
   common = Common(
@@ -91,7 +92,7 @@ def train_batches(
   source: sources.ImageSource,
   sharding: jax.sharding.Sharding | None = None,
 ) -> TrainBatches:
-  """Returns the endless augmented batches of the run."""
+  """Returns an endless iterator over the run's augmented batches."""
   data = config.data
   return TrainBatches(
     source,
@@ -118,15 +119,16 @@ def eval_batches(
   batch_size: int = 250,
   indices: Sequence[int] | None = None,
 ) -> EvalBatches:
-  """Returns every example once, in batches whose last one is padded.
+  """Returns batches with every example once. The last batch is padded.
 
   Args:
-    data: of the run.
-    source: of the examples.
-    sharding: of a batch.
-    image_size: side of the network's input, pixels.
-    batch_size: at most so many images a batch.
-    indices: the examples to give; None: all.
+    data: the run's data configuration.
+    source: the examples.
+    sharding: the sharding of a batch.
+    image_size: side of the network input in pixels.
+    batch_size: maximum number of images per batch, before it is rounded up to a
+      multiple of the number of devices.
+    indices: the examples to use; None: all.
   """
   devices = len(sharding.device_set) if sharding else 1
   batch_size = min(batch_size, len(source if indices is None else indices))

@@ -1,4 +1,4 @@
-"""Trains one network: data, model, optimizer, state, restore, loop."""
+"""Training of a network, from data and model to the training loop."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from dynconv_jax.training.records import Muted, Progress, Records
 
 
 class Interrupted(Exception):
-  """A signal ended the run, whose state is saved.
+  """A signal ended the run. The state is saved.
 
   Attributes:
-    signal: its number.
+    signal: the signal number.
   """
 
   def __init__(self, received: signal.Signals, message: str):
@@ -46,33 +46,36 @@ def train(
   model: registry.Factory | None = None,
   data: DataSource | sources.Splits | None = None,
 ) -> dict[str, Any]:
-  """Trains to the end, from the last checkpoint where there is one.
+  """Trains a network, resuming from the last checkpoint if there is one.
 
-  Where `distributed.start` has connected several processes, each of them calls
-  this with the same arguments, and they train as one.
+  After `distributed.start` has connected several processes, each of them must
+  call this function with the same arguments. They then train together.
 
   Args:
-    config: everything about the run.
-    workdir: its folder; made if need be. Holds flags.txt, metrics.jsonl,
-      checkpoints/ and TensorBoard's events.
-    model: factory of the network, see `models.registry`, in place of
+    config: configuration of the run.
+    workdir: the run's folder, created if necessary. It contains flags.txt,
+      metrics.jsonl, checkpoints/, and TensorBoard events.
+    model: factory of the network (see `models.registry`) that replaces
       `config.model.model`.
-    data: a data source, or opened splits, in place of `config.data.dataset`.
+    data: data source or opened splits that replace `config.data.dataset`.
 
   Returns:
-    The summary: 'step', 'train' and, with a validation split, 'validation'
-    metrics of the last epoch, 'best_accuracy', 'seconds' of this session.
+    A summary: 'step', the metrics 'train' and (with a validation split)
+    'validation' of the last epoch, 'best_step', 'best_accuracy', the 'seconds'
+    of this session, and the number of 'skipped' images.
 
   Raises:
-    ValueError: an option is out of range, the workdir, or a run to start from,
-      is of another configuration, the workdir has done more epochs, or
-      processes have different options.
-    ConnectionError: another process of the run has ended.
-    FloatingPointError: a loss, gradient, weight or statistic is not finite;
-      names the first and its step. The last good checkpoint stays.
-    Interrupted: SIGTERM, SIGINT, or SIGHUP came; the state is saved.
-    OSError: the disk is full; earlier checkpoints stay. Or another process
-      trains in the workdir, or the processes of the run do not share it.
+    ValueError: an option is out of range, the workdir or a run to start from
+      has a different configuration, the workdir has already done more epochs,
+      or the processes have different options.
+    ConnectionError: another process of the run ended.
+    FloatingPointError: a loss, gradient, weight, or batch statistic is not
+      finite. The message names the first one and its step. The last good
+      checkpoint remains.
+    Interrupted: the process received SIGTERM, SIGINT, or SIGHUP. The state is
+      saved.
+    OSError: the disk is full (earlier checkpoints remain), another process is
+      training in the workdir, or the processes of the run do not share it.
   """
   start = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser()
@@ -90,7 +93,7 @@ def train(
 
 
 def _train(config, workdir, model, data, start) -> dict[str, Any]:
-  """Trains in a workdir that no other process trains in."""
+  """Trains in a locked workdir."""
   method, main = config.method, distributed.is_main()
   mesh = distributed.make_mesh(config.run.fsdp)
   split = distributed.batch_sharding(mesh)
@@ -98,7 +101,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
   # Data.
   splits = data
   if not isinstance(data, sources.Splits):
-    if main:  # It prepares the dataset, where need be.
+    if main:  # Prepares the dataset if necessary.
       splits = inputs.open_splits(config.data, data)
     distributed.wait()
     if not main:
@@ -168,7 +171,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     shardings if config.run.fsdp > 1 else None,
   )
 
-  # State: the workdir's last checkpoint, else the weights above.
+  # State: from the last checkpoint, or else from the weights above.
   if main:
     workdir_lib.write_flags(workdir, config)
   keep = config.run.keep_checkpoints
@@ -206,7 +209,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
         accuracy = None
         if ended:
           row = {'step': step, 'epoch': epoch}
-          row['seconds'] = time.monotonic() - began  # Of all sessions.
+          row['seconds'] = time.monotonic() - began  # Over all sessions.
           extra = {'learning_rate': float(schedule(step - 1))}
           target = method.target(step / total_steps)
           if target is not None:
@@ -235,7 +238,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     raise Interrupted(
       signal.Signals(stop),
       f'saved step {step} of {total_steps} in {workdir}; the same command '
-      'goes on from there',
+      'resumes from there',
     )
   rows = workdir_lib.read_metrics(workdir)
   last = {row['split']: row for row in rows}
@@ -253,7 +256,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
 
 
 def _with_model(config: Config, factory: registry.Factory) -> Config:
-  """Returns the configuration of a run whose network was given as a factory."""
+  """Returns the configuration with the network replaced by a factory."""
   kind, options = registry.options_type(factory), config.model.options
   if not isinstance(options, kind):
     options = kind()
@@ -264,12 +267,16 @@ def _with_model(config: Config, factory: registry.Factory) -> Config:
 
 
 def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
-  """Returns means over the steps of this epoch; raises if one is not finite."""
+  """Returns means over the steps of this epoch.
+
+  Raises:
+    FloatingPointError: a quantity of a step is not finite.
+  """
   sums, (bad_step, quantity) = jax.device_get((state.sums, state.first_bad))
   if bad_step >= 0:
     raise FloatingPointError(
       f'{state_lib.CHECKED[quantity]} is not finite at step {bad_step + 1}; '
-      'the last good checkpoint stays. Try a lower learning_rate or '
+      'the last good checkpoint remains. Try a lower learning_rate or '
       'gradient_clip'
     )
   means = {name: float(total) / steps for name, total in sums.items()}
@@ -279,10 +286,10 @@ def _epoch_metrics(state: state_lib.TrainState, steps: int) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _signals():
-  """Yields a list that the signals to end are put into as they come."""
+  """Yields a list that collects the termination signals received."""
   received: list[signal.Signals] = []
   kinds = [signal.SIGTERM, signal.SIGINT]
-  # Under nohup it is ignored.
+  # nohup makes the process ignore it.
   hangup = getattr(signal, 'SIGHUP', None)
   if hangup and signal.getsignal(hangup) is not signal.SIG_IGN:
     kinds.append(hangup)
@@ -293,7 +300,7 @@ def _signals():
 
   try:
     old = {kind: signal.signal(kind, handle) for kind in kinds}
-  except ValueError:  # Not the main thread: signals are someone else's.
+  except ValueError:  # Only the main thread can set signal handlers.
     old = {}
   try:
     yield received

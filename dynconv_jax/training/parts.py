@@ -1,4 +1,4 @@
-"""The parts of a configuration: data, model, method, optimization, run."""
+"""Parts of a configuration: data, model, method, optimization, and run."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from dynconv_jax.options import (
 
 
 class Chosen:
-  """A part with the options of something that is chosen by its name."""
+  """A part with additional options that depend on a name."""
 
-  # The field that names it.
+  # The field with the name.
   choice: ClassVar[str]
   options: Any
 
   @staticmethod
   def options_type(name: str) -> type:
-    """Returns the dataclass of the options of what is chosen by a name."""
+    """Returns the options dataclass for a name."""
     raise NotImplementedError
 
   def __post_init__(self):
     if self.options is None:
-      # An unknown name is reported by `check`.
+      # `Config.check` reports unknown names.
       if options_lib.errors([lambda: self.options_type(self._name)]):
         options = options_lib.NoOptions()
       else:
@@ -53,80 +53,83 @@ class Chosen:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Chosen):
-  """What a network is trained on, and how images are varied."""
+  """The dataset and its augmentation."""
 
   choice = 'dataset'
 
   dataset: str = option(
     'spots',
-    f'One of {", ".join(DATASETS)}; or package.module:SOURCE.',
+    f'One of {", ".join(DATASETS)}, or package.module:SOURCE.',
   )
   data_dir: str = option(
     '~/.cache/dynconv_jax',
-    'Where prepared datasets are kept.',
+    'Folder of prepared datasets.',
     operational=True,
   )
   classes: tuple[str, ...] = option(
-    (), 'Only these classes, numbered in this order; empty: all.'
+    (), 'Classes to use, numbered in this order; empty: all.'
   )
   train_split: str = option(
-    'default', "In TFDS's notation; default: train[:90%]."
+    'default', 'In TFDS notation; default means train[:90%].'
   )
   validation_split: str = option(
-    'default', "In TFDS's notation, or none; default: train[90%:]."
+    'default', 'In TFDS notation, or none; default means train[90%:].'
   )
   test_split: str = option(
-    'default', "In TFDS's notation; default: the dataset's test split."
+    'default', "In TFDS notation; default means the dataset's test split."
   )
   cache: str = option(
     'none',
-    'device: decode once into device memory and augment there; none: decode '
-    'each time.',
+    'device: decode once into device memory and augment there; none: decode in '
+    'each epoch.',
     allowed=('none', 'device'),
   )
   cache_size: int = option(
     0,
-    'Side of the cached images, pixels; 0: so large that no crop is enlarged.',
+    'Side of the cached images in pixels; 0: large enough that no crop is '
+    'upscaled.',
     allowed=NOT_NEGATIVE,
   )
   num_workers: int = option(
     0,
-    'Processes that decode; 0: threads of this process.',
+    'Number of decoding processes; 0: use threads of this process.',
     operational=True,
     allowed=between(0, 1024),
   )
   skip_corrupt: bool = option(
-    False, 'Count, log and skip images that cannot be decoded.'
+    False, 'Count, log, and skip images that cannot be decoded.'
   )
   scene_size: tuple[int, ...] = option(
     (),
-    'Side of scenes, pixels, or its range: each image, shrunk, lies somewhere '
-    'on a blurred other one; empty: none.',
+    'Side of scenes in pixels, or its range. Each image is shrunk and placed '
+    'at random on a blurred other image. Empty: no scenes.',
   )
   object_size: tuple[int, ...] = option(
-    (), "Side of the image in its scene, in the scene's pixels, or its range."
+    (), 'Side of the image within its scene in pixels, or its range.'
   )
-  crop: str = option('resized', 'resized, pad or none.')
+  crop: str = option('resized', 'resized, pad, or none.')
   crop_scale: tuple[float, ...] = option(
-    (0.25, 1.0), "Range of a resized crop's share of the image's area."
+    (0.25, 1.0), "Range of a resized crop's area as a fraction of the image."
   )
-  crop_padding: int = option(4, 'Pixels around the image, for padded crops.')
-  flip: bool = option(True, 'Mirror half of the images left to right.')
+  crop_padding: int = option(4, 'Pixels of padding for crop=pad.')
+  flip: bool = option(True, 'Flip images horizontally with probability 0.5.')
   randaugment: tuple[float, ...] = option(
     (),
-    'RandAugment as N,M: N operations, each of strength M in [0, 10], on the '
-    'host; such as 2,9. Empty: off.',
+    'RandAugment as N,M: N operations of strength M in [0, 10], such as 2,9. '
+    'Runs on the host. Empty: off.',
   )
   color_jitter: float = option(0.0, 'Strength of color jitter, in [0, 1].')
   mixup: float = option(0.0, 'Alpha of mixup; 0: off.')
   cutmix: float = option(0.0, 'Alpha of CutMix; 0: off.')
   random_erasing: float = option(0.0, 'Probability of random erasing.')
-  label_smoothing: float = option(0.0, 'Label mass spread over all classes.')
+  label_smoothing: float = option(
+    0.0, 'Probability mass spread over all classes.'
+  )
   normalization: str = option(
     'auto',
-    "Of images: imagenet, by ImageNet's mean and deviation; inception, (x - "
-    "127) / 128, as TensorFlow's weights expect; auto: as the weights or the "
-    'run to start from, else imagenet.',
+    'Image normalization. imagenet: ImageNet mean and standard deviation; '
+    'inception: (x - 127) / 128, as weights from TensorFlow expect; auto: that '
+    'of the weights or the run to start from, or else imagenet.',
     allowed=tuple(NORMALIZATIONS),
     before='imagenet',
   )
@@ -143,14 +146,14 @@ class DataConfig(Chosen):
     return load_source(self.dataset)
 
   def augmentation(self) -> Augmentation:
-    """Returns how training images are varied."""
+    """Returns the augmentation of training images."""
     names = [f.name for f in dataclasses.fields(Augmentation)]
     return Augmentation(
       **{n: getattr(self, n) for n in names if hasattr(self, n)}
     )
 
   def scenes(self) -> Scenes | None:
-    """Returns the scenes that images are put into, if any."""
+    """Returns the scenes that images are placed in, or None."""
     if not (self.scene_size or self.object_size):
       return None
     return Scenes(self.scene_size, self.object_size)
@@ -158,23 +161,23 @@ class DataConfig(Chosen):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Chosen):
-  """The network, but for its gates."""
+  """The network without its gates."""
 
   choice = 'model'
 
   model: str = option(
     'cifar_resnet8',
-    'Such as cifar_resnet32 or resnet50; or package.module:factory.',
+    'Network, such as cifar_resnet32 or resnet50, or package.module:factory.',
   )
   width_multiplier: float = option(
-    1.0, 'Scales the channels.', allowed=between(0.001, 100)
+    1.0, 'Scale of the channel counts.', allowed=between(0.001, 100)
   )
   image_size: int = option(
-    32, 'Side of the square network input, pixels.', allowed=between(1, 8192)
+    32, 'Side of the square network input in pixels.', allowed=between(1, 8192)
   )
   compute_dtype: str = option(
     'float32',
-    'float32 or bfloat16; parameters, masks, losses are float32.',
+    'float32 or bfloat16; parameters, masks, and losses are always float32.',
     allowed=('float32', 'bfloat16'),
   )
   options: Any = None
@@ -186,12 +189,12 @@ class ModelConfig(Chosen):
 
 @dataclasses.dataclass(frozen=True)
 class MethodConfig(Chosen):
-  """Where the network computes."""
+  """The gating method."""
 
   choice = 'method'
 
   method: str = option(
-    'dynconv', f'One of {", ".join(METHODS)}; or package.module:METHOD.'
+    'dynconv', f'One of {", ".join(METHODS)}, or package.module:METHOD.'
   )
   options: Any = None
 
@@ -205,10 +208,10 @@ class MethodConfig(Chosen):
     return load_method(self.method)
 
   def target(self, progress: Any = 1.0) -> Any:
-    """Returns the target executed fraction, or None where there is none.
+    """Returns the target executed fraction, or None if the method has none.
 
     Args:
-      progress: share of the training that is done, in [0, 1].
+      progress: training progress, in [0, 1].
     """
     target = self.record.target
     return None if target is None else target(self.options, progress)
@@ -216,105 +219,114 @@ class MethodConfig(Chosen):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizationConfig:
-  """How weights start and how they change."""
+  """Initial weights, loss, and optimizer."""
 
   init_from: str = option(
-    '', "Another run's workdir, whose weights to start from."
+    '', 'Workdir of another run whose weights to start from.'
   )
   pretrained: str = option(
     '',
     'Weights to start from: hf:OWNER/NAME, such as hf:timm/resnet50.tv_in1k; '
-    'zoo:NAME, of a network trained here; or a .safetensors, .pth or .pt file.',
+    'zoo:NAME for a network published by this project; or a .safetensors, '
+    '.pth, or .pt file.',
   )
   loss: str = option(
     'cross_entropy',
-    'Of the classes: cross_entropy, of their softmax; or bce, binary '
-    'cross-entropy of each class against its share of the label, averaged over '
-    'the classes (Wightman et al., ResNet strikes back, 2021).',
+    'Classification loss. cross_entropy: softmax cross-entropy; bce: binary '
+    'cross-entropy averaged over classes (Wightman et al., ResNet strikes '
+    'back, 2021).',
     allowed=('cross_entropy', 'bce'),
     before='cross_entropy',
   )
-  distill_from: str = option('', 'Workdir of the run whose network teaches.')
+  distill_from: str = option(
+    '', 'Workdir of the teacher network for distillation.'
+  )
   distill_temperature: float = option(
-    4.0, 'Softens logits in distillation.', allowed=POSITIVE
+    4.0, 'Softmax temperature of distillation.', allowed=POSITIVE
   )
   distill_weight: float = option(
     0.5,
-    "Share of distillation in the loss; that of the classes' is the rest.",
+    'Weight of the distillation loss; the classification loss has 1 minus this '
+    'weight.',
     allowed=SHARE,
   )
   frozen: tuple[str, ...] = option(
     (),
-    'Parts of the network that stay as they are, weights and batch statistics: '
-    'patterns of paths such as conv_stem, blocks.0 or *.conv_dw.',
+    'Path patterns of parts whose weights and batch statistics are frozen, '
+    'such as conv_stem, blocks.0, or *.conv_dw.',
   )
   frozen_statistics: tuple[str, ...] = option(
     (),
-    'Batch norms that use their running statistics in training and keep them: '
-    'patterns of paths such as *.bn1; * for all.',
+    'Path patterns of batch norms that use their running statistics in '
+    'training and do not update them, such as *.bn1; * for all.',
   )
   learning_rate_factors: tuple[str, ...] = option(
     (),
-    'Factors of the learning rate, PATTERN:FACTOR with patterns of paths, such '
-    'as *.masker.*bias:20; the last that matches counts.',
+    'Learning rate factors as PATTERN:FACTOR, with path patterns such as '
+    '*.masker.*bias:20. The last matching pattern wins.',
   )
   optimizer: str = option(
     'sgd', 'sgd (with momentum) or adamw.', allowed=('sgd', 'adamw')
   )
-  learning_rate: float = option(0.05, 'At its peak.', allowed=POSITIVE)
-  momentum: float = option(0.9, 'Of SGD.', allowed=BELOW_ONE)
+  learning_rate: float = option(0.05, 'Peak learning rate.', allowed=POSITIVE)
+  momentum: float = option(0.9, 'Momentum of SGD.', allowed=BELOW_ONE)
   weight_decay: float = option(
-    1e-4, 'Not of norms and biases by default.', allowed=NOT_NEGATIVE
+    1e-4,
+    'Weight decay. Excludes norms and biases unless decay_all is set.',
+    allowed=NOT_NEGATIVE,
   )
-  decay_all: bool = option(False, 'Decay norms and biases as well.')
+  decay_all: bool = option(False, 'Also decay norms and biases.')
   schedule: str = option(
-    'cosine', 'cosine, or step.', allowed=('cosine', 'step')
+    'cosine',
+    'Learning rate schedule: cosine or step.',
+    allowed=('cosine', 'step'),
   )
   milestones: tuple[float, ...] = option(
     (0.5, 0.75),
-    'Where a step schedule decays, as shares of the training.',
+    'Decay points of the step schedule, as fractions of training.',
     allowed=RISING,
   )
   step_decay: float = option(
-    0.1, "Factor of a step schedule's decay.", allowed=SHARE
+    0.1, 'Decay factor of the step schedule.', allowed=SHARE
   )
   warmup_epochs: float = option(
-    0.0, 'Linear warm-up from 0, epochs.', allowed=NOT_NEGATIVE
+    0.0, 'Epochs of linear warmup from 0.', allowed=NOT_NEGATIVE
   )
   gradient_clip: float = option(
-    0.0, 'Largest global gradient norm; 0: off.', allowed=NOT_NEGATIVE
+    0.0, 'Maximum global gradient norm; 0: off.', allowed=NOT_NEGATIVE
   )
   ema_decay: float = option(
     0.0,
-    'Of the moving average of weights that is evaluated; 0: off.',
+    'Decay of the exponential moving average of weights used for evaluation; '
+    '0: off.',
     allowed=BELOW_ONE,
   )
   batch_size: int = option(
-    64, 'Images a step, over all devices.', allowed=POSITIVE
+    64, 'Images per step, over all devices.', allowed=POSITIVE
   )
   grad_accum_steps: int = option(
     1,
-    'Equal parts of a batch whose gradients are computed one after the other '
-    'and averaged, to save memory; each has its own batch statistics.',
+    'Number of equal parts of a batch whose gradients are computed one by one '
+    'and averaged, to save memory. Each part has its own batch statistics.',
     allowed=POSITIVE,
     before=1,
   )
   epochs: int = option(
     20,
-    'Passes over the training split; may change when a run is resumed.',
+    'Passes over the training split; may change when a run resumes.',
     allowed=POSITIVE,
   )
 
   @property
   def factors(self) -> dict[str, float]:
-    """Factors of the learning rate by pattern, 0 where weights are frozen.
+    """Learning rate factors by pattern; 0 for frozen weights.
 
     Raises:
-      ValueError: one is not PATTERN:FACTOR.
+      ValueError: a factor is not PATTERN:FACTOR.
     """
     factors = {}
-    for given in self.learning_rate_factors:
-      pattern, _, factor = given.rpartition(':')
+    for entry in self.learning_rate_factors:
+      pattern, _, factor = entry.rpartition(':')
       try:
         factors[pattern] = float(factor)
       except ValueError:
@@ -322,30 +334,30 @@ class OptimizationConfig:
       if not pattern or not 0 <= factors[pattern] < math.inf:
         raise ValueError(
           'learning_rate_factors must be PATTERN:FACTOR with a factor >= 0; '
-          f'got {given}'
+          f'got {entry}'
         )
     return factors | dict.fromkeys(self.frozen, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """Seed, evaluation and records."""
+  """Seed, evaluation, checkpoints, and logging."""
 
   seed: int = option(
     0,
-    'Of initialization, order, augmentation and masks.',
+    'Seed of initialization, data order, augmentation, and masks.',
     allowed=between(0, 2**32 - 1),
   )
   eval_batch_size: int = option(
     250,
-    'Images a batch in evaluation.',
+    'Images per batch in evaluation.',
     operational=True,
     allowed=POSITIVE,
   )
   fsdp: int = option(
     1,
-    'Devices that share one copy of weights and optimizer state, to save '
-    'memory; the number of devices is a multiple of it.',
+    'Number of devices that share one copy of weights and optimizer state, to '
+    'save memory. Must divide the number of devices.',
     operational=True,
     allowed=POSITIVE,
     before=1,
@@ -355,7 +367,7 @@ class RunConfig:
   )
   keep_checkpoints: int = option(
     2,
-    'Latest checkpoints kept, beside the best.',
+    'Number of latest checkpoints to keep, in addition to the best.',
     operational=True,
     allowed=POSITIVE,
   )
@@ -367,8 +379,8 @@ class RunConfig:
   )
   wandb: str = option(
     '',
-    'Project of Weights and Biases that metrics and masks are sent to, beside '
-    'the files; empty: none. Log in with `wandb login`.',
+    'Weights & Biases project to also log metrics and masks to; empty: none. '
+    'Log in with `wandb login`.',
     operational=True,
     before='',
   )

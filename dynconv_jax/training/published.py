@@ -1,4 +1,4 @@
-"""Networks of published weights, with no training; and how one is published."""
+"""Loading networks from published weights, and publishing trained networks."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ from dynconv_jax.training.workdir import (
   read_texts,
 )
 
-# Where a run started from: places of one machine.
+# Options whose values are paths on the machine that trained the network.
 _PLACES = ('init_from', 'distill_from')
 
 
 def load_published(
   source: str, model: str | None = None, folder: str | os.PathLike = FOLDER
 ) -> Run:
-  """Returns the network of published weights, as if it were a run's.
+  """Returns a network with published weights as a `Run`.
 
-  It is dense, unless `save_published` wrote the file.
+  The network is dense unless `save_published` wrote the file.
 
   Args:
     source: see `interop.find_pretrained`.
-    model: name of the network; None: that which the source is known for.
+    model: name of the network. None: the network that the source is known for.
     folder: see `interop.find_pretrained`.
 
   Raises:
-    FileNotFoundError: there are no such weights, or a package is missing.
-    ValueError: the source is of no known form, or its network is not known;
-      or the weights are of another one.
+    FileNotFoundError: the weights do not exist, or a package is missing.
+    ValueError: the form of the source or its network is unknown, or the weights
+      do not fit the network.
   """
   interop.check_pretrained(source)
   model = model or interop.source_model(source)
@@ -62,7 +62,7 @@ def load_published(
   factory = registry.load_factory(model)
   values = {'model': model, 'method': 'dense'}
   values['image_size'] = getattr(factory, 'image_size', 224)
-  values |= interop.source_options(source)  # Those of other networks pass.
+  values |= interop.source_options(source)  # Unrelated options are ignored.
   network = Network(
     make_part(ModelConfig, values), make_part(MethodConfig, values)
   )
@@ -84,7 +84,7 @@ def load_published(
 
 
 def _load_own(path: pathlib.Path) -> Run:
-  """Returns the network of a file that `save_published` wrote."""
+  """Returns the network from a file written by `save_published`."""
   header = interop.read_metadata(path)
   texts = json.loads(header['flags'])
   names = tuple(json.loads(header['class_names']))
@@ -106,27 +106,27 @@ def _load_own(path: pathlib.Path) -> Run:
 def save_published(
   path: str | os.PathLike, run: Run, workdir: str | os.PathLike
 ) -> dict[str, str]:
-  """Writes the network of a workdir into one file, for PyTorch as for here.
+  """Writes the network of a workdir to one file, readable by PyTorch too.
 
-  Names of weights are PyTorch's; the header says which network it is and how it
-  was trained, without the places of this machine.
+  Weights have PyTorch's names. The header describes the network and its
+  training, without the paths of this machine.
 
   Args:
-    path: ends in .safetensors.
+    path: output file, ending in .safetensors.
     run: the network, from `load_run`.
-    workdir: of the run.
+    workdir: the run's folder.
 
   Returns:
-    Its flags, as text by name.
+    The flags in the header, as text by name.
 
   Raises:
-    ValueError: another suffix, or the workdir's flags are damaged.
+    ValueError: the suffix is wrong, or the workdir's flags are damaged.
     OSError: the file cannot be written.
   """
   left_out = operational_options(
     read_config(pathlib.Path(workdir).expanduser())
   )
-  # As they were written: the same file by any later version.
+  # Texts as written, so that later versions produce the same file.
   flags = {
     name: os.path.basename(text) if name in _PLACES else text
     for name, text in read_texts(workdir).items()

@@ -1,4 +1,4 @@
-"""Metrics, TensorBoard events and the progress display of a run."""
+"""Metric writers and progress reporting."""
 
 from __future__ import annotations
 
@@ -28,29 +28,31 @@ extras.require('train', 'tensorboardX', 'tqdm')
 
 import tqdm  # noqa: E402
 
-# When it is used: it imports PyTorch where that is installed, for seconds.
+# Imported lazily: tensorboardX imports PyTorch if installed, which takes
+# seconds.
 with epy.lazy_imports():
   from tensorboardX import record_writer, summary
   from tensorboardX.proto import event_pb2
 
 
 class Records:
-  """Rows of metrics.jsonl, and the same in TensorBoard's events and W&B.
+  """Writer of metrics to metrics.jsonl, TensorBoard, and Weights & Biases.
 
-  Events are written as they come: tensorboardX's own SummaryWriter has a
-  thread for it, which a full disk ends and for which all others then wait.
+  Events are written synchronously. The thread of tensorboardX's SummaryWriter
+  would end when the disk is full, and other threads would then wait for it
+  forever.
   """
 
   def __init__(self, workdir: pathlib.Path, step: int, *, wandb: str = ''):
-    """Drops the rows of steps that a resumed run is going to do again.
+    """Opens the writers and drops rows after `step`, which will be redone.
 
     Args:
-      workdir: of the run; exists.
-      step: steps done.
-      wandb: project of Weights and Biases; empty: none.
+      workdir: the run's folder; must exist.
+      step: number of steps done.
+      wandb: Weights & Biases project; empty: none.
 
     Raises:
-      OSError: the disk is full, or Weights and Biases cannot be reached.
+      OSError: the disk is full, or Weights & Biases cannot be reached.
     """
     self._path = workdir / workdir_lib.METRICS_FILE
     rows = workdir_lib.read_metrics(workdir)
@@ -60,13 +62,13 @@ class Records:
     )
     folder = workdir / 'tensorboard'
     folder.mkdir(exist_ok=True)
-    with contextlib.ExitStack() as stack:  # Closes what an error leaves open.
+    with contextlib.ExitStack() as stack:  # Closes the writer on errors.
       self._events = record_writer.RecordWriter(
         f'{folder}/events.out.tfevents.{time.time_ns()}.{socket.gethostname()}'
       )
       stack.callback(self._events.close)
       self._add(0, file_version='brain.Event:2')
-      # Tells TensorBoard to drop later steps of an earlier session, too.
+      # Makes TensorBoard drop later steps of earlier sessions too.
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._add(step + 1, session_log=start)
       self._events.flush()
@@ -79,12 +81,12 @@ class Records:
   def __exit__(self, kind, *unused) -> None:
     if self._wandb is not None:
       self._wandb.finish(failed=kind is not None)
-    # Every row was flushed, or has raised its error.
+    # Every row has already been flushed or has raised an error.
     with contextlib.suppress(OSError):
       self._events.close()
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Appends a row, which has 'step' and 'split', beside its metrics.
+    """Appends a row with 'step', 'split', and metrics.
 
     Raises:
       OSError: the disk is full.
@@ -112,13 +114,14 @@ class Records:
     masks: Sequence[ExecutionMask],
     normalization: str = 'imagenet',
   ) -> None:
-    """Adds an image to the events: each picture beside its ponder cost.
+    """Logs an image that shows each input next to its ponder cost.
 
     Args:
-      step: of training.
+      step: training step.
       images: float32[N, H, W, 3], normalized.
-      masks: of these images.
-      normalization: of these images, one of `augment.NORMALIZATIONS`.
+      masks: execution masks of these images.
+      normalization: normalization of the images, one of
+        `augment.NORMALIZATIONS`.
     """
     if not masks:
       return
@@ -147,12 +150,12 @@ class Records:
     except OSError as error:
       raise OSError(
         f'cannot write metrics to {self._path.parent} ({error}); '
-        'earlier checkpoints stay'
+        'earlier checkpoints remain'
       ) from error
 
 
 class Muted:
-  """Takes the place of records and progress in a process that shows none."""
+  """No-op replacement for `Records` and `Progress` in secondary processes."""
 
   def __init__(self, *unused, **options):
     pass
@@ -168,10 +171,10 @@ class Muted:
 
 
 class _WandB:
-  """A run of Weights and Biases, which a resumed run goes on with."""
+  """A Weights & Biases run, which is continued when training resumes."""
 
   def __init__(self, workdir: pathlib.Path, project: str):
-    import wandb  # Here: an extra, which `Config.check` asks for.
+    import wandb  # Optional extra; `Config.check` requires it.
 
     id_file = workdir / 'wandb_id.txt'
     if not id_file.exists():
@@ -188,7 +191,7 @@ class _WandB:
       )
     except wandb.Error as error:
       raise OSError(f'wandb={project}: {error}') from error
-    # Steps that are done again come twice: W&B's own count only rises.
+    # Redone steps are logged twice, but W&B's own step can only increase.
     self._run.define_metric('*', step_metric='step')
 
   def write(self, step: int, scalars: Mapping[str, float], **images) -> None:
@@ -200,16 +203,18 @@ class _WandB:
 
 
 class Progress:
-  """A progress bar on a terminal, log lines elsewhere."""
+  """Progress bar on a terminal, log lines elsewhere."""
 
   # Seconds between log lines.
   interval = 30.0
 
   def __init__(self, config: Config, steps_per_epoch: int, step: int):
-    """Args:
-    config: of the run.
-    steps_per_epoch: whole batches a pass.
-    step: where this session starts.
+    """Initializes the display.
+
+    Args:
+      config: the run's configuration.
+      steps_per_epoch: number of steps per epoch.
+      step: step at which this session starts.
     """
     self._config = config
     self._steps_per_epoch = steps_per_epoch
@@ -223,11 +228,11 @@ class Progress:
       )
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Shows where training is.
+    """Shows the current step and metrics.
 
     Args:
-      step: steps done.
-      metrics: means over this epoch so far.
+      step: number of steps done.
+      metrics: means over the current epoch so far.
     """
     elapsed = time.monotonic() - self._start
     rate = (step - self._first) / max(elapsed, 1e-9)
@@ -238,7 +243,7 @@ class Progress:
     ]
     if 'executed_fraction' in metrics:
       text = f'executed {metrics["executed_fraction"]:.3f}'
-      # During a warm-up, the target of now.
+      # During warmup, the current target.
       target = self._config.method.target(step / self._total)
       if target is not None:
         text += f' of budget {float(target):.3g}'
@@ -269,6 +274,6 @@ class Progress:
       logging.info('%s', text)
 
   def close(self) -> None:
-    """Leaves the terminal tidy."""
+    """Closes the progress bar."""
     if self._bar is not None:
       self._bar.close()

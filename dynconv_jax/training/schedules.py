@@ -1,4 +1,4 @@
-"""The learning rate and the optimizer."""
+"""Learning rate schedule and optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynconv_jax.training.selection import factors_of
 def learning_rate(
   config: OptimizationConfig, steps_per_epoch: int
 ) -> optax.Schedule:
-  """Returns the learning rate by step: warm-up, then cosine or steps."""
+  """Returns the schedule: linear warmup, then cosine or step decay."""
   total = config.epochs * steps_per_epoch
   warmup = round(config.warmup_epochs * steps_per_epoch)
   if config.schedule == 'cosine':
@@ -23,7 +23,7 @@ def learning_rate(
     )
   else:
     boundaries = [round(m * total) - warmup for m in config.milestones]
-    # Milestones of a short run may fall on one step: each decays.
+    # In short runs, several milestones may fall on one step. Each one decays.
     decay = optax.piecewise_constant_schedule(
       config.learning_rate,
       {b: config.step_decay ** boundaries.count(b) for b in boundaries},
@@ -39,12 +39,12 @@ def optimizer(
 ) -> optax.GradientTransformation:
   """Returns SGD with momentum or AdamW, with clipping and weight decay.
 
-  SGD adds the decay to the gradient, as PyTorch does; AdamW decouples it.
-  Updates are scaled by the factors of their weights, `config.factors`.
+  SGD adds weight decay to the gradient, as PyTorch does; AdamW decouples it.
+  Updates are scaled by the weights' learning rate factors, `config.factors`.
   """
 
   def decayed(params: nnx.State):
-    # Norms and biases are vectors.
+    # Norm parameters and biases are vectors.
     return jax.tree.map(lambda p: config.decay_all or p.ndim > 1, params)
 
   parts = []

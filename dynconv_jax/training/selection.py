@@ -1,4 +1,4 @@
-"""Parts of a network, selected by patterns of their paths."""
+"""Selection of parts of a network by path patterns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Path = tuple[Any, ...]
 
 
 def matches(pattern: str, path: Path) -> bool:
-  """Returns whether a pattern matches a path or a module above it.
+  """Returns whether a pattern matches a path or any of its parent modules.
 
   Args:
-    pattern: of `fnmatch`; its * matches any text, dots included.
-    path: of a module or a weight, such as ('blocks', 0, 1, 'bn1').
+    pattern: `fnmatch` pattern. * matches any text, including dots.
+    path: path of a module or weight, such as ('blocks', 0, 1, 'bn1').
   """
   names = [str(part) for part in path]
   return any(
@@ -34,31 +34,31 @@ def check_patterns(
   """Raises ValueError for patterns that match nothing in a network.
 
   Args:
-    model: of arrays, or of shapes and dtypes.
-    patterns: by the name of the option that they come from.
+    model: network of arrays, or of shapes and dtypes.
+    patterns: patterns by the name of their option.
   """
   paths = [path for path, _ in nnx.to_flat_state(nnx.state(model))]
   unknown = [
     f'{name}: {pattern}'
-    for name, given in patterns.items()
-    for pattern in given
+    for name, values in patterns.items()
+    for pattern in values
     if not any(matches(pattern, path) for path in paths)
   ]
   if unknown:
     tops = dict.fromkeys(str(path[0]) for path in paths)
     raise ValueError(
       f'no part of the network matches {"; ".join(unknown)}. Its parts are '
-      f'{", ".join(tops)} and what is in them, such as '
+      f'{", ".join(tops)} and their submodules and weights, such as '
       f'{".".join(map(str, paths[len(paths) // 2]))}'
     )
 
 
 def freeze_statistics(model: nnx.Module, patterns: Sequence[str]) -> None:
-  """Has batch norms use their running statistics in training, and keep them.
+  """Freezes batch norms: training uses and keeps their running statistics.
 
   Args:
-    model: is changed.
-    patterns: of the batch norms, or of modules above them.
+    model: the network, modified in place.
+    patterns: path patterns of the batch norms or their parent modules.
   """
   for path, module in nnx.iter_modules(model):
     if isinstance(module, BatchNorm) and any(
@@ -68,16 +68,16 @@ def freeze_statistics(model: nnx.Module, patterns: Sequence[str]) -> None:
 
 
 def factors_of(params: nnx.State, factors: Mapping[str, float]) -> nnx.State:
-  """Returns the factor of each weight's learning rate: of the last match, or 1.
+  """Returns each weight's learning rate factor: of the last match, or else 1.
 
   Args:
-    params: of a network, unwrapped.
-    factors: by pattern.
+    params: unwrapped parameters of a network.
+    factors: factors by pattern.
   """
 
   def factor(keys, _):
     path = tuple(getattr(key, 'key', getattr(key, 'idx', key)) for key in keys)
-    found = [f for pattern, f in factors.items() if matches(pattern, path)]
-    return found[-1] if found else 1.0
+    matched = [f for pattern, f in factors.items() if matches(pattern, path)]
+    return matched[-1] if matched else 1.0
 
   return jax.tree_util.tree_map_with_path(factor, params)

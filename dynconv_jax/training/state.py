@@ -1,4 +1,4 @@
-"""The training state and the step that advances it."""
+"""Training state and training step."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from dynconv_jax.training.selection import factors_of
 
 Batch = Mapping[str, jax.Array]
 
-# In the order in which a non-finite value spreads through a step.
+# Ordered as a non-finite value propagates through a step.
 QUANTITIES = ('cross_entropy', 'distillation', 'gating', 'gradient_norm')
 CHECKED = (*QUANTITIES, 'an updated weight', 'a batch statistic')
 
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a run needs to go on, beside the data iterator's position.
+  """Everything needed to resume a run, except the data iterator's position.
 
   Attributes:
-    step: int32 scalar, steps done.
+    step: int32 scalar, number of steps done.
     params: the trained weights, unwrapped.
     model_state: batch statistics, unwrapped.
-    opt_state: the optimizer's.
-    ema: moving averages of (params, model_state), or None.
-    key: PRNG key, folded with the step.
+    opt_state: state of the optimizer.
+    ema: exponential moving averages of (params, model_state), or None.
+    key: PRNG key. Each step folds in its step number.
     sums: float32 scalars, metrics summed over the steps of this epoch.
     first_bad: int32[2], step and index in CHECKED of the first non-finite
-      value; -1 where there was none.
+      value; -1 if there is none.
   """
 
   step: jax.Array
@@ -50,12 +50,12 @@ class TrainState:
   first_bad: jax.Array
 
   def evaluated(self) -> tuple[nnx.State, nnx.State]:
-    """Returns the (params, model_state) to evaluate: averaged, if they are."""
+    """Returns (params, model_state) for evaluation: the EMA if there is one."""
     return self.ema or (self.params, self.model_state)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Returns graph definition, params and the rest, unwrapped."""
+  """Returns (graph definition, params, remaining state), unwrapped."""
   graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
   return graphdef, nnx.as_pure(params), nnx.as_pure(model_state)
 
@@ -63,7 +63,7 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
 def create_state(
   model: nnx.Module, tx: optax.GradientTransformation, config: Config
 ) -> TrainState:
-  """Returns the state before the first step, of fresh arrays."""
+  """Returns the initial training state, made of new arrays."""
   _, params, model_state = split(model)
   # Copies, because the step donates its input state.
   params, model_state = jax.tree.map(jnp.copy, (params, model_state))
@@ -93,21 +93,23 @@ def make_train_step(
   teacher: nnx.Module | None = None,
   shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
-  """Returns the jitted step: state, batch -> state; it donates the state.
+  """Returns the jitted training step, from (state, batch) to the new state.
+
+  The step donates its input state.
 
   Args:
-    graphdef: of the training view of the model.
+    graphdef: graph definition of the model's training view.
     tx: the optimizer.
-    config: the run's.
-    steps_per_epoch: after which the summed metrics start anew.
-    teacher: the evaluation view of the network to distil from, or None.
-    shardings: where the state's arrays stay, if weights are sharded; they are
-      gathered where the step uses them.
+    config: the run's configuration.
+    steps_per_epoch: number of steps after which summed metrics are reset.
+    teacher: evaluation view of the teacher for distillation, or None.
+    shardings: shardings of the state if weights are sharded. The step gathers
+      the weights before it uses them.
   """
   total_steps = config.optimization.epochs * steps_per_epoch
   method, options = config.method.record, config.method.options
   decay, factors = config.optimization.ema_decay, config.optimization.factors
-  # An argument of the step: constants of that size would slow compilation.
+  # Pass the teacher as an argument. Large constants would slow compilation.
   teacher_graphdef, teacher_state = None, {}
   if teacher is not None:
     teacher_graphdef, teacher_state = nnx.split(teacher)
@@ -119,7 +121,7 @@ def make_train_step(
       params = jax.lax.with_sharding_constraint(params, whole)
     key = jax.random.fold_in(state.key, state.step)
     progress = state.step / total_steps
-    # So that nothing is computed for what is not trained.
+    # Skip the gradients of weights that are not trained.
     params = jax.tree.map(
       lambda p, factor: p if factor else jax.lax.stop_gradient(p),
       params,
@@ -194,19 +196,19 @@ def make_train_step(
 
 
 def _accumulated(gradient: Callable, parts: int) -> Callable:
-  """Returns the mean gradient and metrics of a batch's parts, one by one.
+  """Returns a gradient function that averages over parts of a batch.
 
-  Batch statistics, random numbers, and losses that are no means over images are
-  those of each part.
+  The parts are computed one by one. Each has its own batch statistics, random
+  numbers, and losses, including losses that are not means over images.
 
   Args:
-    gradient: of (params, state, batch, teacher_state); returns (gradient,
+    gradient: function from (params, state, batch, teacher_state) to (gradient,
       (model_state, metrics)).
-    parts: equal ones of the batch.
+    parts: number of equal parts of a batch.
   """
 
   def accumulated(params, state, batch, teacher_state):
-    # Every so many rows: each device keeps those that it has.
+    # Strided parts, so that each device keeps its own rows.
     batches = jax.tree.map(
       lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch
     )
@@ -236,7 +238,7 @@ def _accumulated(gradient: Callable, parts: int) -> Callable:
 def _averaged(state: TrainState, new: Any, decay: float) -> Any:
   if state.ema is None:
     return None
-  # Early on the average follows quickly, as in TensorFlow's `num_updates`.
+  # Average faster in the first steps, as TensorFlow's `num_updates` does.
   step = state.step.astype(jnp.float32)
   decay = jnp.minimum(decay, (1 + step) / (10 + step))
   return optax.incremental_update(new, state.ema, 1 - decay)

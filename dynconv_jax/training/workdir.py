@@ -1,4 +1,4 @@
-"""What lies in a workdir: flags, metrics, and the trained network."""
+"""Contents of a workdir: flags, metrics, and the trained network."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from dynconv_jax.training.config import (
 FLAGS_FILE = 'flags.txt'
 METRICS_FILE = 'metrics.jsonl'
 IMPORT_FILE = 'imported.json'
-# What runs once: compiling it takes longer.
+# For functions that run once, where compilation takes longer than execution.
 COMPILED_QUICKLY = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
@@ -46,23 +46,24 @@ COMPILED_QUICKLY = {
 def resolve(
   config: Config, workdir: pathlib.Path, source: str | None = None
 ) -> Config:
-  """Returns the configuration with `normalization` chosen where it is auto.
+  """Returns the configuration with normalization=auto resolved.
 
-  It is that of the workdir, where a run has begun there; else that of the runs
-  to start from, or what the weights expect, or ImageNet's.
+  In order of precedence, it is the normalization of the workdir's existing run,
+  of the runs to start from, of the pretrained weights, or else 'imagenet'.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    source: of the weights; by default `pretrained` of the configuration.
+    config: the run's configuration.
+    workdir: the run's folder.
+    source: source of the weights. None: `pretrained` of the configuration.
 
   Raises:
-    FileNotFoundError: there is no such run to start from.
-    ValueError: a run to start from has another normalization; names each.
+    FileNotFoundError: a run to start from does not exist.
+    ValueError: a run to start from has a different normalization. The message
+      names each.
   """
-  given, start = config.data.normalization, config.optimization
+  normalization, start = config.data.normalization, config.optimization
   if (workdir / FLAGS_FILE).exists():
-    runs = {f'{workdir}': workdir} if given == 'auto' else {}
+    runs = {f'{workdir}': workdir} if normalization == 'auto' else {}
   else:
     names = ('init_from', 'distill_from')
     runs = {
@@ -71,19 +72,19 @@ def resolve(
   runs = {name: _normalization(read_texts(run)) for name, run in runs.items()}
   source = start.pretrained if source is None else source
   weights = interop.source_normalization(source)
-  if given == 'auto':
-    given = next(iter(runs.values()), weights or 'imagenet')
-  if any(found != given for found in runs.values()):
-    found = ', '.join(f'{name} has {value}' for name, value in runs.items())
+  if normalization == 'auto':
+    normalization = next(iter(runs.values()), weights or 'imagenet')
+  if any(other != normalization for other in runs.values()):
+    others = ', '.join(f'{name} has {value}' for name, value in runs.items())
     raise ValueError(
-      'normalization must be the same in a run and in those that it starts '
-      f'from; got {given}, {found}'
+      'normalization must be the same as in the runs to start from; got '
+      f'{normalization}, {others}'
     )
-  if weights not in (None, given):
+  if weights not in (None, normalization):
     logging.warning(
-      '%s expects the normalization %s; got %s', source, weights, given
+      '%s expects the normalization %s; got %s', source, weights, normalization
     )
-  data = dataclasses.replace(config.data, normalization=given)
+  data = dataclasses.replace(config.data, normalization=normalization)
   return dataclasses.replace(config, data=data)
 
 
@@ -94,55 +95,55 @@ def _normalization(texts: Mapping[str, str]) -> str:
 
 
 def check_flags(workdir: pathlib.Path, config: Config) -> None:
-  """Checks the configuration against that of an earlier start, if any.
+  """Checks the configuration against that of the workdir's run, if any.
 
-  Another number of epochs is no difference: the run goes on from its step, on
-  the schedules of the new total.
+  The number of epochs may differ: the run resumes at its step and follows the
+  schedules of the new total.
 
   Raises:
-    ValueError: the workdir is of another configuration; names the options that
-      differ. Or it has done more epochs, or holds imported weights, with no
-      training to go on with.
+    ValueError: the workdir has a different configuration (the message lists the
+      options that differ), has already done more epochs, or contains imported
+      weights instead of a run.
   """
   if (workdir / IMPORT_FILE).exists():
     raise ValueError(
-      f'{workdir} holds imported weights, no training to go on with. Choose '
-      f'another workdir, and start from them by init_from={workdir}'
+      f'{workdir} contains imported weights, not a run to resume. Choose '
+      f'another workdir and start from these weights with init_from={workdir}'
     )
   if not (workdir / FLAGS_FILE).exists():
     return
-  there, config = read_config(workdir), resolve(config, workdir)
-  before, epochs = there.optimization.epochs, config.optimization.epochs
-  differing = config.differing(there.replace(epochs=epochs))
+  existing, config = read_config(workdir), resolve(config, workdir)
+  before, epochs = existing.optimization.epochs, config.optimization.epochs
+  differing = config.differing(existing.replace(epochs=epochs))
   if differing:
     raise ValueError(
-      f'{workdir} is of another configuration; given, not there: '
-      f'{"; ".join(differing)}. Choose another workdir, or the same options'
+      f'{workdir} has a different configuration; given, not in the workdir: '
+      f'{"; ".join(differing)}. Choose another workdir or the same options'
     )
   if epochs != before:
     if epochs < (done := _epochs_done(workdir)):
       raise ValueError(
-        f'epochs must be at least {math.ceil(done)}, of which {workdir} has '
+        f'epochs must be at least {math.ceil(done)}, because {workdir} has '
         f'done {done:.4g}; got {epochs}'
       )
     logging.info(
-      '%s goes on with epochs=%d, before %d: schedules are those of the new '
-      'total from here on',
+      '%s resumes with epochs=%d, previously %d; from here on, schedules '
+      'follow the new total',
       *(workdir, epochs, before),
     )
 
 
 def _epochs_done(workdir: pathlib.Path) -> float:
-  """Returns how many epochs the latest checkpoint of a run has seen."""
+  """Returns the number of epochs done at a run's latest checkpoint."""
   rows = [row for row in read_metrics(workdir) if row.get('epoch')]
   steps = checkpoints.saved_steps(workdir)
   if not (rows and steps):
-    return 0.0  # The first epoch is under way.
+    return 0.0  # Still in the first epoch.
   return max(steps) * rows[0]['epoch'] / rows[0]['step']
 
 
 def write_flags(workdir: pathlib.Path, config: Config) -> None:
-  """Writes the full set of the run's flags, whole or not at all."""
+  """Atomically writes all flags of the run."""
   write_atomic(workdir / FLAGS_FILE, config.to_flags())
 
 
@@ -153,20 +154,20 @@ def write_network(
   class_names: Sequence[str],
   source: str,
 ) -> None:
-  """Makes the workdir of a network that was not trained here.
+  """Creates a workdir for a network with imported weights.
 
-  `load_run` reads it, and so do evaluation, prediction and `init_from`.
+  `load_run`, evaluation, prediction, and `init_from` can read it.
 
   Args:
-    workdir: is made.
-    config: of a run that would train the network.
-    model: its weights.
-    class_names: in label order.
-    source: where the weights come from, for the record.
+    workdir: the folder to create.
+    config: configuration of a run that would train the network.
+    model: the network with its weights.
+    class_names: class names in label order.
+    source: origin of the weights, recorded in the workdir.
 
   Raises:
-    ValueError: the workdir holds a run.
-    OSError: it cannot be written to, or another process works there.
+    ValueError: the workdir already contains a run.
+    OSError: the workdir cannot be written to or is in use by another process.
   """
   with locked(workdir, 'import of weights'):
     _write_network(workdir, config, model, class_names, source)
@@ -174,7 +175,7 @@ def write_network(
 
 def _write_network(workdir, config, model, class_names, source) -> None:
   if (workdir / FLAGS_FILE).exists() or checkpoints.exists(workdir):
-    raise ValueError(f'{workdir} holds a run; choose another workdir')
+    raise ValueError(f'{workdir} contains a run; choose another workdir')
   write_flags(workdir, resolve(config, workdir, source))
   (workdir / IMPORT_FILE).write_text(json.dumps({'source': source}) + '\n')
   _, params, model_state = state_lib.split(model)
@@ -190,8 +191,8 @@ def read_config(workdir: pathlib.Path) -> Config:
   """Returns the configuration of a run.
 
   Raises:
-    FileNotFoundError: the folder is not a run's.
-    ValueError: the file of flags is damaged; names what is missing.
+    FileNotFoundError: the folder is not the workdir of a run.
+    ValueError: the flag file is damaged. The message names what is missing.
   """
   return _named(workdir, Config.from_flags, _read_flags(workdir))
 
@@ -200,8 +201,8 @@ def read_texts(workdir: str | os.PathLike) -> dict[str, str]:
   """Returns the text of each value of a run's configuration, by name.
 
   Raises:
-    FileNotFoundError: the folder is not a run's.
-    ValueError: the file of flags is damaged.
+    FileNotFoundError: the folder is not the workdir of a run.
+    ValueError: the flag file is damaged.
   """
   return _named(workdir, config_lib.read_flags, _read_flags(workdir))
 
@@ -211,16 +212,16 @@ def read_part(
   kind: type,
   changes: Mapping[str, str] | None = None,
 ) -> Any:
-  """Returns a part of a run's configuration, whatever the others hold.
+  """Returns one part of a run's configuration without reading the others.
 
   Args:
-    workdir: of the run.
-    kind: of the part, such as DataConfig.
-    changes: texts of values in place of the run's, by name.
+    workdir: the run's folder.
+    kind: type of the part, such as DataConfig.
+    changes: texts by name that replace values of the run.
 
   Raises:
-    FileNotFoundError: the folder is not a run's.
-    ValueError: the file of flags is damaged; names what is missing.
+    FileNotFoundError: the folder is not the workdir of a run.
+    ValueError: the flag file is damaged. The message names what is missing.
   """
   texts = {**read_texts(workdir), **(changes or {})}
   return _named(workdir, config_lib.read_part, kind, texts)
@@ -236,7 +237,7 @@ def _read_flags(workdir: str | os.PathLike) -> str:
 
 
 def _named(workdir: str | os.PathLike, read, *args):
-  """Returns what `read` returns; its errors name the file."""
+  """Returns `read(*args)`, naming the file in any ValueError."""
   try:
     return read(*args)
   except ValueError as error:
@@ -244,7 +245,7 @@ def _named(workdir: str | os.PathLike, read, *args):
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """Returns the rows of metrics.jsonl; none where there is no file."""
+  """Returns the rows of metrics.jsonl, or an empty list if it is missing."""
   path = workdir / METRICS_FILE
   if not path.exists():
     return []
@@ -252,7 +253,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
   for line in path.read_bytes().splitlines():
     try:
       row = json.loads(line)
-    except ValueError:  # Such as the last line of a run that was killed.
+    except ValueError:  # Such as the last line of a killed run.
       row = None
     if (
       isinstance(row, dict)
@@ -263,7 +264,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     else:
       damaged += 1
   if damaged:
-    logging.warning('damaged lines left out of %s: %d', path, damaged)
+    logging.warning('ignored damaged lines of %s: %d', path, damaged)
   return rows
 
 
@@ -278,12 +279,12 @@ def build_model(
   """Returns the network of a run.
 
   Args:
-    config: has the parts `model` and `method`.
-    num_classes: outputs of the head.
-    seed: of the initialization.
-    abstract: whether shapes and dtypes stand in for the weights; otherwise
-      they are freshly initialized, compiled in one go.
-    factory: of the network, where it is not found by name.
+    config: an object with the parts `model` and `method`.
+    num_classes: number of outputs of the head.
+    seed: seed of the initialization.
+    abstract: whether to return shapes and dtypes instead of initialized
+      weights.
+    factory: factory of the network, if not found by name.
   """
   network, method = config.model, config.method
   factory = factory or registry.load_factory(network.model)
@@ -312,11 +313,11 @@ def build_model(
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-  """What says which network a run has.
+  """Configuration of a run's network.
 
   Attributes:
-    model: the network but for its gates.
-    method: its gates.
+    model: the network without its gates.
+    method: the gating method.
   """
 
   model: ModelConfig
@@ -325,15 +326,15 @@ class Network:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained network and what is needed to use it.
+  """A trained network and the information needed to use it.
 
   Attributes:
-    network: which network it is.
-    model: the evaluation view, with the best or the latest weights.
-    class_names: in label order.
-    step: steps that had been done.
-    resize_ratio: short side of an image over the network's input.
-    normalization: of its images, one of `augment.NORMALIZATIONS`.
+    network: configuration of the network.
+    model: evaluation view with the best or the latest weights.
+    class_names: class names in label order.
+    step: number of training steps done.
+    resize_ratio: ratio of an image's resized short side to the network input.
+    normalization: image normalization, one of `augment.NORMALIZATIONS`.
   """
 
   network: Network
@@ -345,7 +346,7 @@ class Run:
 
   @property
   def image_size(self) -> int:
-    """Side of the network's input, pixels."""
+    """Side of the network input in pixels."""
     return self.network.model.image_size
 
 
@@ -358,14 +359,14 @@ def load_run(
   """Returns the trained network of a workdir.
 
   Args:
-    workdir: of the run.
-    best: whether the checkpoint of the best validation accuracy is preferred
-      to the latest; a run without validation has only the latest.
-    factory: of the network, where it is not found by name.
+    workdir: the run's folder.
+    best: whether to prefer the checkpoint with the best validation accuracy to
+      the latest one. Runs without validation have only the latest.
+    factory: factory of the network, if not found by name.
 
   Raises:
-    FileNotFoundError: the folder is not a run's.
-    ValueError: the workdir does not say which network it is of.
+    FileNotFoundError: the folder is not the workdir of a run.
+    ValueError: the flag file does not describe the network.
     CheckpointError: no checkpoint can be read, or it lacks weights.
   """
   workdir = pathlib.Path(workdir).expanduser()
@@ -409,15 +410,15 @@ def load_teacher(
   class_names: tuple[str, ...],
   sharding: jax.sharding.Sharding,
 ) -> nnx.Module:
-  """Returns the evaluation view of the network that `distill_from` names.
+  """Returns the evaluation view of the network in `distill_from`.
 
   Args:
-    config: of the student.
-    class_names: of the student, in label order.
-    sharding: of the weights, where the student's are.
+    config: configuration of the student.
+    class_names: class names of the student, in label order.
+    sharding: sharding of the teacher's weights.
 
   Raises:
-    ValueError: it was trained on other classes.
+    ValueError: the teacher was trained on other classes.
   """
   workdir = config.optimization.distill_from
   run = load_run(workdir)
@@ -431,19 +432,20 @@ def load_teacher(
 
 
 def initialize_from(model: nnx.Module, source: nnx.Module) -> list[str]:
-  """Copies every weight and statistic that both networks have.
+  """Copies all weights and statistics that both networks have.
+
+  Mask units and classifiers that do not match keep their initialization.
 
   Args:
-    model: is changed; what the source lacks (mask units, a classifier of
-      another size) stays as initialized.
-    source: such as a dense network of the same architecture.
+    model: the network to initialize, modified in place.
+    source: a network of the same architecture, for example a dense one.
 
   Returns:
-    The paths that stay as initialized.
+    The paths that keep their initialization.
 
   Raises:
-    ValueError: the networks are not of one architecture; names every weight
-      whose shape differs or that one of them lacks.
+    ValueError: the architectures differ. The message names every weight that
+      has a different shape or is missing in one of the networks.
   """
   theirs = dict(nnx.to_flat_state(nnx.state(source)))
   ours = dict(nnx.to_flat_state(nnx.state(model)))
@@ -464,31 +466,31 @@ def initialize_from(model: nnx.Module, source: nnx.Module) -> list[str]:
       fresh.append(name)
   if differing:
     raise ValueError(
-      'cannot start from a network of another architecture; shapes that '
-      f'differ: {"; ".join(differing)}'
+      'cannot start from a network of another architecture; differing shapes: '
+      f'{"; ".join(differing)}'
     )
   nnx.update(model, nnx.from_flat_state(kept))
   if fresh:
-    logging.info('initialized afresh: %s', ', '.join(fresh))
+    logging.info('newly initialized: %s', ', '.join(fresh))
   return fresh
 
 
 def open_gates(model: nnx.Module, config: MethodConfig) -> None:
-  """Changes fresh gates as the method's options say.
+  """Applies the method's `open_gate` to newly initialized gates.
 
   Args:
-    model: is changed.
-    config: of the run's method.
+    model: the network, modified in place.
+    config: the run's method configuration.
   """
   _change_gates(model, config.record.open_gate, config.options)
 
 
 def start_gates(model: nnx.Module, config: MethodConfig) -> None:
-  """Changes gates before training, after weights are loaded.
+  """Applies the method's `start_gate` after weights are loaded.
 
   Args:
-    model: is changed.
-    config: of the run's method.
+    model: the network, modified in place.
+    config: the run's method configuration.
   """
   _change_gates(model, config.record.start_gate, config.options)
 

@@ -251,7 +251,7 @@ def test_the_exported_network_is_timed_too(program, tmp_path):
         'batch_size must be one or more > 0; got x',
       ],
     ),
-    (['--peers=tensorflow'], ['peers must be auto, none or some of torch']),
+    (['--peers=tensorflow'], ['peers must be auto, none, or some of torch']),
     (['--model=efficientnet_lite0', '--gated_blocks=some'], ['gated_blocks']),
     (['--image_size=16'], ['image_size must be at least']),
     (['--mask_granularity=4,2'], ['mask_granularity must be 1 or 4 integers']),

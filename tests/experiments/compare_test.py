@@ -150,11 +150,11 @@ def _others(folder):
     ('--runs={}/a0 --against={}/more', "1 only in .*more.*such as 'z'"),
     (
       '--runs={}/a0 --against={}/label',
-      "1 have another label, such as 'test/0': ring in .*a0.*, disc in .*label",
+      "1 differ in label, such as 'test/0': ring in .*a0.*, disc in .*label",
     ),
-    ('--runs={}/a0 --against={}/twice', "names the example 'test/1' twice"),
+    ('--runs={}/a0 --against={}/twice', "lists the example 'test/1' twice"),
     ('--runs={}/a0 --against={}/percent', "must be 0 or 1; got '50'"),
-    ('--runs={}/a0,{}/a0 --against={}/b0', 'runs names a run twice'),
+    ('--runs={}/a0,{}/a0 --against={}/b0', 'runs lists a run twice'),
     ('--runs={}/table.csv --against={}/b0', 'it lacks name, label, correct'),
     ('--runs={}/a0 --against={}/b0 --bins=2', '--bins needs --gains'),
     (
@@ -163,11 +163,11 @@ def _others(folder):
     ),
     (
       '--runs={}/label --against={}/label --gains={}/g.csv',
-      'does not tell what share .*; give --share',
+      'does not contain the fraction .*; set --share',
     ),
     (
       '--runs={}/a0 --against={}/b0 --gains={}/table.csv',
-      'is no table of gains',
+      'is not a gains table',
     ),
     ('--groups=a={}/a0 --baseline=b --table=t.csv', "one of a; got 'b'"),
     ('--groups=a --baseline=a --table=t.csv', "NAME=RUNS;...; got 'a'"),

@@ -146,7 +146,7 @@ def test_counts_torch_modules(program, modules):
   named = ('--input_shape=weights=2,7', '--input_shape=tokens=2,7:int64')
   stdout = program('count_macs', '--torch=mine_for_macs:embedding', *named)
   assert last_line(stdout)['total'] == 2 * 7 * 4 * 5
-  with pytest.raises(ValueError, match="not one that PyTorch has; got 'nn'"):
+  with pytest.raises(ValueError, match="must be a PyTorch dtype; got 'nn'"):
     program('count_macs', '--torch=mine_for_macs:linear', '--input_shape=1:nn')
   with pytest.raises(ValueError, match='--torch=mine_for_macs:number: '):
     program('count_macs', '--torch=mine_for_macs:number')
@@ -178,7 +178,7 @@ def test_counts_onnx_files(program, tmp_path):
 @pytest.mark.parametrize(
   'arguments,message',
   [
-    ([], 'give one of --model, --jax, --torch and --onnx; got none'),
+    ([], 'set one of --model, --jax, --torch, and --onnx; got none'),
     (['--model=resnet50', '--onnx=x'], 'got --model and --onnx'),
     (['--model=resnet51'], 'resnet51'),
     (['--model=resnet50', '--method=magic'], 'magic'),
@@ -190,10 +190,10 @@ def test_counts_onnx_files(program, tmp_path):
     (['--jax=f'], "--jax must be package.module:name; got 'f'"),
     (['--jax=no_such_module:f'], 'no_such_module'),
     (['--jax=mine_for_macs:g'], "has no attribute 'g'"),
-    (['--jax=mine_for_macs:constant'], 'must be callable; it is a int'),
+    (['--jax=mine_for_macs:constant'], 'must be callable; got int'),
     (
       ['--jax=mine_for_macs:f', '--input_shape=a,b'],
-      "input_shape must be numbers with commas between; got 'a,b'",
+      "input_shape must be integers separated by commas; got 'a,b'",
     ),
     (
       ['--jax=mine_for_macs:f', '--input_shape=2,3:floaty'],

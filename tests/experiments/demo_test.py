@@ -24,7 +24,7 @@ def test_errors_of_the_export(program, tmp_path):
   pytest.importorskip('onnx', reason='pip install dynconv_jax[onnx]')
   given = (f'--workdir={tmp_path}', f'--output={tmp_path}')
   (tmp_path / 'thesis.tex').touch()
-  with pytest.raises(ValueError, match='holds other files'):
+  with pytest.raises(ValueError, match='contains other files'):
     program('export_web', *given)
   given = (f'--workdir={tmp_path}', f'--output={tmp_path / "site"}')
   with pytest.raises(FileNotFoundError, match='onnxruntime-web@'):

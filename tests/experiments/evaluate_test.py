@@ -221,7 +221,7 @@ def test_methods_that_cannot_sample(
   folder = _copy(dense_run, tmp_path / 'run', method=method)
   monkeypatch.setattr(workdir, 'build_model', None)
   with pytest.raises(
-    ValueError, match=f'needs gates that sample, .*; the run is of {method}$'
+    ValueError, match=f'needs gates that sample, .*; the run uses {method}$'
   ):
     program('evaluate', f'--workdir={folder}', '--stochastic_gates')
 
@@ -269,7 +269,7 @@ def test_sparse_execution_of_what_has_no_decisions(
   monkeypatch.setattr(workdir, 'build_model', None)
   for run, flag, message in (
     (dense_run, '--nostochastic_gates', 'needs a gated network'),
-    (dynconv_run, '--stochastic_gates', 'takes the decisions of evaluation'),
+    (dynconv_run, '--stochastic_gates', 'cannot be combined with'),
   ):
     with pytest.raises(ValueError, match=f'--execution=sparse {message}'):
       program('evaluate', f'--workdir={run}', '--execution=sparse', flag)
@@ -407,7 +407,7 @@ def test_dense_run_and_choice_of_checkpoint(program, dense_run, tmp_path):
     (['--split=train[64:]'], 'is empty'),
     (['extra.jpg'], '^unknown arguments: extra.jpg$'),
     (['--results={}/flags.txt'], 'row .*: 2 cells for 1 columns'),
-    (['--results={}'], 'is a folder; name a CSV file'),
+    (['--results={}'], 'is a folder; specify a CSV file'),
     (['--results=/proc/results.csv'], 'cannot write to the folder /proc:'),
     (['--checkpoint=first'], 'value should be one of <best|latest>'),
     (['--convention=flops'], r'value should be one of <conv|conv\+linear>'),

@@ -129,9 +129,9 @@ def test_the_card(packed):
 @pytest.mark.parametrize(
   ('change', 'more', 'message'),
   [
-    ('none', '--name=Small one', 'name must be of lower-case letters'),
+    ('none', '--name=Small one', 'name must consist of lowercase letters'),
     ('unlink', '--name=small', 'evaluation_test.json: run dynconv evaluate'),
-    ('step', '--name=small', 'best checkpoint is of step 3; what was .* 2'),
+    ('step', '--name=small', 'best checkpoint is of step 3, but .* step 2'),
   ],
 )
 def test_errors_leave_nothing(program, run, tmp_path, change, more, message):

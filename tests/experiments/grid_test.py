@@ -134,18 +134,18 @@ def test_input_sizes_move_along_a_curve_where_nothing_else_does():
 
 def test_every_error_is_named_at_once():
   grids = {
-    'bugdet=0.5': "'bugdet' is no flag",
+    'bugdet=0.5': "has no flag 'bugdet'",
     'seed=0,one': "seed must be an integer; got 'one'",
     'flip=yes': "flip must be true or false; got 'yes'",
     'milestones=0.5;x': "must be numbers separated by commas; got 'x'",
-    'num_workers=0,2': 'num_workers changes nothing about a run',
+    'num_workers=0,2': 'num_workers does not affect the result',
     'epochs': 'must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE',
     ':epochs=3': 'must be NAME=VALUE,VALUE or METHOD:NAME=VALUE,VALUE',
-    'dense:method=act': 'method cannot be for one method alone',
+    'dense:method=act': 'method cannot be set for one method',
     'method=dense,dynconv': None,
     'batch_size=8': None,
-    'batch_size=16': '--grid=batch_size=16: there is another grid of this flag',
-    'dense:budget=0.3': 'budget does not matter to dense',
+    'batch_size=16': '--grid=batch_size=16: this flag already has a grid',
+    'dense:budget=0.3': 'budget does not affect dense',
     'sact:ponder_weight=0.1': "no runs of 'sact', only of dense, dynconv",
     'budget=0.5,1.3': r'budget must be in [0, 1]; got 1.3',
   }

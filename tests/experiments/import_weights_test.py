@@ -62,9 +62,9 @@ def test_an_imported_network_is_a_run_to_other_programs(
     for w in (folder, dynconv_run)
   ]
   assert accuracies[0] == accuracies[1]
-  with pytest.raises(ValueError, match='holds imported weights, no training'):
+  with pytest.raises(ValueError, match='contains imported weights, not a run'):
     loop.train(workdir.read_config(folder), folder)
-  with pytest.raises(ValueError, match='holds a run; choose another'):
+  with pytest.raises(ValueError, match='contains a run; choose another'):
     _import(program, exported, folder, *places)
 
 
@@ -86,9 +86,9 @@ def test_errors(program, exported, tmp_path):
   twice.write_text('a\nb\nc\nb\na\nd\n')
   for flags, message in (
     (['--num_classes=1000'], 'num_classes must be'),
-    (['--pretrained=a.pth'], 'from --from_torch alone'),
+    (['--pretrained=a.pth'], 'from --from_torch; do not set'),
     ([f'--class_names={names}'], r'names\.txt has 1 classes'),
-    ([f'--class_names={twice}'], r'twice\.txt names classes twice: a, b'),
+    ([f'--class_names={twice}'], r'twice\.txt lists classes twice: a, b'),
     (['--method=dense'], r'unexpected: layer1\.0\.masker'),
     (['--model=cifar_resnet14'], r'missing: .*layer1\.1\.conv1'),
   ):
@@ -114,7 +114,7 @@ def test_training_starts_from_a_file(
   )
   with caplog.at_level('INFO'):
     loop.train(config, tmp_path / 'run')
-  (line,) = [t for t in caplog.messages if t.startswith('initialized afresh')]
+  (line,) = [t for t in caplog.messages if t.startswith('newly initialized')]
   assert 'fc.weight' in line and 'masker' in line
   started = workdir.load_run(tmp_path / 'run').model
   trained = interop.to_torch_state_dict(started)

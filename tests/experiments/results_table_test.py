@@ -68,7 +68,7 @@ def test_rows_without_names_stay(tmp_path):
   [
     ('', 'is empty: it has no header'),
     ('run,split\n1,2,3\n', 'row 1: 3 cells for 2 columns'),
-    ('run,run\n1,2\n', 'names a column twice'),
+    ('run,run\n1,2\n', 'has duplicate columns'),
   ],
 )
 def test_a_file_that_is_no_table_stays_as_it_is(tmp_path, text, message):
@@ -99,7 +99,7 @@ def test_a_full_disk_leaves_the_former_table(tmp_path):
 @pytest.mark.parametrize(
   'place, message',
   [
-    ('', 'is a folder; name a CSV file'),
+    ('', 'is a folder; specify a CSV file'),
     ('file/results.csv', 'cannot write to the folder .*file'),
     ('/proc/results.csv', 'cannot write to the folder /proc'),
   ],

@@ -290,7 +290,7 @@ def test_stopped_by_a_signal_the_same_command_goes_on(sweep, capfd):
     sweep()
   thread.join()
   assert ended.value.code == 128 + signal.SIGTERM
-  assert 'SIGTERM: what is trained is saved in' in capfd.readouterr().err
+  assert 'SIGTERM: progress is saved in' in capfd.readouterr().err
   assert sweep.calls() == [f'train {_NAMES[0]}']
   assert not sweep.table.exists()
   (sweep.root / 'hang').unlink()
@@ -321,11 +321,11 @@ def test_errors_come_before_anything_runs(sweep):
   workdir.write_flags(sweep.runs / _NAMES[0], Config.make(batch_size=30))
   with pytest.raises(ValueError) as error:
     sweep('--grid=bugdet=0.3', '--grid=dynconv:seed=a')
-  for message in ("'bugdet' is no flag", "seed must be an integer; got 'a'"):
+  for message in ("has no flag 'bugdet'", "seed must be an integer; got 'a'"):
     assert message in str(error.value)
   with pytest.raises(ValueError, match='batch_size: 64, not 30'):
     sweep()
-  with pytest.raises(ValueError, match='results must be a folder, in which'):
+  with pytest.raises(ValueError, match='results must be a folder, which will'):
     sweep(f'--results={sweep.table}')
   taken = sweep.root / 'taken'
   taken.touch()
@@ -359,21 +359,21 @@ def test_the_progress_line(tmp_path):
   runs = {tmp_path / name: config for name in 'abcd'}
   progress = Progress('trained', runs, before=2)
   assert progress.line(['a'], {}, 5) == (
-    '2/6 trained, 0 failed, at work: a (epoch 0/10)'
+    '2/6 trained, 0 failed, running: a (epoch 0/10)'
   )
   # Of 3.5 runs, one is done, half of which was done before, plus 0.2: 0.7.
   epochs('a', 2)
   assert progress.line(['a'], {'b': ''}, 70) == (
-    '3/6 trained, 0 failed, at work: a (epoch 2/10), 5 min left'
+    '3/6 trained, 0 failed, running: a (epoch 2/10), 5 min left'
   )
   text = progress.line(['c', 'd'], {'b': '', 'a': 'error'}, 15000)
   assert text == (
-    '3/6 trained, 1 failed, at work: c (epoch 0/10), d (epoch 0/10), '
+    '3/6 trained, 1 failed, running: c (epoch 0/10), d (epoch 0/10), '
     '5 h 33 min left'
   )
   timed = Progress('timed', {'a': None, 'b': None}, before=0)
   assert timed.line(['b'], {'a': ''}, 40) == (
-    '1/2 timed, 0 failed, at work: b, 40 s left'
+    '1/2 timed, 0 failed, running: b, 40 s left'
   )
 
 

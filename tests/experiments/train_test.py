@@ -243,7 +243,7 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
     assert process.returncode == code, errors
     last = errors.splitlines()[-1]
     assert last.startswith(f'{number.name}: saved step '), errors
-    assert last.endswith(f'{folder}; the same command goes on from there')
+    assert last.endswith(f'{folder}; the same command resumes from there')
     known = len(workdir.read_metrics(folder))
     assert 0 < known < 60
   done = subprocess.run(
@@ -273,7 +273,7 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
   )
   assert done.returncode == 1
   assert done.stdout == ''
-  assert done.stderr.splitlines()[-1].startswith(f'error: {folder} is of ')
+  assert done.stderr.splitlines()[-1].startswith(f'error: {folder} has a ')
   assert 'budget: 0.25, not 0.5' in done.stderr
   assert sorted(folder.rglob('*')) == before
 
@@ -281,7 +281,7 @@ def test_signals_end_it_and_the_same_command_goes_on(tmp_path):
 @pytest.mark.parametrize(
   ('flags_given', 'message'),
   [
-    (['--num_processes=2'], 'coordinator_address and process_id not given'),
+    (['--num_processes=2'], 'missing coordinator_address and process_id'),
     (
       ['--coordinator_address=a:1', '--num_processes=2', '--process_id=2'],
       r'process_id must be in \[0, 2\); got 2',

@@ -148,5 +148,5 @@ def test_a_busy_port(server):
 
 
 def test_an_address_of_another_machine():
-  with pytest.raises(OSError, match='cannot listen at port 0 of 192.0.2.1: '):
+  with pytest.raises(OSError, match='cannot listen on port 0 of 192.0.2.1: '):
     Server(0, '192.0.2.1')

@@ -86,7 +86,7 @@ def test_a_folder_is_written_again_but_no_other(site, networks, tmp_path):
   web.check_output(tmp_path)
   web.check_output(tmp_path / 'new')
   (tmp_path / 'thesis.tex').touch()
-  with pytest.raises(ValueError, match='empty folder .* holds other files'):
+  with pytest.raises(ValueError, match='empty folder .* contains other files'):
     web.export_web(networks, tmp_path)
   with pytest.raises(ValueError, match='output must be a folder; got'):
     web.export_web(networks, tmp_path / 'thesis.tex')
@@ -97,5 +97,5 @@ def test_a_runtime_of_another_version(tmp_path):
   with pytest.raises(FileNotFoundError, match=f'{first} is missing: .*dist'):
     web.read_runtime(tmp_path)
   (tmp_path / first).write_text('older')
-  with pytest.raises(ValueError, match=f'{first} is not of onnxruntime-web@'):
+  with pytest.raises(ValueError, match=f'{first} is not from onnxruntime-web@'):
     web.read_runtime(tmp_path)

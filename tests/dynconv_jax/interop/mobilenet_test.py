@@ -150,7 +150,7 @@ def test_weights_of_another_variant(wrapped):
     }
   with pytest.raises(
     ValueError,
-    match='those of efficientnet_lite2.*set model=efficientnet_lite2',
+    match='belong to efficientnet_lite2.*set model=efficientnet_lite2',
   ):
     load_torch_state_dict(make('efficientnet_lite0'), state_dict)
 

@@ -129,7 +129,7 @@ def test_of_a_step_logged_twice_the_later_row_counts(tmp_path):
 @pytest.mark.parametrize(
   ('rows', 'message'),
   [
-    ([], 'not a single row'),
+    ([], 'no metrics to plot'),
     ([{'epoch': 1, 'wall': 3.0}], r"got the keys \['epoch', 'wall'\]"),
     ([{'split': 'train', 'loss': 1.0}], r"got the keys \['loss', 'split'\]"),
   ],
@@ -194,7 +194,7 @@ def test_names_need_no_stage(tmp_path):
   ('names', 'densities', 'budget', 'message'),
   [
     ([], [], None, r'at least one block; got shape \(0,\)'),
-    (['a'], [0.1, 0.2], None, 'got 1 names, 2 densities and 1 stages'),
+    (['a'], [0.1, 0.2], None, 'got 1 names, 2 densities, and 1 stages'),
     (['a'], [1.2], None, r'densities must be in \[0, 1\]; got \[1.2\]'),
     (['a'], [np.nan], None, r'densities must be in \[0, 1\]; got \[nan\]'),
     (['a'], [0.5], 1.5, r'budget must be in \[0, 1\]; got 1.5'),

@@ -47,14 +47,14 @@ def test_without_labels_there_is_no_legend(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'rows, message',
   [
-    ([], 'not a single row'),
+    ([], 'no gains to plot'),
     ([{'share': 1, 'low': 0}], 'missing: difference, high; given: share, low'),
     ([_row(0, 1, 0, 2)], r'row 1: share must be in \(0, 1\]; got 0'),
     ([_row(0.1, 1, 0, 2), _row(5, 1, 0, 2)], 'row 2: share .*; got 5'),
-    ([_row(0.1, 3, 0, 2)], 'difference 3 must lie in its interval, 0 to 2'),
-    ([_row(0.1, 1, 0, 'inf')], 'must lie in its interval, 0 to inf'),
+    ([_row(0.1, 3, 0, 2)], 'difference 3 must be within its interval, 0 to 2'),
+    ([_row(0.1, 1, 0, 'inf')], 'must be within its interval, 0 to inf'),
     ([_row(0.1, 'x', 0, 2)], "row 1: could not convert .* 'x'"),
-    ([_row(0.1, 1, 0, 2)] * 2, 'row 2: its label has the share 0.1 twice'),
+    ([_row(0.1, 1, 0, 2)] * 2, 'row 2: its label already .* the share 0.1'),
   ],
 )
 def test_bad_gains(rows, message, tmp_path):

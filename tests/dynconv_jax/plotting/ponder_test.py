@@ -105,7 +105,7 @@ def test_masks_are_not_changed():
       [_mask(np.ones((1, 2, 2))), _mask(np.ones((2, 2, 2)))],
       (4, 4),
       'blocks',
-      r'of one N; got \[\(1, 2, 2\), \(2, 2, 2\)\]',
+      r'the same N; got \[\(1, 2, 2\), \(2, 2, 2\)\]',
     ),
   ],
 )

@@ -41,7 +41,7 @@ def test_a_missing_file(tmp_path):
     (b'', 'is empty: it has no header'),
     (b'\n , \n', 'is empty: it has no header'),
     (b'model,method\n', 'has a header but no rows'),
-    (b'model,model\na,b\n', 'names a column twice: model, model'),
+    (b'model,model\na,b\n', 'has duplicate columns: model, model'),
     (b'model,method\na,b\na\n', 'row 2: 1 cells for 2 columns'),
     (b'model\n\xff\xfe\n', 'is not a CSV file'),
     (b'a' * 200_000, 'is not a CSV file'),
@@ -195,7 +195,7 @@ def test_rows_without_x_are_left_out():
 @pytest.mark.parametrize(
   ('rows', 'options', 'message'),
   [
-    ([], {}, 'not a single row'),
+    ([], {}, 'no results to plot'),
     (
       [{'model': 'a', 'gmacs_mean': 1}],
       {},

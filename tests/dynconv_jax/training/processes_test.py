@@ -108,8 +108,8 @@ def test_refusals(config, tmp_path):
   """Each process reports the error; none waits for another."""
   folders = tmp_path / 'own' / 'NUMBER'
   (_, first), (_, second) = _train(folders, config)
-  assert 'process 1 failed; its own error says why' in first
-  assert 'need a workdir on a file system that they share' in second
+  assert 'process 1 failed; see its own error' in first
+  assert 'need a workdir on a shared file system' in second
   (_, first), (_, second) = _train(
     tmp_path / 'other', config, {'1': {'learning_rate': 0.5}}
   )

@@ -83,7 +83,7 @@ def test_starts_from_a_dense_network(dense):
   for name in after:
     expected = before if name in fresh else theirs
     np.testing.assert_array_equal(after[name], expected[name], name)
-  assert f'initialized afresh: {", ".join(fresh)}' in logs.output[0]
+  assert f'newly initialized: {", ".join(fresh)}' in logs.output[0]
   # A copy: the source may be trained further, or its arrays donated.
   model.fc.bias[...] = model.fc.bias[...] + 1
   np.testing.assert_array_equal(dense.fc.bias[...], theirs['fc.bias'])
@@ -198,7 +198,7 @@ def test_flags_are_written_whole_and_read_back(tmp_path):
   assert workdir.read_config(folder) == config
   workdir.check_flags(folder, config.replace(data_dir='else'))
   with pytest.raises(
-    ValueError, match='given, not there: budget: 0.5, not 0.25; seed: 4, not 0'
+    ValueError, match='in the workdir: budget: 0.5, not 0.25; seed: 4, not 0'
   ):
     workdir.check_flags(folder, config.replace(budget=0.5, seed=4))
 
@@ -292,12 +292,12 @@ def test_the_number_of_epochs_may_change_but_not_below_what_is_done(tmp_path):
     workdir.check_flags(tmp_path, _config(epochs=5))
   with case.assertLogs(level='INFO') as logs:
     workdir.check_flags(tmp_path, _config(epochs=3))
-  assert 'goes on with epochs=3, before 5' in logs.records[0].getMessage()
+  assert 'resumes with epochs=3, previously 5' in logs.records[0].getMessage()
   with pytest.raises(
-    ValueError, match=r'at least 3, of which .* done 2\.143; got 2'
+    ValueError, match=r'at least 3, because .* done 2\.143; got 2'
   ):
     workdir.check_flags(tmp_path, _config(epochs=2))
-  with pytest.raises(ValueError, match=r'there: budget: 0\.1, not 0\.5\.'):
+  with pytest.raises(ValueError, match=r'workdir: budget: 0\.1, not 0\.5\.'):
     workdir.check_flags(tmp_path, _config(epochs=6, budget=0.1))
 
 
@@ -377,5 +377,5 @@ def test_lines_of_metrics_that_are_damaged_are_left_out(tmp_path):
   (tmp_path / workdir.METRICS_FILE).write_bytes(b'\n'.join(lines))
   with absltest.TestCase().assertLogs(level='WARNING') as logs:
     assert workdir.read_metrics(tmp_path) == [row, row]
-  assert f'damaged lines left out of {tmp_path}' in logs.output[0]
+  assert f'damaged lines of {tmp_path}' in logs.output[0]
   assert logs.output[0].endswith(': 9')
