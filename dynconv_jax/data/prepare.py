@@ -194,9 +194,7 @@ def _read(directory: pathlib.Path, aliases: Mapping[str, str]) -> Dataset:
     # TFDS makes up names if there are none.
     lines = contents['label.labels.txt'].split('\n')
     if (found := sum(bool(line.strip()) for line in lines)) != number:
-      raise ValueError(
-        f'label.labels.txt has {found} of {number} class names'
-      )
+      raise ValueError(f'label.labels.txt has {found} of {number} class names')
     decoders = {
       name: tfds.decode.SkipDecoding()
       for name in {'image', 'object_mask'} & set(features)

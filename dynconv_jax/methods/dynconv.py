@@ -15,7 +15,7 @@ from dynconv_jax.methods.budget import Budget, Opening, Warmup
 from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
 from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
 from dynconv_jax.methods.method import Method
-from dynconv_jax.options import NOT_NEGATIVE, Range, option
+from dynconv_jax.options import NOT_NEGATIVE, POSITIVE, Range, option
 
 # Fraction of training after which the per-block bounds are [0, 1] (authors'
 # code, `SparsityCriterion`).
@@ -194,6 +194,14 @@ class Options(Budget, Warmup, Opening, Gumbel):
     "Whether DynConv's mask units normalize their input per channel.",
     before=False,
   )
+  block_bounds_until: float = option(
+    _ANNEALED,
+    "Fraction of training after which DynConv no longer bounds each block's "
+    'executed fraction, as in the paper. Above 1, the bounds never open '
+    'completely: with a large value, every block keeps the budget.',
+    allowed=POSITIVE,
+    before=_ANNEALED,
+  )
   sparsity_weight: float = option(
     10.0, "Weight of DynConv's sparsity loss.", allowed=NOT_NEGATIVE
   )
@@ -243,18 +251,22 @@ def make_gates(
 
 
 def budget_bounds(
-  budget: float | jax.Array, progress: float | jax.Array
+  budget: float | jax.Array,
+  progress: float | jax.Array,
+  until: float = _ANNEALED,
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the (lower, upper) bounds of a block's executed fraction.
 
   Both bounds start at the budget and widen to [0, 1] over the first third of
-  training (Verelst and Tuytelaars, CVPR 2020, section 3.4).
+  training (Verelst and Tuytelaars, CVPR 2020, section 3.4), or until another
+  moment.
 
   Args:
     budget: target executed fraction, in [0, 1].
     progress: fraction of training completed, in [0, 1].
+    until: fraction of training after which they are [0, 1], > 0.
   """
-  q = jnp.cos(jnp.pi / 2 * jnp.minimum(1.0, progress / _ANNEALED)) ** 2
+  q = jnp.cos(jnp.pi / 2 * jnp.minimum(1.0, progress / until)) ** 2
   return q * budget, 1.0 - q * (1.0 - budget)
 
 
@@ -263,6 +275,7 @@ def sparsity_loss(
   *,
   budget: float | jax.Array,
   progress: float | jax.Array,
+  bounds_until: float = _ANNEALED,
 ) -> jax.Array:
   """Returns DynConv's unweighted loss on the executed fraction.
 
@@ -274,6 +287,7 @@ def sparsity_loss(
     masks: one mask per gated block, with straight-through gradients.
     budget: target executed fraction of the masked layers' MACs, in [0, 1].
     progress: fraction of training completed, in [0, 1].
+    bounds_until: fraction of training after which blocks have no bounds.
 
   Returns:
     float32 scalar.
@@ -289,7 +303,7 @@ def sparsity_loss(
   if not isinstance(budget, jax.Array) and not 0 <= budget <= 1:
     raise ValueError(f'budget must be in [0, 1]; got {budget}')
   network, blocks = executed_fractions(masks)
-  lower, upper = budget_bounds(budget, progress)
+  lower, upper = budget_bounds(budget, progress, bounds_until)
   outside = jax.nn.relu(blocks - upper) ** 2 + jax.nn.relu(lower - blocks) ** 2
   return (network - budget) ** 2 + jnp.mean(outside)
 
@@ -304,7 +318,10 @@ def target(options: Options, progress: float | jax.Array) -> float | jax.Array:
 def _loss(options, masks, cross_entropy, progress):
   del cross_entropy
   return options.sparsity_weight, sparsity_loss(
-    masks, budget=target(options, progress), progress=progress
+    masks,
+    budget=target(options, progress),
+    progress=progress,
+    bounds_until=options.block_bounds_until,
   )
 
 

@@ -51,6 +51,15 @@ class BudgetBoundsTest(parameterized.TestCase):
     self.assertAlmostEqual(float(lower), q * budget, places=6)
     self.assertAlmostEqual(float(upper), 1 - q * (1 - budget), places=6)
 
+  def test_open_later(self):
+    # Half of the way to 0.8 is cos(pi / 4) ** 2 = 0.5.
+    lower, upper = losses.budget_bounds(0.4, 0.4, until=0.8)
+    self.assertAlmostEqual(float(lower), 0.2, places=6)
+    self.assertAlmostEqual(float(upper), 0.7, places=6)
+    lower, upper = losses.budget_bounds(0.4, 1.0, until=1000)
+    self.assertAlmostEqual(float(lower), 0.4, places=5)
+    self.assertAlmostEqual(float(upper), 0.4, places=5)
+
   def test_open_steadily(self):
     lower, upper = losses.budget_bounds(0.4, jnp.linspace(0, 0.5, 30))
     self.assertLessEqual(float(jnp.max(jnp.diff(lower))), 1e-7)
