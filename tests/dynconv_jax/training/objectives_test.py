@@ -43,13 +43,14 @@ class GatingLossTest(parameterized.TestCase):
     # Halfway from 1 to 0.2; a block's bounds open at 1/4.
     expected = losses.sparsity_loss(masks, budget=0.6, progress=0.25)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    config = Config.make(budget=0.6, block_bounds_until=0.75)
+    config = Config.make(budget=0.2, block_bounds_until=0.75)
     _, loss = _loss(config, masks, 0.25)
-    later = losses.sparsity_loss(
-      masks, budget=0.6, progress=0.25, bounds_until=0.75
+    earlier, later = (
+      losses.sparsity_loss(masks, budget=0.2, progress=0.25, bounds_until=until)
+      for until in (0.33, 0.75)
     )
     np.testing.assert_allclose(loss, later, rtol=1e-5)
-    assert abs(later - expected) > 1e-3
+    assert later > earlier + 1e-3
 
   def test_convnet_aig_leaves_out_blocks_without_a_gate(self):
     config = Config.make(
