@@ -37,7 +37,7 @@ SHARE = Range(lambda v: 0 <= v <= 1, 'in [0, 1]')
 BELOW_ONE = Range(lambda v: 0 <= v < 1, 'in [0, 1)')
 RISING = Range(
   lambda v: list(v) == sorted(set(v)) and all(0 < m < 1 for m in v),
-  'rising shares in (0, 1)',
+  'increasing fractions in (0, 1)',
 )
 
 

@@ -390,7 +390,7 @@ class CheckTest(parameterized.TestCase):
       for name in ('learning_rate', 'budget', 'mask_bias', 'mixup')
     ),
     *(
-      ({'milestones': value}, 'milestones must be rising shares in')
+      ({'milestones': value}, 'milestones must be increasing fractions in')
       for value in ((0.5, 0.2), (0.5, 0.5), (0.0,), (1.0,), (30.0,))
     ),
     (
