@@ -59,7 +59,7 @@ def make_oracle(model: nnx.Module, blocks: Sequence[str]):
   `objects` is bool[N, H, W].
 
   Args:
-    model: an evaluation view; its gates are not used.
+    model: an evaluation view; where its gates close, they stay closed.
     blocks: names of the blocks that use the true masks; others run everywhere.
   """
   graphdef, state = nnx.split(model)
@@ -74,9 +74,12 @@ def make_oracle(model: nnx.Module, blocks: Sequence[str]):
     }
     shapes = jax.eval_shape(lambda x: network(x, masks=everywhere), images)[1]
     sizes = {mask.name: mask.hard.shape[1:] for mask in shapes}
-    return network(
-      images, masks={name: touched(objects, sizes[name]) for name in blocks}
-    )
+    # Blocks that the run itself skips, such as dropped ones, stay skipped.
+    own = {mask.name: mask.hard for mask in network(images)[1]}
+    masks = {
+      name: touched(objects, sizes[name]) * own.get(name, 1) for name in blocks
+    }
+    return network(images, masks=masks)
 
   return functools.partial(run, state)
 

@@ -29,32 +29,50 @@ class Closed(Gate):
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
-  """The control's options."""
+class Dropping:
+  """Blocks that never run."""
 
   dropped_blocks: tuple[str, ...] = option(
-    (), 'Blocks that never run, such as blocks.3.1,blocks.4.2.'
+    (),
+    'Blocks that never run, such as blocks.3.1,blocks.4.2. DynConv gates the '
+    'others; dropped blocks count toward its budget as not executed.',
   )
+
+  def drop(self, sites: Sequence[GateSite], make_gate: MakeGate) -> MakeGate:
+    """Returns a function that makes `Closed` gates for dropped blocks.
+
+    Args:
+      sites: all sites of the network.
+      make_gate: makes the gates of the other blocks.
+
+    Raises:
+      ValueError: there is no such block, or it has no identity shortcut.
+    """
+    names = [site.name for site in sites if site.identity]
+    unknown = [name for name in self.dropped_blocks if name not in names]
+    if unknown:
+      raise ValueError(
+        'dropped_blocks must name blocks with an identity shortcut, '
+        f'{", ".join(names)}; got {", ".join(unknown)}'
+      )
+
+    def make(site: GateSite) -> Gate | None:
+      return Closed() if site.name in self.dropped_blocks else make_gate(site)
+
+    return make
 
 
 def make_gates(
-  options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
+  options: Dropping, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
   """Returns a function that makes a block's gate: `Closed` if it is dropped."""
   del rngs
-  names = [site.name for site in sites if site.identity]
-  unknown = [name for name in options.dropped_blocks if name not in names]
-  if unknown:
-    raise ValueError(
-      'dropped_blocks must name blocks with an identity shortcut, '
-      f'{", ".join(names)}; got {", ".join(unknown)}'
-    )
-  return lambda site: Closed() if site.name in options.dropped_blocks else None
+  return options.drop(sites, lambda site: None)
 
 
 METHOD = Method(
   'drop',
-  Options,
+  Dropping,
   make_gates,
   knob='dropped_blocks',
   label='blocks dropped',

@@ -12,6 +12,7 @@ from flax import nnx
 from dynconv_jax.layers import BatchNorm, conv_general_dilated
 from dynconv_jax.masks import ExecutionMask, executed_fractions
 from dynconv_jax.methods.budget import Budget, Opening, Warmup
+from dynconv_jax.methods.drop import Dropping
 from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
 from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
 from dynconv_jax.methods.method import Method
@@ -176,7 +177,7 @@ def average_pool(x: jax.Array, size: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options(Budget, Warmup, Opening, Gumbel):
+class Options(Budget, Warmup, Opening, Gumbel, Dropping):
   """DynConv's options."""
 
   mask_kernel_size: int = option(
@@ -240,14 +241,18 @@ def make_gates(
   """Returns a function that makes a block's mask unit."""
   options.check_phases()
   sides = stage_granularities(options.mask_granularity, sites)
-  return lambda site: MaskUnit(
-    site.in_features,
-    strides=site.strides,
-    kernel_size=options.mask_kernel_size,
-    granularity=sides[site.stage],
-    norm=options.mask_norm,
-    rngs=rngs,
-  )
+
+  def make(site: GateSite) -> MaskUnit:
+    return MaskUnit(
+      site.in_features,
+      strides=site.strides,
+      kernel_size=options.mask_kernel_size,
+      granularity=sides[site.stage],
+      norm=options.mask_norm,
+      rngs=rngs,
+    )
+
+  return options.drop(sites, make)
 
 
 def budget_bounds(
@@ -326,7 +331,7 @@ def _loss(options, masks, cross_entropy, progress):
 
 
 def _open(options: Options, gate: MaskUnit) -> None:
-  if options.mask_bias is not None:
+  if options.mask_bias is not None and isinstance(gate, MaskUnit):
     gate.open(options.mask_bias)
 
 

@@ -52,6 +52,30 @@ def test_macs_are_those_of_the_other_blocks():
   assert whole.total - rest.executed(masks)[0] == saved
 
 
+def test_dynconv_gates_the_other_blocks():
+  options = {'method': 'dynconv', 'num_classes': 3, 'rngs': nnx.Rngs(0)}
+  view = dict(deterministic=True, use_running_average=True)
+  gated, rest = (
+    nnx.view(
+      create_model('cifar_resnet14', dropped_blocks=d, **options), **view
+    )
+    for d in ((), _NAMES)
+  )
+  images = np.random.default_rng(0).normal(size=(2, 16, 16, 3))
+  images = jnp.asarray(images, jnp.float32)
+  logits, masks = rest(images)
+  assert len(masks) == 6
+  assert all(
+    (mask.name in _NAMES) <= (float(mask.hard.sum()) == 0) for mask in masks
+  )
+  # The same as masks of zeros for these blocks.
+  nnx.update(gated, nnx.state(rest))
+  closed = {name: jnp.zeros((2, 1, 1)) for name in _NAMES}
+  np.testing.assert_allclose(
+    logits, gated(images, masks=closed)[0], rtol=1e-5, atol=1e-6
+  )
+
+
 @pytest.mark.parametrize('name', ('layer1', 'layer2.0', 'fc'))
 def test_only_blocks_that_keep_their_input_can_be_dropped(name):
   with pytest.raises(
