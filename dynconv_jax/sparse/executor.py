@@ -37,42 +37,78 @@ _Layout = tuple[
 class ExecutionStats:
   """What was executed of a batch.
 
-  It comes as one array, since each that a call returns takes its time; what is
-  asked for is taken out of it.
+  It comes in few arrays, since each that a call returns takes its time.
 
   Attributes:
-    packed: float32[...], the values of the masks, one after the other.
-    layout: how they are packed.
+    counts: int32[blocks, 3], see `positions`, `dilated_positions`, `overflows`.
     names: of the gated blocks, such as 'layer2.0'.
+    sizes: how many positions the map of each block has, over the batch.
+    packed: float32[...], the values of the masks, one after the other; None:
+      they were not asked for.
+    layout: how they are packed.
   """
 
-  packed: jax.Array
-  layout: _Layout = flax.struct.field(pytree_node=False)
+  counts: jax.Array
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  packed: jax.Array | None = None
+  layout: _Layout | None = flax.struct.field(pytree_node=False, default=None)
 
   @classmethod
-  def pack(cls, masks: Sequence[ExecutionMask]) -> ExecutionStats:
+  def pack(
+    cls, masks: Sequence[ExecutionMask], *, return_masks: bool = False
+  ) -> ExecutionStats:
     """Returns the statistics of a pass.
 
     Args:
       masks: as a network returns them.
+      return_masks: whether to keep the masks.
     """
-    masks = [
+    counts = [jnp.zeros(0, jnp.int32)]
+    for mask in masks:
+      overflow = jnp.int32(0) if mask.overflow is None else mask.overflow
+      counts += [mask.counts, overflow[None]]
+    stats = cls(
+      counts=jnp.concatenate(counts).reshape(-1, 3),
+      names=tuple(mask.name for mask in masks),
+      sizes=tuple(mask.hard.size for mask in masks),
+    )
+    if not return_masks:
+      return stats
+    plain = [
       ExecutionMask(m.maps, m.name, m.layers, m.stage, m.score, m.overflow)
       for m in masks
     ]
-    leaves, treedef = jax.tree.flatten(masks)
+    leaves, treedef = jax.tree.flatten(plain)
     packed = [leaf.ravel().astype(jnp.float32) for leaf in leaves]
-    return cls(
-      packed=jnp.concatenate(packed) if packed else jnp.zeros(0),
+    return stats.replace(
+      packed=jnp.concatenate([jnp.zeros(0), *packed]),
       layout=(treedef, tuple((x.shape, x.dtype.name) for x in leaves)),
-      names=tuple(mask.name for mask in masks),
     )
 
   @functools.cached_property
   def masks(self) -> list[ExecutionMask]:
-    """One ExecutionMask a gated block, as the model returns them."""
+    """One ExecutionMask a gated block, as the model returns them.
+
+    Raises:
+      ValueError: they were not asked for.
+    """
+    if self.layout is None:
+      raise ValueError(
+        'the statistics hold counts only: call the executor with '
+        'return_masks=True to get the masks'
+      )
     return _unpack(self.packed, self.layout)
+
+  @property
+  def positions(self) -> jax.Array:
+    """int32[blocks], active positions of each, over the batch."""
+    return self.counts[:, 0]
+
+  @property
+  def dilated_positions(self) -> jax.Array:
+    """int32[blocks], those of its first convolution."""
+    return self.counts[:, 1]
 
   @property
   def overflows(self) -> jax.Array:
@@ -80,24 +116,13 @@ class ExecutionStats:
 
     That is where the batch was above the limit of the block's plan.
     """
-    zero = jnp.int32(0)
-    found = [m.overflow for m in self.masks]
-    return jnp.stack([zero if v is None else v for v in found])
-
-  @property
-  def positions(self) -> jax.Array:
-    """int32[blocks], active positions of each, over the batch."""
-    return _counts(mask.hard for mask in self.masks)
-
-  @property
-  def dilated_positions(self) -> jax.Array:
-    """int32[blocks], those of its first convolution."""
-    return _counts(mask.dilated for mask in self.masks)
+    return self.counts[:, 2]
 
   def __repr__(self) -> str:
     text = f'ExecutionStats({len(self.names)} blocks'
-    if self.names and has_values(self.packed):
-      text += f', density={np.mean([m.hard.mean() for m in self.masks]):.3f}'
+    if self.names and has_values(self.counts):
+      density = np.mean(np.asarray(self.positions) / self.sizes)
+      text += f', density={density:.3f}'
     return f'{text})'
 
 
@@ -116,8 +141,8 @@ class SparseExecutor:
   """Runs a trained network, each branch where its mask is set only.
 
   `sparsify`, jitted for one input shape, with statistics. The logits are those
-  of the model up to rounding. One function is compiled, at the first call (one
-  more where masks are given).
+  of the model up to rounding. One function is compiled, at the first call; one
+  more where masks are given, and where they are asked for.
 
   Args:
     model: the evaluation view of any network with gated blocks, nnx.view(model,
@@ -182,17 +207,21 @@ class SparseExecutor:
     # Arrays are passed, not trees of them, which take their time at each call.
     self._arrays, treedef = jax.tree.flatten(nnx.as_pure(state))
 
-    def forward(arrays, images, masks):
+    def forward(arrays, images, masks, return_masks):
       network = nnx.merge(graphdef, treedef.unflatten(arrays))
       kwargs = {} if masks is None else {'masks': masks}
       logits, executed = network(images, **kwargs)
-      return logits, ExecutionStats.pack(executed)
+      return logits, ExecutionStats.pack(executed, return_masks=return_masks)
 
     if compiler_options is None:
       compiler_options = {}
       for its in {plan.backend for plan in chosen.values()}:
         compiler_options |= its.compiler_options(jax.default_backend())
-    self._run = jax.jit(forward, compiler_options=dict(compiler_options))
+    self._run = jax.jit(
+      forward,
+      static_argnames='return_masks',
+      compiler_options=dict(compiler_options),
+    )
 
   def lower(self, *, device: jax.Device | None = None) -> jax.stages.Lowered:
     """Returns the network as XLA compiles it; nothing is run.
@@ -206,16 +235,21 @@ class SparseExecutor:
       jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
       for x in (*self._arrays, images)
     )
-    return self._run.lower(arrays, images, None)
+    return self._run.lower(arrays, images, None, return_masks=False)
 
   def __call__(
-    self, images: jax.Array, masks: Masks | None = None
+    self,
+    images: jax.Array,
+    masks: Masks | None = None,
+    *,
+    return_masks: bool = False,
   ) -> tuple[jax.Array, ExecutionStats]:
     """Returns logits, and what was executed.
 
     Args:
       images: float[N, H, W, C], normalized.
       masks: to obey instead of the gates' decisions, see `Gating`.
+      return_masks: whether `stats.masks` is wanted, beside the counts.
 
     Returns:
       logits: what the network returns, float32[N, num_classes].
@@ -228,7 +262,7 @@ class SparseExecutor:
       raise ValueError(
         f'images must be {self.image_shape}; got {tuple(jnp.shape(images))}'
       )
-    return self._run(self._arrays, images, masks)
+    return self._run(self._arrays, images, masks, return_masks=return_masks)
 
 
 def _calibrated(
@@ -260,10 +294,6 @@ def _calibrated(
       )
     plans[trace.name] = measured[key]
   return plans
-
-
-def _counts(maps):
-  return jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in maps])
 
 
 def _check_image_shape(image_shape):

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from triton_cases import DTYPES, need, on_gpu
 
+from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
@@ -80,16 +81,42 @@ def test_the_executor_equals_the_model(
   logits, stats = run(images)
   expected, masks = run_dense(model, images)
   assert_same(logits, expected)
-  assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
-  assert stats.dilated_positions.tolist() == [
-    int(m.dilated.sum()) for m in masks
-  ]
+  assert_counted(stats, masks)
+  _, known = run(images, return_masks=True)
+  assert_counted(known, known.masks)
+  np.testing.assert_array_equal(known.counts, stats.counts)
   if method == 'dynconv':
     rng = np.random.default_rng(0)
     given = [clustered_masks(rng, m.hard.shape, 0.3) for m in masks]
     logits, stats = run(images, masks=given)
-    assert stats.positions.tolist() == [int(m.sum()) for m in given]
-    assert_same(logits, run_dense(model, images, given)[0])
+    expected, masks = run_dense(model, images, given)
+    assert_same(logits, expected)
+    assert_counted(stats, masks)
+
+
+def assert_counted(stats, masks, overflows=None):
+  assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
+  dilated = [int(m.dilated.sum()) for m in masks]
+  assert stats.dilated_positions.tolist() == dilated
+  assert stats.overflows.tolist() == (overflows or [0] * len(masks))
+
+
+@pytest.mark.parametrize('method', ('dynconv', 'convnet_aig'))
+def test_counts_are_those_of_the_lists(
+  interpreted, as_on_gpu, loaded, make_network, method
+):
+  """Also where all is computed after all; no map is summed up for them."""
+  model, images = make_network('basic', method), make_images(SHAPE)
+  run = SparseExecutor(
+    model, SHAPE, mode='sparse', backend='triton', limit=1e-6
+  )
+  _, masks = run_dense(model, images)
+  active = [int(mask.hard.any()) for mask in masks]
+  assert any(active)
+  summed = mock.PropertyMock(side_effect=AssertionError('maps are summed up'))
+  with mock.patch.object(ExecutionMask, 'counts', summed):
+    _, stats = run(images)
+  assert_counted(stats, masks, overflows=active)
 
 
 SHAPE = (2, 21, 27, 3)
@@ -276,9 +303,9 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
   triton_launch._kernel.cache_clear()
   with mock.patch.object(jaxlib, 'gpu_triton', mock.Mock(**stand_ins)):
     run = SparseExecutor(model, shape, mode='sparse', backend='triton')
-    lowered = run._run.trace(run._arrays, jnp.zeros(shape), None).lower(
-      lowering_platforms=('cuda',)
-    )
+    lowered = run._run.trace(
+      run._arrays, jnp.zeros(shape), None, return_masks=False
+    ).lower(lowering_platforms=('cuda',))
   triton_launch.load.cache_clear()
   triton_launch._kernel.cache_clear()
   text = lowered.as_text()
