@@ -4,8 +4,9 @@ Each kernel takes at least the time to multiply what it has to, and at least
 that to move its operands once between memory and chip (Williams et al. 2009,
 Roofline). The kernels are those of the Triton backend, with mask units,
 on clustered masks; in the dense network one a convolution, with whatever is
-pointwise. Values have 2 bytes. Projections, mask units, and lists count as
-kernels of their own, also where the backend computes them in another one.
+pointwise. Values have 2 bytes. Stem, pooling, projections, mask units, and
+lists count as kernels of their own, also where the backend computes them in
+another one.
 """
 
 from __future__ import annotations

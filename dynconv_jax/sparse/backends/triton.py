@@ -31,7 +31,9 @@ from dynconv_jax.sparse.backends.triton_masks import (
   share_squeezes,
 )
 from dynconv_jax.sparse.backends.triton_stem import (
+  POOLED_FEATURES,
   STEM_DEPTH,
+  PooledStem,
   TritonMaxPool,
   TritonStem,
 )
@@ -125,6 +127,16 @@ class TritonBackend(Backend):
 
   def replacement(self, module):
     return TritonMaxPool() if type(module) is MaxPool else None
+
+  def stem(self, conv, pool, gate):
+    if (
+      type(conv) is TritonStem
+      and type(pool) is MaxPool
+      and conv.layout.conv.features <= POOLED_FEATURES
+    ):
+      unit = gate.maskconv if decides(gate) else None
+      return PooledStem(conv, unit, self.name)
+    return None
 
   def prepare(self, chains):
     share_squeezes(chains)

@@ -19,6 +19,7 @@ from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
+from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse import (
   BlockPlan,
   SparseExecutor,
@@ -154,11 +155,50 @@ def test_a_network_in_bfloat16_equals_the_model(
   _, masks = jax.eval_shape(lambda x: model(x), images)
   masks = [clustered_masks(rng, m.hard.shape, 0.4) for m in masks]
   sparse = sparsify(model, 'triton', image_shape=SHAPE)
-  assert type(sparse.conv1) is triton.TritonStem
-  assert type(sparse.maxpool) is triton.TritonMaxPool
-  logits, _ = jax.jit(lambda x: sparse(x, masks=masks))(images)
+  assert type(sparse.stem) is triton.PooledStem
+  # The stem, not the first unit, multiplies its map.
+  launched, launch = [], triton_launch.launch
+
+  def record(kernel, *args, **kwargs):
+    launched.append(kernel)
+    return launch(kernel, *args, **kwargs)
+
+  with mock.patch.object(triton_launch, 'launch', record):
+    logits, _ = jax.jit(lambda x: sparse(x, masks=masks))(images)
+  assert launched[:3] == ['convolve_pool', 'decide', 'convolve']
+  assert launched.count('squeeze') == 2 and 'max_pool' not in launched
   expected, _ = run_dense(model, images, masks)
   assert_same(logits, expected, 2**-6)
+
+
+def test_a_stem_leaves_products_to_the_block_that_reads_it(
+  as_on_gpu, loaded, make_network
+):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  units = []
+  for plans in ({}, {'layer1.0': BlockPlan(get_backend('dense'))}):
+    sparse = sparsify(model, 'triton', image_shape=SHAPE, plans=plans)
+    units.append(sparse.stem.unit)
+  assert units[0] is not None and units[1] is None
+  # Which block comes first is not known; and a network without gates.
+  assert sparsify(model, 'triton').stem.unit is None
+  dense = make_network('bottleneck', 'dense', BF16)
+  assert sparsify(dense, 'triton', image_shape=SHAPE).stem.unit is None
+
+
+class OwnStem(ResNet):
+  """Has another stem."""
+
+  def stem(self, images, gating=None):
+    return 2 * super().stem(images, gating)
+
+
+def test_a_stem_that_does_more_is_left_alone(as_on_gpu, loaded, make_network):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  model.__class__ = OwnStem
+  sparse = sparsify(model, 'triton', image_shape=SHAPE)
+  assert type(sparse.conv1) is triton.TritonStem
+  assert type(sparse.maxpool) is triton.TritonMaxPool
 
 
 class Irregular(nnx.Module):
@@ -310,14 +350,14 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
   triton_launch._kernel.cache_clear()
   text = lowered.as_text()
   # Each of the four blocks: its mask unit and its lists take two, the branch
-  # two; the third one's unit has its products from the second block. Stem and
-  # pooling. In place: both counts and the output of each block, and what two
-  # units share.
-  assert text.count('@triton_kernel_call_ffi') == 4 * 4 - 1 + 2
+  # two; the first one's unit has its products from the stem, which is one with
+  # its pooling, the third one's from the second block. In place: both counts
+  # and the output of each block, and what two units share.
+  assert text.count('@triton_kernel_call_ffi') == 4 * 4 - 2 + 1
   assert text.count('#stablehlo.output_operand_alias') == 13
   assert {kernel.name for kernel, _, _ in calls} == {
     *('squeeze', 'decide', 'convolve', 'convolve_matmul_add'),
-    *('convolve_rows', 'max_pool'),
+    'convolve_pool',
   }
   for kernel, programs, parameters in calls:
     entry = kernel.ptx[kernel.ptx.index('.entry') :]
