@@ -4,8 +4,8 @@ Each kernel takes at least the time of its arithmetic, and at least the time to
 move its operands once between memory and chip (Williams et al., Roofline,
 2009). The kernels are those of the Triton backend, including mask units, on
 clustered masks. In the dense network, there is one kernel per convolution,
-including pointwise operations. Values have 2 bytes. Projections, mask units,
-and lists count as separate kernels, even if the backend fuses them.
+including pointwise operations. Values have 2 bytes. Stem, pooling, projections,
+mask units, and lists count as separate kernels, even if the backend fuses them.
 """
 
 from __future__ import annotations

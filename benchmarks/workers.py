@@ -155,7 +155,7 @@ class Jax:
 
   def _executed(self, model, dense, sparse):
     """Returns statistics of a gated network on the batches."""
-    stats = [sparse(batch)[1] for batch in self.batches]
+    stats = [sparse(batch, return_masks=True)[1] for batch in self.batches]
     self.masks = {mask.name: mask for mask in stats[0].masks}
     image = jax.ShapeDtypeStruct((1, *self.batches[0].shape[1:]), jnp.float32)
     gated, everything = (

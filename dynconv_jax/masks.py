@@ -74,6 +74,12 @@ class ExecutionMask:
     """float32[N, H, W] of {0, 1}: where the first convolution runs."""
     return self.maps[-1]
 
+  @property
+  def counts(self) -> jax.Array:
+    """int32[2]: active positions of `hard` and of `dilated`, over the batch."""
+    maps = (self.hard, self.dilated)
+    return jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in maps])
+
   def executed_macs(self) -> jax.Array:
     """Returns the MACs of the masked layers at active positions, float32[N]."""
     counts = [jnp.sum(m, axis=tuple(range(1, m.ndim))) for m in self.maps]

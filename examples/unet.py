@@ -150,7 +150,7 @@ def evaluate(model: UNet, images: np.ndarray, objects: np.ndarray) -> dict:
   found = np.asarray(logits) > 0
   iou = (found & objects).sum() / (found | objects).sum()
   report = count_macs(view, images[:1], convention='conv')
-  sparse, stats = SparseExecutor(view, images.shape)(images)
+  sparse, stats = SparseExecutor(view, images.shape)(images, return_masks=True)
   return {
     'iou': float(iou),
     'dense_mmacs': report.total / 1e6,

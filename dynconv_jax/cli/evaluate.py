@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> None:
   )
 
   def sparse_network(images):
-    logits, stats = executor(images.shape)(images)
+    logits, stats = executor(images.shape)(images, return_masks=True)
     overflows.append(int(stats.overflows.sum()))
     return logits, stats.masks
 

@@ -298,7 +298,7 @@ def _raise_if_full(
 ) -> None:
   """Raises a clear OSError if the disk or quota is full."""
   # The array_record writer reports a full disk as a RuntimeError.
-  causes = (errno.ENOSPC, errno.EDQUOT)
+  causes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: by ulimit.
   code = getattr(error, 'errno', None)
   if code is None:
     text = str(error)

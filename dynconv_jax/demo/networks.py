@@ -141,7 +141,7 @@ class DemoNetwork:
     seen = jax.block_until_ready(normalize(seen, run.normalization))
     executors = {'dense': self._dense}
     if self.gated:
-      executors['sparse'] = self._sparse
+      executors['sparse'] = functools.partial(self._sparse, return_masks=True)
     for executor in executors.values():  # The first call compiles.
       logits, stats = jax.block_until_ready(executor(seen))
     probabilities = np.asarray(jax.nn.softmax(logits[0]), np.float64)

@@ -188,10 +188,19 @@ class ResNet(nnx.Module):
     """The residual blocks in network order."""
     return [block for stage in self.stages for block in stage]
 
-  def stem(self, images: jax.Array) -> jax.Array:
-    """Returns the input of the first block, float[N, H, W, width]."""
+  def stem(self, images: jax.Array, gating: Gating | None = None) -> jax.Array:
+    """Returns the input of the first block, float[N, H, W, width].
+
+    Args:
+      images: float[N, H, W, 3].
+      gating: of this forward pass; that of a sparse network may use it.
+    """
+    del gating
     x = self.bn1(self.conv1(images.astype(self.dtype)))
     return x if self.maxpool is None else self.maxpool(x)
+
+  # A foldable convolution and pooling, which is all that it computes.
+  stem.layers = ('conv1', 'maxpool')
 
   def head(self, x: jax.Array) -> jax.Array:
     """Returns float32[N, num_classes] logits for the last block's output."""
@@ -227,7 +236,7 @@ class ResNet(nnx.Module):
       gumbel_noise=gumbel_noise,
       masks=masks,
     )
-    x = self.stem(images)
+    x = self.stem(images, gating)
     for stage in self.stages:
       for block in stage:
         x = block(x, gating)

@@ -136,6 +136,23 @@ class Backend:
     """
     return None
 
+  def stem(
+    self, conv: nnx.Module, pool: nnx.Module | None, gate: nnx.Module | None
+  ) -> nnx.Module | None:
+    """Returns a module that pools a convolution at once, None: there is none.
+
+    Args:
+      conv: of `convolution`.
+      pool: reads what it computes; None: the network has none.
+      gate: of the block that reads the result, as `prepare` left it, if the
+        backend executes that block.
+
+    Returns:
+      A module called with float[N, H, W, in_features] and the `Gating` of the
+      forward pass, or None for it.
+    """
+    return None
+
   def prepare(self, chains: Sequence[Sequence[GatedBlock]]) -> None:
     """Optimizes the gates of a network's blocks in place, if that is faster.
 

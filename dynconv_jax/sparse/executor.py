@@ -37,42 +37,79 @@ _Layout = tuple[
 class ExecutionStats:
   """Statistics of the execution of a batch.
 
-  All masks are packed into one array, because each array that a jitted call
-  returns costs time. Properties unpack it on demand.
+  Few arrays hold them, because each array that a jitted call returns costs time.
 
   Attributes:
-    packed: float32[...], the concatenated values of the masks.
-    layout: tree structure, shapes, and dtypes of the packed masks.
+    counts: int32[blocks, 3]; see `positions`, `dilated_positions`, and
+      `overflows`.
     names: names of the gated blocks, such as 'layer2.0'.
+    sizes: number of positions of each block's map over the batch.
+    packed: float32[...], the concatenated values of the masks; None unless they
+      were requested.
+    layout: tree structure, shapes, and dtypes of the packed masks.
   """
 
-  packed: jax.Array
-  layout: _Layout = flax.struct.field(pytree_node=False)
+  counts: jax.Array
   names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+  sizes: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  packed: jax.Array | None = None
+  layout: _Layout | None = flax.struct.field(pytree_node=False, default=None)
 
   @classmethod
-  def pack(cls, masks: Sequence[ExecutionMask]) -> ExecutionStats:
+  def pack(
+    cls, masks: Sequence[ExecutionMask], *, return_masks: bool = False
+  ) -> ExecutionStats:
     """Returns the statistics of a forward pass.
 
     Args:
       masks: the masks that the network returns.
+      return_masks: whether to keep the masks.
     """
-    masks = [
+    counts = [jnp.zeros(0, jnp.int32)]
+    for mask in masks:
+      overflow = jnp.int32(0) if mask.overflow is None else mask.overflow
+      counts += [mask.counts, overflow[None]]
+    stats = cls(
+      counts=jnp.concatenate(counts).reshape(-1, 3),
+      names=tuple(mask.name for mask in masks),
+      sizes=tuple(mask.hard.size for mask in masks),
+    )
+    if not return_masks:
+      return stats
+    plain = [
       ExecutionMask(m.maps, m.name, m.layers, m.stage, m.score, m.overflow)
       for m in masks
     ]
-    leaves, treedef = jax.tree.flatten(masks)
+    leaves, treedef = jax.tree.flatten(plain)
     packed = [leaf.ravel().astype(jnp.float32) for leaf in leaves]
-    return cls(
-      packed=jnp.concatenate(packed) if packed else jnp.zeros(0),
+    return stats.replace(
+      packed=jnp.concatenate([jnp.zeros(0), *packed]),
       layout=(treedef, tuple((x.shape, x.dtype.name) for x in leaves)),
-      names=tuple(mask.name for mask in masks),
     )
 
   @functools.cached_property
   def masks(self) -> list[ExecutionMask]:
-    """The execution masks that the model returns, one per gated block."""
+    """The execution masks that the model returns, one per gated block.
+
+    Raises:
+      ValueError: they were not requested.
+    """
+    if self.layout is None:
+      raise ValueError(
+        'the statistics contain counts only: call the executor with '
+        'return_masks=True to get the masks'
+      )
     return _unpack(self.packed, self.layout)
+
+  @property
+  def positions(self) -> jax.Array:
+    """int32[blocks], active positions of each, over the batch."""
+    return self.counts[:, 0]
+
+  @property
+  def dilated_positions(self) -> jax.Array:
+    """int32[blocks], those of its first convolution."""
+    return self.counts[:, 1]
 
   @property
   def overflows(self) -> jax.Array:
@@ -80,24 +117,13 @@ class ExecutionStats:
 
     A block falls back if the batch exceeds the limit of the block's plan.
     """
-    zero = jnp.int32(0)
-    flags = [m.overflow for m in self.masks]
-    return jnp.stack([zero if v is None else v for v in flags])
-
-  @property
-  def positions(self) -> jax.Array:
-    """int32[blocks], number of active positions of each block in the batch."""
-    return _counts(mask.hard for mask in self.masks)
-
-  @property
-  def dilated_positions(self) -> jax.Array:
-    """int32[blocks], number of positions of each block's first convolution."""
-    return _counts(mask.dilated for mask in self.masks)
+    return self.counts[:, 2]
 
   def __repr__(self) -> str:
     text = f'ExecutionStats({len(self.names)} blocks'
-    if self.names and has_values(self.packed):
-      text += f', density={np.mean([m.hard.mean() for m in self.masks]):.3f}'
+    if self.names and has_values(self.counts):
+      density = np.mean(np.asarray(self.positions) / self.sizes)
+      text += f', density={density:.3f}'
     return f'{text})'
 
 
@@ -117,7 +143,7 @@ class SparseExecutor:
 
   Wraps `sparsify` with `jax.jit` for one input shape, and returns statistics.
   The logits equal the model's up to rounding. Compiles on the first call, and
-  again on the first call with given masks.
+  again on the first call with given masks and the first that returns masks.
 
   Args:
     model: the evaluation view of any network with gated blocks, nnx.view(model,
@@ -185,17 +211,21 @@ class SparseExecutor:
     # Pass a flat list of arrays, because flattening trees at each call is slow.
     self._arrays, treedef = jax.tree.flatten(nnx.as_pure(state))
 
-    def forward(arrays, images, masks):
+    def forward(arrays, images, masks, return_masks):
       network = nnx.merge(graphdef, treedef.unflatten(arrays))
       kwargs = {} if masks is None else {'masks': masks}
       logits, executed = network(images, **kwargs)
-      return logits, ExecutionStats.pack(executed)
+      return logits, ExecutionStats.pack(executed, return_masks=return_masks)
 
     if compiler_options is None:
       compiler_options = {}
       for its in {plan.backend for plan in chosen.values()}:
         compiler_options |= its.compiler_options(jax.default_backend())
-    self._run = jax.jit(forward, compiler_options=dict(compiler_options))
+    self._run = jax.jit(
+      forward,
+      static_argnames='return_masks',
+      compiler_options=dict(compiler_options),
+    )
 
   def lower(self, *, device: jax.Device | None = None) -> jax.stages.Lowered:
     """Returns the network lowered for compilation, without running it.
@@ -210,16 +240,21 @@ class SparseExecutor:
       jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
       for x in (*self._arrays, images)
     )
-    return self._run.lower(arrays, images, None)
+    return self._run.lower(arrays, images, None, return_masks=False)
 
   def __call__(
-    self, images: jax.Array, masks: Masks | None = None
+    self,
+    images: jax.Array,
+    masks: Masks | None = None,
+    *,
+    return_masks: bool = False,
   ) -> tuple[jax.Array, ExecutionStats]:
     """Returns the logits and the execution statistics of a batch.
 
     Args:
       images: float[N, H, W, C], normalized.
       masks: masks to use instead of the gates' decisions, see `Gating`.
+      return_masks: whether `stats.masks` is needed in addition to the counts.
 
     Returns:
       logits: the network's output, float32[N, num_classes].
@@ -232,7 +267,7 @@ class SparseExecutor:
       raise ValueError(
         f'images must be {self.image_shape}; got {tuple(jnp.shape(images))}'
       )
-    return self._run(self._arrays, images, masks)
+    return self._run(self._arrays, images, masks, return_masks=return_masks)
 
 
 def _calibrated(
@@ -264,10 +299,6 @@ def _calibrated(
       )
     plans[trace.name] = measured[key]
   return plans
-
-
-def _counts(maps):
-  return jnp.stack([jnp.sum(m, dtype=jnp.int32) for m in maps])
 
 
 def _check_image_shape(image_shape):

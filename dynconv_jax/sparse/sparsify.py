@@ -153,6 +153,8 @@ def sparsify(
     return None
 
   fold_pairs(model, main)
+  own = {b.name: b.masker for b in described if chosen[b.name].backend == main}
+  fuse_stem(model, main, own.get(traces[0].name) if traces else None)
   replace_modules(model, main.replacement)
   # Replace blocks last, after the modules of their gates.
   replace_modules(model, replace_block)
@@ -397,6 +399,24 @@ def fold_pairs(model: nnx.Module, backend: Backend) -> None:
       new = new or get_backend('dense').convolution(folded)
       setattr(module, conv_name, new)
       setattr(module, norm_name, _Identity())
+
+
+def fuse_stem(
+  model: nnx.Module, backend: Backend, gate: nnx.Module | None
+) -> None:
+  """Puts one module in the place of a network's `stem`, if a backend has one.
+
+  Args:
+    model: folded; its class names what `stem` consists of as `stem.layers`.
+    backend: its `stem` makes the module.
+    gate: of the block that reads the stem's output, as it is passed on.
+  """
+  names = getattr(getattr(type(model), 'stem', None), 'layers', ())
+  layers = [getattr(model, name) for name in names]
+  if layers and (new := backend.stem(*layers, gate)) is not None:
+    model.stem = new
+    for name in names:
+      delattr(model, name)
 
 
 def replace_modules(

@@ -28,11 +28,12 @@ from dynconv_jax.sparse.backends.triton_masks import (
   Squeezed,
   decide,
   decides,
-  list_positions,
   share_squeezes,
 )
 from dynconv_jax.sparse.backends.triton_stem import (
+  POOLED_FEATURES,
   STEM_DEPTH,
+  PooledStem,
   TritonMaxPool,
   TritonStem,
 )
@@ -84,8 +85,7 @@ class TritonBackend(Backend):
     if mask is None:
       # Like the dense backend, except that XLA copies the kernels at each call.
       return run_dense(cudnn.lay_out(packed.block), x)
-    lists = mask.lists if isinstance(mask, ListedMask) else None
-    lists = lists or Lists(*map(list_positions, mask.maps))
+    lists = ListedMask.of(mask).lists
     if triton_depthwise.computes(packed.block.branch):
       its = packed.convolve or convolve
       return triton_depthwise.run_block(packed.block, x, lists, its)
@@ -103,7 +103,8 @@ class TritonBackend(Backend):
 
   def decide(self, block, x, gating):
     if not decides(block.masker):
-      return super().decide(block, x, gating)
+      mask = super().decide(block, x, gating)
+      return None if mask is None else ListedMask.of(mask)
     shape = (x.shape[0], *block.branch.sizes(x.shape[1:3])[-1])
     given = gating.given(block.name, shape)
     before, squeezed = gating.scratch.get(self.name, (None, None))
@@ -126,6 +127,16 @@ class TritonBackend(Backend):
 
   def replacement(self, module):
     return TritonMaxPool() if type(module) is MaxPool else None
+
+  def stem(self, conv, pool, gate):
+    if (
+      type(conv) is TritonStem
+      and type(pool) is MaxPool
+      and conv.layout.conv.features <= POOLED_FEATURES
+    ):
+      unit = gate.maskconv if decides(gate) else None
+      return PooledStem(conv, unit, self.name)
+    return None
 
   def prepare(self, chains):
     share_squeezes(chains)

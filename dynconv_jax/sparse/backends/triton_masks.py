@@ -134,7 +134,7 @@ def _list_shapes(size):
   return [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes]
 
 
-@flax.struct.dataclass
+@flax.struct.dataclass(kw_only=True)
 class ListedMask(ExecutionMask):
   """An execution mask with lists of its active positions.
 
@@ -142,7 +142,20 @@ class ListedMask(ExecutionMask):
     lists: active positions of the maps.
   """
 
-  lists: Lists | None = None
+  lists: Lists
+
+  @classmethod
+  def of(cls, mask: ExecutionMask) -> ListedMask:
+    """Returns a mask with its lists."""
+    if isinstance(mask, cls):
+      return mask
+    lists = Lists(*map(list_positions, mask.maps))
+    return cls(**vars(mask), lists=lists)
+
+  @property
+  def counts(self) -> jax.Array:
+    """int32[2], as the lists hold them: the maps are not read."""
+    return jnp.concatenate([found.count for found in self.lists])
 
 
 def decides(gate: nnx.Module | None) -> bool:

@@ -57,7 +57,7 @@ def test_the_executor_equals_the_masked_dense_forward(
   model, images = make_network(family, method), make_images()
   expected, masks = masked_dense(model, images)
   executor = SparseExecutor(model, images.shape, backend=backend)
-  logits, stats = executor(images)
+  logits, stats = executor(images, return_masks=True)
   assert_same(logits, expected)
   assert stats.names == tuple(mask.name for mask in masks)
   for got, mask, positions, dilated in zip(
@@ -71,6 +71,30 @@ def test_the_executor_equals_the_masked_dense_forward(
     assert positions == mask.hard.sum()
     assert dilated == mask.dilated.sum()
   assert not stats.overflows.any()
+
+
+def test_masks_are_returned_on_request_only(make_network, backend):
+  model, images = make_network('bottleneck', 'dynconv'), make_images()
+  executor = SparseExecutor(
+    model, images.shape, mode='sparse', backend=backend, limit=0.5
+  )
+  # The logits, and active positions, dilated ones, overflows of four blocks.
+  results = r'->\(f32\[3,5\]\{[01,]+\}, s32\[4,3\]\{[01,]+\}\)'
+  compiled = executor.lower().compile()
+  assert re.search(results, compiled.as_text().splitlines()[0])
+  logits, stats = executor(images)
+  with pytest.raises(ValueError, match='call .* with return_masks=True to get'):
+    stats.masks  # noqa: B018
+  given = [np.ones(s, np.float32) for s in mask_shapes(model, images)]
+  for masks in (None, given):
+    logits, stats = executor(images, masks=masks)
+    again, known = executor(images, masks=masks, return_masks=True)
+    chex.assert_trees_all_equal(again, logits)
+    chex.assert_trees_all_equal(known.counts, stats.counts)
+    got = [[m.hard.sum(), m.dilated.sum(), m.overflow] for m in known.masks]
+    np.testing.assert_array_equal(stats.counts, got)
+  # A dense fallback changes no count.
+  assert stats.overflows.all()
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -166,11 +190,11 @@ def test_only_weights_that_are_read_are_kept(make_network, backend, limit):
 def test_statistics_pass_a_jitted_function(make_network):
   model, images = make_network('basic', 'dynconv'), make_images()
   executor = SparseExecutor(model, images.shape, mode='sparse')
-  _, expected = executor(images)
+  _, expected = executor(images, return_masks=True)
 
   @jax.jit
   def run(images):
-    logits, stats = executor(images)
+    logits, stats = executor(images, return_masks=True)
     return logits, stats, stats.positions
 
   _, stats, positions = run(images)
@@ -289,8 +313,9 @@ def test_what_cannot_be_executed_is_an_error(make_network):
 
 def test_what_is_shown_is_short(make_network):
   model, images = make_network('basic', 'dynconv'), make_images()
+  _, masks = masked_dense(model, images)
   _, stats = SparseExecutor(model, images.shape, mode='dense')(images)
-  density = np.mean([np.mean(mask.maps[0]) for mask in stats.masks])
+  density = np.mean([np.mean(mask.maps[0]) for mask in masks])
   assert repr(stats) == f'ExecutionStats(4 blocks, density={density:.3f})'
   mask = ExecutionMask((jnp.eye(2, 4)[None],), 'layer1.0')
   shown = "ExecutionMask('layer1.0', maps=(float32[1, 2, 4])"

@@ -19,6 +19,7 @@ from dynconv_jax.sparse.backends import (
   triton,
   triton_launch,
   triton_masks,
+  triton_stem,
 )
 from dynconv_jax.sparse.fold import FoldedBlock, FoldedConv
 
@@ -93,11 +94,13 @@ def test_kernels_fit_into_a_multiprocessor(
       module, pool = BACKEND.convolution(layer), BACKEND.replacement(MaxPool())
       images = jax.ShapeDtypeStruct((128, 224, 224, 3), dtype)
       jax.eval_shape(lambda x, f=module, g=pool: g(f(x)), images)
+      if dtype == jnp.bfloat16:
+        record_pooled_stem(module, images)
   variants = triton_compiler.variants(launches)
   assert {kernel for kernel, *_ in variants} == {
     *('list_positions', 'squeeze', 'decide', 'list_dilated'),
     *('convolve', 'convolve_add', 'convolve_matmul_add', 'max_pool'),
-    *(('convolve_rows',) if dtype == jnp.bfloat16 else ()),
+    *(('convolve_rows', 'convolve_pool') if dtype == jnp.bfloat16 else ()),
   }
   # Some of a thread's 255 registers may be spilled to memory, but not at each
   # product: 8 in the fused kernel of 128 channels with stride 2, and on an H100
@@ -110,6 +113,18 @@ def test_kernels_fit_into_a_multiprocessor(
     assert used.spilled <= spilled, (variant, used)
     if dtype == jnp.bfloat16 and 'DEPTH' in dict(variant[2]):
       assert used.tensor_cores, (variant, used)
+
+
+def record_pooled_stem(conv, images):
+  """Records a stem that is pooled at once, alone and with mask units."""
+  features = conv.layout.conv.features
+  unit = make_mask_unit(features, 3, 1, 1)
+  for units in (None, 1, triton_masks.UNITS):
+    columns = units and triton_masks.ColumnSqueeze([unit] * units, 0)
+    jax.eval_shape(
+      lambda x, c=columns: triton_stem.pooled_stem(x, conv.layer(), c)[0],
+      jax.ShapeDtypeStruct(images.shape, jnp.bfloat16),
+    )
 
 
 def record_block(block, x, dtype):

@@ -15,9 +15,11 @@ import pytest
 from flax import nnx
 from triton_cases import DTYPES, need, on_gpu
 
+from dynconv_jax.masks import ExecutionMask
 from dynconv_jax.methods.dynconv import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
+from dynconv_jax.models.resnet import ResNet
 from dynconv_jax.sparse import (
   BlockPlan,
   SparseExecutor,
@@ -80,16 +82,42 @@ def test_the_executor_equals_the_model(
   logits, stats = run(images)
   expected, masks = run_dense(model, images)
   assert_same(logits, expected)
-  assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
-  assert stats.dilated_positions.tolist() == [
-    int(m.dilated.sum()) for m in masks
-  ]
+  assert_counted(stats, masks)
+  _, known = run(images, return_masks=True)
+  assert_counted(known, known.masks)
+  np.testing.assert_array_equal(known.counts, stats.counts)
   if method == 'dynconv':
     rng = np.random.default_rng(0)
     given = [clustered_masks(rng, m.hard.shape, 0.3) for m in masks]
     logits, stats = run(images, masks=given)
-    assert stats.positions.tolist() == [int(m.sum()) for m in given]
-    assert_same(logits, run_dense(model, images, given)[0])
+    expected, masks = run_dense(model, images, given)
+    assert_same(logits, expected)
+    assert_counted(stats, masks)
+
+
+def assert_counted(stats, masks, overflows=None):
+  assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
+  dilated = [int(m.dilated.sum()) for m in masks]
+  assert stats.dilated_positions.tolist() == dilated
+  assert stats.overflows.tolist() == (overflows or [0] * len(masks))
+
+
+@pytest.mark.parametrize('method', ('dynconv', 'convnet_aig'))
+def test_counts_are_those_of_the_lists(
+  interpreted, as_on_gpu, loaded, make_network, method
+):
+  """Also where all is computed after all; no map is summed up for them."""
+  model, images = make_network('basic', method), make_images(SHAPE)
+  run = SparseExecutor(
+    model, SHAPE, mode='sparse', backend='triton', limit=1e-6
+  )
+  _, masks = run_dense(model, images)
+  active = [int(mask.hard.any()) for mask in masks]
+  assert any(active)
+  summed = mock.PropertyMock(side_effect=AssertionError('maps are summed up'))
+  with mock.patch.object(ExecutionMask, 'counts', summed):
+    _, stats = run(images)
+  assert_counted(stats, masks, overflows=active)
 
 
 SHAPE = (2, 21, 27, 3)
@@ -127,11 +155,50 @@ def test_a_network_in_bfloat16_equals_the_model(
   _, masks = jax.eval_shape(lambda x: model(x), images)
   masks = [clustered_masks(rng, m.hard.shape, 0.4) for m in masks]
   sparse = sparsify(model, 'triton', image_shape=SHAPE)
-  assert type(sparse.conv1) is triton.TritonStem
-  assert type(sparse.maxpool) is triton.TritonMaxPool
-  logits, _ = jax.jit(lambda x: sparse(x, masks=masks))(images)
+  assert type(sparse.stem) is triton.PooledStem
+  # The stem, not the first unit, multiplies its map.
+  launched, launch = [], triton_launch.launch
+
+  def record(kernel, *args, **kwargs):
+    launched.append(kernel)
+    return launch(kernel, *args, **kwargs)
+
+  with mock.patch.object(triton_launch, 'launch', record):
+    logits, _ = jax.jit(lambda x: sparse(x, masks=masks))(images)
+  assert launched[:3] == ['convolve_pool', 'decide', 'convolve']
+  assert launched.count('squeeze') == 2 and 'max_pool' not in launched
   expected, _ = run_dense(model, images, masks)
   assert_same(logits, expected, 2**-6)
+
+
+def test_a_stem_leaves_products_to_the_block_that_reads_it(
+  as_on_gpu, loaded, make_network
+):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  units = []
+  for plans in ({}, {'layer1.0': BlockPlan(get_backend('dense'))}):
+    sparse = sparsify(model, 'triton', image_shape=SHAPE, plans=plans)
+    units.append(sparse.stem.unit)
+  assert units[0] is not None and units[1] is None
+  # Which block comes first is not known; and a network without gates.
+  assert sparsify(model, 'triton').stem.unit is None
+  dense = make_network('bottleneck', 'dense', BF16)
+  assert sparsify(dense, 'triton', image_shape=SHAPE).stem.unit is None
+
+
+class OwnStem(ResNet):
+  """Has another stem."""
+
+  def stem(self, images, gating=None):
+    return 2 * super().stem(images, gating)
+
+
+def test_a_stem_that_does_more_is_left_alone(as_on_gpu, loaded, make_network):
+  model = make_network('bottleneck', 'dynconv', BF16)
+  model.__class__ = OwnStem
+  sparse = sparsify(model, 'triton', image_shape=SHAPE)
+  assert type(sparse.conv1) is triton.TritonStem
+  assert type(sparse.maxpool) is triton.TritonMaxPool
 
 
 class Irregular(nnx.Module):
@@ -276,21 +343,22 @@ def test_a_network_is_lowered_for_cuda(as_on_gpu, make_network):
   triton_launch._kernel.cache_clear()
   with mock.patch.object(jaxlib, 'gpu_triton', mock.Mock(**stand_ins)):
     run = SparseExecutor(model, shape, mode='sparse', backend='triton')
-    lowered = run._run.trace(run._arrays, jnp.zeros(shape), None).lower(
-      lowering_platforms=('cuda',)
-    )
+    lowered = run._run.trace(
+      run._arrays, jnp.zeros(shape), None, return_masks=False
+    ).lower(lowering_platforms=('cuda',))
   triton_launch.load.cache_clear()
   triton_launch._kernel.cache_clear()
   text = lowered.as_text()
   # For each of the four blocks, the mask unit with its lists takes two launches
-  # and the branch two; the third block's unit has its products from the second
-  # block. Stem and pooling. In place: both counts and the output of each block,
-  # and what two units share.
-  assert text.count('@triton_kernel_call_ffi') == 4 * 4 - 1 + 2
+  # and the branch two. The first block's unit has its products from the stem,
+  # which is one launch with its pooling, and the third block's from the second
+  # block. In place: both counts and the output of each block, and what two
+  # units share.
+  assert text.count('@triton_kernel_call_ffi') == 4 * 4 - 2 + 1
   assert text.count('#stablehlo.output_operand_alias') == 13
   assert {kernel.name for kernel, _, _ in calls} == {
     *('squeeze', 'decide', 'convolve', 'convolve_matmul_add'),
-    *('convolve_rows', 'max_pool'),
+    'convolve_pool',
   }
   for kernel, programs, parameters in calls:
     entry = kernel.ptx[kernel.ptx.index('.entry') :]

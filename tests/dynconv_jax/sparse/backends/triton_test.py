@@ -21,6 +21,7 @@ from triton_cases import (
   make_branch,
   make_conv,
   make_input,
+  make_mask_unit,
   mask_of,
   masked_dense,
   need,
@@ -30,7 +31,13 @@ from triton_cases import (
 from dynconv_jax import create_model
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool, max_pool
-from dynconv_jax.sparse.backends import cudnn, triton
+from dynconv_jax.sparse.backends import (
+  cudnn,
+  triton,
+  triton_launch,
+  triton_masks,
+  triton_stem,
+)
 from dynconv_jax.sparse.backends.dense import DenseConv, convolve, run_dense
 
 pack = triton.PackedBlock.pack
@@ -157,6 +164,49 @@ def test_stem_and_pooling(interpreted, size, features):
   for x in (out, out.at[0, 0, 0, 0].set(jnp.nan)):
     pooled, expected = (v.astype(float) for v in (pool(x), max_pool(x)))
     np.testing.assert_array_equal(pooled, expected)
+
+
+@pytest.mark.parametrize(
+  'generation,programs',
+  ((8, triton_stem._PROGRAMS), (9, triton_stem._PROGRAMS), (9, 1)),
+)
+@pytest.mark.parametrize(
+  'shape,features',
+  (((2, 1, 1), 64), ((2, 23, 18), 64), ((9, 40, 31), 40)),
+)
+def test_stem_pooled_at_once(
+  interpreted, shape, features, generation, programs, monkeypatch
+):
+  """As one after the other, in strips of one line and of several."""
+  monkeypatch.setattr(triton_launch, 'generation', lambda: generation)
+  monkeypatch.setattr(triton_stem, '_PROGRAMS', programs)
+  rng = np.random.default_rng(0)
+  stem = Conv('conv', 'norm', 3, features, 7, 2, activation='relu')
+  conv = BACKEND.convolution(make_conv(rng, stem, jnp.bfloat16))
+  units = [make_mask_unit(features, 3, 1, 1, seed) for seed in range(3)]
+  unit = triton_masks.ColumnSqueeze(units, 0)
+  x = jnp.asarray(rng.normal(size=(*shape, 3)), jnp.bfloat16)
+  x = x.at[0, 0, 0, 0].set(jnp.nan)
+  out, squeezed = triton_stem.pooled_stem(x, conv.layer(), unit)
+  alone, nothing = triton_stem.pooled_stem(x, conv.layer(), None)
+  assert nothing is None
+  expected = max_pool(conv(x))
+  assert bool(jnp.isfinite(expected[1:]).all()) and (expected[1:] > 0).any()
+  for pooled in (out, alone):
+    np.testing.assert_array_equal(pooled.astype(float), expected.astype(float))
+  terms, *_ = unit.squeeze(out, None)
+  np.testing.assert_array_equal(squeezed.terms, terms)
+  assert [zero.tolist() for zero in squeezed.zeros] == [[0], [0]]
+
+
+def test_a_wide_stem_is_not_pooled_at_once():
+  for features, kind in ((64, triton_stem.PooledStem), (65, type(None))):
+    stem = Conv('conv', 'norm', 3, features, 7, 2, activation='relu')
+    layer = make_conv(np.random.default_rng(0), stem, jnp.bfloat16)
+    conv = BACKEND.convolution(layer)
+    assert type(BACKEND.stem(conv, MaxPool(), None)) is kind
+    assert BACKEND.stem(conv, nnx.Sequential(MaxPool()), None) is None
+    assert BACKEND.stem(DenseConv(layer), MaxPool(), None) is None
 
 
 @pytest.mark.parametrize(
