@@ -37,7 +37,7 @@ _Layout = tuple[
 class ExecutionStats:
   """Statistics of the execution of a batch.
 
-  Few arrays hold them, because each array that a jitted call returns costs time.
+  There are few arrays, because each array that a jitted call returns takes time.
 
   Attributes:
     counts: int32[blocks, 3]; see `positions`, `dilated_positions`, and

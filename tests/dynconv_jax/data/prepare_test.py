@@ -70,14 +70,18 @@ def test_prints_nothing(data_dir, capfd):
 
 
 @pytest.mark.parametrize(
-  'error',
+  'error,code',
   [
-    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-    # The error that array_record reports.
-    RuntimeError('write() failed: No space left on device; writing x'),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), errno.ENOSPC),
+    # The errors that array_record reports.
+    (
+      RuntimeError('write() failed: No space left on device; writing x'),
+      errno.ENOSPC,
+    ),
+    (RuntimeError('write() failed: File too large; writing x'), errno.EFBIG),
   ],
 )
-def test_full_disk(data_dir, monkeypatch, error):
+def test_full_disk(data_dir, monkeypatch, error, code):
   class FullWriter:
     written = 0
 
@@ -103,7 +107,7 @@ def test_full_disk(data_dir, monkeypatch, error):
     with pytest.raises(OSError, match='no space left while preparing') as full:
       _prepare(data_dir)
   assert FullWriter.written == 7
-  assert full.value.errno == errno.ENOSPC
+  assert full.value.errno == code
   assert 'data_dir' in str(full.value)
   assert not list(data_dir.rglob('dataset_info.json'))
   assert not list(data_dir.rglob('*array_record*'))
