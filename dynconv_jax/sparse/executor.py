@@ -37,7 +37,7 @@ _Layout = tuple[
 class ExecutionStats:
   """Statistics of the execution of a batch.
 
-  There are few arrays, because each array that a jitted call returns takes time.
+  There are few arrays: each one that a jitted call returns takes time.
 
   Attributes:
     counts: int32[blocks, 3]; see `positions`, `dilated_positions`, and
