@@ -136,6 +136,8 @@ def test_training_starts_from_a_file(
 def test_two_sources_of_weights(dynconv_run, exported, tmp_path):
   config = workdir.read_config(dynconv_run)
   config = config.replace(pretrained=str(exported), init_from=str(dynconv_run))
-  with pytest.raises(ValueError, match='init_from and pretrained exclude each'):
+  with pytest.raises(
+    ValueError, match='init_from and pretrained are mutually exclusive'
+  ):
     loop.train(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

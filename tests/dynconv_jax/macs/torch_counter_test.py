@@ -159,7 +159,7 @@ class HigherOrderTest(parameterized.TestCase):
     opaque.fallthrough(torch._C.DispatchKey.AutogradCPU)
     opaque.py_impl(torch._subclasses.FakeTensorMode)(lambda mode, x: x)
     with self.assertWarnsRegex(
-      report_lib.UncountedWarning, 'opaque in Functional is not counted: what'
+      report_lib.UncountedWarning, 'opaque in Functional is not counted: the'
     ):
       count_macs(Functional(opaque), (8, 8))
 

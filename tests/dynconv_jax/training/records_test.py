@@ -199,7 +199,7 @@ def test_a_full_disk_is_one_error(tmp_path):
   with (
     records.Records(tmp_path, 0) as record,
     mock.patch.object(record._events, 'flush', side_effect=OSError(28, 'full')),
-    pytest.raises(OSError, match='cannot write metrics to .*full.*stay'),
+    pytest.raises(OSError, match='cannot write metrics to .*full.*remain'),
   ):
     record.write(_ROWS[0])
 
