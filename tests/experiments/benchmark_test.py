@@ -141,7 +141,7 @@ def test_peers_that_compute_something_else_are_errors():
     cases.check_equal('own', [[1.0, -2.02], [3.0, 4.0]], expected, 1e-4)
   with pytest.raises(ValueError, match='differs from JAX'):
     cases.check_equal('own', [[1.0, np.nan], [3.0, 4.0]], expected, 1e-4)
-  with pytest.raises(ValueError, match=r'logits \(2,\), JAX \(2, 2\)'):
+  with pytest.raises(ValueError, match=r'\(2,\), JAX returns \(2, 2\)'):
     cases.check_equal('own', [1.0, 2.0], expected, 1e-4)
 
 
