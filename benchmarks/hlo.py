@@ -34,7 +34,7 @@ def describe(text: str, log: str) -> dict[str, Any]:
     'copies': [
       shape.strip()
       for _, shape, op in operations
-      if op == 'copy' and '[0]' not in shape
+      if op == 'copy' and not re.search(r'[\[,]0[],]', shape)
     ],
     'kernels': entry.count('custom_call_target="triton_kernel_call'),
   }

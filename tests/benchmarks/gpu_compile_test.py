@@ -21,25 +21,27 @@ ENTRY %main (x: f32[2]) -> (f32[2], f32[2]) {
 custom_call_target="triton_kernel_call_ffi", output={{}}
   %get = f32[2]{0} get-tuple-element(%call.1), index=0
   %copy.1 = f32[2]{0} copy(%get)
+  %copy.2 = s32[0,3]{1,0} copy(%empty)
   %fusion = f32[2]{0} fusion(%copy.1), kind=kLoop, calls=%fused
   ROOT %tuple = (f32[2]{0}, f32[2]{0}) tuple(%fusion, %copy.1)
 }
 """
 LOG = (
-  'Creating command buffer thunk with the following thunks: call.1, fusion\n'
+  'Creating command buffer thunk with the following thunks: call.1, copy.2, '
+  'fusion\n'
 )
 
 
 def test_what_is_launched_outside_of_graphs_is_told():
   assert hlo.describe(HLO, LOG) == {
     'command_buffers': 1,
-    'recorded': 2,
+    'recorded': 3,
     'outside': ['copy.1'],
     'copies': ['f32[2]{0}'],
     'kernels': 1,
   }
   nothing = hlo.describe(HLO, '')
-  assert nothing['outside'] == ['call.1', 'copy.1', 'fusion']
+  assert nothing['outside'] == ['call.1', 'copy.1', 'copy.2', 'fusion']
 
 
 PLUGIN = os.environ.get('DYNCONV_CUDA_PLUGIN', '')
