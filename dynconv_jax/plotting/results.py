@@ -216,9 +216,14 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
       f'row {number}: accuracy {accuracy:g} is outside its interval, {low:g} '
       f'to {high:g}'
     )
-  knob, weight = find_method(str(row['method'])).knob, None
+  method = find_method(str(row['method']))
+  knob, weight = method.knob, None
   if knob and knob != 'budget':
-    weight = _number(row, knob, number, optional=True)
+    fields = {f.name: f.default for f in dataclasses.fields(method.options)}
+    if isinstance(fields.get(knob), tuple):  # How many there are.
+      weight = float(len([v for v in str(row.get(knob)).split(',') if v]))
+    else:
+      weight = _number(row, knob, number, optional=True)
   width = _number(row, 'width_multiplier', number, optional=True)
   return Point(
     x=at,

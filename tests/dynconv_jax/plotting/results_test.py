@@ -172,6 +172,15 @@ def test_seeds_of_methods_that_have_a_weight_for_a_budget():
   ]
 
 
+def test_a_list_of_blocks_is_shown_by_its_length():
+  rows = [
+    _row(a, g, 'drop', budget='', dropped_blocks=blocks, seed=0)
+    for a, g, blocks in ((0.6, 0.1, 'a.1,b.2,c.3'), (0.7, 0.2, 'a.1'))
+  ]
+  (curve,) = accuracy_curves(rows)
+  assert [(p.x, p.weight) for p in curve.points] == [(0.1, 3), (0.2, 1)]
+
+
 def test_input_sizes_are_settings():
   rows = [
     _row(a, g, budget=0.5, seed=0, image_size=size)
