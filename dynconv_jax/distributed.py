@@ -81,7 +81,9 @@ def start(
   _check(settings, cluster, timeout)
   if not cluster and (num_processes or 1) == 1:
     return False
-  if coordinator_address and process_id == 0:
+  # With JAX_COORDINATOR_BIND_ADDRESS, JAX listens on that address instead.
+  elsewhere = os.environ.get('JAX_COORDINATOR_BIND_ADDRESS')
+  if coordinator_address and process_id == 0 and not elsewhere:
     _check_port(coordinator_address)
   method = {None: 'deactivate', 'auto': None}.get(cluster, cluster)
   watch = threading.Timer(timeout, _give_up, [settings, timeout])

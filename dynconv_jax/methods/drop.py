@@ -34,8 +34,8 @@ class Dropping:
 
   dropped_blocks: tuple[str, ...] = option(
     (),
-    'Blocks that never run, such as blocks.3.1,blocks.4.2. DynConv gates the '
-    'others; dropped blocks count toward its budget as not executed.',
+    'Blocks that never run, such as blocks.3.1,blocks.4.2. They count toward a '
+    'budget as not executed.',
   )
 
   def drop(self, sites: Sequence[GateSite], make_gate: MakeGate) -> MakeGate:

@@ -202,3 +202,25 @@ def test_an_address_in_use():
     )
   assert done.returncode == 1
   assert f'cannot start at {address}: ' in done.stderr
+
+
+@pytest.mark.parametrize('elsewhere', (False, True))
+def test_only_the_port_that_jax_listens_on_is_checked(monkeypatch, elsewhere):
+  monkeypatch.delenv('JAX_COORDINATOR_BIND_ADDRESS', raising=False)
+  if elsewhere:
+    monkeypatch.setenv('JAX_COORDINATOR_BIND_ADDRESS', '127.0.0.1:1')
+  monkeypatch.setattr(distributed.atexit, 'register', lambda leave: None)
+  started = []
+  monkeypatch.setattr(
+    distributed.jax.distributed, 'initialize', lambda **_: started.append(1)
+  )
+  with socket.socket() as sock:
+    sock.bind(('127.0.0.1', 0))
+    sock.listen()
+    address = f'127.0.0.1:{sock.getsockname()[1]}'
+    if elsewhere:
+      assert distributed.start(address, 2, 0)
+    else:
+      with pytest.raises(OSError, match=f'cannot start at {address}: '):
+        distributed.start(address, 2, 0)
+  assert len(started) == elsewhere
