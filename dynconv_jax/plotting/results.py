@@ -168,7 +168,9 @@ def accuracy_curves(
     if method == 'dense':
       curves = _dense_curves(point, kind, [p for k, p in dense if k == kind])
     for curve in curves:
-      runs = settings.setdefault(curve, {}).setdefault(setting, [])
+      runs = settings.setdefault(curve, {}).setdefault(
+        (setting, _listed(row)), []
+      )
       runs.append((number, str(row.get('seed', '')), point))
 
   curves = []
@@ -216,14 +218,11 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
       f'row {number}: accuracy {accuracy:g} is outside its interval, {low:g} '
       f'to {high:g}'
     )
-  method = find_method(str(row['method']))
-  knob, weight = method.knob, None
-  if knob and knob != 'budget':
-    fields = {f.name: f.default for f in dataclasses.fields(method.options)}
-    if isinstance(fields.get(knob), tuple):  # How many there are.
-      weight = float(len([v for v in str(row.get(knob)).split(',') if v]))
-    else:
-      weight = _number(row, knob, number, optional=True)
+  knob, weight = find_method(str(row['method'])).knob, None
+  if (names := _listed(row)) is not None:
+    weight = float(len(names))
+  elif knob and knob != 'budget':
+    weight = _number(row, knob, number, optional=True)
   width = _number(row, 'width_multiplier', number, optional=True)
   return Point(
     x=at,
@@ -237,6 +236,15 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
     width_multiplier=1.0 if width is None else width,
     image_size=_number(row, 'image_size', number, optional=True),
   )
+
+
+def _listed(row: Mapping[str, object]) -> tuple[str, ...] | None:
+  """Returns the values of the method's knob, or None if it is no list."""
+  method = find_method(str(row['method']))
+  defaults = {f.name: f.default for f in dataclasses.fields(method.options)}
+  if not isinstance(defaults.get(method.knob), tuple):
+    return None
+  return tuple(v for v in str(row.get(method.knob, '')).split(',') if v)
 
 
 def _average(runs: Sequence[tuple[int, str, Point]]) -> list[Point]:

@@ -174,11 +174,16 @@ def test_seeds_of_methods_that_have_a_weight_for_a_budget():
 
 def test_a_list_of_blocks_is_shown_by_its_length():
   rows = [
-    _row(a, g, 'drop', budget='', dropped_blocks=blocks, seed=0)
-    for a, g, blocks in ((0.6, 0.1, 'a.1,b.2,c.3'), (0.7, 0.2, 'a.1'))
+    _row(a, g, 'drop', budget='', dropped_blocks=blocks, seed=seed)
+    for a, g, blocks, seed in (
+      *((0.6, 0.1, 'a.1,b.2,c.3', 0), (0.7, 0.2, 'a.1', 0)),
+      *((0.8, 0.2, 'a.1', 1), (0.5, 0.3, 'b.2', 2)),
+    )
   ]
   (curve,) = accuracy_curves(rows)
-  assert [(p.x, p.weight) for p in curve.points] == [(0.1, 3), (0.2, 1)]
+  found = [(p.x, p.weight, p.seeds) for p in curve.points]
+  # Other blocks are another setting, not another seed.
+  assert found == [(0.1, 3, 1), (0.2, 1, 2), (0.3, 1, 1)]
 
 
 def test_input_sizes_are_settings():
