@@ -253,7 +253,8 @@ class OptimizationConfig:
   frozen: tuple[str, ...] = option(
     (),
     'Path patterns of parts whose weights and batch statistics are frozen, '
-    'such as conv_stem, blocks.0, or *.conv_dw.',
+    'such as conv_stem, blocks.0, or *.conv_dw. Gates in frozen blocks are '
+    'trained unless a pattern matches their path, such as *.masker.',
   )
   frozen_statistics: tuple[str, ...] = option(
     (),

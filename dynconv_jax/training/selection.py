@@ -13,18 +13,26 @@ from dynconv_jax.layers import BatchNorm
 
 Path = tuple[Any, ...]
 
+# Attribute of a block that is its gate.
+GATE = 'masker'
+
 
 def matches(pattern: str, path: Path) -> bool:
   """Returns whether a pattern matches a path or any of its parent modules.
+
+  A gate belongs to no parent: only a pattern that matches the path of the gate
+  or of something in it applies. So blocks.0 selects the block's layers, but not
+  its gate, which is trained where pretrained layers are frozen.
 
   Args:
     pattern: `fnmatch` pattern. * matches any text, including dots.
     path: path of a module or weight, such as ('blocks', 0, 1, 'bn1').
   """
   names = [str(part) for part in path]
+  first = names.index(GATE) + 1 if GATE in names else 1
   return any(
     fnmatch.fnmatchcase('.'.join(names[:end]), pattern)
-    for end in range(1, len(names) + 1)
+    for end in range(first, len(names) + 1)
   )
 
 

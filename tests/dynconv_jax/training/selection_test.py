@@ -20,6 +20,9 @@ from dynconv_jax.training.config import Config
     ('*.conv_dw', ('blocks', 1, 0, 'conv_dw', 'kernel'), True),
     ('*.masker.*bias', ('blocks', 1, 1, 'masker', 'conv', 'bias'), True),
     ('*', ('fc', 'bias'), True),
+    ('blocks.1', ('blocks', 1, 1, 'masker', 'conv', 'bias'), False),
+    ('blocks.1.*', ('blocks', 1, 1, 'masker', 'conv', 'bias'), True),
+    ('*.masker', ('blocks', 1, 1, 'masker', 'conv', 'bias'), True),
   ],
 )
 def test_patterns(pattern, path, expected):
@@ -70,6 +73,13 @@ def test_what_is_frozen_stays_and_nothing_else():
   for name, change in changed.items():
     path = name.removeprefix('params.').removeprefix('statistics.')
     assert change != any(path.startswith(f'{p}.') for p in frozen), name
+
+
+def test_gates_of_frozen_blocks_are_trained():
+  changed = _changed(*_run(frozen=('layer1',)))
+  assert any('.masker.' in name for name in changed)
+  for name, change in changed.items():
+    assert change == ('.masker.' in name or 'layer1' not in name), name
 
 
 def test_statistics_alone_stay():
