@@ -33,7 +33,7 @@ class Point:
     model: name of the model.
     budget: the target budget, or None.
     weight: weight of the compute loss for methods that have one instead of a
-      budget, or None.
+      budget, or the number of values of a knob that is a list. Otherwise None.
     width_multiplier: scale of the channel counts.
     image_size: side of the input in pixels, or None.
   """
@@ -114,6 +114,12 @@ def find_method(name: str) -> Method:
     return load_method(name)
   except ValueError:
     return Method(name)
+
+
+def has_list(method: Method) -> bool:
+  """Returns whether the knob of a method is a list, such as dropped blocks."""
+  defaults = {f.name: f.default for f in dataclasses.fields(method.options)}
+  return isinstance(defaults.get(method.knob), tuple)
 
 
 def accuracy_curves(
@@ -241,8 +247,7 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
 def _listed(row: Mapping[str, object]) -> tuple[str, ...] | None:
   """Returns the values of the method's knob, or None if it is no list."""
   method = find_method(str(row['method']))
-  defaults = {f.name: f.default for f in dataclasses.fields(method.options)}
-  if not isinstance(defaults.get(method.knob), tuple):
+  if not has_list(method):
     return None
   return tuple(v for v in str(row.get(method.knob, '')).split(',') if v)
 

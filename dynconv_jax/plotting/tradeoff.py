@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 from dynconv_jax.plotting import style
@@ -19,6 +21,7 @@ from dynconv_jax.plotting.results import (
   Point,
   accuracy_curves,
   find_method,
+  has_list,
 )
 
 _LINE_STYLES = ('-', '--', ':', '-.')
@@ -69,23 +72,24 @@ def plot_accuracy_against_macs(
   curves = accuracy_curves(rows, x, series)
   figure = style.new_figure(5.4, 3.8)
   ax = figure.add_subplot()
-  ranks = {}
+  ranks, labels = {}, []
   for curve in curves:
     rank = ranks[curve.method] = ranks.get(curve.method, -1) + 1
-    _draw_curve(ax, curve, rank)
+    labels += _draw_curve(ax, curve, rank)
   ax.margins(0.08, 0.1)
   ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
   ax.set_ylabel('accuracy (%)')
   ax.set_xlabel(_X_LABELS.get(x) or _unit_label(x))
   if chance is not None:
     _draw_chance(ax, chance)
-  ax.legend(loc='best')
+  legend = ax.legend(loc='best')
   notes = _notes(curves)
   if x.startswith('latency'):
     notes += _latency_notes(rows)
   if notes:
     wrapped = [textwrap.fill(note, _NOTE_WIDTH) for note in notes]
     style.footnote(figure, '\n'.join(wrapped))
+  _separate(ax, labels, curves, legend)
   style.save_figure(figure, path)
   return figure
 
@@ -125,8 +129,8 @@ def plot_results(
   return written
 
 
-def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
-  """Draws a curve, the `rank`-th of its method."""
+def _draw_curve(ax: Axes, curve: Curve, rank: int) -> list[Text]:
+  """Draws a curve, the `rank`-th of its method, and returns its labels."""
   method = find_method(curve.method)
   color = style.PALETTE.get(method.color, method.color)
   points = curve.points
@@ -143,16 +147,54 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> None:
     capsize=2.5,
     label=_name(method.label or method.name, curve),
   )
-  for point in points:
-    ax.annotate(
-      _point_label(curve, point),
-      (point.x, point.accuracy),
-      xytext=(5, -4),
-      textcoords='offset points',
-      va='top',
-      fontsize=7,
-      color=color,
-    )
+  return [
+    ax.text(point.x, point.accuracy, label, fontsize=7, color=color)
+    for point in points
+    if (label := _point_label(curve, point))
+  ]
+
+
+def _separate(
+  ax: Axes, labels: Sequence[Text], curves: Sequence[Curve], legend: Legend
+) -> None:
+  """Moves labels away from each other, the points, bars, and the legend."""
+  if not labels:
+    return
+  # Imports pyplot.
+  from adjustText import adjust_text
+
+  figure = ax.figure
+  # Settle the layout, because labels are placed in pixels.
+  figure.draw_without_rendering()
+  figure.set_layout_engine('none')
+  at = [_between(*ends) for curve in curves for ends in _lines(curve)]
+  xs, ys = np.concatenate(at).T
+  adjust_text(
+    labels,
+    xs,
+    ys,
+    objects=[legend],
+    ax=ax,
+    iter_lim=200,
+    expand=(1.15, 1.3),
+    force_text=(0.2, 0.4),
+    force_static=(0.2, 0.4),
+  )
+
+
+def _lines(curve: Curve) -> list[tuple]:
+  """Returns the (start, end) of a curve's lines and error bars."""
+  places = [(point.x, point.accuracy) for point in curve.points]
+  bars = [
+    ((p.x, p.accuracy - p.below), (p.x, p.accuracy + p.above))
+    for p in curve.points
+  ]
+  return [*zip(places, places[1:], strict=False), *bars]
+
+
+def _between(start: tuple, end: tuple) -> np.ndarray:
+  """Returns points of a line, float[n, 2]."""
+  return np.linspace(start, end, 25)
 
 
 def _name(method: str, curve: Curve) -> str:
@@ -230,7 +272,14 @@ def _notes(curves: Sequence[Curve]) -> list[str]:
   numbers = []
   if any(p.budget is not None for curve in gated for p in curve.points):
     numbers.append('computational budget')
-  if any(p.budget is None and p.weight for c in gated for p in c.points):
+  weighted = [
+    find_method(curve.method)
+    for curve in gated
+    if any(p.budget is None and p.weight for p in curve.points)
+  ]
+  lists = {method.knob for method in weighted if has_list(method)}
+  numbers += [f'number of {name.replace("_", " ")}' for name in sorted(lists)]
+  if not all(map(has_list, weighted)):
     numbers.append('weight of the compute loss (methods without a budget)')
   if any(p.model != c.model for c in curves for p in c.points):
     numbers.append('depth of a dense network')

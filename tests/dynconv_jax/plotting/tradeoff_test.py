@@ -177,6 +177,21 @@ def test_points_say_what_was_varied(tmp_path):
     assert what in note
 
 
+@pytest.mark.usefixtures('unwritten')
+def test_labels_of_close_points_do_not_overlap(tmp_path):
+  rows = [
+    _row('dynconv', budget, 0, 0.62 + at, 0.081 + at / 100)
+    for budget, at in ((0.2, 0), (0.25, 0.001), (0.3, 0.002))
+  ]
+  rows.append(_row('dense', '', 0, 0.699, 0.148))
+  figure = plot_accuracy_against_macs(rows, tmp_path / 'fig.png')
+  figure.draw_without_rendering()
+  boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+  assert len(boxes) == 3
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+
+
 def test_figures_of_a_table(tmp_path):
   written = plot_results(_ROWS, tmp_path)
   assert [[p.name for p in paths] for paths in written] == [
