@@ -25,7 +25,7 @@ from dynconv_jax.data.spots import Options, draw
 from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.losses import executed_fractions, sparsity_loss
 from dynconv_jax.macs import count_macs
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
 from dynconv_jax.plotting.ponder import plot_ponder_grid, ponder_cost_map

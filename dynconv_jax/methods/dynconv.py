@@ -9,171 +9,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dynconv_jax.layers import BatchNorm, conv_general_dilated
 from dynconv_jax.masks import ExecutionMask, executed_fractions
 from dynconv_jax.methods.budget import Budget, Opening, Warmup
 from dynconv_jax.methods.drop import Dropping
-from dynconv_jax.methods.gate import Decision, Gate, GateSite, MakeGate
-from dynconv_jax.methods.gumbel import Gumbel, binary_gumbel
+from dynconv_jax.methods.gate import Gate, GateSite, MakeGate
+from dynconv_jax.methods.gumbel import Gumbel
+from dynconv_jax.methods.mask_unit import (
+  InheritedMask,
+  MaskUnit,
+  RecordedMaskUnit,
+)
 from dynconv_jax.methods.method import Method
 from dynconv_jax.options import NOT_NEGATIVE, POSITIVE, Range, option
 
 # Fraction of training after which the per-block bounds are [0, 1] (authors'
 # code, `SparsityCriterion`).
 _ANNEALED = 0.33
-
-# PyTorch's default initialization, U(-1/sqrt(fan_in), 1/sqrt(fan_in)). About
-# half of the positions are executed initially.
-_torch_uniform = nnx.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
-
-
-def _uniform_bias(fan_in: int):
-  bound = fan_in**-0.5
-
-  def init(key, shape, dtype):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
-
-
-class Squeeze(nnx.Module):
-  """Mask logits: a convolution plus a linear map of the global average.
-
-  Verelst and Tuytelaars, CVPR 2020, section 3.2 and the authors' code.
-
-  Args:
-    in_features: channels of the input.
-    strides: stride of the convolution.
-    kernel_size: kernel size of the convolution, odd.
-    pool: side of the patches over which the input is averaged first; 1 for no
-      averaging.
-    rngs: random streams; uses `params`.
-  """
-
-  def __init__(
-    self,
-    in_features: int,
-    *,
-    strides: int,
-    kernel_size: int,
-    pool: int = 1,
-    rngs: nnx.Rngs,
-  ):
-    padding = kernel_size // 2
-    self.pool = pool
-    self.conv = nnx.Conv(
-      in_features,
-      1,
-      (kernel_size, kernel_size),
-      strides=strides,
-      padding=((padding, padding), (padding, padding)),
-      dtype=jnp.float32,
-      kernel_init=_torch_uniform,
-      bias_init=_uniform_bias(in_features * kernel_size**2),
-      conv_general_dilated=conv_general_dilated,
-      rngs=rngs,
-    )
-    self.fc = nnx.Linear(
-      in_features,
-      1,
-      dtype=jnp.float32,
-      kernel_init=_torch_uniform,
-      bias_init=_uniform_bias(in_features),
-      rngs=rngs,
-    )
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns float32[N, h, w] logits for a float[N, H, W, C] input."""
-    x = average_pool(x, self.pool)
-    squeezed = self.fc(jnp.mean(x, axis=(1, 2)))
-    return (self.conv(x) + squeezed[:, None, None, :])[..., 0]
-
-
-class MaskUnit(Gate):
-  """A gate that executes or skips a block's branch at each position.
-
-  The mask is sampled in training and is `logits >= 0` in evaluation. With a
-  granularity above 1, each decision covers a patch of positions and is computed
-  from the average-pooled input (Han et al., LASNet, NeurIPS 2022, section 3.2).
-  Coarser masks run faster on a large GPU.
-
-  Args:
-    in_features: channels of the block's input.
-    strides: stride of the block. The mask has the block's output resolution.
-    kernel_size: 3, or 1 for the variant in the authors' pose network.
-    granularity: side of a patch, in positions of the block's output.
-    norm: whether to normalize the input per channel. The features of pretrained
-      networks differ in scale by orders of magnitude; normalization makes the
-      noise and the initial bias equally effective in every block.
-    rngs: random streams; uses `params`.
-  """
-
-  def __init__(
-    self,
-    in_features: int,
-    *,
-    strides: int,
-    kernel_size: int = 3,
-    granularity: int = 1,
-    norm: bool = False,
-    rngs: nnx.Rngs,
-  ):
-    super().__init__()
-    self.norm = BatchNorm(in_features, rngs=rngs) if norm else None
-    self.strides = strides
-    self.granularity = granularity
-    self.maskconv = Squeeze(
-      in_features,
-      # Pooling includes the block's stride.
-      strides=strides if granularity == 1 else 1,
-      kernel_size=kernel_size,
-      pool=1 if granularity == 1 else granularity * strides,
-      rngs=rngs,
-    )
-
-  def open(self, logit: float) -> None:
-    """Sets the logit of all positions; above 0, the block runs everywhere."""
-    unit = self.maskconv
-    unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
-    unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
-    unit.conv.bias[...] = jnp.full_like(unit.conv.bias[...], logit)
-
-  def __call__(
-    self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
-  ):
-    logits = self.maskconv(x if self.norm is None else self.norm(x))
-    if self.deterministic:
-      hard = (logits >= 0).astype(jnp.float32)
-    else:
-      key = None if gumbel_noise is False else self.key(rngs)
-      hard = binary_gumbel(logits, key, temperature, gumbel_noise)
-    if self.granularity > 1:
-      hard = jnp.repeat(hard, self.granularity, axis=1)
-      hard = jnp.repeat(hard, self.granularity, axis=2)
-      h, w = (-(-n // self.strides) for n in x.shape[1:3])
-      hard = hard[:, :h, :w]
-    return Decision(hard), carry
-
-
-def average_pool(x: jax.Array, size: int) -> jax.Array:
-  """Returns float32 means of size x size patches; edge patches are cropped."""
-  if size == 1:
-    return x.astype(jnp.float32)
-
-  def summed(v):
-    return jax.lax.reduce_window(
-      v.astype(jnp.float32),
-      0.0,
-      jax.lax.add,
-      (1, size, size, 1),
-      (1, size, size, 1),
-      [
-        (0, -n % size if axis in (1, 2) else 0)
-        for axis, n in enumerate(v.shape)
-      ],
-    )
-
-  return summed(x) / summed(jnp.ones((1, *x.shape[1:3], 1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +44,14 @@ class Options(Budget, Warmup, Opening, Gumbel, Dropping):
   mask_norm: bool = option(
     False,
     "Whether DynConv's mask units normalize their input per channel.",
+    before=False,
+  )
+  inherited_masks: bool = option(
+    False,
+    'Whether blocks without an identity shortcut take the masks of the '
+    'previous stage instead of having a mask unit. Blocks before the first '
+    'one with an identity shortcut then run everywhere. Of use in networks in '
+    'which all blocks may have gates, such as with gated_blocks=all.',
     before=False,
   )
   block_bounds_until: float = option(
@@ -238,12 +97,18 @@ def stage_granularities(
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
-  """Returns a function that makes a block's mask unit."""
+  """Returns a function that makes a block's gate."""
   options.check_phases()
   sides = stage_granularities(options.mask_granularity, sites)
+  # The first block whose mask can be inherited.
+  first = next((site.index for site in sites if site.identity), len(sites))
+  inherits = options.inherited_masks
+  unit = RecordedMaskUnit if inherits else MaskUnit
 
-  def make(site: GateSite) -> MaskUnit:
-    return MaskUnit(
+  def make(site: GateSite) -> Gate | None:
+    if inherits and not site.identity:
+      return InheritedMask(site.strides) if site.index > first else None
+    return unit(
       site.in_features,
       strides=site.strides,
       kernel_size=options.mask_kernel_size,

@@ -20,7 +20,7 @@ from jax.extend import core
 
 from dynconv_jax.checks import check_choice
 from dynconv_jax.layers import MaxPool
-from dynconv_jax.methods.dynconv import Squeeze
+from dynconv_jax.methods.mask_unit import Squeeze
 from dynconv_jax.models.gated import GatedBlock, decide, gated_blocks
 from dynconv_jax.sparse.fold import (
   FoldedConv,

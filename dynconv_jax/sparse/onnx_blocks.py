@@ -146,7 +146,7 @@ def mask_logits(w: Writer, squeeze, x: Value, out) -> Value:
 
   Args:
     w: the writer.
-    squeeze: a `dynconv.Squeeze`.
+    squeeze: a `mask_unit.Squeeze`.
     x: float[N, H, W, C].
     out: has the shape and dtype of the result.
   """

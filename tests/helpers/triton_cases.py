@@ -12,7 +12,7 @@ from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.masks import ExecutionMask, execution_mask
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.sparse.backends import triton
 from dynconv_jax.sparse.backends.dense import convolve, run_dense
 from dynconv_jax.sparse.calibrate import clustered_masks

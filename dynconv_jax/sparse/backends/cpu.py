@@ -22,7 +22,7 @@ from dynconv_jax import native
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.methods.dynconv import Squeeze, average_pool
+from dynconv_jax.methods.mask_unit import Squeeze, average_pool
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.fold import FoldedConv
 

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.masks import ExecutionMask, masked_layers
-from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
+from dynconv_jax.methods.mask_unit import MaskUnit, Squeeze
 from dynconv_jax.models.gated import GatedBlock
 from dynconv_jax.sparse.backends import triton_launch
 from dynconv_jax.sparse.backends.cpu import squeeze_columns

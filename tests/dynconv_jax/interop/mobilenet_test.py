@@ -30,7 +30,7 @@ from dynconv_jax.interop import (  # noqa: E402
   read_state_dict,
   to_torch_state_dict,
 )
-from dynconv_jax.methods.dynconv import MaskUnit  # noqa: E402
+from dynconv_jax.methods.mask_unit import MaskUnit  # noqa: E402
 from dynconv_jax.models import efficientnet_lite  # noqa: E402
 from dynconv_jax.models import mobilenet as mobilenet_lib  # noqa: E402
 

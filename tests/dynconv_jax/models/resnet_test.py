@@ -12,7 +12,7 @@ import pytest
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models import resnet
 from dynconv_jax.models.blocks import BasicBlock, Bottleneck
 from dynconv_jax.models.create import create_model

@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 from flax import nnx
 
 from dynconv_jax.losses import sparsity_loss
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import Bottleneck
 from dynconv_jax.models.create import create_model
 from dynconv_jax.models.resnet import Architecture, ResNet

@@ -12,7 +12,7 @@ from benchmarks.forced import force_gates
 from dynconv_jax import create_model
 from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.macs import count_macs
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.methods.sact import HaltingUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating, gated_blocks

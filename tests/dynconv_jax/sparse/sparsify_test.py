@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from dynconv_jax.layers import BatchNorm, conv
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating, gated_blocks
 from dynconv_jax.sparse import Backend, SparseBlock, sparsify

@@ -60,6 +60,7 @@ VALUES = dict(
   learning_rate_factors=('*.bias:2',),
   mask_norm=True,
   block_bounds_until=1.5,
+  inherited_masks=True,
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
   drop_path=0.1,

@@ -14,7 +14,7 @@ from flax import nnx
 from dynconv_jax import layers, native
 from dynconv_jax.branch import Branch, Conv
 from dynconv_jax.masks import execution_mask
-from dynconv_jax.methods.dynconv import Squeeze
+from dynconv_jax.methods.mask_unit import Squeeze
 from dynconv_jax.sparse import SparseExecutor, sparsify
 from dynconv_jax.sparse.backends import cpu
 from dynconv_jax.sparse.backends.dense import activate, convolve, run_dense

@@ -19,7 +19,7 @@ from triton_cases import (
 )
 
 from dynconv_jax.masks import dilate
-from dynconv_jax.methods.dynconv import MaskUnit, Squeeze
+from dynconv_jax.methods.mask_unit import MaskUnit, Squeeze
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.sparse.backends import triton, triton_masks
 

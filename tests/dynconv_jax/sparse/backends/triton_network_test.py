@@ -16,7 +16,7 @@ from flax import nnx
 from triton_cases import DTYPES, need, on_gpu
 
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating
 from dynconv_jax.models.resnet import ResNet

@@ -1,4 +1,4 @@
-"""Tests of DynConv's mask unit."""
+"""Tests of DynConv's mask units and inherited masks."""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +6,15 @@ import numpy as np
 from absl.testing import absltest, parameterized
 from flax import nnx
 
-from dynconv_jax.methods.dynconv import MaskUnit
+from dynconv_jax import create_model
 from dynconv_jax.methods.gumbel import binary_gumbel
+from dynconv_jax.methods.mask_unit import (
+  InheritedMask,
+  MaskUnit,
+  Ran,
+  RecordedMaskUnit,
+  union,
+)
 
 
 def _mask(unit, *args, **kwargs):
@@ -187,6 +194,61 @@ class MaskUnitTest(parameterized.TestCase):
       _mask(unit, x, rngs=nnx.Rngs(3)),
       _mask(unit, x, rngs=nnx.Rngs(default=3)),
     )
+
+
+class InheritedMaskTest(parameterized.TestCase):
+  @parameterized.parameters((1, (4, 6)), (2, (4, 6)), (2, (5, 7)), (3, (7, 8)))
+  def test_runs_where_a_position_in_its_place_ran(self, strides, shape):
+    before = np.random.default_rng(0).random((2, *shape)) < 0.2
+    h, w = (-(-n // strides) for n in shape)
+    expected = np.zeros((2, h, w))
+    for n, i, j in np.argwhere(before):
+      expected[n, i // strides, j // strides] = 1
+    carry = Ran(jnp.asarray(before, jnp.float32), inherited=False)
+    decision, carry = InheritedMask(strides)(_images(2, *shape, 5), carry)
+    np.testing.assert_array_equal(decision.hard, expected)
+    self.assertIs(carry.mask, decision.hard)
+    self.assertTrue(carry.inherited)
+
+  def test_units_record_the_union_of_their_stage(self):
+    units = [
+      nnx.view(
+        RecordedMaskUnit(5, strides=1, rngs=nnx.Rngs(seed)), deterministic=True
+      )
+      for seed in (0, 1)
+    ]
+    x = _images(2, 6, 6, 5)
+    old = Ran(jnp.ones((2, 6, 6)), inherited=True)
+    first, carry = units[0](x, old)
+    np.testing.assert_array_equal(carry.mask, first.hard)
+    second, carry = units[1](x, carry)
+    either = np.maximum(first.hard, second.hard)
+    self.assertBetween(either.mean(), np.mean(first.hard) + 0.01, 0.99)
+    np.testing.assert_array_equal(carry.mask, either)
+    self.assertFalse(carry.inherited)
+
+  def test_gradient_of_a_union(self):
+    masks = jnp.array([[0, 0, 1, 1], [0, 1, 0, 1]], jnp.float32)
+    found = jax.grad(lambda m: jnp.sum(union(m)))(masks)
+    # Closing one mask changes the union only if the other one is closed.
+    np.testing.assert_array_equal(found, [[1, 0, 1, 0], [1, 1, 0, 0]])
+
+  def test_in_a_network(self):
+    model = create_model(
+      'efficientnet_lite0', method='dynconv', num_classes=3,
+      gated_blocks='all', inherited_masks=True,
+      dropped_blocks=('blocks.4.1', 'blocks.4.2'), rngs=nnx.Rngs(1),
+    )  # fmt: skip
+    _, masks = model(_images(2, 64, 64, 3), rngs=nnx.Rngs(0))
+    hard = {mask.name: np.asarray(mask.hard) for mask in masks}
+    self.assertNotIn('blocks.0.0', hard)
+    self.assertNotIn('blocks.1.0', hard)
+    either = np.maximum(hard['blocks.3.1'], hard['blocks.3.2'])
+    self.assertBetween(either.mean(), 0.1, 0.95)
+    # Both have a stride of 1, and stage 4 has no mask unit.
+    np.testing.assert_array_equal(hard['blocks.4.0'], either)
+    blocks = either.reshape(2, 2, 2, 2, 2).max((2, 4))
+    np.testing.assert_array_equal(hard['blocks.5.0'], blocks)
 
 
 if __name__ == '__main__':
