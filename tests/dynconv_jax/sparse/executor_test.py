@@ -50,11 +50,18 @@ def assert_same(got, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize('family', FAMILIES)
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize(
+  ('method', 'options'),
+  [
+    *((method, {}) for method in METHODS),
+    ('dynconv', {'inherited_masks': True}),
+  ],
+  ids=[*METHODS, 'inherited'],
+)
 def test_the_executor_equals_the_masked_dense_forward(
-  make_network, backend, family, method
+  make_network, backend, family, method, options
 ):
-  model, images = make_network(family, method), make_images()
+  model, images = make_network(family, method, **options), make_images()
   expected, masks = masked_dense(model, images)
   executor = SparseExecutor(model, images.shape, backend=backend)
   logits, stats = executor(images, return_masks=True)

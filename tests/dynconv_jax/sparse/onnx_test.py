@@ -40,6 +40,7 @@ VARIANTS = [
   ('dynconv', {}),
   ('dynconv', {'mask_granularity': (3,)}),
   ('dynconv', {'mask_kernel_size': 1}),
+  ('dynconv', {'inherited_masks': True}),
   ('convnet_aig', {}),
   ('skipnet', {'skip_gate': 'ff1'}),
   ('skipnet', {'skip_gate': 'ff2'}),
