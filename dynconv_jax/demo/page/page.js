@@ -50,7 +50,7 @@ function showFacts() {
   const gmacs = macs => `${significant(macs / 1e9)} GMACs`;
   $('gmacs').textContent = gmacs(result.macs);
   $('share').textContent = network.gated
-    ? `${percent(result.macs / dense)} of the dense network` : 'no gates: all of it';
+    ? `${percent(result.macs / dense)} of the dense network` : 'no gates';
   $('compute').replaceChildren(
     ...network.gated ? [bar('Executed', gmacs(result.macs), result.macs / most, true)] : [],
     bar('Dense network', gmacs(dense), dense / most, !network.gated));
@@ -112,10 +112,10 @@ function showPicture() {
   const block = network.blocks[view];
   let text;
   if (!network.blocks.length) {
-    text = network.gated ? 'Its masks have no place in the picture.'
+    text = network.gated ? 'Its masks are not spatial.'
       : 'A dense network computes everywhere.';
   } else if (view === 'photo') {
-    text = 'The photograph. What the network does not see is dark.';
+    text = 'The photograph. Dark areas are outside the network\u2019s input.';
   } else if (view === 'all') {
     text = `All ${network.blocks.length} gated blocks: on average, ` +
       `${percent(density(view))} of them ran at a position.`;

@@ -1,8 +1,8 @@
 // Networks run by the server that serves the page.
 
 export const note = 'on this machine, by the sparse executor and by XLA';
-export const privacy = 'It goes to the server of this page only.';
-export const slow = 'Running the network; the first time it is compiled …';
+export const privacy = 'It is sent only to the server of this page.';
+export const slow = 'Running the network. The first run compiles it …';
 
 /** Returns what a network makes of a photograph; see networks.py, predict. */
 export async function predict(network, photo) {
