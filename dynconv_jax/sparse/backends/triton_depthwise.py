@@ -21,7 +21,7 @@ MAXIMA = {'relu': 0, 'relu6': 6}
 def computes(branch: Branch) -> bool:
   """Returns whether the kernels support a branch.
 
-  They support a 1x1, a depthwise 3x3, and a linear 1x1 convolution.
+  They support a 1x1, a depthwise 3x3 or 5x5, and a linear 1x1 convolution.
 
   Args:
     branch: description of the branch.
@@ -34,8 +34,7 @@ def computes(branch: Branch) -> bool:
     and project.is_pointwise
     and expand.groups == project.groups == 1
     and depthwise.groups == depthwise.in_features == depthwise.features
-    and depthwise.kernel_size == 3
-    and depthwise.padding == 'symmetric'
+    and depthwise.kernel_size in (3, 5)
     and expand.activation in MAXIMA
     and depthwise.activation in MAXIMA
     and project.activation is None
@@ -65,7 +64,9 @@ def run_block(
   y = convolve(x, x.shape, needed, needed, expand, lookup=False)
   added = block.branch.shortcut == 'identity'
   base = x if added else jnp.zeros((*shape, project.bias.size), x.dtype)
+  (top, _), (left, _) = map(depthwise.conv.pads, x.shape[1:3])
   features = tile_side(project.bias.size)
+  side = depthwise.conv.kernel_size
   # Each thread holds at most 64 values of the output tile.
   rows, num_warps = (64, 4) if features <= 128 else (32, 8)
   if x.dtype == jnp.float32:
@@ -79,7 +80,10 @@ def run_block(
     grid=cdiv(active.rows.size, rows),
     ADDED=added,
     MAXIMUM=MAXIMA[depthwise.conv.activation],
+    SIDE=side,
     STRIDES=depthwise.conv.strides,
+    TOP=top,
+    LEFT=left,
     HEIGHT=x.shape[1],
     WIDTH=x.shape[2],
     DEPTH=depthwise.bias.size,
@@ -87,6 +91,7 @@ def run_block(
     BLOCK_ROWS=rows,
     BLOCK_FEATURES=features,
     BLOCK_DEPTH=32,
+    UNROLLED=9 if side == 3 else 5,
     num_warps=num_warps,
     num_stages=2,
   )

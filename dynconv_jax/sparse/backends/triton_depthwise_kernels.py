@@ -14,7 +14,7 @@ def depthwise_matmul_add(
   rows,  # int32[N * HEIGHT * WIDTH]: table row of each position; -1: zeros.
   indices,  # int32[...]: the output positions.
   count,  # int32[1]
-  kernel,  # [3, 3, DEPTH]
+  kernel,  # [SIDE, SIDE, DEPTH]
   bias,  # float32[DEPTH]
   last_kernel,  # [DEPTH, FEATURES]
   last_bias,  # float32[FEATURES]
@@ -22,7 +22,10 @@ def depthwise_matmul_add(
   out,  # Output, [..., FEATURES]
   ADDED: tl.constexpr,  # Whether to add base.
   MAXIMUM: tl.constexpr,  # Upper bound of the depthwise output; 0: none.
+  SIDE: tl.constexpr,  # Side of the depthwise kernel.
   STRIDES: tl.constexpr,
+  TOP: tl.constexpr,  # Padding above the map.
+  LEFT: tl.constexpr,
   HEIGHT: tl.constexpr,
   WIDTH: tl.constexpr,
   DEPTH: tl.constexpr,
@@ -30,8 +33,9 @@ def depthwise_matmul_add(
   BLOCK_ROWS: tl.constexpr,
   BLOCK_FEATURES: tl.constexpr,  # FEATURES, rounded up to a power of two.
   BLOCK_DEPTH: tl.constexpr,
+  UNROLLED: tl.constexpr,  # Taps at a time, a divisor of SIDE * SIDE.
 ):
-  """Writes base + conv1x1(relu(depthwise 3x3)) at the listed positions.
+  """Writes base + conv1x1(relu(depthwise)) at the listed positions.
 
   Values between the two convolutions stay in registers.
   """
@@ -45,8 +49,8 @@ def depthwise_matmul_add(
   listed = row < size
   position = tl.where(listed, position, 0)
   image = position // (out_height * out_width)
-  top = position // out_width % out_height * STRIDES - 1
-  left = position % out_width * STRIDES - 1
+  top = position // out_width % out_height * STRIDES - TOP
+  left = position % out_width * STRIDES - LEFT
   feature = tl.arange(0, BLOCK_FEATURES)
   stored = listed[:, None] & (feature < FEATURES)[None, :]
   at = position[:, None].to(tl.int64) * FEATURES + feature[None, :]
@@ -55,17 +59,22 @@ def depthwise_matmul_add(
     depth = first + tl.arange(0, BLOCK_DEPTH)
     known = depth < DEPTH
     hidden = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], tl.float32)
-    for tap in tl.static_range(9):
-      y, x = top + tap // 3, left + tap % 3
-      inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-      here = tl.load(rows + (image * HEIGHT + y) * WIDTH + x, inside, other=-1)
-      tile = tl.load(
-        table + here[:, None].to(tl.int64) * DEPTH + depth[None, :],
-        (here >= 0)[:, None] & known[None, :],
-        other=0.0,
-      )
-      weights = tl.load(kernel + tap * DEPTH + depth, known, other=0.0)
-      hidden += tile.to(tl.float32) * weights.to(tl.float32)[None, :]
+    # Loads of unrolled taps are in flight together, and need registers.
+    for start_tap in range(0, SIDE * SIDE, UNROLLED):
+      for step in tl.static_range(UNROLLED):
+        tap = start_tap + step
+        y, x = top + tap // SIDE, left + tap % SIDE
+        inside = listed & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+        here = tl.load(
+          rows + (image * HEIGHT + y) * WIDTH + x, inside, other=-1
+        )
+        tile = tl.load(
+          table + here[:, None].to(tl.int64) * DEPTH + depth[None, :],
+          (here >= 0)[:, None] & known[None, :],
+          other=0.0,
+        )
+        weights = tl.load(kernel + tap * DEPTH + depth, known, other=0.0)
+        hidden += tile.to(tl.float32) * weights.to(tl.float32)[None, :]
     hidden += tl.load(bias + depth, known, other=0.0)[None, :]
     hidden = tl.where(hidden < 0, 0.0, hidden)  # Keeps NaN.
     if MAXIMUM > 0:

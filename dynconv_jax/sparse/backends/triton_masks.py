@@ -214,8 +214,14 @@ def share_squeezes(chains: Sequence[Sequence[GatedBlock]]) -> None:
   for chain in chains:
     same_map = False
     for block in chain:
-      # A unit that is used more than once reads several maps.
-      if not _is_unit(block.masker) or uses[id(block.masker)] > 1:
+      # A unit that is used more than once reads several maps. The kernel that
+      # dilates masks knows one kernel size and padding.
+      read = block.branch.reads[0]
+      if (
+        not _is_unit(block.masker)
+        or uses[id(block.masker)] > 1
+        or (read.kernel_size, read.padding) != (3, 'symmetric')
+      ):
         same_map = False
         continue
       if same_map and len(groups[-1]) < UNITS:

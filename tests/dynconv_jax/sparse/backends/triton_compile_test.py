@@ -14,6 +14,7 @@ from dynconv_jax import create_model
 from dynconv_jax.branch import Conv
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.masks import execution_mask
+from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.sparse.backends import (
   gluon,
   triton,
@@ -236,20 +237,19 @@ def test_gluon_kernels_fit_into_a_multiprocessor(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('network', ('mobilenet_v2', 'efficientnet_lite0'))
 def test_depthwise_kernels_fit_into_a_multiprocessor(
-  dtype, tmp_path, monkeypatch
+  dtype, network, tmp_path, monkeypatch
 ):
-  """For MobileNetV2's blocks; the first does not expand and runs in XLA."""
+  """The first block does not expand and runs in XLA."""
   need('triton')
   import triton_compiler
 
   monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
   model = nnx.eval_shape(
-    lambda: create_model(
-      'mobilenet_v2', method='dense', dtype=dtype, rngs=nnx.Rngs(0)
-    )
+    lambda: create_model(network, method='dense', dtype=dtype, rngs=nnx.Rngs(0))
   )
-  blocks = {block.branch for block in model.blocks}
+  blocks = {block.branch for block in gated_blocks(model)}
   supported = [
     b for b in blocks if BACKEND.supports(b, jnp.dtype(dtype), 'gpu')
   ]

@@ -67,12 +67,14 @@ def test_maps_of_any_size(interpreted, shape, strides, dtype):
   compare(block, (*shape, 8))
 
 
-def make_inverted(in_features, width, features, strides):
-  """Returns an inverted residual, as in MobileNetV2."""
+def make_inverted(
+  in_features, width, features, strides, side=3, padding='symmetric'
+):
+  """Returns an inverted residual, as in MobileNetV2 and EfficientNet-Lite."""
   return Branch(
     (
       Conv('a', 'an', in_features, width, activation='relu6'),
-      Conv('b', 'bn', width, width, 3, strides, width, 'relu6'),
+      Conv('b', 'bn', width, width, side, strides, width, 'relu6', padding),
       Conv('c', 'cn', width, features),
     ),
     activation=None,
@@ -99,6 +101,8 @@ UNUSUAL = {
   'inverted': make_inverted(20, 37, 20, 1),
   'inverted_strided': make_inverted(8, 48, 24, 2),
   'inverted_wide': make_inverted(24, 40, 130, 1),
+  'inverted_5x5': make_inverted(20, 24, 20, 1, 5),
+  'inverted_5x5_same': make_inverted(8, 24, 12, 2, 5, 'same'),
 }
 
 
