@@ -1,5 +1,6 @@
 """Tests of position lists and mask units, in Triton's interpreter."""
 
+import dataclasses
 from unittest import mock
 
 import jax.numpy as jnp
@@ -215,6 +216,15 @@ def test_gates_of_others_are_left_alone():
   exchanged.maskconv = nnx.Sequential(exchanged.maskconv)
   chain = make_chain(unit(), own, exchanged, None, unit(), unit())
   assert shared(chain) == [(None, 0), *[None] * 3, (None, 0), ('4', 10)]
+
+
+def test_units_of_convolutions_other_than_3x3_are_left_alone():
+  """The kernel that dilates masks knows 3x3 convolutions only."""
+  chain = make_chain(unit(), unit(), unit())
+  convs = chain[1].branch.convs
+  wide = dataclasses.replace(convs[1], kernel_size=5)
+  chain[1].branch = dataclasses.replace(chain[1].branch, convs=(convs[0], wide))
+  assert shared(chain) == [(None, 0), None, (None, 0)]
 
 
 def test_a_gate_that_decides_several_times_is_left_alone():
