@@ -35,7 +35,11 @@ from dynconv_jax.plotting.tradeoff import (
 )
 from dynconv_jax.training import workdir
 
-_RESULTS = flags.DEFINE_string('results', None, 'A results.csv to plot.')
+_RESULTS = flags.DEFINE_list(
+  'results',
+  None,
+  'One or more results.csv to plot together, separated by commas.',
+)
 _GAINS = flags.DEFINE_string('gains', None, 'A gains table to plot.')
 _AGAINST = flags.DEFINE_string(
   'against', '', 'Name of the baseline of --gains, for the title.'
@@ -74,20 +78,26 @@ def main(argv: Sequence[str]) -> None:
       if flags.FLAGS[name].present:
         raise ValueError(f'--{name} needs --results')
   if _RESULTS.value is not None:
-    results = pathlib.Path(_RESULTS.value).expanduser()
+    if not _RESULTS.value:
+      raise ValueError('--results names no file')
+    paths = [pathlib.Path(path).expanduser() for path in _RESULTS.value]
+    rows = [row for path in paths for row in read_results(path)]
+    # Tables may differ in columns, such as `recipe`.
+    columns = dict.fromkeys(name for row in rows for name in row)
+    rows = [{name: row.get(name, '') for name in columns} for row in rows]
     if _OUTPUT.value is None:
       if flags.FLAGS['x'].present:
         raise ValueError('--x needs --output=FIG.png')
       figures = plot_results(
-        read_results(results), results.parent, _SERIES.value, _CHANCE.value
+        rows, paths[0].parent, _SERIES.value, _CHANCE.value
       )
-      for paths in figures:
-        print('wrote ' + ' and '.join(map(str, paths)))
+      for written in figures:
+        print('wrote ' + ' and '.join(map(str, written)))
       return
     output = pathlib.Path(_OUTPUT.value).expanduser()
     style.figure_paths(output)
     plot_accuracy_against_macs(
-      read_results(results), output, _X.value, _SERIES.value, _CHANCE.value
+      rows, output, _X.value, _SERIES.value, _CHANCE.value
     )
   elif _GAINS.value is not None:
     table = pathlib.Path(_GAINS.value).expanduser()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.models.gated import GatedBlock, gated_blocks
+from dynconv_jax.models.gated import GATE, GatedBlock, gated_blocks
 
 HEADS = ('fc', 'linear', 'classifier', 'classifier.1', '_fc')
 
@@ -28,7 +28,6 @@ _BATCH_NORM = {
   'mean': 'running_mean',
   'var': 'running_var',
 }
-_GATE = 'masker'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Weight:
   @property
   def is_gate(self) -> bool:
     """Whether it belongs to a gate, which dense networks do not have."""
-    return _GATE in self.path
+    return GATE in self.path
 
   def to_torch(self, array: np.ndarray) -> np.ndarray:
     """Returns a writable copy of an array in PyTorch's layout."""
@@ -142,7 +141,7 @@ def gateless_blocks(
   for block in blocks:
     if block.masker is None:
       starts = tuple(
-        '.'.join([*_modules([*block.name.split('.'), _GATE], naming), part, ''])
+        '.'.join([*_modules([*block.name.split('.'), GATE], naming), part, ''])
         for part in parts
       )
       if entries := [name for name in names if name.startswith(starts)]:

@@ -50,8 +50,8 @@ class Options(Budget, Warmup, Opening, Gumbel, Dropping):
     False,
     'Whether blocks without an identity shortcut take the masks of the '
     'previous stage instead of having a mask unit. Blocks before the first '
-    'one with an identity shortcut then run everywhere. Of use in networks in '
-    'which all blocks may have gates, such as with gated_blocks=all.',
+    'mask unit then run everywhere. Needs gates in such blocks, for example '
+    'gated_blocks=all.',
     before=False,
   )
   block_bounds_until: float = option(
@@ -100,14 +100,25 @@ def make_gates(
   """Returns a function that makes a block's gate."""
   options.check_phases()
   sides = stage_granularities(options.mask_granularity, sites)
-  # The first block whose mask can be inherited.
-  first = next((site.index for site in sites if site.identity), len(sites))
   inherits = options.inherited_masks
+  if inherits and all(site.identity for site in sites):
+    raise ValueError(
+      'inherited_masks needs gates in blocks without an identity shortcut, for '
+      'example gated_blocks=all; got none'
+    )
+  # Indices of the blocks whose masks can be inherited.
+  units = [
+    site.index
+    for site in sites
+    if site.identity and site.name not in options.dropped_blocks
+  ]
   unit = RecordedMaskUnit if inherits else MaskUnit
 
   def make(site: GateSite) -> Gate | None:
     if inherits and not site.identity:
-      return InheritedMask(site.strides) if site.index > first else None
+      if not units or site.index < units[0]:
+        return None
+      return InheritedMask(site.strides)
     return unit(
       site.in_features,
       strides=site.strides,

@@ -96,6 +96,16 @@ class Gate(nnx.Module):
     """
     raise NotImplementedError
 
+  def record(self, hard: jax.Array, carry: Any) -> Any:
+    """Returns the carry for the next gate if a mask was given to the block.
+
+    Args:
+      hard: float32[N, h, w] of {0, 1}, used instead of this gate's decision.
+      carry: the carry of the previous gate; None for the first.
+    """
+    del hard
+    return carry
+
   def end_stage(self, x: jax.Array, carry: Any) -> tuple[jax.Array, Any]:
     """Returns a stage's output, and the carry for the next stage's gates.
 

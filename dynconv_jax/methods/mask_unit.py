@@ -160,23 +160,29 @@ class Ran(NamedTuple):
 
 
 class RecordedMaskUnit(MaskUnit):
-  """A mask unit that records where its stage has run, for `InheritedMask`."""
+  """A mask unit that records where its stage has run, for `InheritedMask`.
+
+  Its carry is a `Ran`. The arguments are those of `MaskUnit`.
+  """
+
+  def record(self, hard, carry):
+    if carry is not None and not carry.inherited:
+      hard = union((carry.mask, hard))
+    return Ran(hard, inherited=False)
 
   def __call__(self, x, carry=None, **kwargs):
-    decision, _ = super().__call__(x, **kwargs)
-    ran = decision.hard
-    if carry is not None and not carry.inherited:
-      ran = union((carry.mask, ran))
-    return decision, Ran(ran, inherited=False)
+    decision, carry = super().__call__(x, carry, **kwargs)
+    return decision, self.record(decision.hard, carry)
 
 
 class InheritedMask(Gate):
   """A gate that runs its block where the previous stage ran.
 
-  It is for blocks without an identity shortcut, whose output is zero where they
-  are skipped. The mask is the union of the previous stage's masks. In a strided
-  block, an output position runs if one of the strides x strides input positions
-  at its place ran. A stage without mask units passes its own inherited mask on.
+  It is for blocks without an identity shortcut, which lose their input where
+  they are skipped. The mask is the union of the previous stage's masks. In a
+  strided block, an output position runs if one of the strides x strides input
+  positions at its place ran. A stage without mask units passes its own
+  inherited mask on. An earlier gate must be a `RecordedMaskUnit`.
 
   Args:
     strides: stride of the block.
@@ -186,6 +192,9 @@ class InheritedMask(Gate):
     super().__init__()
     self.strides = strides
 
+  def record(self, hard, carry):
+    return Ran(hard, inherited=True)
+
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
@@ -193,7 +202,7 @@ class InheritedMask(Gate):
     _, h, w = carry.mask.shape
     ran = jnp.pad(carry.mask, ((0, 0), (0, -h % s), (0, -w % s)))
     ran = union([ran[:, i::s, j::s] for i in range(s) for j in range(s)])
-    return Decision(ran), Ran(ran, inherited=True)
+    return Decision(ran), self.record(ran, carry)
 
 
 def union(masks: Sequence[jax.Array]) -> jax.Array:

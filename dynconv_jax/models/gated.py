@@ -28,6 +28,9 @@ DropPath = Annotated[
 ]
 Masks = Sequence[jax.Array | None] | Mapping[str, jax.Array]
 
+# Attribute of a block that is its gate.
+GATE = 'masker'
+
 
 class Gating:
   """The decisions of one forward pass.
@@ -115,6 +118,15 @@ class Gating:
     decision, self._carry = gate(x, self._carry, **self._kwargs)
     self._gate = gate
     return jax.tree.map(lambda v: jnp.broadcast_to(v, shape), decision)
+
+  def record(self, gate: Gate, hard: jax.Array) -> None:
+    """Tells the later gates about a mask that was given instead of decided.
+
+    Args:
+      gate: the gate of the block.
+      hard: float32[N, h, w] of {0, 1}, the mask.
+    """
+    self._carry = gate.record(hard, self._carry)
 
   def add(self, mask: ExecutionMask) -> None:
     """Adds the execution mask of the next gated block."""
@@ -310,6 +322,8 @@ def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
   hard = gating.given(block.name, shape)
   if hard is not None:
     decision = Decision(hard)
+    if block.masker is not None:
+      gating.record(block.masker, hard)
   elif block.masker is None:
     return None
   else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pathlib
 import re
@@ -167,8 +168,9 @@ def _separate(
   # Settle the layout, because labels are placed in pixels.
   figure.draw_without_rendering()
   figure.set_layout_engine('none')
-  at = [_between(*ends) for curve in curves for ends in _lines(curve)]
-  xs, ys = np.concatenate(at).T
+  # Points on all lines and error bars, which labels must not cover.
+  lines = [np.linspace(*ends, 25) for curve in curves for ends in _lines(curve)]
+  xs, ys = np.concatenate(lines).T
   adjust_text(
     labels,
     xs,
@@ -184,17 +186,14 @@ def _separate(
 
 def _lines(curve: Curve) -> list[tuple]:
   """Returns the (start, end) of a curve's lines and error bars."""
-  places = [(point.x, point.accuracy) for point in curve.points]
   bars = [
     ((p.x, p.accuracy - p.below), (p.x, p.accuracy + p.above))
     for p in curve.points
   ]
-  return [*zip(places, places[1:], strict=False), *bars]
-
-
-def _between(start: tuple, end: tuple) -> np.ndarray:
-  """Returns points of a line, float[n, 2]."""
-  return np.linspace(start, end, 25)
+  return [
+    *itertools.pairwise((p.x, p.accuracy) for p in curve.points),
+    *bars,
+  ]
 
 
 def _name(method: str, curve: Curve) -> str:

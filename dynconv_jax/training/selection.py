@@ -10,11 +10,9 @@ import jax
 from flax import nnx
 
 from dynconv_jax.layers import BatchNorm
+from dynconv_jax.models.gated import GATE
 
 Path = tuple[Any, ...]
-
-# Attribute of a block that is its gate.
-GATE = 'masker'
 
 
 def matches(pattern: str, path: Path) -> bool:

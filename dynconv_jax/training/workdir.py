@@ -23,7 +23,8 @@ from dynconv_jax.interop.names import HEADS
 from dynconv_jax.methods.gate import Gate
 from dynconv_jax.models import registry
 from dynconv_jax.models.create import assemble
-from dynconv_jax.training import checkpoints, selection
+from dynconv_jax.models.gated import GATE
+from dynconv_jax.training import checkpoints
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import (
@@ -458,9 +459,7 @@ def initialize_from(model: nnx.Module, source: nnx.Module) -> list[str]:
     )
     if mine == other:
       kept[path] = jnp.copy(theirs[path][...])
-    elif path[0] not in HEADS and not (
-      selection.GATE in path and None in (mine, other)
-    ):
+    elif path[0] not in HEADS and not (GATE in path and None in (mine, other)):
       differing.append(f'{name}: {mine or "none"} from {other or "none"}')
     elif mine:
       fresh.append(name)

@@ -30,6 +30,22 @@ def test_draws_results_and_names_the_files(tmp_path):
   assert svg.stat().st_size
 
 
+def test_draws_several_tables_together(tmp_path):
+  one, two = tmp_path / 'one.csv', tmp_path / 'two.csv'
+  one.write_text(_HEADER + 'resnet18,dynconv,0.5,0,0.62,0.08\n')
+  row = 'resnet18,dynconv,0.5,0,0.7,0.07,inherited\n'
+  two.write_text(_HEADER.replace('\n', ',recipe\n') + row)
+  svg = tmp_path / 'fig.svg'
+  process = _start(
+    f'--results={one},{two}', f'--output={svg}', '--series=recipe'
+  )
+  _, stderr = process.communicate()
+  assert process.returncode == 0, stderr
+  text = svg.read_text()
+  assert 'DynConv ResNet-18 -->' in text
+  assert 'DynConv ResNet-18, inherited -->' in text
+
+
 def test_an_error_ends_the_program_with_status_one(tmp_path):
   process = _start(f'--results={tmp_path}/none.csv', '--output=fig.png')
   stdout, stderr = process.communicate()
@@ -59,6 +75,7 @@ def test_workdirs_and_errors(tmp_path):
     ([f'--workdir={run}'], f'wrote {curves}.png and {curves}.svg'),
     ([], 'set one of --results=FILE.csv, --gains=FILE.csv, and'),
     ([f'--results={bad}', f'--workdir={run}'], 'set one of --results'),
+    (['--results='], '--results names no file'),
     ([f'--results={bad}', '--x=ms'], '--x needs --output=FIG.png'),
     ([f'--results={bad}'], "row 1, column 'accuracy': 'high' is not"),
     ([f'--results={empty}', output], 'is empty: it has no header'),

@@ -233,22 +233,58 @@ class InheritedMaskTest(parameterized.TestCase):
     # Closing one mask changes the union only if the other one is closed.
     np.testing.assert_array_equal(found, [[1, 0, 1, 0], [1, 1, 0, 0]])
 
+  def _lite0(self, gated_blocks='all', **options):
+    return create_model(
+      'efficientnet_lite0',
+      method='dynconv',
+      num_classes=3,
+      gated_blocks=gated_blocks,
+      inherited_masks=True,
+      rngs=nnx.Rngs(1),
+      **options,
+    )
+
   def test_in_a_network(self):
-    model = create_model(
-      'efficientnet_lite0', method='dynconv', num_classes=3,
-      gated_blocks='all', inherited_masks=True,
-      dropped_blocks=('blocks.4.1', 'blocks.4.2'), rngs=nnx.Rngs(1),
-    )  # fmt: skip
+    model = self._lite0(dropped_blocks=('blocks.4.1', 'blocks.4.2'))
     _, masks = model(_images(2, 64, 64, 3), rngs=nnx.Rngs(0))
     hard = {mask.name: np.asarray(mask.hard) for mask in masks}
     self.assertNotIn('blocks.0.0', hard)
     self.assertNotIn('blocks.1.0', hard)
     either = np.maximum(hard['blocks.3.1'], hard['blocks.3.2'])
     self.assertBetween(either.mean(), 0.1, 0.95)
-    # Both have a stride of 1, and stage 4 has no mask unit.
+    # Blocks 3.1, 3.2, and 4.0 have a stride of 1, and stage 4 has no mask unit.
     np.testing.assert_array_equal(hard['blocks.4.0'], either)
     blocks = either.reshape(2, 2, 2, 2, 2).max((2, 4))
     np.testing.assert_array_equal(hard['blocks.5.0'], blocks)
+
+  def test_given_masks_are_inherited(self):
+    model = self._lite0()
+    images = _images(1, 64, 64, 3)
+    _, masks = model(images, rngs=nnx.Rngs(0))
+    shapes = {mask.name: mask.hard.shape for mask in masks}
+    corner = jnp.zeros(shapes['blocks.1.1']).at[:, :3, :5].set(1)
+    given = {
+      'blocks.1.1': corner,
+      'blocks.3.0': jnp.zeros(shapes['blocks.3.0']),
+    }
+    for name in ('blocks.3.1', 'blocks.3.2'):
+      given[name] = jnp.zeros(shapes[name])
+    _, masks = model(images, rngs=nnx.Rngs(0), masks=given)
+    hard = {mask.name: np.asarray(mask.hard) for mask in masks}
+    expected = np.zeros(shapes['blocks.2.0'])
+    expected[:, :2, :3] = 1
+    np.testing.assert_array_equal(hard['blocks.2.0'], expected)
+    self.assertFalse(hard['blocks.4.0'].any())
+
+  def test_blocks_before_the_first_mask_unit_run_everywhere(self):
+    model = self._lite0(dropped_blocks=('blocks.1.1',))
+    _, masks = model(_images(1, 64, 64, 3), rngs=nnx.Rngs(0))
+    names = [mask.name for mask in masks]
+    self.assertEqual(names[:3], ['blocks.1.1', 'blocks.2.1', 'blocks.3.0'])
+
+  def test_networks_without_such_blocks_are_refused(self):
+    with self.assertRaisesRegex(ValueError, 'for example gated_blocks=all'):
+      self._lite0(gated_blocks='identity')
 
 
 if __name__ == '__main__':
