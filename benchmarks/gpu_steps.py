@@ -41,14 +41,21 @@ def steps(dry_run: bool) -> dict[str, Step]:
   Args:
     dry_run: whether to use a small network.
   """
-  size = ('--model=resnet50', '--image_size=224')
+  models, size = ('resnet50', 'mobilenet_v2', 'resnet101'), ('--image_size=224',)
   batches, densities, rounds = (32, 1, 128), '0.1,0.3,0.5,1', ('--rounds=5',)
+  few = ('--density=0.3,0.5',)
   if dry_run:
-    size = ('--model=cifar_resnet8', '--image_size=32', '--num_classes=3')
+    models = ('cifar_resnet8', 'mobilenet_v2', 'cifar_resnet14')
+    size, few = ('--image_size=32', '--num_classes=3'), ('--density=0.3',)
     batches, densities = (1,), '0.3'
     rounds = ('--rounds=1', '--steps=1')
-  benchmark = ('experiments.benchmark', *size, '--compute_dtype=bfloat16')
-  benchmark += ('--nomasked_dense', *rounds)
+
+  def benchmark(model):
+    return (
+      *('experiments.benchmark', f'--model={model}', *size, *rounds),
+      *('--compute_dtype=bfloat16', '--nomasked_dense'),
+    )
+
   itself = ('benchmarks.gpu_run', *(('--dry_run',) if dry_run else ()))
   logged = {'TF_CPP_MIN_LOG_LEVEL': '0'}
   logged['TF_CPP_VMODULE'] = 'command_buffer_thunk=5,command_buffer_cmd=1'
@@ -63,7 +70,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
     found[f'times_{batch}'] = Step(
       2.5,
       (
-        *benchmark,
+        *benchmark(models[0]),
         f'--batch_size={batch}',
         f'--density={densities}',
         '--mode=sparse',
@@ -82,25 +89,19 @@ def steps(dry_run: bool) -> dict[str, Step]:
   found['auto'] = Step(
     3,
     (
-      *(*benchmark, '--peers=none', '--mode=auto'),
+      *(*benchmark(models[0]), '--peers=none', '--mode=auto'),
       *(f'--batch_size={batches[-1]}', f'--density={densities}'),
     ),
   )
-  if not dry_run:
-    mobilenet = [a.replace('resnet50', 'mobilenet_v2') for a in benchmark]
-    found['mobilenet'] = Step(
-      4,
+  for name, model, minutes, sizes in (
+    ('mobilenet', models[1], 4, sorted(batches, reverse=True)),
+    ('resnet101', models[2], 3, batches[-1:]),
+  ):
+    found[name] = Step(
+      minutes,
       (
-        *(*mobilenet, '--batch_size=128,32,1', '--density=0.3,0.5'),
-        *('--mode=sparse', '--peers=torch_cuda_graph'),
-      ),
-    )
-    resnet101 = [a.replace('resnet50', 'resnet101') for a in benchmark]
-    found['resnet101'] = Step(
-      3,
-      (
-        *(*resnet101, '--batch_size=128', '--density=0.3,0.5'),
-        *('--mode=sparse', '--peers=torch_cuda_graph'),
+        *(*benchmark(model), '--peers=torch_cuda_graph', '--mode=sparse'),
+        *(f'--batch_size={",".join(map(str, sizes))}', *few),
       ),
     )
   return found

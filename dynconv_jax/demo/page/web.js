@@ -54,7 +54,8 @@ const toByte = sum => Math.floor(sum / ONE + 0.5);
 /** Returns the weights of Pillow's bilinear filter: one [first, ...weights] for
  * each of n pixels of what lies from start to stop among length pixels. */
 function filter(start, stop, length, n) {
-  const scale = (stop - start) / n, support = Math.max(scale, 1);
+  [start, stop] = [Math.fround(start), Math.fround(stop)];  // As Pillow does.
+  const scale = Math.fround(stop - start) / n, support = Math.max(scale, 1);
   return Array.from({length: n}, (_, i) => {
     const center = start + (i + 0.5) * scale;
     const first = Math.max(0, Math.trunc(center - support + 0.5));
