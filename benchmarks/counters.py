@@ -114,8 +114,8 @@ def of_onnx(
 def export(model, inputs, path: str, dynamo: bool) -> None:
   """Writes a model to an ONNX file; writes nothing if the export fails."""
   if isinstance(inputs, dict) and 'input_ids' in inputs:
-    # Without a mask, decoders look for packed sequences with `torch.diff`, which
-    # the tracing exporter does not support.
+    # Without a mask, decoders look for packed sequences with `torch.diff`,
+    # which the tracing exporter does not support.
     inputs = inputs | {'attention_mask': torch.ones_like(inputs['input_ids'])}
   model, args = counter_peers.positional(model, inputs)
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:

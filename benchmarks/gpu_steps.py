@@ -41,7 +41,10 @@ def steps(dry_run: bool) -> dict[str, Step]:
   Args:
     dry_run: whether to use a small network.
   """
-  models, size = ('resnet50', 'mobilenet_v2', 'resnet101'), ('--image_size=224',)
+  models, size = (
+    ('resnet50', 'mobilenet_v2', 'resnet101'),
+    ('--image_size=224',),
+  )
   batches, densities, rounds = (32, 1, 128), '0.1,0.3,0.5,1', ('--rounds=5',)
   few = ('--density=0.3,0.5',)
   if dry_run:

@@ -9,6 +9,7 @@ import pathlib
 import re
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from absl import app, flags, logging
@@ -203,6 +204,10 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(1)
 
   sys.unraisablehook = show_unraisable
+  # After such an error, the other writes of a checkpoint are never started.
+  warnings.filterwarnings(
+    'ignore', 'coroutine .*async_serialize', RuntimeWarning
+  )
   # File names may not be valid text.
   for stream in (sys.stdout, sys.stderr):
     stream.reconfigure(errors='backslashreplace')

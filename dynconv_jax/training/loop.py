@@ -19,7 +19,13 @@ from dynconv_jax import distributed, interop
 from dynconv_jax.data import sources
 from dynconv_jax.data.source import DataSource
 from dynconv_jax.models import registry
-from dynconv_jax.training import checkpoints, inputs, schedules, selection
+from dynconv_jax.training import (
+  checkpoints,
+  initialization,
+  inputs,
+  schedules,
+  selection,
+)
 from dynconv_jax.training import evaluation as evaluation_lib
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training import workdir as workdir_lib
@@ -139,14 +145,14 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
       ],
     },
   )
-  workdir_lib.open_gates(network, method)
+  initialization.open_gates(network, method)
   if start_from.init_from and not resumed:
     source = workdir_lib.load_run(start_from.init_from, factory=model)
-    workdir_lib.initialize_from(network, source.model)
+    initialization.initialize_from(network, source.model)
   if start_from.pretrained and not resumed:
     path = interop.find_pretrained(start_from.pretrained, config.data.data_dir)
     interop.load_pretrained(network, interop.read_state_dict(path))
-  workdir_lib.start_gates(network, method)
+  initialization.start_gates(network, method)
   teacher = None
   if start_from.distill_from:
     teacher = workdir_lib.load_teacher(

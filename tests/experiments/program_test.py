@@ -135,6 +135,18 @@ def test_errors_that_nobody_catches_but_one():
   assert 'Event loop' not in errors
 
 
+def test_writes_that_never_started_are_not_reported():
+  lines = [
+    'async def async_serialize_from_host(): pass',
+    'async def forgotten(): pass',
+    'async_serialize_from_host()',
+    'forgotten()',
+  ]
+  errors = _program('\n  '.join(lines))().stderr
+  assert "'main.<locals>.forgotten' was never awaited" in errors
+  assert 'async_serialize' not in errors
+
+
 def test_a_name_of_a_file_that_is_no_text():
   done = _program(r"print('caf\udce9', os.path.basename('x'))")()
   assert (done.returncode, done.stdout) == (0, 'caf\\udce9 x\n')

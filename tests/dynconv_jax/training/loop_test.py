@@ -25,7 +25,13 @@ from dynconv_jax.data import spots
 from dynconv_jax.data.decode import CorruptImageError
 from dynconv_jax.files import locked
 from dynconv_jax.models.resnet import ARCHITECTURES
-from dynconv_jax.training import checkpoints, loop, records, workdir
+from dynconv_jax.training import (
+  checkpoints,
+  initialization,
+  loop,
+  records,
+  workdir,
+)
 from dynconv_jax.training.state import CHECKED
 
 # orbax leaves coroutines behind if it fails to read or write.
@@ -422,7 +428,7 @@ def test_starts_from_a_dense_run_that_also_teaches(config, tmp_path):
     )
   )
   # Once started, it no longer needs the run that it started from.
-  with mock.patch.object(workdir, 'initialize_from') as initialize:
+  with mock.patch.object(initialization, 'initialize_from') as initialize:
     loop.train(student, tmp_path / 'student')
   initialize.assert_not_called()
   with pytest.raises(ValueError, match='was trained on the classes'):
