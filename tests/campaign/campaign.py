@@ -115,7 +115,7 @@ def kills(campaign: Campaign, number: int, reference, seconds: float) -> None:
     same = status == 0 and result(workdir) == reference
     problem = '' if same else f'status {status}: {output[-500:]}'
     for _ in range(number // runs):
-      campaign.note('kill -9 in training', problem)
+      campaign.note('kill -9 in preparation or training', problem)
 
 
 def kernels(campaign: Campaign, number: int) -> None:
