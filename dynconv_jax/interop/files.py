@@ -94,6 +94,14 @@ def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
       f'reading {path} needs PyTorch: pip install '
       "'dynconv-jax[torch]' installs it. .safetensors files do not need it"
     ) from error
+  with path.open('rb') as file:
+    start = file.read(2)
+  # A zip file, or a pickle from before PyTorch 1.6.
+  if start != b'PK' and start[:1] != b'\x80':
+    raise ValueError(
+      f'cannot read {path}: torch.save did not write it; it '
+      + (f'starts with {start!r}' if start else 'is empty')
+    )
   _check_sums(path)
   # Training scripts save their arguments. A Namespace cannot run code.
   allowed = torch.serialization.safe_globals([argparse.Namespace])

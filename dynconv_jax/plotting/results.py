@@ -80,10 +80,13 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
 
   Raises:
     FileNotFoundError: the file does not exist.
+    IsADirectoryError: the path is a folder.
     ValueError: the file is not text, has no header or no rows, has duplicate
       columns, or a row has more or fewer cells than the header.
   """
   path = Path(path)
+  if path.is_dir():
+    raise IsADirectoryError(f'{path} is a folder; name a CSV file in it')
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {str(path)!r}')
   try:

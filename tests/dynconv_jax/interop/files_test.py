@@ -109,6 +109,19 @@ def test_damaged_files(tmp_path, suffix, content):
     read_state_dict(path)
 
 
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [(b'', 'it is empty$'), (b'no weights', "it starts with b'no'$")],
+)
+def test_files_that_pytorch_did_not_write(tmp_path, torch, content, message):
+  path = tmp_path / 'w.pth'
+  path.write_bytes(content)
+  with pytest.raises(
+    ValueError, match=f'torch.save did not write it; {message}'
+  ):
+    read_state_dict(path)
+
+
 def test_a_truncated_file_of_pytorchs(tmp_path, torch):
   path = tmp_path / 'w.pth'
   torch.save({'x': torch.zeros(1000)}, path)

@@ -30,9 +30,11 @@ def test_reads_cells_as_text(tmp_path):
 
 
 def test_a_missing_file(tmp_path):
-  for path in (tmp_path / 'none.csv', tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"there is no file '{path}'"):
-      read_results(path)
+  path = tmp_path / 'none.csv'
+  with pytest.raises(FileNotFoundError, match=f"there is no file '{path}'"):
+    read_results(path)
+  with pytest.raises(IsADirectoryError, match=f'{tmp_path} is a folder; name'):
+    read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
