@@ -67,9 +67,9 @@ def write_predictions(
   """Writes a prediction file with one row per example.
 
   The columns are name, label and prediction (class names), correct (0 or 1),
-  and cross_entropy. If known, there are also macs, object_share, and the means
-  over blocks of object_recall and background_density. Cells are empty for
-  images without a visible object.
+  and cross_entropy. If known, there are also macs, object_share, and
+  `Evaluation.object_shares`. Cells are empty for images without a visible
+  object.
 
   Args:
     path: path of the CSV file.
@@ -89,11 +89,14 @@ def write_predictions(
   }
   if result.macs.size:
     columns['macs'] = [f'{value:.0f}' for value in result.macs]
-  for name in ('object_share', 'object_recall', 'background_density'):
-    values = getattr(result, name)
+  recall, background = result.object_shares
+  for name, values in (
+    ('object_share', result.object_share),
+    ('object_recall', recall),
+    ('background_density', background),
+  ):
     if values.size:
-      means = values.reshape(len(values), -1).mean(1)
-      columns[name] = ['' if np.isnan(v) else f'{v:.6g}' for v in means]
+      columns[name] = ['' if np.isnan(v) else f'{v:.6g}' for v in values]
   text = io.StringIO(newline='')
   writer = csv.writer(text, lineterminator='\n')
   writer.writerow(columns)

@@ -62,6 +62,19 @@ class Evaluation:
     """bool[n], whether the predicted class is the label."""
     return self.prediction == self.label
 
+  @property
+  def object_shares(self) -> tuple[np.ndarray, np.ndarray]:
+    """(object_recall, background_density) of each image, both float64[n].
+
+    They are means over the blocks that run on any image. A dropped block says
+    nothing about positions. Empty if there are none, or no object masks.
+    """
+    if not self.object_recall.size or not self.densities.any():
+      return np.zeros(0), np.zeros(0)
+    runs = self.densities.any(0)
+    recall, background = self.object_recall, self.background_density
+    return recall[:, runs].mean(1), background[:, runs].mean(1)
+
   def summary(self) -> dict[str, Any]:
     """Returns JSON-serializable means over the examples.
 
@@ -69,7 +82,8 @@ class Evaluation:
     'accuracy_high', 'loss', and 'num_examples'. For gated networks:
     'executed_fraction', 'block_density', and 'block_stage'. With a MAC report:
     'gmacs_mean', 'gmacs_p50', and 'gmacs_p95'. With object masks:
-    'object_recall' and 'background_density', averaged over blocks.
+    'object_recall' and 'background_density', averaged over the blocks that run
+    on any image.
     """
     n = len(self.correct)
     low, high = wilson_interval(int(self.correct.sum()), n)
@@ -94,9 +108,10 @@ class Evaluation:
       result['gmacs_mean'] = float(gmacs.mean())
       result['gmacs_p50'] = float(np.percentile(gmacs, 50))
       result['gmacs_p95'] = float(np.percentile(gmacs, 95))
-    if self.object_recall.size and not np.isnan(self.object_recall).all():
-      result['object_recall'] = float(np.nanmean(self.object_recall))
-      result['background_density'] = float(np.mean(self.background_density))
+    recall, background = self.object_shares
+    if recall.size and not np.isnan(recall).all():
+      result['object_recall'] = float(np.nanmean(recall))
+      result['background_density'] = float(background.mean())
     return result
 
 

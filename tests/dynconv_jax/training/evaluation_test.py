@@ -143,6 +143,18 @@ class EvaluateTest(parameterized.TestCase):
     self.assertAlmostEqual(summary['object_recall'], 0.75)
     self.assertAlmostEqual(summary['background_density'], (1 / 12 + 1) / 2)
 
+  def test_blocks_that_never_run_have_no_object_recall(self):
+    def predict(images):
+      hard = np.zeros((len(images), 4, 4))
+      hard[:, 0, :3] = 1
+      return _logits(images), [_mask(hard), _mask(np.zeros_like(hard), 'b')]
+
+    result = evaluation.evaluate(predict, _batches(5, with_objects=True))
+    recall, background = result.object_shares
+    np.testing.assert_allclose(recall, np.full(13, 0.5))
+    np.testing.assert_allclose(background, np.full(13, 1 / 12))
+    self.assertAlmostEqual(result.summary()['object_recall'], 0.5)
+
   def test_an_object_that_was_cropped_away_does_not_count(self):
     def batches():
       for batch in _batches(5, with_objects=True):
