@@ -49,7 +49,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
   few = ('--density=0.3,0.5',)
   if dry_run:
     models = ('cifar_resnet8', 'mobilenet_v2', 'cifar_resnet14')
-    size, few = ('--image_size=32', '--num_classes=3'), ('--density=0.3',)
+    size, few = ('--image_size=64', '--num_classes=3'), ('--density=0.3',)
     batches, densities = (1,), '0.3'
     rounds = ('--rounds=1', '--steps=1')
 
