@@ -229,7 +229,8 @@ def _parse(row: Mapping[str, object], x: str, number: int) -> Point | None:
     )
   knob, weight = find_method(str(row['method'])).knob, None
   if (names := _listed(row)) is not None:
-    weight = float(len(names))
+    # The cell is empty if the sweep's grid did not have the knob.
+    weight = float(len(names)) if names else None
   elif knob and knob != 'budget':
     weight = _number(row, knob, number, optional=True)
   width = _number(row, 'width_multiplier', number, optional=True)

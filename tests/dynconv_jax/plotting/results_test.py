@@ -186,6 +186,9 @@ def test_a_list_of_blocks_is_shown_by_its_length():
   found = [(p.x, p.weight, p.seeds) for p in curve.points]
   # Other blocks are another setting, not another seed.
   assert found == [(0.1, 3, 1), (0.2, 1, 2), (0.3, 1, 1)]
+  # Without the knob in a sweep's grid, the blocks are not known.
+  unknown = [_row(0.6, 0.1, 'drop', budget='', dropped_blocks='', seed=0)]
+  assert accuracy_curves(unknown)[0].points[0].weight is None
 
 
 def test_input_sizes_are_settings():
