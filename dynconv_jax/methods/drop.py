@@ -25,7 +25,7 @@ class Closed(Gate):
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True
   ):
-    return Decision(jnp.zeros((len(x), 1, 1), jnp.float32)), carry
+    return Decision(jnp.zeros((x.shape[0], 1, 1), jnp.float32)), carry
 
 
 @dataclasses.dataclass(frozen=True)

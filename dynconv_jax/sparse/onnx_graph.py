@@ -54,17 +54,18 @@ class Graph:
     return name
 
   def model(
-    self, outputs: dict[str, tuple[str, Sequence[int | str]]]
+    self, outputs: dict[str, tuple[str | np.ndarray, Sequence[int | str]]]
   ) -> onnx.ModelProto:
     """Returns the checked model, with only the nodes that its outputs need.
 
     Args:
-      outputs: name -> (float32 value, shape).
+      outputs: name -> (float32 value, shape). A value may be a constant.
     """
-    results = [
-      helper.make_node('Identity', [value], [name])
-      for name, (value, _) in outputs.items()
-    ]
+    results = []
+    for name, (value, _) in outputs.items():
+      if isinstance(value, np.ndarray):
+        value = self._constant(value)
+      results.append(helper.make_node('Identity', [value], [name]))
     needed, nodes = set(outputs), []
     for node in reversed([*self._nodes, *results]):
       if needed.intersection(node.output):

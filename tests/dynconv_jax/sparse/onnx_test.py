@@ -102,6 +102,20 @@ def test_masks_and_their_macs_are_those_of_the_model(
   np.testing.assert_allclose(macs, expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize('batch_size', [None, 2])
+def test_dropped_blocks_have_constant_masks(batch_size):
+  model = create_model(
+    'cifar_resnet8',
+    method='drop',
+    dropped_blocks=('layer1.0',),
+    num_classes=3,
+    rngs=nnx.Rngs(0),
+  )
+  images = make_images(2)
+  densities = assert_exported(randomize(model), images, batch_size=batch_size)
+  np.testing.assert_array_equal(densities, np.zeros((2, 1)))
+
+
 def test_a_dense_network_has_no_masks(make_network):
   exported = export_onnx(make_network('basic', 'dense'), SIZE, masks=True)
   assert [output.name for output in exported.graph.output] == ['logits']
