@@ -41,21 +41,18 @@ def steps(dry_run: bool) -> dict[str, Step]:
   Args:
     dry_run: whether to use a small network.
   """
-  models, size = (
-    ('resnet50', 'mobilenet_v2', 'resnet101'),
-    ('--image_size=224',),
-  )
+  model, depthwise, deeper = 'resnet50', 'mobilenet_v2', 'resnet101'
+  size, few = ('--image_size=224',), ('--density=0.3,0.5',)
   batches, densities, rounds = (32, 1, 128), '0.1,0.3,0.5,1', ('--rounds=5',)
-  few = ('--density=0.3,0.5',)
   if dry_run:
-    models = ('cifar_resnet8', 'mobilenet_v2', 'cifar_resnet14')
+    model, deeper = 'cifar_resnet8', 'cifar_resnet14'
     size, few = ('--image_size=64', '--num_classes=3'), ('--density=0.3',)
     batches, densities = (1,), '0.3'
     rounds = ('--rounds=1', '--steps=1')
 
-  def benchmark(model):
+  def benchmark(name):
     return (
-      *('experiments.benchmark', f'--model={model}', *size, *rounds),
+      *('experiments.benchmark', f'--model={name}', *size, *rounds),
       *('--compute_dtype=bfloat16', '--nomasked_dense'),
     )
 
@@ -73,7 +70,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
     found[f'times_{batch}'] = Step(
       2.5,
       (
-        *benchmark(models[0]),
+        *benchmark(model),
         f'--batch_size={batch}',
         f'--density={densities}',
         '--mode=sparse',
@@ -92,18 +89,18 @@ def steps(dry_run: bool) -> dict[str, Step]:
   found['auto'] = Step(
     3,
     (
-      *(*benchmark(models[0]), '--peers=none', '--mode=auto'),
+      *(*benchmark(model), '--peers=none', '--mode=auto'),
       *(f'--batch_size={batches[-1]}', f'--density={densities}'),
     ),
   )
-  for name, model, minutes, sizes in (
-    ('mobilenet', models[1], 4, sorted(batches, reverse=True)),
-    ('resnet101', models[2], 3, batches[-1:]),
+  for name, other, minutes, sizes in (
+    ('mobilenet', depthwise, 4, sorted(batches, reverse=True)),
+    ('resnet101', deeper, 3, batches[-1:]),
   ):
     found[name] = Step(
       minutes,
       (
-        *(*benchmark(model), '--peers=torch_cuda_graph', '--mode=sparse'),
+        *(*benchmark(other), '--peers=torch_cuda_graph', '--mode=sparse'),
         *(f'--batch_size={",".join(map(str, sizes))}', *few),
       ),
     )

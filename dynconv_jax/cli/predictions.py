@@ -68,7 +68,7 @@ def write_predictions(
 
   The columns are name, label and prediction (class names), correct (0 or 1),
   and cross_entropy. If known, there are also macs, object_share, and
-  `Evaluation.object_shares`. Cells are empty for images without a visible
+  `Evaluation.localization`. Cells are empty for images without a visible
   object.
 
   Args:
@@ -89,7 +89,7 @@ def write_predictions(
   }
   if result.macs.size:
     columns['macs'] = [f'{value:.0f}' for value in result.macs]
-  recall, background = result.object_shares
+  recall, background = result.localization
   for name, values in (
     ('object_share', result.object_share),
     ('object_recall', recall),

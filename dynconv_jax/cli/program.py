@@ -204,7 +204,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
       sys.exit(1)
 
   sys.unraisablehook = show_unraisable
-  # After such an error, the other writes of a checkpoint are never started.
+  # If an array of a checkpoint cannot be written, other writes never start.
   warnings.filterwarnings(
     'ignore', 'coroutine .*async_serialize', RuntimeWarning
   )

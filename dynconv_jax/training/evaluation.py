@@ -63,7 +63,7 @@ class Evaluation:
     return self.prediction == self.label
 
   @property
-  def object_shares(self) -> tuple[np.ndarray, np.ndarray]:
+  def localization(self) -> tuple[np.ndarray, np.ndarray]:
     """(object_recall, background_density) of each image, both float64[n].
 
     They are means over the blocks that run on any image. A dropped block says
@@ -108,7 +108,7 @@ class Evaluation:
       result['gmacs_mean'] = float(gmacs.mean())
       result['gmacs_p50'] = float(np.percentile(gmacs, 50))
       result['gmacs_p95'] = float(np.percentile(gmacs, 95))
-    recall, background = self.object_shares
+    recall, background = self.localization
     if recall.size and not np.isnan(recall).all():
       result['object_recall'] = float(np.nanmean(recall))
       result['background_density'] = float(background.mean())

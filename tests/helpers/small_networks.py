@@ -1,4 +1,6 @@
-"""Networks that are created in a moment, and their weights."""
+"""Small networks with random weights."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +18,18 @@ def config(**changes) -> Config:
 
 
 def network(num_classes: int, seed: int = 0, **changes) -> nnx.Module:
-  """Returns a network with random weights, without compiling anything."""
-  graphdef, state = nnx.split(
-    workdir.build_model(config(**changes), num_classes, abstract=True)
-  )
-  rng = np.random.default_rng(seed)
+  """Returns a network with random weights."""
+  model = workdir.build_model(config(**changes), num_classes, abstract=True)
+  return filled(model, np.random.default_rng(seed).normal)
+
+
+def filled(abstract: nnx.Module, draw: Callable[..., np.ndarray]) -> nnx.Module:
+  """Returns a network with drawn variables, without compiling anything."""
+  graphdef, state = nnx.split(abstract)
   return nnx.merge(
     graphdef,
     jax.tree.map(
-      lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
-      nnx.as_pure(state),
+      lambda a: jnp.asarray(draw(size=a.shape), a.dtype), nnx.as_pure(state)
     ),
   )
 

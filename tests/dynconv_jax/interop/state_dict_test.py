@@ -2,11 +2,11 @@
 
 import collections
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import small_networks
 from absl.testing import absltest
 from flax import nnx
 
@@ -21,20 +21,11 @@ def _network(method='dense', seed=0, name='cifar_resnet8', **kwargs):
   if method in ('sact', 'act'):  # The first block of a stage has no gate.
     name = 'cifar_resnet14'
   kwargs = {'num_classes': 5, 'width_multiplier': 0.25, **kwargs}
-  graphdef, state = nnx.split(
-    nnx.eval_shape(
-      lambda: create_model(name, method=method, rngs=nnx.Rngs(0), **kwargs)
-    )
+  model = nnx.eval_shape(
+    lambda: create_model(name, method=method, rngs=nnx.Rngs(0), **kwargs)
   )
-  rng = np.random.default_rng(seed)
-  return nnx.merge(
-    graphdef,
-    jax.tree.map(
-      # Some are variances.
-      lambda a: jnp.asarray(rng.exponential(size=a.shape), a.dtype),
-      nnx.as_pure(state),
-    ),
-  )
+  # Positive, because some are variances.
+  return small_networks.filled(model, np.random.default_rng(seed).exponential)
 
 
 def _weights(model):

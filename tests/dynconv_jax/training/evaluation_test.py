@@ -150,10 +150,17 @@ class EvaluateTest(parameterized.TestCase):
       return _logits(images), [_mask(hard), _mask(np.zeros_like(hard), 'b')]
 
     result = evaluation.evaluate(predict, _batches(5, with_objects=True))
-    recall, background = result.object_shares
+    recall, background = result.localization
     np.testing.assert_allclose(recall, np.full(13, 0.5))
     np.testing.assert_allclose(background, np.full(13, 1 / 12))
     self.assertAlmostEqual(result.summary()['object_recall'], 0.5)
+
+    def closed(images):
+      return _logits(images), [_mask(np.zeros((len(images), 4, 4)))]
+
+    result = evaluation.evaluate(closed, _batches(5, with_objects=True))
+    self.assertNotIn('object_recall', result.summary())
+    self.assertNotIn('background_density', result.summary())
 
   def test_an_object_that_was_cropped_away_does_not_count(self):
     def batches():
