@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import turns
+from benchmarks import interleaved
 
 
-class Peer(NamedTuple):
+class Runtime(NamedTuple):
   """Another runtime to time.
 
   Attributes:
@@ -34,35 +34,35 @@ class Peer(NamedTuple):
   gpu: bool = False
 
 
-PEERS = {
-  'torch': Peer('torch', ('torch',)),
-  'torch_compiled': Peer('torch_compiled', ('torch',)),
-  'torch_cuda_graph': Peer('torch_cuda_graph', ('torch',), gpu=True),
-  'torch_index': Peer('torch', ('torch',), dense=False),
-  'onnxruntime': Peer('onnxruntime', ('onnx', 'onnxruntime')),
-  'openvino': Peer('openvino', ('onnx', 'openvino')),
-  'litert': Peer('litert', ('ai_edge_litert', 'litert_converter')),
+RUNTIMES = {
+  'torch': Runtime('torch', ('torch',)),
+  'torch_compiled': Runtime('torch_compiled', ('torch',)),
+  'torch_cuda_graph': Runtime('torch_cuda_graph', ('torch',), gpu=True),
+  'torch_index': Runtime('torch', ('torch',), dense=False),
+  'onnxruntime': Runtime('onnxruntime', ('onnx', 'onnxruntime')),
+  'openvino': Runtime('openvino', ('onnx', 'openvino')),
+  'litert': Runtime('litert', ('ai_edge_litert', 'litert_converter')),
   # The sparse network, exported by dynconv_jax.sparse.onnx.
-  'onnx_sparse': Peer('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
+  'onnx_sparse': Runtime('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
 }
-# Tolerance between a peer's logits and JAX's, relative to the largest logit.
+# Tolerance between a runtime's logits and JAX's, relative to the largest logit.
 _TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}
 
 
-def available_peers(wanted: Sequence[str], trained: bool) -> list[str]:
-  """Returns the peers that can run here; prints why others cannot.
+def available_runtimes(wanted: Sequence[str], trained: bool) -> list[str]:
+  """Returns the runtimes that can run here; prints why others cannot.
 
   Args:
-    wanted: keys of PEERS.
+    wanted: keys of RUNTIMES.
     trained: whether the network is a trained one, which uses its own masks.
   """
   available = []
   for name in wanted:
-    peer = PEERS[name]
-    missing = [p for p in peer.packages if not importlib.util.find_spec(p)]
+    runtime = RUNTIMES[name]
+    missing = [p for p in runtime.packages if not importlib.util.find_spec(p)]
     if missing:
       print(f'skipping {name}: {", ".join(missing)} not installed')
-    elif peer.gpu and not _torch_sees_gpu():
+    elif runtime.gpu and not _torch_sees_gpu():
       print(f'skipping {name}: PyTorch finds no GPU')
     elif not (trained and name == 'torch_index'):
       available.append(name)
@@ -77,28 +77,31 @@ def _torch_sees_gpu() -> bool:
 
 @contextlib.contextmanager
 def start_workers(
-  peers: Sequence[str], settings: Mapping[str, Any]
-) -> Iterator[dict[str, turns.Worker]]:
-  """Starts the processes of JAX and the peers, and stops them on exit.
+  runtimes: Sequence[str], settings: Mapping[str, Any]
+) -> Iterator[dict[str, interleaved.Worker]]:
+  """Starts the processes of JAX and the runtimes, and stops them on exit.
 
   Args:
-    peers: keys of PEERS.
+    runtimes: keys of RUNTIMES.
     settings: flags of dynconv_jax.cli.benchmark.
   """
-  names = ['jax', *dict.fromkeys(PEERS[peer].worker for peer in peers)]
+  names = [
+    'jax',
+    *dict.fromkeys(RUNTIMES[runtime].worker for runtime in runtimes),
+  ]
   with contextlib.ExitStack() as stack:
     workers = {}
     for name in names:
       arguments = [name, json.dumps(settings)]
-      workers[name] = turns.Worker('benchmarks.workers', arguments)
+      workers[name] = interleaved.Worker('benchmarks.workers', arguments)
       stack.callback(workers[name].stop)
     yield workers
 
 
 def time_case(
   case: Mapping[str, Any],
-  workers: Mapping[str, turns.Worker],
-  peers: Sequence[str],
+  workers: Mapping[str, interleaved.Worker],
+  runtimes: Sequence[str],
   *,
   rounds: int,
   per_block: bool = False,
@@ -108,42 +111,42 @@ def time_case(
   Args:
     case: 'batch_size', 'mask_granularity', and 'density'.
     workers: processes from `start_workers`.
-    peers: keys of PEERS.
+    runtimes: keys of RUNTIMES.
     rounds: number of rounds of interleaved timing.
     per_block: whether to also time each block.
 
   Raises:
-    ValueError: a peer's result differs from JAX's.
+    ValueError: a runtime's result differs from JAX's.
   """
   info = workers['jax'].ask(kind='prepare', **case)
   kinds = dict.fromkeys(info.pop('kinds'), 'jax')
   tolerance = _TOLERANCES[info.pop('compute_dtype')]
-  for peer in peers:
-    kinds[peer] = PEERS[peer].worker
-    ours = 'dense' if PEERS[peer].dense else 'sparse'
+  for runtime in runtimes:
+    kinds[runtime] = RUNTIMES[runtime].worker
+    ours = 'dense' if RUNTIMES[runtime].dense else 'sparse'
     check_equal(
-      peer,
-      workers[kinds[peer]].ask(kind='logits', of=peer, **case),
+      runtime,
+      workers[kinds[runtime]].ask(kind='logits', of=runtime, **case),
       workers['jax'].ask(kind='logits', of=ours, **case),
       # Gates of a trained network may decide close cases differently.
       0.1 if ours == 'sparse' and case['density'] is None else tolerance,
     )
-  times = turns.medians(
+  times = interleaved.medians(
     {
       kind: functools.partial(workers[worker].ask, kind=kind, **case)
       for kind, worker in kinds.items()
     },
     rounds,
   )
-  dense = [peer for peer in peers if PEERS[peer].dense]
+  dense = [runtime for runtime in runtimes if RUNTIMES[runtime].dense]
   jax = [kind for kind in ('dense', 'dense_launched') if kind in times]
   fastest = min([*jax, *dense], key=times.get)
-  own = {f'{k}_ms': v for k, v in times.items() if k not in peers}
+  own = {f'{k}_ms': v for k, v in times.items() if k not in runtimes}
   result = {
     **case,
     **info,
     **own,
-    'peers': {peer: times[peer] for peer in peers},
+    'runtimes': {runtime: times[runtime] for runtime in runtimes},
     'fastest_dense': 'jax' if fastest in jax else fastest,
   }
   if 'sparse' not in times:
@@ -168,11 +171,11 @@ def time_case(
 def check_equal(
   name: str, logits: Any, expected: Any, tolerance: float
 ) -> None:
-  """Raises ValueError if a peer's logits differ from JAX's.
+  """Raises ValueError if a runtime's logits differ from JAX's.
 
   Args:
-    name: name of the peer.
-    logits: float[N, classes], logits of the peer.
+    name: name of the runtime.
+    logits: float[N, classes], logits of the runtime.
     expected: float[N, classes], logits of JAX.
     tolerance: maximum difference, relative to the largest logit.
   """

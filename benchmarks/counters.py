@@ -36,7 +36,7 @@ import onnx
 import torch
 from torch import nn
 
-from benchmarks import counter_peers, public_models
+from benchmarks import other_counters, public_models
 from dynconv_jax.macs import onnx as onnx_front_end
 from dynconv_jax.macs.torch import count_macs
 
@@ -65,7 +65,7 @@ def of_counter(name: str, counter: str) -> list[str]:
   """Returns the cell of a counter, and the seconds for this counter."""
   model, inputs = _made(name)
   start = time.process_time()
-  macs = counter_peers.COUNTERS[counter](model, inputs)
+  macs = other_counters.COUNTERS[counter](model, inputs)
   seconds = f'{time.process_time() - start:.1f}'
   return [_billions(macs / 1e9), *([seconds] if counter == 'ours' else [])]
 
@@ -87,7 +87,7 @@ def of_onnx(
   if exporter not in asked and exporter != _EXPORTERS[0]:
     return []
   model, inputs = _made(name)
-  macs = counter_peers.by_ours(model, inputs)
+  macs = other_counters.by_ours(model, inputs)
   first = [_billions(macs / 1e9)] if exporter == _EXPORTERS[0] else []
   if exporter not in asked:
     return first
@@ -117,7 +117,7 @@ def export(model, inputs, path: str, dynamo: bool) -> None:
     # Without a mask, decoders look for packed sequences with `torch.diff`,
     # which the tracing exporter does not support.
     inputs = inputs | {'attention_mask': torch.ones_like(inputs['input_ids'])}
-  model, args = counter_peers.positional(model, inputs)
+  model, args = other_counters.positional(model, inputs)
   with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
     draft = os.path.join(folder, 'model.onnx')
     torch.onnx.export(
@@ -288,7 +288,7 @@ def main() -> None:
     '--table', choices=('torch', 'detection', 'onnx', 'jax'), default='torch'
   )
   for kind, known in (
-    ('--counters', list(counter_peers.COUNTERS)),
+    ('--counters', list(other_counters.COUNTERS)),
     ('--exporters', list(_EXPORTERS)),
   ):
     parser.add_argument(

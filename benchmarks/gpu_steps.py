@@ -75,7 +75,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
         f'--density={densities}',
         '--mode=sparse',
         '--launched',
-        '--peers=torch_cuda_graph',
+        '--runtimes=torch_cuda_graph',
       ),
     )
   for density in densities.split(',')[1:3] or [densities]:
@@ -89,7 +89,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
   found['auto'] = Step(
     3,
     (
-      *(*benchmark(model), '--peers=none', '--mode=auto'),
+      *(*benchmark(model), '--runtimes=none', '--mode=auto'),
       *(f'--batch_size={batches[-1]}', f'--density={densities}'),
     ),
   )
@@ -100,7 +100,7 @@ def steps(dry_run: bool) -> dict[str, Step]:
     found[name] = Step(
       minutes,
       (
-        *(*benchmark(other), '--peers=torch_cuda_graph', '--mode=sparse'),
+        *(*benchmark(other), '--runtimes=torch_cuda_graph', '--mode=sparse'),
         *(f'--batch_size={",".join(map(str, sizes))}', *few),
       ),
     )

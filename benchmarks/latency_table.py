@@ -33,11 +33,11 @@ def latency_table(summary: Mapping[str, Any]) -> str:
   own['dense_ms'] = 'XLA'
   own = {key: name for key, name in own.items() if key in runs[0]}
   heads = ['batch', 'density', 'executed MACs', *own.values()]
-  heads += [*runs[0]['peers'], 'fastest dense']
+  heads += [*runs[0]['runtimes'], 'fastest dense']
   heads += ['sparse / fastest', 'sparse / (fastest * MACs)']
   rows = [heads, ['---:'] * len(heads)]
   for run in runs:
-    times = [*(run[key] for key in own), *run['peers'].values()]
+    times = [*(run[key] for key in own), *run['runtimes'].values()]
     rows.append(
       [
         str(run['batch_size']),

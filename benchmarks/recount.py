@@ -53,7 +53,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
   else:
     import torch
 
-    from benchmarks import counter_peers, public_models
+    from benchmarks import other_counters, public_models
     from dynconv_jax.macs.torch import count_macs as count_torch
 
     run, found = None, public_models.models()
@@ -63,7 +63,7 @@ def models(table: str, exports: str, names: list[str]) -> Models:
       if not is_selected(name):
         continue
       torch.manual_seed(0)
-      args, kwargs = counter_peers.split(inputs)
+      args, kwargs = other_counters.split(inputs)
       yield (
         name,
         functools.partial(count_torch, make(), *args, kwargs=kwargs, run=run),

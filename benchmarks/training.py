@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from absl import flags
 
-from benchmarks import turns
+from benchmarks import interleaved
 from dynconv_jax.checks import check_choice
 from dynconv_jax.cli import program
 from dynconv_jax.models import registry
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
   check_choice('model', _MODEL.value, registry.architectures())
   if _WORKER.value:
     step = _WORKERS[_WORKER.value]()
-    turns.serve(lambda _: turns.seconds(step, _STEPS.value))
+    interleaved.serve(lambda _: interleaved.seconds(step, _STEPS.value))
     return
   names = list(_WORKERS)
   if importlib.util.find_spec('torch') is None:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
     names = [name for name in names if not name.startswith('torch')]
   with contextlib.ExitStack() as stack:
     timed = {name: _start(name, stack) for name in names}
-    milliseconds = turns.medians(timed, _ROUNDS.value)
+    milliseconds = interleaved.medians(timed, _ROUNDS.value)
   base = milliseconds['jax_dense']
   for name, value in milliseconds.items():
     print(f'{name:22} {value:8.1f} ms   {value / base:.3f} of jax_dense')
@@ -87,7 +87,9 @@ def main(argv: Sequence[str]) -> None:
 def _start(name: str, stack: contextlib.ExitStack) -> Callable[[], list[float]]:
   own = ('model', 'image_size', 'batch_size', 'steps')
   arguments = [f'--{flag}={flags.FLAGS[flag].value}' for flag in own]
-  worker = turns.Worker('benchmarks.training', [f'--worker={name}', *arguments])
+  worker = interleaved.Worker(
+    'benchmarks.training', [f'--worker={name}', *arguments]
+  )
   stack.callback(worker.stop)
   worker.ask()  # Compiles and warms up.
   return worker.ask

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from benchmarks import peers, turns
+from benchmarks import interleaved, runtimes
 from benchmarks.forced import force_gates
 from benchmarks.networks import Networks, masks_of
 from dynconv_jax.cli import program
@@ -50,10 +50,10 @@ def serve(name: str, settings: Mapping[str, Any]) -> None:
     step = framework.step(kind, **request)
     step()  # Warms up caches and thread pools, which other processes used.
     calls = getattr(framework, 'calls', 1)
-    times = turns.seconds(step, settings['steps'])
+    times = interleaved.seconds(step, settings['steps'])
     return [seconds / calls for seconds in times]
 
-  turns.serve(answer)
+  interleaved.serve(answer)
 
 
 class Jax:
@@ -167,7 +167,7 @@ class Jax:
       'density': np.mean(densities, dtype=float),
       'mac_ideal': float(executed.mean() / everything.total),
       'device': jax.devices()[0].device_kind,
-      'overflows': int(sum(s.overflows.sum() for s in stats)),
+      'fallbacks': int(sum(s.fallbacks.sum() for s in stats)),
       'plans': {name: plan.backend.name for name, plan in self.plans.items()},
     }
 
@@ -192,16 +192,17 @@ class Jax:
         run = functools.partial(jax.jit(its.run), its.pack(folded), x)
         step = _cycle(run, [mask], self.calls)
         step()  # Compiles.
-        timed[f'{form}_ms'] = functools.partial(turns.seconds, step, 1)
+        timed[f'{form}_ms'] = functools.partial(interleaved.seconds, step, 1)
       times = {
         name: value / self.calls
-        for name, value in turns.medians(timed, 7).items()
+        for name, value in interleaved.medians(timed, 7).items()
       }
       rows.append(
         {
           'name': trace.name,
           'plan': backend.name,
-          'load': float(jnp.mean(mask.executed_macs())) / mask.dense_macs(),
+          'executed_fraction': float(jnp.mean(mask.executed_macs()))
+          / mask.dense_macs(),
           **times,
           'sparse_over_dense': times['sparse_ms'] / times['dense_ms'],
         }
@@ -211,12 +212,12 @@ class Jax:
 
 WORKERS = {
   'jax': Jax,
-  'torch': peers.Torch,
-  'torch_compiled': functools.partial(peers.Torch, compiled=True),
-  'torch_cuda_graph': peers.TorchCudaGraph,
-  'onnxruntime': peers.OnnxRuntime,
-  'openvino': peers.OpenVino,
-  'litert': peers.LiteRt,
+  'torch': runtimes.Torch,
+  'torch_compiled': functools.partial(runtimes.Torch, compiled=True),
+  'torch_cuda_graph': runtimes.TorchCudaGraph,
+  'onnxruntime': runtimes.OnnxRuntime,
+  'openvino': runtimes.OpenVino,
+  'litert': runtimes.LiteRt,
 }
 
 

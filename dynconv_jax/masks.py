@@ -48,7 +48,7 @@ class ExecutionMask:
     stage: index of the block's stage.
     score: float32 in the shape of `hard`, the gate's score if a loss needs it
       (see `gate.Decision`); otherwise None.
-    overflow: int32[], 1 if a sparse block used the dense fallback; None in a
+    fallback: int32[], 1 if a sparse block used the dense fallback; None in a
       network that is not sparse.
   """
 
@@ -59,7 +59,7 @@ class ExecutionMask:
   )
   stage: int = flax.struct.field(pytree_node=False, default=0)
   score: jax.Array | None = None
-  overflow: jax.Array | None = None
+  fallback: jax.Array | None = None
 
   @property
   def hard(self) -> jax.Array:

@@ -89,8 +89,8 @@ flags.DEFINE_integer(
 flags.DEFINE_string(
   'food101_dir', None, 'Overrides the food101_dir used in training.'
 )
-_PEERS = flags.DEFINE_list(
-  'peers',
+_RUNTIMES = flags.DEFINE_list(
+  'runtimes',
   'auto',
   'Other frameworks to time. auto: all that are installed; none; or names.',
 )
@@ -126,19 +126,19 @@ def main(argv: Sequence[str]) -> None:
   """Times all cases and prints a table and JSON."""
   if len(argv) > 1:
     raise ValueError(f'unknown arguments: {" ".join(argv[1:])}')
-  all_cases, peers = _check()
+  all_cases, runtimes = _check()
   output = _OUTPUT.value and pathlib.Path(_OUTPUT.value).expanduser()
   if output:
     output.mkdir(parents=True, exist_ok=True)
   results = []
   settings = {**_values(_SETTINGS), 'options': _options()}
-  with cases.start_workers(peers, settings) as workers:
+  with cases.start_workers(runtimes, settings) as workers:
     for case in all_cases:
       results.append(
         cases.time_case(
           case,
           workers,
-          peers,
+          runtimes,
           rounds=_ROUNDS.value,
           per_block=_PER_BLOCK.value,
         )
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _check() -> tuple[list[dict[str, Any]], list[str]]:
-  """Returns the cases and the available peers.
+  """Returns the cases and the available runtimes.
 
   Raises:
     ValueError: flags are invalid. The message names each.
@@ -220,13 +220,13 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   densities = check(
     numbers, _DENSITY, float, lambda d: 0 < d <= 1, 'one or more in (0, 1]'
   )
-  known = cases.PEERS
-  peers = {'auto': list(known), 'none': []}.get(
-    ','.join(_PEERS.value), _PEERS.value
+  known = cases.RUNTIMES
+  runtimes = {'auto': list(known), 'none': []}.get(
+    ','.join(_RUNTIMES.value), _RUNTIMES.value
   )
-  if unknown := [peer for peer in peers if peer not in known]:
+  if unknown := [runtime for runtime in runtimes if runtime not in known]:
     errors.append(
-      f'peers must be auto, none, or some of {", ".join(known)}; got '
+      f'runtimes must be auto, none, or some of {", ".join(known)}; got '
       f'{", ".join(unknown)}'
     )
   if errors:
@@ -237,7 +237,7 @@ def _check() -> tuple[list[dict[str, Any]], list[str]]:
   return [
     {'batch_size': n, 'mask_granularity': g, 'density': d}
     for n, g, d in product
-  ], cases.available_peers(peers, bool(_WORKDIR.value))
+  ], cases.available_runtimes(runtimes, bool(_WORKDIR.value))
 
 
 def _print(result) -> None:
@@ -251,7 +251,7 @@ def _print(result) -> None:
     for key, value in result.items()
     if key.endswith('_ms')
   }
-  for name, value in (own | result['peers']).items():
+  for name, value in (own | result['runtimes']).items():
     print(
       f'  {name:16} {value:9.2f} ms   {value / result["dense_ms"]:.3f} of dense'
     )
@@ -263,7 +263,7 @@ def _print(result) -> None:
     )
   for block in result.get('blocks', ()):
     print(
-      f'  {block["name"]:12} load {block["load"]:.3f}  dense '
+      f'  {block["name"]:12} executed {block["executed_fraction"]:.3f}  dense '
       f'{block["dense_ms"]:8.3f} ms  {block["plan"]:10} '
       f'{block["sparse_ms"]:8.3f} ms   {block["sparse_over_dense"]:.3f}'
     )

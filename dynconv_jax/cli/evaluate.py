@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
       key = jax.random.fold_in(root, next(number))
     return predict(params, model_state, images, key)
 
-  overflows = []
+  fallbacks = []
   target = config.target()
   executor = functools.cache(
     lambda shape: SparseExecutor(
@@ -164,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
 
   def sparse_network(images):
     logits, stats = executor(images.shape)(images, return_masks=True)
-    overflows.append(int(stats.overflows.sum()))
+    fallbacks.append(int(stats.fallbacks.sum()))
     return logits, stats.masks
 
   dense = _EXECUTION.value == 'dense'
@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> None:
     summary['stochastic_gates'] = _STOCHASTIC.value
   if not dense:
     summary['execution'] = _EXECUTION.value
-    summary['overflows'] = sum(overflows)
+    summary['fallbacks'] = sum(fallbacks)
   if batches.num_skipped:
     summary['skipped'] = batches.num_skipped
 

@@ -83,7 +83,7 @@ def measure_latency(
     split=SPLIT,
     checkpoint=checkpoint,
     batch_size=batch_size,
-    peers='none',
+    runtimes='none',
     output=output,
   )
   measured = json.loads((output / 'benchmark.json').read_text())

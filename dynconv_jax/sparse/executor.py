@@ -41,7 +41,7 @@ class ExecutionStats:
 
   Attributes:
     counts: int32[blocks, 3]; see `positions`, `dilated_positions`, and
-      `overflows`.
+      `fallbacks`.
     names: names of the gated blocks, such as 'layer2.0'.
     sizes: number of positions of each block's map over the batch.
     packed: float32[...], the concatenated values of the masks; None unless they
@@ -67,8 +67,8 @@ class ExecutionStats:
     """
     counts = [jnp.zeros(0, jnp.int32)]
     for mask in masks:
-      overflow = jnp.int32(0) if mask.overflow is None else mask.overflow
-      counts += [mask.counts, overflow[None]]
+      fallback = jnp.int32(0) if mask.fallback is None else mask.fallback
+      counts += [mask.counts, fallback[None]]
     stats = cls(
       counts=jnp.concatenate(counts).reshape(-1, 3),
       names=tuple(mask.name for mask in masks),
@@ -77,7 +77,7 @@ class ExecutionStats:
     if not return_masks:
       return stats
     plain = [
-      ExecutionMask(m.maps, m.name, m.layers, m.stage, m.score, m.overflow)
+      ExecutionMask(m.maps, m.name, m.layers, m.stage, m.score, m.fallback)
       for m in masks
     ]
     leaves, treedef = jax.tree.flatten(plain)
@@ -112,7 +112,7 @@ class ExecutionStats:
     return self.counts[:, 1]
 
   @property
-  def overflows(self) -> jax.Array:
+  def fallbacks(self) -> jax.Array:
     """int32[blocks], 1 if a block used the dense fallback.
 
     A block falls back if the batch exceeds the limit of the block's plan.
@@ -156,7 +156,7 @@ class SparseExecutor:
     backend: see `sparsify`; 'auto' or 'dense' in mode 'dense'.
     limit: executed fraction of a block's dense MACs, in (0, 1], above which the
       block uses the dense fallback. Lowers the limits of chosen plans, but not
-      those of `plans`. The result is the same; `ExecutionStats.overflows`
+      those of `plans`. The result is the same; `ExecutionStats.fallbacks`
       reports fallbacks.
     density: expected density of masks for 'auto', in (0, 1].
     budget: expected executed fraction of a block's dense MACs for 'auto', in

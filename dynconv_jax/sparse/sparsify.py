@@ -58,16 +58,16 @@ class SparseBlock(nnx.Module):
     if mask is None:
       return backend.run(self.packed.tree(), x, None)
     if self.dense is None:
-      out, overflow = backend.run_gated(self, x, mask, gating), jnp.int32(0)
+      out, fallback = backend.run_gated(self, x, mask, gating), jnp.int32(0)
     else:
       fraction = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
-      overflow = fraction > self.plan.limit
+      fallback = fraction > self.plan.limit
       out = jax.lax.cond(
-        overflow,
+        fallback,
         lambda: get_backend('dense').run(self.dense.tree(), x, mask),
         lambda: backend.run(self.packed.tree(), x, mask),
       )
-    gating.add(mask.replace(overflow=overflow.astype(jnp.int32)))
+    gating.add(mask.replace(fallback=fallback.astype(jnp.int32)))
     return out
 
 

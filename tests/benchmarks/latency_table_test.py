@@ -11,7 +11,7 @@ _RUN = {
   'mac_ideal': 0.45,
   'dense_ms': 20.0,
   'sparse_ms': 6.0,
-  'peers': {'openvino': 10.0, 'onnx_sparse': 7.0},
+  'runtimes': {'openvino': 10.0, 'onnx_sparse': 7.0},
   'fastest_dense': 'openvino',
   'sparse_over_fastest_dense': 0.6,
   'sparse_over_proportional': 1.333,

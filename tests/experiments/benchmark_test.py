@@ -17,7 +17,7 @@ _SMALL = (
   '--num_classes=3',
   '--rounds=1',
   '--steps=1',
-  '--peers=none',
+  '--runtimes=none',
   '--mode=sparse',
 )
 
@@ -57,14 +57,14 @@ def test_two_densities(program, tmp_path):
       assert run['sparse_over_native_dense'] == pytest.approx(
         run['sparse_ms'] / run['native_dense_ms']
       )
-    assert run['fastest_dense'] == 'jax' and run['peers'] == {}
+    assert run['fastest_dense'] == 'jax' and run['runtimes'] == {}
     assert [b['name'] for b in run['blocks']] == [
       'layer1.0',
       'layer2.0',
       'layer3.0',
     ]
     assert all(b['dense_ms'] > 0 and b['sparse_ms'] > 0 for b in run['blocks'])
-  assert all(b['load'] == 1 for b in full['blocks'])
+  assert all(b['executed_fraction'] == 1 for b in full['blocks'])
 
 
 @pytest.mark.slow
@@ -120,21 +120,23 @@ def test_a_trained_network_and_its_images_are_read(dynconv_run):
   assert dense.fc.out_features == len(run.class_names)
 
 
-def test_peers_that_are_not_installed_are_left_out(capsys):
-  missing = cases.Peer('torch', ('json', 'no_such_package'))
-  with mock.patch.dict(cases.PEERS, torch=missing, litert=cases.Peer('', ())):
-    assert cases.available_peers(['torch', 'litert'], False) == ['litert']
+def test_other_runtimes_that_are_not_installed_are_left_out(capsys):
+  missing = cases.Runtime('torch', ('json', 'no_such_package'))
+  with mock.patch.dict(
+    cases.RUNTIMES, torch=missing, litert=cases.Runtime('', ())
+  ):
+    assert cases.available_runtimes(['torch', 'litert'], False) == ['litert']
   assert 'skipping torch: no_such_package' in capsys.readouterr().out
 
 
-def test_peers_that_need_a_gpu_are_left_out(capsys):
+def test_other_runtimes_that_need_a_gpu_are_left_out(capsys):
   with mock.patch.object(cases, '_torch_sees_gpu', lambda: False):
-    assert cases.available_peers(['torch_cuda_graph'], False) == []
+    assert cases.available_runtimes(['torch_cuda_graph'], False) == []
   pytest.importorskip('torch', reason='pip install -e .[torch]')
   assert 'PyTorch finds no GPU' in capsys.readouterr().out
 
 
-def test_peers_that_compute_something_else_are_errors():
+def test_other_runtimes_that_compute_something_else_are_errors():
   expected = [[1.0, -2.0], [3.0, 4.0]]
   cases.check_equal('own', [[1.0, -2.0], [3.0, 4.0003]], expected, 1e-4)
   with pytest.raises(ValueError, match='result of own differs .* 0.005'):
@@ -146,9 +148,9 @@ def test_peers_that_compute_something_else_are_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('peer', ['openvino', 'litert'])
-def test_other_runtimes_compute_the_same(peer):
-  for package in cases.PEERS[peer].packages:
+@pytest.mark.parametrize('runtime', ['openvino', 'litert'])
+def test_other_runtimes_compute_the_same(runtime):
+  for package in cases.RUNTIMES[runtime].packages:
     pytest.importorskip(package, reason='pip install -e .[benchmark]')
   settings = {
     'workdir': None,
@@ -159,12 +161,12 @@ def test_other_runtimes_compute_the_same(peer):
     'compute_dtype': 'float32',
     'options': {'padding': 'same', 'gated_blocks': 'all'},
   }
-  timed = workers.WORKERS[peer](settings)
+  timed = workers.WORKERS[runtime](settings)
   case = {'batch_size': 2, 'mask_granularity': '1', 'density': 0.3}
   networks = timed.networks
   expected, _ = jax.jit(networks.model('dense'))(networks.batches(2)[0])
   assert np.ptp(expected) > 0.1 * np.abs(expected).max()
-  cases.check_equal(peer, timed.logits(of=peer, **case), expected, 1e-4)
+  cases.check_equal(runtime, timed.logits(of=runtime, **case), expected, 1e-4)
 
 
 @pytest.mark.slow
@@ -188,7 +190,7 @@ def test_pytorch_in_a_cuda_graph_computes_the_same():
   case = {'batch_size': 2, 'mask_granularity': '1', 'density': 0.3}
   with (
     mock.patch.multiple(torch.cuda, **stand_ins),
-    mock.patch.object(workers.peers.TorchCudaGraph, 'device', 'cpu'),
+    mock.patch.object(workers.runtimes.TorchCudaGraph, 'device', 'cpu'),
   ):
     timed = workers.WORKERS['torch_cuda_graph'](settings)
     networks = timed.networks
@@ -203,7 +205,7 @@ def test_pytorch_in_a_cuda_graph_computes_the_same():
 
 
 @pytest.mark.slow
-def test_peers(program):
+def test_other_runtimes(program):
   torch = pytest.importorskip('torch', reason='pip install -e .[torch]')
   del torch
   arguments = _SMALL
@@ -211,13 +213,13 @@ def test_peers(program):
     'benchmark',
     *arguments,
     '--batch_size=1',
-    '--peers=torch,torch_index',
+    '--runtimes=torch,torch_index',
     '--nomasked_dense',
   )
   summary = json.loads(printed.splitlines()[-1])
   assert 'masked_dense_ms' not in summary
-  assert list(summary['peers']) == ['torch', 'torch_index']
-  times = {'jax': summary['dense_ms'], 'torch': summary['peers']['torch']}
+  assert list(summary['runtimes']) == ['torch', 'torch_index']
+  times = {'jax': summary['dense_ms'], 'torch': summary['runtimes']['torch']}
   assert summary['fastest_dense'] == min(times, key=times.get)
   assert summary['sparse_over_fastest_dense'] == pytest.approx(
     summary['sparse_ms'] / min(times.values())
@@ -227,15 +229,15 @@ def test_peers(program):
 @pytest.mark.slow
 def test_the_exported_network_is_timed_too(program, tmp_path):
   pytest.importorskip('onnxruntime', reason='pip install -e .[benchmark]')
-  arguments = (*_SMALL, '--batch_size=1', '--peers=onnxruntime,onnx_sparse')
+  arguments = (*_SMALL, '--batch_size=1', '--runtimes=onnxruntime,onnx_sparse')
   printed = program('benchmark', *arguments, f'--output={tmp_path}')
   summary = json.loads(printed.splitlines()[-1])
-  peers = summary['peers']
-  assert list(peers) == ['onnxruntime', 'onnx_sparse']
-  times = {'jax': summary['dense_ms'], 'onnxruntime': peers['onnxruntime']}
+  runtimes = summary['runtimes']
+  assert list(runtimes) == ['onnxruntime', 'onnx_sparse']
+  times = {'jax': summary['dense_ms'], 'onnxruntime': runtimes['onnxruntime']}
   assert summary['fastest_dense'] == min(times, key=times.get)
   assert summary['onnx_sparse_over_fastest_dense'] == pytest.approx(
-    peers['onnx_sparse'] / min(times.values())
+    runtimes['onnx_sparse'] / min(times.values())
   )
 
 
@@ -251,7 +253,10 @@ def test_the_exported_network_is_timed_too(program, tmp_path):
         'batch_size must be one or more > 0; got x',
       ],
     ),
-    (['--peers=tensorflow'], ['peers must be auto, none, or some of torch']),
+    (
+      ['--runtimes=tensorflow'],
+      ['runtimes must be auto, none, or some of torch'],
+    ),
     (['--model=efficientnet_lite0', '--gated_blocks=some'], ['gated_blocks']),
     (['--image_size=16'], ['image_size must be at least']),
     (['--mask_granularity=4,2'], ['mask_granularity must be 1 or 4 integers']),

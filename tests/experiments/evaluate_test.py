@@ -258,7 +258,7 @@ def test_sparse_execution_gives_the_same(
   assert asked == [(execution, (8, 24, 24, 3))] * 3
   sparse = json.loads(lines.splitlines()[-1])
   assert sparse.pop('execution') == execution
-  assert sparse.pop('overflows') >= 0
+  assert sparse.pop('fallbacks') >= 0
   assert sparse.pop('loss') == pytest.approx(summary['loss'], rel=1e-5)
   assert sparse == {k: v for k, v in summary.items() if k != 'loss'}
 

@@ -64,7 +64,7 @@ if program == 'evaluate':
     writer.writeheader()
     writer.writerow(row)
 if program == 'benchmark':
-  assert (given['split'], given['peers']) == ('test', 'none')
+  assert (given['split'], given['runtimes']) == ('test', 'none')
   assert given['checkpoint'] == 'latest'
   output = pathlib.Path(given['output'])
   output.mkdir(exist_ok=True)

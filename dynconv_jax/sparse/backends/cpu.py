@@ -68,7 +68,7 @@ class CpuBackend(Backend):
     return PackedBlock(
       panels=tuple(map(_pack, block.convs)),
       projection=block.projection and _pack(block.projection),
-      squares=tuple(map(_pack_squares, block.convs)),
+      winograd=tuple(map(_pack_winograd, block.convs)),
       branch=block.branch,
     )
 
@@ -133,14 +133,14 @@ class PackedBlock:
   Attributes:
     panels: packed weights of each convolution, see kernels/product.h.
     projection: packed weights of the shortcut's projection, or None.
-    squares: weights of each convolution for Winograd tiles, see
-      kernels/squares.h; an empty array if the convolution does not use them.
+    winograd: weights of each convolution for Winograd tiles, see
+      kernels/winograd.h; an empty array if the convolution does not use them.
     branch: description of the block's branch.
   """
 
   panels: tuple[jax.Array, ...]
   projection: jax.Array | None
-  squares: tuple[jax.Array, ...]
+  winograd: tuple[jax.Array, ...]
   branch: Branch = flax.struct.field(pytree_node=False)
 
 
@@ -189,7 +189,7 @@ def run_block(
     *maps,
     *block.panels,
     none if block.projection is None else block.projection,
-    *block.squares,
+    *block.winograd,
     sizes=integers(c.kernel_size for c in convs),
     strides=integers(c.strides for c in convs),
     tops=integers(c.pads(height)[0] for c, (height, _) in inputs),
@@ -351,11 +351,11 @@ def _pack(conv: FoldedConv) -> jax.Array:
   return _panels(conv.matrix, conv.bias)
 
 
-def _pack_squares(conv: FoldedConv) -> jax.Array:
+def _pack_winograd(conv: FoldedConv) -> jax.Array:
   """Returns weights for Winograd tiles F(2x2, 3x3), or an empty array."""
   c = conv.conv
   if (c.kernel_size, c.strides, c.groups) == (3, 1, 1):
-    return _squares(conv.kernel, conv.bias)
+    return _winograd(conv.kernel, conv.bias)
   return jnp.zeros((0, 1, 1, _register().width), jnp.float32)
 
 
@@ -368,8 +368,8 @@ def _panels(matrix, bias):
   return jnp.asarray(np.ascontiguousarray(panels))
 
 
-def _squares(kernel, bias):
-  """Returns float32[panels, 16, 1 + depth, width]; see kernels/squares.h.
+def _winograd(kernel, bias):
+  """Returns float32[panels, 16, 1 + depth, width]; see kernels/winograd.h.
 
   Transforms a kernel [3, 3, depth, columns] in float64 and rounds once. The
   bias is added to element (1, 1) of the transformed tile, because the output

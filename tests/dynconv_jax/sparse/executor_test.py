@@ -77,7 +77,7 @@ def test_the_executor_equals_the_masked_dense_forward(
     np.testing.assert_array_equal(got.hard, mask.hard)
     assert positions == mask.hard.sum()
     assert dilated == mask.dilated.sum()
-  assert not stats.overflows.any()
+  assert not stats.fallbacks.any()
 
 
 def test_masks_are_returned_on_request_only(make_network, backend):
@@ -85,7 +85,7 @@ def test_masks_are_returned_on_request_only(make_network, backend):
   executor = SparseExecutor(
     model, images.shape, mode='sparse', backend=backend, limit=0.5
   )
-  # The logits, and active positions, dilated ones, overflows of four blocks.
+  # The logits, and active positions, dilated ones, fallbacks of four blocks.
   results = r'->\(f32\[3,5\]\{[01,]+\}, s32\[4,3\]\{[01,]+\}\)'
   compiled = executor.lower().compile()
   assert re.search(results, compiled.as_text().splitlines()[0])
@@ -98,10 +98,10 @@ def test_masks_are_returned_on_request_only(make_network, backend):
     again, known = executor(images, masks=masks, return_masks=True)
     chex.assert_trees_all_equal(again, logits)
     chex.assert_trees_all_equal(known.counts, stats.counts)
-    got = [[m.hard.sum(), m.dilated.sum(), m.overflow] for m in known.masks]
+    got = [[m.hard.sum(), m.dilated.sum(), m.fallback] for m in known.masks]
     np.testing.assert_array_equal(stats.counts, got)
   # A dense fallback changes no count.
-  assert stats.overflows.all()
+  assert stats.fallbacks.all()
 
 
 @pytest.mark.parametrize('family', FAMILIES)
@@ -177,7 +177,7 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network, backend):
   ]
   executor = SparseExecutor(model, images.shape, limit=0.5, backend=backend)
   logits, stats = executor(images, masks=masks)
-  assert stats.overflows.tolist() == [0, 1, 0, 1]
+  assert stats.fallbacks.tolist() == [0, 1, 0, 1]
   assert_same(logits, masked_dense(model, images, masks)[0])
 
 
@@ -207,7 +207,7 @@ def test_statistics_pass_a_jitted_function(make_network):
   _, stats, positions = run(images)
   chex.assert_trees_all_equal(stats, expected)
   chex.assert_trees_all_equal(positions, expected.positions)
-  assert stats.overflows.dtype == jnp.int32
+  assert stats.fallbacks.dtype == jnp.int32
   for got, mask in zip(stats.masks, expected.masks, strict=True):
     assert got.layers == mask.layers
     np.testing.assert_array_equal(got.dilated, mask.dilated)

@@ -1,7 +1,7 @@
 // Gated blocks at the active positions of their masks, in float32, for CPUs.
 //
 // A convolution at K positions is a matrix product (product.h), or uses
-// Winograd tiles if enough positions are neighbors (squares.h). All maps are
+// Winograd tiles if enough positions are neighbors (winograd.h). All maps are
 // NHWC. The only caller is cpu.py, which checks shapes.
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 #include "layer.h"
 #include "positions.h"
 #include "product.h"
-#include "squares.h"
+#include "winograd.h"
 #include "team.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -39,12 +39,12 @@ void Convolve(Team& team, const Layer& layer, Product product, Map in,
     });
     return;
   }
-  if (layer.squares != nullptr) {
-    const auto found = FindSquares(positions);
-    if (kSquareStart + kSquareCost * Divide(found.size(), kTile) <
+  if (layer.winograd != nullptr) {
+    const auto found = FindWinogradTiles(positions);
+    if (kWinogradStart + kWinogradCost * Divide(found.size(), kTile) <
         9 * Divide(positions.active, kTile)) {
-      product.panels = layer.squares;
-      MultiplySquares(team, product, found, in, zeros, row, writes);
+      product.panels = layer.winograd;
+      MultiplyWinograd(team, product, found, in, zeros, row, writes);
       return;
     }
   }
@@ -61,7 +61,7 @@ enum Shortcut { kIdentity, kProjection, kNothing };
 // unchanged. With `bands`, x and out are separate buffers, see RunBands.
 //
 // Arguments after x: the masks of the levels, the weights of the convolutions,
-// the weights of the projection, and the weights for MultiplySquares, which are
+// the weights of the projection, and the weights for MultiplyWinograd, which are
 // empty if not used. Results after out: for each convolution except the last,
 // scratch memory for the rows of `group` images. `activations` has one more
 // entry than there are convolutions: the activation after the addition.
@@ -96,7 +96,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
       scratch.push_back(rows->typed_data());
       width = rows->dimensions()[1];
     }
-    const Floats squares = argument(num_levels + convs + 1 + i);
+    const Floats winograd = argument(num_levels + convs + 1 + i);
     layers.push_back({{sizes[i], strides[i], tops[i], lefts[i]},
                       levels[i],
                       depth,
@@ -104,7 +104,7 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
                       depthwise[i] != 0,
                       static_cast<Activation>(activations[i]),
                       argument(num_levels + i).typed_data(),
-                      squares.element_count() > 0 ? squares.typed_data()
+                      winograd.element_count() > 0 ? winograd.typed_data()
                                                   : nullptr});
     depth = width;
     widest = std::max(widest, width);

@@ -13,14 +13,14 @@ namespace {
 enum Activation { kNone, kRelu, kRelu6 };
 
 // A convolution of a branch. `panels` are its weights, in the layout of
-// Product, or of DepthwiseTile if depthwise. `squares` are the weights for
-// MultiplySquares, or null.
+// Product, or of DepthwiseTile if depthwise. `winograd` are the weights for
+// MultiplyWinograd, or null.
 struct Layer {
   Window window;
   int64_t level, depth, features;
   bool depthwise;
   Activation activation;
-  const float *panels, *squares;
+  const float *panels, *winograd;
 
   Product product(bool add, int64_t relu_from = kAllRows) const {
     return {panels,

@@ -132,7 +132,7 @@ def test_many_rows_are_shared_among_threads():
 # Odd and even sizes, every remainder of tiles and panels.
 @pytest.mark.parametrize('features', (1, 7, 16, 17, 31, 33, 48, 65))
 @pytest.mark.parametrize('size', ((13, 17), (14, 22)))
-def test_squares_of_outputs(features, size):
+def test_winograd_tiles(features, size):
   rng = np.random.default_rng(features)
   for density in (0.9, 1.1):
     shape = (2, *size, features)
@@ -142,7 +142,7 @@ def test_squares_of_outputs(features, size):
     compare(make_basic_block(rng, features), shape, rng, density)
 
 
-def test_squares_of_outputs_by_many_tasks():
+def test_winograd_tiles_by_many_tasks():
   """Winograd tiles in several tasks: groups of panels, groups of images."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 16, 144, 16)
@@ -150,13 +150,13 @@ def test_squares_of_outputs_by_many_tasks():
   compare(block, (3, 11, 23, 16), rng, density=1.1)
 
 
-def test_squares_serve_where_positions_are_neighbors():
+def test_winograd_tiles_are_used_where_positions_are_neighbors():
   """With tiles, the same sums are computed in a different order."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 8)
   packed = BACKEND.pack(block)
-  none = packed.squares[0]
-  by_rows = packed.replace(squares=(none,) * 3)
+  none = packed.winograd[0]
+  by_rows = packed.replace(winograd=(none,) * 3)
   x = jnp.asarray(np.maximum(rng.normal(size=(1, 30, 30, 8)), 0), jnp.float32)
   row, column = np.indices((1, 30, 30))[1:]
 
@@ -172,7 +172,7 @@ def test_squares_serve_where_positions_are_neighbors():
 
 
 @pytest.mark.parametrize('family', ('basic', 'bottleneck'))
-def test_squares_in_a_network(make_network, family):
+def test_winograd_tiles_in_a_network(make_network, family):
   model = make_network(family, 'dynconv')
   rng = np.random.default_rng(0)
   images = jnp.asarray(rng.normal(size=(2, 97, 122, 3)), jnp.float32)
@@ -186,7 +186,7 @@ def test_squares_in_a_network(make_network, family):
   np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-5 * scale)
 
 
-def test_by_squares_a_value_reaches_its_window_only():
+def test_with_winograd_tiles_a_value_reaches_its_window_only():
   """NaNs show where a value was used."""
   rng = np.random.default_rng(0)
   block = make_block(rng, 8, 4, 8)

@@ -95,11 +95,11 @@ def test_the_executor_equals_the_model(
     assert_counted(stats, masks)
 
 
-def assert_counted(stats, masks, overflows=None):
+def assert_counted(stats, masks, fallbacks=None):
   assert stats.positions.tolist() == [int(m.hard.sum()) for m in masks]
   dilated = [int(m.dilated.sum()) for m in masks]
   assert stats.dilated_positions.tolist() == dilated
-  assert stats.overflows.tolist() == (overflows or [0] * len(masks))
+  assert stats.fallbacks.tolist() == (fallbacks or [0] * len(masks))
 
 
 @pytest.mark.parametrize('method', ('dynconv', 'convnet_aig'))
@@ -117,7 +117,7 @@ def test_counts_are_those_of_the_lists(
   summed = mock.PropertyMock(side_effect=AssertionError('maps are summed up'))
   with mock.patch.object(ExecutionMask, 'counts', summed):
     _, stats = run(images)
-  assert_counted(stats, masks, overflows=active)
+  assert_counted(stats, masks, fallbacks=active)
 
 
 SHAPE = (2, 21, 27, 3)

@@ -1,6 +1,5 @@
-// 3x3 convolutions with Winograd tiles F(2x2, 3x3), called squares: 2x2 outputs
-// each (Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks",
-// 2016).
+// 3x3 convolutions with Winograd tiles F(2x2, 3x3) of 2x2 outputs each (Lavin
+// and Gray, "Fast Algorithms for Convolutional Neural Networks", 2016).
 
 #pragma once
 
@@ -13,24 +12,24 @@
 
 namespace {
 
-// Maximum number of squares whose inputs are transformed at a time.
-constexpr int64_t kSquares = 64;
+// Maximum number of tiles whose inputs are transformed at a time.
+constexpr int64_t kWinogradTiles = 64;
 
-// The cost of a tile of squares (16 products and the transforms), and the
-// additional fixed cost of a convolution with squares (7 more taps of weights
-// to read from memory), in units of the cost of a tile of rows per tap.
-constexpr int64_t kSquareCost = 20, kSquareStart = 32;
+// The cost of kTile Winograd tiles (16 products and the transforms), and the
+// additional fixed cost of such a convolution (7 more taps of weights to read
+// from memory), in units of the cost of kTile rows per tap.
+constexpr int64_t kWinogradCost = 20, kWinogradStart = 32;
 
 // 2x2 outputs of a map, with the row of each output; -1 if inactive.
-struct Square {
+struct WinogradTile {
   int64_t image, top, left, rows[4];
 };
 
-// Returns the squares that have an active position.
-std::vector<Square> FindSquares(const Positions& positions) {
+// Returns the tiles that have an active position.
+std::vector<WinogradTile> FindWinogradTiles(const Positions& positions) {
   const Map map = positions.map;
-  std::vector<Square> squares;
-  squares.reserve((positions.end - positions.start) * Divide(map.height, 2) *
+  std::vector<WinogradTile> tiles;
+  tiles.reserve((positions.end - positions.start) * Divide(map.height, 2) *
                   Divide(map.width, 2));
   int64_t next = 0;  // Active positions are numbered line by line.
   for (int64_t image = positions.start; image < positions.end; ++image)
@@ -40,17 +39,17 @@ std::vector<Square> FindSquares(const Positions& positions) {
       int64_t row = next;
       for (int64_t x = 0; x < map.width; ++x) next += line[x] != 0;
       for (int64_t left = 0; left < map.width; left += 2) {
-        Square square{image, top, left, {-1, -1, -1, -1}};
+        WinogradTile tile{image, top, left, {-1, -1, -1, -1}};
         bool any = false;
         for (int64_t x = left; x < std::min(left + 2, map.width); ++x) {
-          if (line[x] != 0) square.rows[x - left] = row++, any = true;
+          if (line[x] != 0) tile.rows[x - left] = row++, any = true;
           if (top + 1 < map.height && line[map.width + x] != 0)
-            square.rows[2 + x - left] = next++, any = true;
+            tile.rows[2 + x - left] = next++, any = true;
         }
-        if (any) squares.push_back(square);
+        if (any) tiles.push_back(tile);
       }
     }
-  return squares;
+  return tiles;
 }
 
 // Computes B' d B, where d[i] is at rows[i] + channel; element i of the result
@@ -75,7 +74,7 @@ void TransformInput(const float* const* rows, int64_t channel, float* out,
   }
 }
 
-// Computes A' m A at the square's active outputs.
+// Computes A' m A at the tile's active outputs.
 template <typename T>
 void TransformOutput(const float* m, const Product& product, bool relu,
                      float* const* outputs, int64_t column) {
@@ -94,17 +93,17 @@ void TransformOutput(const float* m, const Product& product, bool relu,
   }
 }
 
-// Computes a 3x3 convolution with stride 1, with 16 row products per square
+// Computes a 3x3 convolution with stride 1, with 16 row products per tile
 // instead of 9 per output. Weights are G g G' (see cpu.py),
 // float[panels][16][1 + depth][kWidth].
 template <typename Row, typename Writes>
-void MultiplySquares(Team& team, const Product& product,
-                     const std::vector<Square>& squares, Map map,
+void MultiplyWinograd(Team& team, const Product& product,
+                     const std::vector<WinogradTile>& tiles, Map map,
                      const float* zeros, const Row& row, const Writes& writes) {
-  const int64_t count = squares.size(), depth = product.depth;
+  const int64_t count = tiles.size(), depth = product.depth;
   const int64_t panels = product.num_panels(), parts = 4 * team.size();
   // Blocks are small enough that their inputs stay in the cache.
-  int64_t block = std::min(kSquares, CacheBytes() * 13 / 16 / (64 * depth));
+  int64_t block = std::min(kWinogradTiles, CacheBytes() * 13 / 16 / (64 * depth));
   block = std::min(block, Divide(count * panels, parts));
   block = Divide(block, kTile) * kTile;
   const int64_t blocks = Divide(count, block);
@@ -127,14 +126,14 @@ void MultiplySquares(Team& team, const Product& product,
       const int64_t size = std::min(block, count - start);
       const bool known = unit > begin && unit % groups > 0;
       for (int64_t i = 0; i < (known ? 0 : size); ++i) {
-        const Square& square = squares[start + i];
+        const WinogradTile& tile = tiles[start + i];
         const float* rows[16];
         for (int64_t j = 0; j < 16; ++j) {
-          const int64_t y = square.top - 1 + j / 4, x = square.left - 1 + j % 4;
+          const int64_t y = tile.top - 1 + j / 4, x = tile.left - 1 + j % 4;
           const bool inside =
               0 <= y && y < map.height && 0 <= x && x < map.width;
           rows[j] = inside
-                        ? row((square.image * map.height + y) * map.width + x)
+                        ? row((tile.image * map.height + y) * map.width + x)
                         : zeros;
         }
         float* input = inputs + i * depth;
@@ -145,7 +144,7 @@ void MultiplySquares(Team& team, const Product& product,
           TransformInput<float>(rows, k, input + k, size * depth);
         for (int j = 0; j < 4; ++j)
           outputs[4 * i + j] =
-              square.rows[j] < 0 ? nullptr : writes(square.rows[j]);
+              tile.rows[j] < 0 ? nullptr : writes(tile.rows[j]);
       }
       const int64_t first = unit % groups * group;
       for (int64_t panel = first; panel < std::min(first + group, panels);

@@ -23,7 +23,7 @@ _CORES = len(os.sched_getaffinity(0))
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-class Peer:
+class Runtime:
   """Another runtime; subclasses implement `make`.
 
   Attributes:
@@ -77,7 +77,7 @@ class Peer:
     return batch
 
 
-class Torch(Peer):
+class Torch(Runtime):
   """PyTorch with channels-last memory and folded batch norm."""
 
   masked = ('torch_index',)
@@ -199,7 +199,7 @@ class TorchCudaGraph(Torch):
     return run(batches[0]).cpu().tolist()
 
 
-class OnnxRuntime(Peer):
+class OnnxRuntime(Runtime):
   """ONNX Runtime with the dense or sparse network."""
 
   masked = ('onnx_sparse',)
@@ -220,7 +220,7 @@ class OnnxRuntime(Peer):
     return lambda images: session.run(['logits'], {'images': images})[0]
 
 
-class OpenVino(Peer):
+class OpenVino(Runtime):
   """OpenVINO with the dense network from ONNX."""
 
   def make(self, shape, mask_granularity=None, density=None):
@@ -241,7 +241,7 @@ class OpenVino(Peer):
     return lambda images: compiled(images, share_inputs=True)[0]
 
 
-class LiteRt(Peer):
+class LiteRt(Runtime):
   """LiteRT with XNNPACK, with the dense network from StableHLO."""
 
   def make(self, shape, mask_granularity=None, density=None):

@@ -4,15 +4,15 @@ import sys
 
 import pytest
 
-from benchmarks import turns
+from benchmarks import interleaved
 
 
 def _worker(tmp_path, monkeypatch, answer):
   (tmp_path / 'timed.py').write_text(
-    f'from benchmarks import turns\nturns.serve({answer})\n'
+    f'from benchmarks import interleaved\nturns.serve({answer})\n'
   )
   monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{":".join(sys.path)}')
-  return turns.Worker('timed', [])
+  return interleaved.Worker('timed', [])
 
 
 def test_a_worker_answers_and_stops(tmp_path, monkeypatch):
@@ -32,7 +32,7 @@ def test_a_worker_that_fails(tmp_path, monkeypatch):
 
 def test_seconds():
   calls = []
-  times = turns.seconds(lambda: calls.append(1), 3)
+  times = interleaved.seconds(lambda: calls.append(1), 3)
   assert len(calls) == len(times) == 3 and all(t >= 0 for t in times)
 
 
@@ -43,7 +43,7 @@ def test_medians_are_of_turns():
     order.append(name)
     return times
 
-  found = turns.medians(
+  found = interleaved.medians(
     {'a': lambda: run('a', [0.001, 0.009]), 'b': lambda: run('b', [0.002])}, 2
   )
   assert found == pytest.approx({'a': 5, 'b': 2}) and order == [*'abab']
