@@ -326,7 +326,8 @@ def _draw_box(ax: Axes, mask: np.ndarray) -> None:
   (ys,), (xs,) = (np.nonzero(mask.any(axis)) for axis in (1, 0))
   if not ys.size or (len(ys), len(xs)) == mask.shape:
     return
-  for color, width in (('black', 2.4), ('white', 1.1)):
+  # Not exactly black and white, which dark themes replace.
+  for color, width in (('#010101', 2.4), ('#fefefe', 1.1)):
     ax.add_patch(
       Rectangle(
         (xs[0] - 0.5, ys[0] - 0.5),

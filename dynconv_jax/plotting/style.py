@@ -33,9 +33,20 @@ PALETTE = {
   'purple': PURPLE,
 }
 
+WHITE = '#ffffff'
 INK = '#333333'
 GREY = '#767676'
 LIGHT_GREY = '#e6e6e6'
+
+# Colors of SVG files where the reader prefers a dark theme. Other colors are
+# legible on both backgrounds.
+DARK = {
+  WHITE: '#14171c',
+  LIGHT_GREY: '#34383f',
+  GREY: '#9a9a9a',
+  INK: '#e0e0e0',
+  BLACK: '#f2f2f2',
+}
 
 _RC = {
   'font.family': 'DejaVu Sans',
@@ -65,8 +76,8 @@ _RC = {
   'lines.solid_capstyle': 'round',
   'legend.frameon': False,
   'legend.fontsize': 8,
-  'figure.facecolor': 'white',
-  'savefig.facecolor': 'white',
+  'figure.facecolor': WHITE,
+  'savefig.facecolor': WHITE,
 }
 
 # Decorator that applies the style within a plotting function only.
@@ -106,7 +117,8 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
   """Writes a figure as PNG and SVG and returns their paths.
 
   Files are written atomically and contain no dates or random identifiers, so
-  the same figure results in the same bytes.
+  the same figure results in the same bytes. The SVG file follows the light or
+  dark theme of its reader.
 
   Args:
     figure: the figure to write.
@@ -125,7 +137,26 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
         figure.savefig(
           partial, format=file.suffix[1:], dpi=200, metadata=metadata
         )
+        if file is svg:
+          partial.write_text(with_dark_theme(partial.read_text()))
   return png, svg
+
+
+def with_dark_theme(svg: str) -> str:
+  """Returns an SVG file of Matplotlib's that follows the reader's theme.
+
+  Args:
+    svg: the file's text.
+  """
+  # Matplotlib omits the fill of black shapes, which then inherit it.
+  rules = [f':root {{fill: {DARK[BLACK]}}}']
+  for light, dark in DARK.items():
+    for kind in ('fill', 'stroke'):
+      rule = f'{{{kind}: {dark} !important}}'
+      rules.append(f'[style*="{kind}: {light}"] {rule}')
+  style = '\n'.join(['@media (prefers-color-scheme: dark) {', *rules, '}'])
+  end = svg.index('>', svg.index('<svg')) + 1
+  return f'{svg[:end]}\n<style>{style}</style>{svg[end:]}'
 
 
 def footnote(figure: Figure, text: str) -> None:

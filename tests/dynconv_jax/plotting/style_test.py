@@ -1,10 +1,15 @@
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import matplotlib
+import numpy as np
 import pytest
 
 from dynconv_jax.plotting import style
+
+_SVG = '{http://www.w3.org/2000/svg}'
 
 
 @style.styled()
@@ -77,3 +82,40 @@ def test_pyplot_is_never_imported():
     'sys.exit("matplotlib.pyplot" in sys.modules)'
   )
   assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+def test_neutral_colors_of_svg_files_follow_the_readers_theme(tmp_path):
+  _, path = style.save_figure(_figure(), tmp_path / 'a')
+  root = ElementTree.parse(path).getroot()  # Well-formed.
+  (rules, _) = (e.text for e in root.iter(f'{_SVG}style'))
+  assert rules.startswith('@media (prefers-color-scheme: dark) {')
+  given = [e.get('style') for e in root.iter() if e.get('style')]
+  used = {c for text in given for c in re.findall(r'#[0-9a-f]{6}', text)}
+  neutral = {c for c in used if c[1:3] == c[3:5] == c[5:7]}
+  assert {style.WHITE, style.GREY, style.LIGHT_GREY, style.INK} <= neutral
+  for color in neutral:
+    rule = f'[style*="fill: {color}"] {{fill: {style.DARK[color]} !important}}'
+    assert rule in rules
+
+
+def test_colors_have_contrast_in_both_themes():
+  dark = style.DARK
+  for name, color in style.PALETTE.items():
+    for background in (style.WHITE, dark[style.WHITE]):
+      shown = dark.get(color, color) if background != style.WHITE else color
+      assert _contrast(shown, background) > 2, (name, background)
+  for color in (style.INK, style.GREY):  # Text: WCAG's 4.5.
+    assert _contrast(color, style.WHITE) >= 4.5
+    assert _contrast(style.DARK[color], style.DARK[style.WHITE]) >= 4.5
+
+
+def _contrast(a, b):
+  """The contrast ratio of WCAG 2."""
+  values = []
+  for color in (a, b):
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(
+      rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4
+    )
+    values.append(linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+  return max(values) / min(values)
