@@ -33,6 +33,8 @@ _X_LABELS = {
   'executed_fraction': 'executed / dense MACs of the masked layers',
   'latency_ms': 'latency of a batch (ms)',
 }
+# Number of curves above which the legend is outside of the axes.
+_MAX_INSIDE = 4
 # Characters per line of the notes below a figure.
 _NOTE_WIDTH = 92
 _UNITS = ('us', 'ms', 's', 'mb', 'mib', 'gb', 'gib')
@@ -71,19 +73,29 @@ def plot_accuracy_against_macs(
   if chance is not None and not 0 <= chance <= 1:
     raise ValueError(f'chance must be in [0, 1]; got {chance}')
   curves = accuracy_curves(rows, x, series)
-  figure = style.new_figure(5.4, 3.8)
+  outside = len(curves) > _MAX_INSIDE
+  rows_of_legend = -(-len(curves) // 2) if outside else 0
+  figure = style.new_figure(5.4, 3.8 + 0.2 * rows_of_legend)
   ax = figure.add_subplot()
+  models = {_display(curve.model) for curve in curves}
+  if len(models) == 1:
+    ax.set_title(*models)
   ranks, labels = {}, []
   for curve in curves:
     rank = ranks[curve.method] = ranks.get(curve.method, -1) + 1
-    labels += _draw_curve(ax, curve, rank)
+    name = _name(curve, with_model=len(models) > 1)
+    labels += _draw_curve(ax, curve, rank, name)
   ax.margins(0.08, 0.1)
   ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=''))
   ax.set_ylabel('accuracy (%)')
   ax.set_xlabel(_X_LABELS.get(x) or _unit_label(x))
   if chance is not None:
     _draw_chance(ax, chance)
-  legend = ax.legend(loc='best')
+  legend = (
+    figure.legend(loc='outside upper left', ncols=2)
+    if outside
+    else ax.legend(loc='best')
+  )
   notes = _notes(curves)
   if x.startswith('latency'):
     notes += _latency_notes(rows)
@@ -130,7 +142,7 @@ def plot_results(
   return written
 
 
-def _draw_curve(ax: Axes, curve: Curve, rank: int) -> list[Text]:
+def _draw_curve(ax: Axes, curve: Curve, rank: int, name: str) -> list[Text]:
   """Draws a curve, the `rank`-th of its method, and returns its labels."""
   method = find_method(curve.method)
   color = style.PALETTE.get(method.color, method.color)
@@ -146,7 +158,7 @@ def _draw_curve(ax: Axes, curve: Curve, rank: int) -> list[Text]:
     markerfacecolor=color if rank == 0 else 'white',
     elinewidth=1,
     capsize=2.5,
-    label=_name(method.label or method.name, curve),
+    label=name,
   )
   return [
     ax.text(point.x, point.accuracy, label, fontsize=7, color=color)
@@ -196,9 +208,12 @@ def _lines(curve: Curve) -> list[tuple]:
   ]
 
 
-def _name(method: str, curve: Curve) -> str:
+def _name(curve: Curve, with_model: bool) -> str:
   """Returns the legend label of a curve."""
-  name, width = f'{method} {_display(curve.model)}', curve.width_multiplier
+  method, width = find_method(curve.method), curve.width_multiplier
+  name = method.label or method.name
+  if with_model:
+    name += f' {_display(curve.model)}'
   if width is None:
     name += ', by width'
   elif width != 1:
@@ -240,7 +255,11 @@ def _draw_chance(ax: Axes, chance: float) -> None:
 
 
 def _display(model: str) -> str:
-  """Returns 'CIFAR ResNet-32' for 'cifar_resnet32'; keeps other names."""
+  """Returns 'CIFAR ResNet-32' for 'cifar_resnet32'; keeps unknown names."""
+  if model == 'mobilenet_v2':
+    return 'MobileNetV2'
+  if lite := re.fullmatch(r'efficientnet_lite(\d)', model):
+    return f'EfficientNet-Lite{lite[1]}'
   match = re.fullmatch(r'(cifar_)?resnet(\d*)', model)
   if not match:
     return model

@@ -58,7 +58,8 @@ def test_curves_and_error_bars(tmp_path):
   np.testing.assert_allclose(points, [[0.148, 0.699]])
   np.testing.assert_allclose(bars, [[0.679, 0.709]])
   labels = [text.get_text() for text in ax.get_legend().get_texts()]
-  assert labels == ['DynConv ResNet-18', 'dense ResNet-18']
+  assert labels == ['DynConv', 'dense']
+  assert ax.get_title('left') == 'ResNet-18'
   assert [t.get_text() for t in ax.texts if t.get_text()] == ['0.5', '0.7']
   note = figure.get_supxlabel()
   assert 'standard deviation over 2 seeds' in note
@@ -136,14 +137,42 @@ def test_every_method_looks_different(tmp_path):
   lines = [container.lines[0] for container in ax.containers]
   for looks in (lambda line: line.get_color(), lambda line: line.get_marker()):
     assert len(set(map(looks, lines))) == len(METHODS)
-  labels = [text.get_text() for text in ax.get_legend().get_texts()]
+  (legend,) = ax.figure.legends
+  labels = [text.get_text() for text in legend.get_texts()]
   assert labels == [
-    f'{name} ResNet-18'
-    for name in (
-      *('dense', 'blocks dropped', 'DynConv', 'ConvNet-AIG', 'SkipNet'),
-      *('SACT', 'ACT'),
-    )
+    *('dense', 'blocks dropped', 'DynConv', 'ConvNet-AIG', 'SkipNet'),
+    *('SACT', 'ACT'),
   ]
+
+
+@pytest.mark.usefixtures('unwritten')
+def test_a_long_legend_covers_no_curve(tmp_path):
+  rows = [
+    _row('dynconv', 0.5, seed, 0.6 + 0.1 * seed, 0.1, recipe=f'{name}')
+    for name in range(6)
+    for seed in range(2)
+  ]
+  figure = plot_accuracy_against_macs(rows, tmp_path / 'f', series='recipe')
+  (ax,), (legend,) = figure.axes, figure.legends
+  figure.draw_without_rendering()
+  assert not legend.get_window_extent().overlaps(ax.get_window_extent())
+  assert len(legend.get_texts()) == 6
+
+
+@pytest.mark.usefixtures('unwritten')
+@pytest.mark.parametrize(
+  ('model', 'name'),
+  [
+    ('efficientnet_lite4', 'EfficientNet-Lite4'),
+    ('mobilenet_v2', 'MobileNetV2'),
+    ('cifar_resnet32', 'CIFAR ResNet-32'),
+    ('mine.models:Net', 'mine.models:Net'),
+  ],
+)
+def test_the_title_is_the_model(tmp_path, model, name):
+  row = _row('dynconv', 0.5, 0, 0.6, 0.1, model)
+  figure = plot_accuracy_against_macs([row], tmp_path / 'f')
+  assert figure.axes[0].get_title('left') == name
 
 
 @pytest.mark.usefixtures('unwritten')
@@ -159,10 +188,10 @@ def test_points_say_what_was_varied(tmp_path):
   figure = plot_accuracy_against_macs(rows, tmp_path / 'fig')
   (ax,) = figure.axes
   assert [text.get_text() for text in ax.get_legend().get_texts()] == [
-    'dense ResNet-18, by width',
-    'DynConv ResNet-18 \N{MULTIPLICATION SIGN}0.5',
-    'SkipNet ResNet-18',
-    'ACT ResNet-18',
+    'dense, by width',
+    'DynConv \N{MULTIPLICATION SIGN}0.5',
+    'SkipNet',
+    'ACT',
   ]
   assert [text.get_text() for text in ax.texts] == [
     '\N{MULTIPLICATION SIGN}0.5',
@@ -214,4 +243,4 @@ def test_figures_of_a_table(tmp_path):
   svg = (tmp_path / 'accuracy_against_latency.svg').read_text()
   assert len(written) == 2
   assert 'batch of 8, cpu' in svg
-  assert 'DynConv ResNet-18, distilled' in svg
+  assert 'DynConv, distilled' in svg
