@@ -6,6 +6,7 @@ or taken from the folder named by ONNXRUNTIME_WEB: `dist` of the package.
 
 import functools
 import http.server
+import io
 import os
 import shutil
 import subprocess
@@ -14,12 +15,13 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dynconv_jax.data.decode import evaluation_box
 from dynconv_jax.demo import Server, export_web
 from dynconv_jax.demo.web import RUNTIME_FILES, RUNTIME_URL, RUNTIME_VERSION
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.plotting import overlay_ponder_map, ponder_cost_map
+from dynconv_jax.plotting import overlay_ponder_map, ponder_cost_map, style
 
 sync_api = pytest.importorskip(
   'playwright.sync_api', reason='pip install dynconv_jax[browser]'
@@ -63,6 +65,20 @@ def page(browser):
   yield page
   page.close()
   assert complaints == []
+
+
+@pytest.mark.parametrize(
+  ('theme', 'background'), [('light', style.WHITE), ('dark', '#14171c')]
+)
+def test_svg_figures_follow_the_theme(page, tmp_path, theme, background):
+  figure = style.new_figure(2, 1)
+  figure.add_subplot().set_xlabel('x', color=style.INK)
+  _, svg = style.save_figure(figure, tmp_path / 'figure')
+  page.emulate_media(color_scheme=theme)
+  page.goto(svg.as_uri())
+  corner = Image.open(io.BytesIO(page.screenshot())).convert('RGB')
+  red, green, blue = corner.getpixel((1, 1))
+  assert f'#{red:02x}{green:02x}{blue:02x}' == background
 
 
 @pytest.fixture(scope='module')
