@@ -81,7 +81,10 @@ _RESAMPLES = flags.DEFINE_integer(
   'resamples', statistics.RESAMPLES, 'Bootstrap resamples.', lower_bound=1
 )
 
-_GAIN_COLUMNS = ('label', 'share', 'difference', 'low', 'high', 'p', 'examples')
+_GAIN_COLUMNS = (
+  *('label', 'share', 'difference', 'low', 'high', 'p', 'examples'),
+  *('gmacs', 'gmacs_against'),
+)
 
 
 class Group:
@@ -92,6 +95,7 @@ class Group:
     runs: predictions of the runs, ordered by seed if the seeds are known.
     seeds: seeds of the runs, or None if they are unknown or not distinct.
     correct: bool[runs, n], set by `align`.
+    macs: float[runs, n], set by `align`, or None if unknown for any run.
   """
 
   def __init__(self, name: str, patterns: Sequence[str], split: str):
@@ -123,20 +127,22 @@ class Group:
       ValueError: a run has different examples or labels. The message names
         them.
     """
-    rows = []
+    correct, macs = [], []
     for run in self.runs:
       _check_same(first, run)
       place = {name: i for i, name in enumerate(run.labels)}
-      rows.append(run.correct[[place[name] for name in first.labels]])
-    self.correct = np.stack(rows)
+      order = [place[name] for name in first.labels]
+      correct.append(run.correct[order])
+      macs.append(None if run.macs is None else run.macs[order])
+    self.correct = np.stack(correct)
+    known = all(values is not None for values in macs)
+    self.macs = np.stack(macs) if known else None
 
-  @property
-  def gmacs(self) -> float | None:
+  def gmacs(self, examples: slice | np.ndarray = slice(None)) -> float | None:
     """Mean over runs and examples, or None if unknown for any run."""
-    macs = [run.macs for run in self.runs]
-    if any(values is None for values in macs):
+    if self.macs is None:
       return None
-    return float(np.mean(macs)) / 1e9
+    return float(self.macs[:, examples].mean()) / 1e9
 
   def row(self, baseline: Group | None = None) -> dict[str, Any]:
     """Returns accuracy and cost, and the difference from a baseline."""
@@ -149,7 +155,7 @@ class Group:
       'accuracy': accuracy.value,
       'accuracy_low': accuracy.low,
       'accuracy_high': accuracy.high,
-      'gmacs_mean': self.gmacs,
+      'gmacs_mean': self.gmacs(),
     }
     if baseline is None:
       return row
@@ -277,6 +283,8 @@ def _gain_rows(runs: Group, against: Group) -> list[dict[str, Any]]:
       *(result[f'difference{end}'] for end in ('', '_low', '_high')),
       result['p'],
       len(examples),
+      runs.gmacs(examples),
+      against.gmacs(examples),
     )
     rows.append(dict(zip(_GAIN_COLUMNS, values, strict=True)))
   return rows

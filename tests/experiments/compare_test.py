@@ -40,9 +40,10 @@ def runs(tmp_path):
   rng = np.random.default_rng(0)
   a, b = rng.random((2, 40)) < 0.8, rng.random((2, 40)) < 0.5
   shares = np.round(np.linspace(0.05, 0.5, 40), 4)
-  for name, values, macs in (('a', a, 2e9), ('b', b, 4e9)):
+  dense, sparse = np.full(40, 4e9), 2e9 + 1e7 * np.arange(40)
+  for name, values, macs in (('a', a, sparse), ('b', b, dense)):
     for seed in (0, 1):
-      more = {'macs': [macs + seed * 1e9] * 40, 'object_share': shares}
+      more = {'macs': macs + seed * 1e9, 'object_share': shares}
       _write(tmp_path / f'{name}{seed}', values[seed], seed, **more)
   return a, b, shares
 
@@ -127,6 +128,8 @@ def test_gains_by_the_share_of_the_object(program, tmp_path, runs):
       [shares[some].mean(), 100 * expected.value, 100 * expected.low], rel=1e-4
     )
     assert row['examples'] == '10'
+    gmacs = [float(row[name]) for name in ('gmacs', 'gmacs_against')]
+    assert gmacs == pytest.approx([2.5 + 0.01 * (10 * i + 4.5), 4.5])
   assert (rows[4]['share'], rows[4]['examples']) == ('1', '40')
 
 
