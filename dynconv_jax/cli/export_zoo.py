@@ -12,6 +12,7 @@ its URL.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -81,7 +82,11 @@ def main(argv: Sequence[str]) -> None:
     'sha256': hashlib.sha256(content).hexdigest(),
     'bytes': len(content),
     'url': _URL.value or None,
-    'flags': {n: texts[n] for n in (*_SHOWN, knob) if texts.get(n)},
+    'flags': {
+      name: texts[name]
+      for name in dict.fromkeys((*_SHOWN, knob, *_changed_options(run)))
+      if texts.get(name)
+    },
     'dataset': texts['dataset'],
     'classes': len(run.class_names),
     'split': _SPLIT.value,
@@ -95,6 +100,17 @@ def main(argv: Sequence[str]) -> None:
     model_card(name, entry, run, evaluation, texts), encoding='utf-8'
   )
   print(f'wrote {path} ({len(content) / 1e6:.1f} MB), {card}, {index}')
+
+
+def _changed_options(run: Run) -> list[str]:
+  """Returns the names of options of model and method that are not defaults."""
+  parts = (run.network.model.options, run.network.method.options)
+  return [
+    field.name
+    for part in parts
+    for field in dataclasses.fields(part)
+    if getattr(part, field.name) != field.default
+  ]
 
 
 def _read_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
@@ -136,6 +152,10 @@ def model_card(
     'Network': f'`{model.model}`, {method.method} gates'
     if method.record.gated
     else f'`{model.model}`, dense',
+    'Options': ', '.join(
+      f'`--{name}={texts[name]}`' for name in _changed_options(run)
+    )
+    or 'defaults',
     'Input': f'{model.image_size} x {model.image_size} pixels, '
     f'`{run.normalization}` normalization',
     'Classes': ', '.join(run.class_names)

@@ -114,6 +114,7 @@ def test_the_card(packed):
   entry = zoo.entry('zoo:small')
   for row in (
     '| Network | `cifar_resnet8`, dynconv gates |',
+    '| Options | defaults |',
     '| Accuracy | 0.500 (95 % interval 0.250 to 0.750) |',
     '| GMACs per image | 0.1250 on average, 0.1200 median, 0.1300 95th',
     '| GMACs without gates | 0.2500 |',
