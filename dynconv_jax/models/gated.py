@@ -21,8 +21,7 @@ DropPath = Annotated[
   {
     'help': "Stochastic depth: the probability of dropping an image's branch "
     'in training, which rises linearly from 0 at the first block toward this '
-    'value; by default 0.2 for EfficientNet-Lite, as published, and 0 (off) '
-    'for other networks.',
+    'value; 0: off. The default is the value published with the network.',
     'allowed': BELOW_ONE,
   },
 ]
