@@ -33,7 +33,8 @@ def plot_gains(
   Args:
     rows: rows with text or numbers: 'share', the fraction of the image that the
       object covers, in (0, 1]; 'difference', 'low', and 'high' in points; and
-      optionally 'label'.
+      optionally 'label', and 'gmacs' and 'gmacs_against', the mean cost of both
+      sides.
     path: path of the figure, written as PNG and SVG; see `style.figure_paths`.
     against: name of the baseline, for the title.
 
@@ -67,6 +68,15 @@ def plot_gains(
       capsize=2.5,
       label=label,
     )
+  for row in rows:
+    if row.get('gmacs'):
+      ax.annotate(
+        f'{float(row["gmacs"]):.3f}',
+        (float(row['share']), float(row['difference'])),
+        xytext=(4, 4),
+        textcoords='offset points',
+        fontsize=7,
+      )
   ax.set_xscale('log')
   ax.xaxis.set_minor_locator(NullLocator())
   shares = [point[0] for points in curves.values() for point in points]
@@ -81,9 +91,20 @@ def plot_gains(
     ax.set_title(f'against {against}')
   if any(curves):
     ax.legend(loc='best')
-  style.footnote(figure, 'bars and band: 95 % interval of a paired bootstrap')
+  style.footnote(figure, '\n'.join(_notes(rows)))
   style.save_figure(figure, path)
   return figure
+
+
+def _notes(rows: Sequence[Mapping[str, object]]) -> list[str]:
+  notes = ['bars and band: 95 % interval of a paired bootstrap']
+  if any(row.get('gmacs') for row in rows):
+    given = [row['gmacs_against'] for row in rows if row.get('gmacs_against')]
+    baseline = {f'{float(value):.3f}' for value in given}
+    notes.append('numbers: GMACs')
+    if len(baseline) == 1:
+      notes[-1] += f'; baseline: {baseline.pop()}'
+  return notes
 
 
 def _signed(value: float, _) -> str:

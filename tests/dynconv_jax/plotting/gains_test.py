@@ -44,6 +44,20 @@ def test_without_labels_there_is_no_legend(tmp_path, monkeypatch):
   assert plot_gains([row], tmp_path / 'a').axes[0].get_legend() is None
 
 
+def test_points_are_labelled_with_their_gmacs(tmp_path, monkeypatch):
+  monkeypatch.setattr(style, 'save_figure', lambda *unused: None)
+  rows = [
+    _row(0.3, 1, 0, 2) | {'gmacs': '0.1234', 'gmacs_against': '0.2'},
+    _row(0.4, 1, 0, 2) | {'gmacs': '', 'gmacs_against': '0.2'},
+  ]
+  figure = plot_gains(rows, tmp_path / 'a')
+  assert [text.get_text() for text in figure.axes[0].texts] == ['0.123']
+  assert figure.get_supxlabel().endswith('numbers: GMACs; baseline: 0.200')
+  rows[1]['gmacs_against'] = '0.3'
+  note = plot_gains(rows, tmp_path / 'a').get_supxlabel()
+  assert note.endswith('numbers: GMACs')
+
+
 @pytest.mark.parametrize(
   'rows, message',
   [
