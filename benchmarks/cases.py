@@ -44,6 +44,7 @@ RUNTIMES = {
   'litert': Runtime('litert', ('ai_edge_litert', 'litert_converter')),
   # The sparse network, exported by dynconv_jax.sparse.onnx.
   'onnx_sparse': Runtime('onnxruntime', ('onnx', 'onnxruntime'), dense=False),
+  'openvino_sparse': Runtime('openvino', ('onnx', 'openvino'), dense=False),
 }
 # Tolerance between a runtime's logits and JAX's, relative to the largest logit.
 _TOLERANCES = {'float32': 1e-4, 'bfloat16': 0.1}

@@ -211,17 +211,15 @@ class OnnxRuntime(Runtime):
     options.intra_op_num_threads = _CORES
     # Spinning threads would slow down the other processes.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    model = self.networks.model('dense')
-    if mask_granularity is not None:
-      model = self.networks.model(self.networks.method, mask_granularity)
-    if density is not None:
-      model = force_gates(model, masks_of(model, shape, density))
-    session = onnxruntime.InferenceSession(_onnx(model, shape), options)
+    file = _onnx(self.networks, shape, mask_granularity, density)
+    session = onnxruntime.InferenceSession(file, options)
     return lambda images: session.run(['logits'], {'images': images})[0]
 
 
 class OpenVino(Runtime):
-  """OpenVINO with the dense network from ONNX."""
+  """OpenVINO with the dense or sparse network from ONNX."""
+
+  masked = ('openvino_sparse',)
 
   def make(self, shape, mask_granularity=None, density=None):
     # Disable telemetry, which sends usage statistics from a separate process.
@@ -230,7 +228,9 @@ class OpenVino(Runtime):
     import openvino
 
     compiled = openvino.compile_model(
-      openvino.Core().read_model(_onnx(self.networks.model('dense'), shape)),
+      openvino.Core().read_model(
+        _onnx(self.networks, shape, mask_granularity, density)
+      ),
       'CPU',
       {
         'PERFORMANCE_HINT': 'LATENCY',
@@ -291,8 +291,14 @@ def to_tflite(model: nnx.Module, shape: Sequence[int]) -> bytes:
     return converter.export_flatbuffer_to_bytes(module.operation)
 
 
-def _onnx(model, shape):
+def _onnx(networks, shape, mask_granularity, density):
+  """Returns an ONNX file; see `Runtime.make`."""
   from dynconv_jax.sparse.onnx import export_onnx
 
+  model = networks.model('dense')
+  if mask_granularity is not None:
+    model = networks.model(networks.method, mask_granularity)
+  if density is not None:
+    model = force_gates(model, masks_of(model, shape, density))
   exported = export_onnx(model, shape[1:3], batch_size=shape[0])
   return exported.SerializeToString()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import cases, workers
-from benchmarks.networks import Networks
+from benchmarks.forced import force_gates
+from benchmarks.networks import Networks, masks_of
 from dynconv_jax.training.workdir import load_run, read_config
 
 _SMALL = (
@@ -148,9 +149,10 @@ def test_other_runtimes_that_compute_something_else_are_errors():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('runtime', ['openvino', 'litert'])
-def test_other_runtimes_compute_the_same(runtime):
-  for package in cases.RUNTIMES[runtime].packages:
+@pytest.mark.parametrize('name', ['openvino', 'litert', 'openvino_sparse'])
+def test_other_runtimes_compute_the_same(name):
+  runtime = cases.RUNTIMES[name]
+  for package in runtime.packages:
     pytest.importorskip(package, reason='pip install -e .[benchmark]')
   settings = {
     'workdir': None,
@@ -161,12 +163,15 @@ def test_other_runtimes_compute_the_same(runtime):
     'compute_dtype': 'float32',
     'options': {'padding': 'same', 'gated_blocks': 'all'},
   }
-  timed = workers.WORKERS[runtime](settings)
+  timed = workers.WORKERS[runtime.worker](settings)
   case = {'batch_size': 2, 'mask_granularity': '1', 'density': 0.3}
-  networks = timed.networks
-  expected, _ = jax.jit(networks.model('dense'))(networks.batches(2)[0])
+  model, images = timed.networks.model('dense'), timed.networks.batches(2)[0]
+  if not runtime.dense:
+    model = timed.networks.model('dynconv')
+    model = force_gates(model, masks_of(model, images.shape, 0.3))
+  expected, _ = jax.jit(model)(images)
   assert np.ptp(expected) > 0.1 * np.abs(expected).max()
-  cases.check_equal(runtime, timed.logits(of=runtime, **case), expected, 1e-4)
+  cases.check_equal(name, timed.logits(of=name, **case), expected, 1e-4)
 
 
 @pytest.mark.slow
