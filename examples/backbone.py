@@ -1,9 +1,9 @@
-"""An own backbone: depthwise 5x5 blocks on patches of the image.
+"""A custom backbone: depthwise 5x5 blocks on patches of the image.
 
 python -m experiments.train --model=examples.backbone:patch_net \
   --flagfile=experiments/flags/spots_dynconv.flags --workdir=workdir/patch_net
 
-Every method, the MAC counter, sparse execution and ponder maps work on it.
+Every method, the MAC counter, sparse execution, and ponder maps work with it.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dynconv_jax.models.gated import GatedBlock, Gating
 
 
 class PatchNet(nnx.Module):
-  """A stem on 2x2 pixels, gated blocks in two stages, a linear head.
+  """A stem with stride 2, gated blocks in two stages, and a linear head.
 
   Args:
-    num_classes: outputs of the head.
-    gate: makes the gate of a site, or None.
+    num_classes: number of classes.
+    gate: function that returns the gate of a site, or None for no gate.
     dtype: compute dtype.
-    width_multiplier: scales the channels.
-    depth: blocks a stage.
-    rngs: stream `params`.
+    width_multiplier: multiplier of the number of channels.
+    depth: number of blocks per stage.
+    rngs: random streams; uses `params`.
   """
 
   # Sparse networks fold this convolution and batch norm into one.
@@ -54,7 +54,8 @@ class PatchNet(nnx.Module):
           strides=strides,
           identity=features == out and strides == 1,
         )
-        # What the block computes; everything else follows from it.
+        # Describes what the block computes. Sparse execution, MAC counting, and
+        # export use this description.
         branch = Branch(
           (
             Conv('expand', 'bn1', features, 2 * out, activation='relu'),
@@ -94,14 +95,14 @@ class PatchNet(nnx.Module):
     """Class method used by ``nnx.view``.
 
     Args:
-      deterministic: passed on to the gates by ``nnx.view`` itself.
+      deterministic: unused here; ``nnx.view`` sets it on the gates.
     """
 
 
 def patch_net(
   *, num_classes, gate, dtype, rngs, width_multiplier=1.0, depth=3
 ) -> PatchNet:
-  """Returns the network; `depth` is an option of its own."""
+  """Returns the network. Its option `depth` becomes a flag."""
   return PatchNet(
     num_classes=num_classes,
     gate=gate,

@@ -1,10 +1,10 @@
-"""An own gate: each block runs at the k best positions of an image.
+"""A custom gate: each block runs at the k best positions of an image.
 
 python -m experiments.train --method=examples.top_k_gate:METHOD --keep=0.3 \
   --flagfile=experiments/flags/spots_dynconv.flags --workdir=workdir/top_k
 
-A learned score orders the positions. How many run is fixed, so the cost of an
-image is known beforehand and no loss has to price it.
+A learned score ranks the positions. The number of active positions is fixed, so
+the cost of an image is known in advance and needs no loss.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from dynconv_jax.options import Range, option
 
 
 class TopKGate(Gate):
-  """Executes a block at the positions of the highest scores.
+  """Runs a block at the positions with the highest scores.
 
   Args:
-    in_features: channels of the block's input.
-    strides: of the block.
-    keep: share of positions that run, in (0, 1].
-    rngs: stream `params`.
+    in_features: number of channels of the block's input.
+    strides: stride of the block.
+    keep: fraction of active positions, in (0, 1].
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -53,17 +53,17 @@ class TopKGate(Gate):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What becomes a flag."""
+  """Options of the method. Each becomes a flag."""
 
   keep: float = option(
     0.3,
-    'Share of positions at which a block runs.',
+    'Fraction of the positions at which a block runs.',
     allowed=Range(lambda keep: 0 < keep <= 1, 'in (0, 1]'),
   )
 
 
 def make_gates(options, sites, rngs):
-  """Returns what makes the gate of a block."""
+  """Returns a function that makes the gate of a block."""
   del sites
   return lambda site: TopKGate(
     site.in_features, strides=site.strides, keep=options.keep, rngs=rngs

@@ -1,11 +1,11 @@
-"""Gates in another kind of network: a U-Net that segments where it must.
+"""Gates in a U-Net: image segmentation with dynamic convolutions.
 
 python -m examples.unet [--steps=300] [--budget=0.3] [--output=DIR]
 
-The task: which pixels of a drawn image belong to its object. Encoder and
-decoder are gated blocks; each decides per position whether it runs. Prints the
-intersection over union, the MACs, and how far the sparse network is from the
-masked dense one; writes ponder maps to --output.
+The task is to find the pixels of the object in a drawn image. The encoder and
+the decoder consist of gated blocks, which decide per position whether to run.
+Prints the intersection over union, the MACs, and the difference between sparse
+and masked dense execution. Writes ponder maps to --output.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from dynconv_jax.sparse import SparseExecutor
 
 
 class UNet(nnx.Module):
-  """Ronneberger et al., MICCAI 2015, small, of gated residual blocks.
+  """A small U-Net (Ronneberger et al., MICCAI 2015) of gated residual blocks.
 
   Args:
-    width: channels of the first resolution.
-    rngs: stream `params`.
+    width: number of channels at full resolution.
+    rngs: random streams; uses `params`.
   """
 
   foldable = (('conv1', 'bn1'),)
@@ -84,7 +84,7 @@ class UNet(nnx.Module):
     """Class method used by ``nnx.view``.
 
     Args:
-      deterministic: passed on to the gates by ``nnx.view`` itself.
+      deterministic: unused here; ``nnx.view`` sets it on the gates.
     """
 
 
@@ -106,7 +106,7 @@ def train(
   steps: int,
   budget: float,
 ) -> None:
-  """Trains a network in place, cross-entropy plus DynConv's sparsity loss."""
+  """Trains in place with cross-entropy and DynConv's sparsity loss."""
   graphdef, params, rest = nnx.split(model, nnx.Param, ...)
   params, rest = nnx.as_pure((params, rest))
   tx = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -119,11 +119,12 @@ def train(
       logits, masks = network(
         images,
         rngs=nnx.Rngs(gumbel=key),
-        # At the end masks are what they are in evaluation.
+        # In the second half, decisions are those of evaluation.
         gumbel_noise=i < steps / 2,
       )
       loss = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, objects))
-      # At progress 0 each block is held to the budget, not their sum alone.
+      # At progress 0, the loss holds each block to the budget, not only their
+      # sum.
       loss += 10 * sparsity_loss(masks, budget=budget, progress=0.0)
       rest_now = nnx.as_pure(nnx.split(network, nnx.Param, ...)[2])
       return loss, (rest_now, executed_fractions(masks)[0])
@@ -144,7 +145,7 @@ def train(
 
 
 def evaluate(model: UNet, images: np.ndarray, objects: np.ndarray) -> dict:
-  """Returns IoU, MACs and the difference of sparse from masked dense."""
+  """Returns the IoU, MACs, and the difference between sparse and dense."""
   view = nnx.view(model, deterministic=True, use_running_average=True)
   logits, masks = jax.jit(lambda x: view(x))(images)
   found = np.asarray(logits) > 0
@@ -165,7 +166,7 @@ def evaluate(model: UNet, images: np.ndarray, objects: np.ndarray) -> dict:
 
 
 def main(argv: list[str]) -> None:
-  """Trains, evaluates, prints JSON and draws ponder maps."""
+  """Trains and evaluates the network, prints JSON, and draws ponder maps."""
   del argv
   model = UNet(rngs=nnx.Rngs(0))
   train(model, *load('train', 1500), _STEPS.value, _BUDGET.value)
@@ -184,8 +185,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  # Not before: tests import this file.
+  # Defined here because tests import this file.
   _STEPS = flags.DEFINE_integer('steps', 300, 'Training steps.')
-  _BUDGET = flags.DEFINE_float('budget', 0.3, 'Executed fraction to train for.')
+  _BUDGET = flags.DEFINE_float('budget', 0.3, 'Target executed fraction.')
   _OUTPUT = flags.DEFINE_string('output', None, 'Folder for the ponder maps.')
   app.run(main)

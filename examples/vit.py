@@ -1,10 +1,10 @@
-"""Gates on tokens: a small vision transformer that drops what it can.
+"""Gates on tokens: a small vision transformer that skips tokens.
 
 python -m examples.vit [--steps=400] [--budget=0.5]
 
-Each transformer block decides per image and token whether it runs. Its linear
-layers cost by the tokens that are left, its attention by pairs of them. Prints
-the accuracy on drawn images and the MACs.
+Each transformer block decides per image and token whether to run. The cost of
+its linear layers is proportional to the number of active tokens, that of
+attention to its square. Prints the accuracy on drawn images and the MACs.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from dynconv_jax.models.gated import Gating
 
 
 class TokenGate(Gate):
-  """Decides per image and token, by a linear map of the token.
+  """Decides per image and token with a linear layer.
 
   Args:
-    features: channels of a token.
-    rngs: stream `params`.
+    features: number of channels of a token.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(self, features: int, *, rngs: nnx.Rngs):
@@ -53,14 +53,14 @@ class TokenGate(Gate):
 
 
 class TokenBlock(nnx.Module):
-  """Attention among active tokens and an MLP; other tokens pass by.
+  """Attention among active tokens and an MLP. Other tokens do not change.
 
   Args:
-    features: channels of a token.
-    heads: of the attention.
-    tokens: how many there are.
-    name: path in the model.
-    rngs: stream `params`.
+    features: number of channels of a token.
+    heads: number of attention heads.
+    tokens: number of tokens.
+    name: path of the block in the model.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(self, features, heads, tokens, *, name, rngs):
@@ -83,17 +83,17 @@ class TokenBlock(nnx.Module):
         MaskedLayer(f'{name}.{key}', layer.kernel.size)
         for key, layer in linear.items()
       ),
-      # Queries times keys, and weights times values, by pairs of tokens.
+      # Products of queries and keys, and of weights and values.
       MaskedLayer(f'{name}', 2 * features, kind='pairs'),
     )
 
   def attend(self, x, mask):
-    """Returns float[N, tokens, features], of the active tokens' values."""
+    """Returns float[N, tokens, features], attending to active tokens."""
     n, tokens, _ = x.shape
     qkv = self.qkv(x).reshape(n, tokens, 3, self.heads, -1)
     q, k, v = jnp.moveaxis(qkv, 2, 0)
     logits = jnp.einsum('nqhd,nkhd->nhqk', q, k) / q.shape[-1] ** 0.5
-    # The weight of a closed token is zero, with the gate's gradient.
+    # Multiplying by the mask passes a gradient to the gate.
     weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
     weights = weights * mask[:, None, None, :]
     weights = weights / (jnp.sum(weights, -1, keepdims=True) + 1e-6)
@@ -113,15 +113,15 @@ class TokenBlock(nnx.Module):
 
 
 class ViT(nnx.Module):
-  """Dosovitskiy et al., ICLR 2021, small, with the mean of all tokens.
+  """A small ViT (Dosovitskiy et al., ICLR 2021) with mean pooling of tokens.
 
   Args:
-    num_classes: outputs of the head.
-    size: pixels of an image's side.
-    patch: pixels of a token's side.
-    features: channels of a token.
-    depth: blocks.
-    rngs: stream `params`.
+    num_classes: number of classes.
+    size: side of the images in pixels.
+    patch: side of a token in pixels.
+    features: number of channels of a token.
+    depth: number of blocks.
+    rngs: random streams; uses `params`.
   """
 
   def __init__(
@@ -174,7 +174,7 @@ def load(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
 def train(
   model: ViT, images: np.ndarray, labels: np.ndarray, steps: int, budget: float
 ) -> None:
-  """Trains a network in place, cross-entropy plus DynConv's sparsity loss."""
+  """Trains in place with cross-entropy and DynConv's sparsity loss."""
   graphdef, params = nnx.split(model)
   params = nnx.as_pure(params)
   tx = optax.adam(optax.cosine_decay_schedule(1e-3, steps))
@@ -221,7 +221,7 @@ def evaluate(model: ViT, images: np.ndarray, labels: np.ndarray) -> dict:
 
 
 def main(argv: list[str]) -> None:
-  """Trains, evaluates and prints JSON."""
+  """Trains and evaluates the network, and prints JSON."""
   del argv
   model = ViT(len(CLASS_NAMES), rngs=nnx.Rngs(0))
   train(model, *load('train', 3000), _STEPS.value, _BUDGET.value)
@@ -229,7 +229,7 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-  # Not before: tests import this file.
+  # Defined here because tests import this file.
   _STEPS = flags.DEFINE_integer('steps', 400, 'Training steps.')
-  _BUDGET = flags.DEFINE_float('budget', 0.5, 'Executed fraction to train for.')
+  _BUDGET = flags.DEFINE_float('budget', 0.5, 'Target executed fraction.')
   app.run(main)
