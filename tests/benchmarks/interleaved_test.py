@@ -9,7 +9,7 @@ from benchmarks import interleaved
 
 def _worker(tmp_path, monkeypatch, answer):
   (tmp_path / 'timed.py').write_text(
-    f'from benchmarks import interleaved\nturns.serve({answer})\n'
+    f'from benchmarks import interleaved\ninterleaved.serve({answer})\n'
   )
   monkeypatch.setenv('PYTHONPATH', f'{tmp_path}:{":".join(sys.path)}')
   return interleaved.Worker('timed', [])
@@ -36,7 +36,7 @@ def test_seconds():
   assert len(calls) == len(times) == 3 and all(t >= 0 for t in times)
 
 
-def test_medians_are_of_turns():
+def test_medians_are_of_interleaved_times():
   order = []
 
   def run(name, times):

@@ -42,8 +42,8 @@ def test_draws_several_tables_together(tmp_path):
   _, stderr = process.communicate()
   assert process.returncode == 0, stderr
   text = svg.read_text()
-  assert 'DynConv ResNet-18 -->' in text
-  assert 'DynConv ResNet-18, inherited -->' in text
+  assert 'DynConv -->' in text
+  assert 'DynConv, inherited -->' in text
 
 
 def test_an_error_ends_the_program_with_status_one(tmp_path):
