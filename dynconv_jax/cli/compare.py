@@ -139,7 +139,7 @@ class Group:
     self.macs = np.stack(macs) if known else None
 
   def gmacs(self, examples: slice | np.ndarray = slice(None)) -> float | None:
-    """Mean over runs and examples, or None if unknown for any run."""
+    """Returns the mean over runs and examples, or None if unknown for a run."""
     if self.macs is None:
       return None
     return float(self.macs[:, examples].mean()) / 1e9

@@ -13,6 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from dynconv_jax.plotting import style
 
 _COLUMNS = ('share', 'difference', 'low', 'high')
+_COSTS = ('gmacs', 'gmacs_against')
 _COLORS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE)
 _MARKERS = 'osD^v'
 _TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1)
@@ -125,6 +126,8 @@ def _read_curves(rows) -> dict[str, list[tuple[float, ...]]]:
   for number, row in enumerate(rows, 1):
     try:
       point = tuple(float(row[name]) for name in _COLUMNS)
+      for name in filter(row.get, _COSTS):
+        float(row[name])
     except (TypeError, ValueError) as error:
       raise ValueError(f'row {number}: {error}') from error
     share, value, low, high = point

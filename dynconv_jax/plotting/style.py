@@ -138,16 +138,12 @@ def save_figure(figure: Figure, path: str | os.PathLike) -> tuple[Path, Path]:
           partial, format=file.suffix[1:], dpi=200, metadata=metadata
         )
         if file is svg:
-          partial.write_text(with_dark_theme(partial.read_text()))
+          partial.write_text(_with_dark_theme(partial.read_text()))
   return png, svg
 
 
-def with_dark_theme(svg: str) -> str:
-  """Returns an SVG file of Matplotlib's that follows the reader's theme.
-
-  Args:
-    svg: the file's text.
-  """
+def _with_dark_theme(svg: str) -> str:
+  """Adds colors for readers who prefer a dark theme to a Matplotlib SVG."""
   # Matplotlib omits the fill of black shapes, which then inherit it.
   rules = [f':root {{fill: {DARK[BLACK]}}}']
   for light, dark in DARK.items():

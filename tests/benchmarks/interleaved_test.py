@@ -24,9 +24,10 @@ def test_a_worker_answers_and_stops(tmp_path, monkeypatch):
 
 
 def test_a_worker_that_fails(tmp_path, monkeypatch):
-  worker = _worker(tmp_path, monkeypatch, 'lambda r: 1 / 0')
+  worker = _worker(tmp_path, monkeypatch, 'lambda r: 1 / r["n"]')
+  assert worker.ask(n=2) == 0.5
   with pytest.raises(OSError, match='a timed process ended early'):
-    worker.ask()
+    worker.ask(n=0)
   worker.stop()
 
 

@@ -68,7 +68,8 @@ def page(browser):
 
 
 @pytest.mark.parametrize(
-  ('theme', 'background'), [('light', style.WHITE), ('dark', '#14171c')]
+  ('theme', 'background'),
+  [('light', style.WHITE), ('dark', style.DARK[style.WHITE])],
 )
 def test_svg_figures_follow_the_theme(page, tmp_path, theme, background):
   figure = style.new_figure(2, 1)

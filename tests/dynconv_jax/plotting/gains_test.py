@@ -68,6 +68,7 @@ def test_points_are_labelled_with_their_gmacs(tmp_path, monkeypatch):
     ([_row(0.1, 3, 0, 2)], 'difference 3 must be within its interval, 0 to 2'),
     ([_row(0.1, 1, 0, 'inf')], 'must be within its interval, 0 to inf'),
     ([_row(0.1, 'x', 0, 2)], "row 1: could not convert .* 'x'"),
+    ([_row(0.1, 1, 0, 2) | {'gmacs': 'x'}], "row 1: could not convert .* 'x'"),
     ([_row(0.1, 1, 0, 2)] * 2, 'row 2: its label already .* the share 0.1'),
   ],
 )
