@@ -98,12 +98,13 @@ void TransformOutput(const float* m, const Product& product, bool relu,
 // float[panels][16][1 + depth][kWidth].
 template <typename Row, typename Writes>
 void MultiplyWinograd(Team& team, const Product& product,
-                     const std::vector<WinogradTile>& tiles, Map map,
-                     const float* zeros, const Row& row, const Writes& writes) {
+                      const std::vector<WinogradTile>& tiles, Map map,
+                      const float* zeros, const Row& row, const Writes& writes) {
   const int64_t count = tiles.size(), depth = product.depth;
   const int64_t panels = product.num_panels(), parts = 4 * team.size();
   // Blocks are small enough that their inputs stay in the cache.
-  int64_t block = std::min(kWinogradTiles, CacheBytes() * 13 / 16 / (64 * depth));
+  int64_t block =
+      std::min(kWinogradTiles, CacheBytes() * 13 / 16 / (64 * depth));
   block = std::min(block, Divide(count * panels, parts));
   block = Divide(block, kTile) * kTile;
   const int64_t blocks = Divide(count, block);
