@@ -61,8 +61,8 @@ enum Shortcut { kIdentity, kProjection, kNothing };
 // unchanged. With `bands`, x and out are separate buffers, see RunBands.
 //
 // Arguments after x: the masks of the levels, the weights of the convolutions,
-// the weights of the projection, and the weights for MultiplyWinograd, which are
-// empty if not used. Results after out: for each convolution except the last,
+// the weights of the projection, and the weights for MultiplyWinograd, empty if
+// not used. Results after out: for each convolution except the last,
 // scratch memory for the rows of `group` images. `activations` has one more
 // entry than there are convolutions: the activation after the addition.
 ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,

@@ -99,7 +99,8 @@ void TransformOutput(const float* m, const Product& product, bool relu,
 template <typename Row, typename Writes>
 void MultiplyWinograd(Team& team, const Product& product,
                       const std::vector<WinogradTile>& tiles, Map map,
-                      const float* zeros, const Row& row, const Writes& writes) {
+                      const float* zeros, const Row& row,
+                      const Writes& writes) {
   const int64_t count = tiles.size(), depth = product.depth;
   const int64_t panels = product.num_panels(), parts = 4 * team.size();
   // Blocks are small enough that their inputs stay in the cache.
