@@ -1,7 +1,8 @@
 r"""Compares runs with paired tests over the examples of a split.
 
 Run `dynconv evaluate` on each run first, which writes predictions_SPLIT.csv to
-its workdir.
+its workdir. A sweep does so for the test split, and keeps a copy for each run
+in RESULTS/predictions.
 
 To compare two settings, each with one run or several seeds:
 dynconv compare --split=test \
@@ -39,10 +40,10 @@ from dynconv_jax.cli.predictions import (
   Predictions,
   predictions_file,
   read_predictions,
+  read_seed,
 )
 from dynconv_jax.files import write_atomic
 from dynconv_jax.plotting.results import read_results
-from dynconv_jax.training import workdir
 
 _RUNS = flags.DEFINE_list(
   'runs', None, 'Workdirs or prediction files of one setting; may be globs.'
@@ -113,7 +114,7 @@ class Group:
       raise ValueError(
         f'{name} lists a run twice: {", ".join(map(str, paths))}'
       )
-    seeds = [_seed(path) for path in paths]
+    seeds = [read_seed(path) for path in paths]
     self.seeds = None
     if None not in seeds and len(set(seeds)) == len(seeds):
       seeds, paths = zip(*sorted(zip(seeds, paths, strict=True)), strict=True)
@@ -347,14 +348,6 @@ def _files(pattern: str, split: str) -> list[pathlib.Path]:
         )
     paths.append(path)
   return paths
-
-
-def _seed(path: pathlib.Path) -> int | None:
-  """Returns the seed of the run whose workdir contains a file, or None."""
-  try:
-    return int(workdir.read_texts(path.parent)['seed'])
-  except (FileNotFoundError, KeyError):
-    return None
 
 
 def _check_same(first: Predictions, other: Predictions) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import io
 import os
 import pathlib
@@ -13,8 +14,12 @@ import numpy as np
 
 from dynconv_jax.files import write_atomic
 from dynconv_jax.plotting.results import read_results
+from dynconv_jax.training import workdir
+from dynconv_jax.training.config import read_flags
 from dynconv_jax.training.evaluation import Evaluation
 
+# Folder of predictions in a results folder.
+_KEPT = 'predictions'
 _NUMBERS = ('macs', 'object_share')
 
 
@@ -56,6 +61,39 @@ def predictions_file(split: str) -> str:
     split: a split or its `split_stem`.
   """
   return f'predictions_{split_stem(split)}.csv'
+
+
+def keep_predictions(
+  folder: pathlib.Path, split: str, results: pathlib.Path
+) -> None:
+  """Copies a run's predictions to a results folder, so that both can be moved.
+
+  `compare` takes the copy, results/predictions/RUN.csv.gz, like the original.
+
+  Args:
+    folder: workdir of the run. Its name is the name of the run.
+    split: split of the predictions.
+    results: folder of the results table.
+
+  Raises:
+    OSError: the predictions do not exist, or the copy cannot be written.
+  """
+  content = (folder / predictions_file(split)).read_bytes()
+  copy = results / _KEPT / f'{folder.name}.csv.gz'
+  # Without a time, the same predictions give the same file.
+  write_atomic(copy, gzip.compress(content, mtime=0))
+
+
+def read_seed(path: pathlib.Path) -> int | None:
+  """Returns the seed of the run that a prediction file belongs to, or None."""
+  try:
+    if path.parent.name == _KEPT:
+      run = path.name.removesuffix('.gz').removesuffix('.csv')
+      flags = path.parent.parent / 'flags' / f'{run}.flags'
+      return int(read_flags(flags.read_text())['seed'])
+    return int(workdir.read_texts(path.parent)['seed'])
+  except (FileNotFoundError, KeyError):
+    return None
 
 
 def write_predictions(

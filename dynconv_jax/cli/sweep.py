@@ -1,5 +1,7 @@
 r"""Trains and evaluates a grid of runs, and writes results.csv and figures.
 
+Flags and test predictions of each run are kept next to results.csv.
+
 dynconv sweep --flagfile=BASE.flags \
   --grid='method=dense,dynconv' --grid='budget=0.3,0.5,0.7' \
   --grid='seed=0,1,2' --results=results/NAME \
@@ -78,6 +80,7 @@ from absl import flags, logging
 
 from dynconv_jax.cli import config_flags, processes, program, sweep_runs
 from dynconv_jax.cli.grid import Run, make_runs
+from dynconv_jax.cli.predictions import keep_predictions
 from dynconv_jax.cli.results_table import check_table, write_result
 from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.cli.sweep_runs import SPLIT, TABLE, TRAINED, read_rows
@@ -301,7 +304,7 @@ def _train(
       ),
       folder / 'sweep.log',
       tuple(needs - {None}),
-      functools.partial(_record, run, table),
+      functools.partial(_record, run, folder, table),
     )
   logging.info(
     '%d runs, %d of them already finished', len(runs), len(runs) - len(left)
@@ -321,12 +324,15 @@ def _place(folder: str | os.PathLike) -> str:
   return os.path.realpath(os.path.expanduser(folder))
 
 
-def _record(run: Run, table: pathlib.Path, row: sweep_runs.Row) -> None:
-  """Adds a run to the table and writes its flags next to the table."""
+def _record(
+  run: Run, folder: pathlib.Path, table: pathlib.Path, row: sweep_runs.Row
+) -> None:
+  """Adds a run to the table, and its flags and predictions next to it."""
   # Leave out paths of this machine.
   places = operational_options(run.config)
   kept = {k: v for k, v in run.config.flat().items() if k not in places}
   write_atomic(table.parent / 'flags' / f'{run.name}.flags', to_flags(kept))
+  keep_predictions(folder, SPLIT, table.parent)
   write_result(table, row)
 
 

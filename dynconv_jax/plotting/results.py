@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import gzip
 import math
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -76,7 +78,7 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
   """Reads the rows of a CSV file with a header, with cells as text.
 
   Args:
-    path: path of the CSV file.
+    path: path of the CSV file, or of a gzip-compressed one that ends in .gz.
 
   Raises:
     FileNotFoundError: the file does not exist.
@@ -89,11 +91,18 @@ def read_results(path: str | os.PathLike) -> list[dict[str, str]]:
     raise IsADirectoryError(f'{path} is a folder; name a CSV file in it')
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {str(path)!r}')
+  open_file = gzip.open if path.suffix == '.gz' else open
   try:
     # Spreadsheet programs write a byte-order mark.
-    with path.open(encoding='utf-8-sig', newline='') as file:
+    with open_file(path, 'rt', encoding='utf-8-sig', newline='') as file:
       lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
-  except (UnicodeDecodeError, csv.Error) as error:
+  except (
+    UnicodeDecodeError,
+    csv.Error,
+    gzip.BadGzipFile,
+    EOFError,
+    zlib.error,
+  ) as error:
     raise ValueError(f'{path} is not a CSV file: {error}') from error
   lines = [line for line in lines if any(line)]
   if not lines:

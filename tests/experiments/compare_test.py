@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dynconv_jax.cli.predictions import keep_predictions
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.statistics import paired_bootstrap
 
@@ -69,6 +70,28 @@ def test_two_settings(program, tmp_path, runs):
   # The program prints the values of the last line.
   assert f'difference {points[0]:+.1f} [{points[1]:+.1f}, ' in stdout
   assert f'{100 * a.mean():.1f} [' in stdout
+
+
+def test_kept_predictions_replace_workdirs(program, tmp_path, runs):
+  arguments = '--runs={}/a*', '--against={}/b*'
+  before = program('compare', *(a.format(tmp_path) for a in arguments))
+  results = tmp_path / 'results'
+  for folder in [
+    tmp_path / f'{name}{seed}' for name in 'ab' for seed in (0, 1)
+  ]:
+    keep_predictions(folder, 'test', results)
+    (results / 'flags').mkdir(exist_ok=True)
+    (folder / 'flags.txt').rename(results / 'flags' / f'{folder.name}.flags')
+    shutil.rmtree(folder)
+  kept = results / 'predictions'
+  assert program('compare', *(a.format(kept) for a in arguments)) == before
+  assert _last(before)['paired_seeds']
+  # A damaged copy.
+  first = kept / 'a0.csv.gz'
+  for content in (first.read_bytes()[:-9], b'name,label,correct'):
+    first.write_bytes(content)
+    with pytest.raises(ValueError, match='a0.csv.gz is not a CSV file'):
+      program('compare', *(a.format(kept) for a in arguments))
 
 
 def test_single_runs_have_mcnemar(program, tmp_path, runs):

@@ -16,6 +16,7 @@ import pytest
 from dynconv_jax.cli import processes, sweep_runs
 from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.files import locked
+from dynconv_jax.plotting.results import read_results
 from dynconv_jax.training import inputs, workdir
 from dynconv_jax.training.config import (
   Config,
@@ -63,6 +64,8 @@ if program == 'evaluate':
     writer = csv.DictWriter(file, row)
     writer.writeheader()
     writer.writerow(row)
+  predictions = f'name,label\\n0,{{folder.name}}'
+  (folder / 'predictions_test.csv').write_text(predictions)
 if program == 'benchmark':
   assert (given['split'], given['runtimes']) == ('test', 'none')
   assert given['checkpoint'] == 'latest'
@@ -167,6 +170,7 @@ def test_a_sweep_and_its_table_and_figures(sweep):
   assert sorted(p.name for p in folder.iterdir()) == [
     *figures,
     'flags',
+    'predictions',
     'results.csv',
   ]
   for name in (*figures, 'results.csv'):
@@ -180,6 +184,9 @@ def test_a_sweep_and_its_table_and_figures(sweep):
   assert '/a/place' not in text
   ran = workdir.read_config(sweep.runs / 'dynconv_budget0.3')
   assert ran == Config.make(budget=0.3, data_dir='/a/place')
+  for name in _NAMES:
+    (row,) = read_results(folder / 'predictions' / f'{name}.csv.gz')
+    assert row == {'name': '0', 'label': name}
   # Started again, it has nothing to do.
   before = sweep.table.read_text()
   sweep('--recipe=short')
