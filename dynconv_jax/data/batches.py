@@ -126,6 +126,10 @@ class TrainBatches:
     self._scene_reader = readers.scene_reader(
       scenes, source, scenes_lib.training_seed(seed), skip_corrupt
     )
+    # Compiled on its own: together with the images, it changes their last bit.
+    self._object_mask = _compile(
+      scenes_lib.object_mask, sharding, image_size=image_size
+    )
     self._key = jax.random.key(seed)
     self._num_workers = num_workers
     self._skip_corrupt = skip_corrupt
@@ -147,7 +151,10 @@ class TrainBatches:
     return self
 
   def __next__(self) -> dict[str, jax.Array]:
-    """Returns 'image', float32[N, S, S, 3]; 'label', float32[N, classes]."""
+    """Returns 'image', float32[N, S, S, 3], and 'label', float32[N, classes].
+
+    With scenes, also 'object_mask', bool[N, S, S], the true masks.
+    """
     batch = self._feed(np.int32(self.step))
     self.step += 1
     return batch
@@ -183,6 +190,13 @@ class TrainBatches:
       self._host.close()
       self._host = None
 
+  def _finished(self, function, step, *args):
+    """Returns the result of `_draw` or `_finish`, with the true masks."""
+    batch = function(self._key, step, *args)
+    if self._scene_reader:
+      batch['object_mask'] = self._object_mask(args[-1]['layout'])
+    return batch
+
   def _host_feed(self, source):
     """Returns a function from a step to its batch, read on the host."""
     read = readers.TrainReader(
@@ -203,7 +217,7 @@ class TrainBatches:
         )
       batch = next(self._host)
       _note_skipped(self.skipped, batch.pop('skipped'))
-      return finish(self._key, step, self._place(batch))
+      return self._finished(finish, step, self._place(batch))
 
     return feed
 
@@ -241,7 +255,7 @@ class TrainBatches:
       if self._scene_reader:
         epoch = int(step) // self.steps_per_epoch
         batch |= self._scene_reader.take(indices, epoch, backgrounds, good)
-      return draw(self._key, step, cache, self._place(batch))
+      return self._finished(draw, step, cache, self._place(batch))
 
     return feed
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import signal
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -51,6 +52,7 @@ def train(
   *,
   model: registry.Factory | None = None,
   data: DataSource | sources.Splits | None = None,
+  masks: Callable[[state_lib.Batch], Mapping[str, jax.Array]] | None = None,
 ) -> dict[str, Any]:
   """Trains a network, resuming from the last checkpoint if there is one.
 
@@ -64,6 +66,9 @@ def train(
     model: factory of the network (see `models.registry`) that replaces
       `config.model.model`.
     data: data source or opened splits that replace `config.data.dataset`.
+    masks: function from a batch to masks by block name that replace the
+      decisions of the gates in training, but not in evaluation. Batches of
+      scenes have an 'object_mask'.
 
   Returns:
     A summary: 'step', the metrics 'train' and (with a validation split)
@@ -95,10 +100,10 @@ def train(
     workdir_lib.check_flags(workdir, config)
     distributed.check_same(config.to_flags(places=False))
     with distributed.held(workdir, 'training'):
-      return _train(config, workdir, model, data, start)
+      return _train(config, workdir, model, data, masks, start)
 
 
-def _train(config, workdir, model, data, start) -> dict[str, Any]:
+def _train(config, workdir, model, data, masks, start) -> dict[str, Any]:
   """Trains in a locked workdir."""
   method, main = config.method, distributed.is_main()
   mesh = distributed.make_mesh(config.run.fsdp)
@@ -175,6 +180,7 @@ def _train(config, workdir, model, data, start) -> dict[str, Any]:
     steps_per_epoch,
     teacher,
     shardings if config.run.fsdp > 1 else None,
+    masks,
   )
 
   # State: from the last checkpoint, or else from the weights above.

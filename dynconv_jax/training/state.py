@@ -92,6 +92,7 @@ def make_train_step(
   steps_per_epoch: int,
   teacher: nnx.Module | None = None,
   shardings: TrainState | None = None,
+  masks: Callable[[Batch], Mapping[str, jax.Array]] | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
   """Returns the jitted training step, from (state, batch) to the new state.
 
@@ -105,6 +106,8 @@ def make_train_step(
     teacher: evaluation view of the teacher for distillation, or None.
     shardings: shardings of the state if weights are sharded. The step gathers
       the weights before it uses them.
+    masks: function from a batch to masks by block name, which replace the
+      decisions of the gates. None: the gates decide.
   """
   total_steps = config.optimization.epochs * steps_per_epoch
   method, options = config.method.record, config.method.options
@@ -129,11 +132,12 @@ def make_train_step(
     )
     model = nnx.merge(graphdef, params, state.model_state)
     temperature, noise = method.anneal(options, progress)
-    logits, masks = model(
+    logits, executed = model(
       batch['image'],
       rngs=nnx.Rngs(gumbel=key, dropout=jax.random.fold_in(key, 1)),
       temperature=temperature,
       gumbel_noise=noise,
+      masks=masks and masks(batch),
     )
     zero = jnp.zeros((), jnp.float32)
     terms = dict.fromkeys(QUANTITIES, zero)
@@ -150,13 +154,13 @@ def make_train_step(
       )
       share = config.optimization.distill_weight
       loss = (1 - share) * loss + share * terms['distillation']
-    if masks and method.loss is not None:
+    if executed and method.loss is not None:
       weight, terms['gating'] = method.loss(
-        options, masks, cross_entropy, progress
+        options, executed, cross_entropy, progress
       )
       loss += weight * terms['gating']
-    if masks:
-      terms['executed_fraction'], _ = losses.executed_fractions(masks)
+    if executed:
+      terms['executed_fraction'], _ = losses.executed_fractions(executed)
     hits = jnp.argmax(logits, -1) == jnp.argmax(batch['label'], -1)
     metrics = {**terms, 'loss': loss, 'correct': jnp.mean(hits)}
     return loss, (split(model)[2], metrics)

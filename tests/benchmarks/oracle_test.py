@@ -49,3 +49,33 @@ def test_chosen_blocks_obey_and_others_run_everywhere():
   # The second image is all object, so nothing changes.
   np.testing.assert_allclose(chosen[1], logits[1], rtol=1e-4, atol=1e-5)
   assert np.abs(chosen[0] - logits[0]).max() > 1e-3
+
+
+def test_true_masks_of_the_blocks_that_run():
+  dropped = 'layer3.1'
+  model, gated = (
+    nnx.view(
+      create_model(
+        'cifar_resnet14', num_classes=3, rngs=nnx.Rngs(0), **options
+      ),
+      deterministic=True,
+      use_running_average=True,
+    )
+    for options in (
+      {'method': 'drop', 'dropped_blocks': (dropped,)},
+      {'method': 'dynconv', 'mask_bias': 2.0},
+    )
+  )
+  objects = np.zeros((2, 16, 16), bool)
+  objects[0, 3:9, 4:15] = True
+  masks = oracle.true_masks(model, 16)({'object_mask': objects})
+  stages = [f'layer{i}.{j}' for i in (1, 2, 3) for j in (0, 1)]
+  assert list(masks) == [name for name in stages if name != dropped]
+  for name, size in (('layer1.1', 16), ('layer2.0', 8)):
+    expected = oracle.touched(objects, (size, size))
+    np.testing.assert_array_equal(masks[name], expected)
+  # The network accepts them.
+  _, used = model(np.zeros((2, 16, 16, 3), np.float32), masks=masks)
+  assert {m.name for m in used} == {dropped, *masks}
+  with pytest.raises(ValueError, match='without gates of its own'):
+    oracle.true_masks(gated, 16)

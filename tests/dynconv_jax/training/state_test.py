@@ -30,11 +30,14 @@ class Toy(nnx.Module):
     self.seen = nnx.BatchStat(jnp.zeros(()))
     self.gated = gated
 
-  def __call__(self, images, *, rngs=None, temperature=1.0, gumbel_noise=True):
+  def __call__(
+    self, images, *, rngs=None, temperature=1.0, gumbel_noise=True, masks=None
+  ):
     del rngs, temperature, gumbel_noise
     self.seen[...] = self.seen[...] + 1
     x = images[:, 0, 0, :]
-    hard = (images[..., 0] > 0).astype(jnp.float32)
+    hard = images[..., 0] > 0 if masks is None else masks['layer1.0']
+    hard = hard.astype(jnp.float32)
     layers = (MaskedLayer('layer1.0.conv1', 5, level=0),)
     masks = [ExecutionMask((hard,), 'layer1.0', layers)]
     return x @ self.kernel[...], masks if self.gated else []
@@ -63,7 +66,7 @@ def _batch(seed=0, n=6):
   }
 
 
-def _start(config, kernel=None, teacher=None, gated=True):
+def _start(config, kernel=None, teacher=None, gated=True, masks=None):
   if kernel is None:
     kernel = np.random.default_rng(9).normal(size=(3, 4))
   model = Toy(kernel, gated)
@@ -72,7 +75,7 @@ def _start(config, kernel=None, teacher=None, gated=True):
     schedules.learning_rate(config.optimization, _STEPS),
   )
   step = state_lib.make_train_step(
-    state_lib.split(model)[0], tx, config, _STEPS, teacher
+    state_lib.split(model)[0], tx, config, _STEPS, teacher, masks=masks
   )
   return state_lib.create_state(model, tx, config), step
 
@@ -155,6 +158,17 @@ def test_sparsity_enters_the_loss_with_its_weight():
   np.testing.assert_allclose(
     state.sums['loss'], cross_entropy + 10 * sparsity, rtol=1e-5
   )
+
+
+def test_given_masks_replace_those_of_the_gates():
+  batch = _batch() | {'object_mask': jnp.ones((6, 2, 2), bool)}
+  config = _config(sparsity_weight=10.0, budget=0.25)
+  state, step = _start(
+    config, masks=lambda batch: {'layer1.0': batch['object_mask']}
+  )
+  state = step(state, batch)
+  np.testing.assert_allclose(state.sums['executed_fraction'], 1)
+  np.testing.assert_allclose(state.sums['gating'], 2 * 0.75**2, rtol=1e-6)
 
 
 def test_distillation_enters_the_loss_and_leaves_the_teacher():
