@@ -57,3 +57,7 @@ ARCHITECTURES = {
   name: EfficientNetLite(_STAGES, width, depth, True, image_size, dropout)
   for name, (width, depth, image_size, dropout) in _VARIANTS.items()
 }
+TITLES = {
+  name: name.replace('efficientnet_lite', 'EfficientNet-Lite')
+  for name in ('efficientnet_lite', *ARCHITECTURES)
+}

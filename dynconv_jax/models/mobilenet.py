@@ -139,6 +139,7 @@ mobilenet_v2 = Architecture(
   )
 )
 ARCHITECTURES = {'mobilenet_v2': mobilenet_v2}
+TITLES = {'mobilenet_v2': 'MobileNetV2'}
 
 
 def make_divisible(features: float, divisor: int = 8) -> int:

@@ -29,7 +29,8 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.methods.gate import GateSite
 from dynconv_jax.options import make, option, values_of
 
-# Modules of this package that define ARCHITECTURES, a dict of factories.
+# Modules of this package. ARCHITECTURES is a dict of factories by name; TITLES
+# contains the display names of networks and families.
 _FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
 _GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
 
@@ -43,6 +44,14 @@ def architectures() -> Mapping[str, Factory]:
     module = importlib.import_module(f'{__package__}.{family}')
     factories |= module.ARCHITECTURES
   return factories
+
+
+def title(model: str) -> str:
+  """Returns the display name of a network or family, or an unknown name."""
+  titles = {}
+  for family in _FAMILIES:
+    titles |= importlib.import_module(f'{__package__}.{family}').TITLES
+  return titles.get(model, model)
 
 
 def load_factory(model: str | Factory) -> Factory:

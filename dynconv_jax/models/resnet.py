@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,13 @@ ARCHITECTURES = {
   'resnet101': Architecture(Bottleneck, (3, 4, 23, 3)),
   'resnet152': Architecture(Bottleneck, (3, 8, 36, 3)),
   **{f'cifar_resnet{d}': _cifar(d) for d in (8, 14, 20, 26, 32, 44, 56, 110)},
+}
+TITLES = {'resnet': 'ResNet', 'cifar_resnet': 'CIFAR ResNet'}
+TITLES |= {
+  f'{family}{depth}': f'{TITLES[family]}-{depth}'
+  for family, depth in (
+    re.split(r'(?=\d)', n, maxsplit=1) for n in ARCHITECTURES
+  )
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import pathlib
-import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +15,7 @@ from matplotlib.legend import Legend
 from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
+from dynconv_jax.models import registry
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.results import (
   Curve,
@@ -77,7 +77,7 @@ def plot_accuracy_against_macs(
   rows_of_legend = -(-len(curves) // 2) if outside else 0
   figure = style.new_figure(5.4, 3.8 + 0.2 * rows_of_legend)
   ax = figure.add_subplot()
-  models = {_display(curve.model) for curve in curves}
+  models = {registry.title(curve.model) for curve in curves}
   if len(models) == 1:
     ax.set_title(*models)
   ranks, labels = {}, []
@@ -213,7 +213,7 @@ def _name(curve: Curve, with_model: bool) -> str:
   method, width = find_method(curve.method), curve.width_multiplier
   name = method.label or method.name
   if with_model:
-    name += f' {_display(curve.model)}'
+    name += f' {registry.title(curve.model)}'
   if width is None:
     name += ', by width'
   elif width != 1:
@@ -252,19 +252,6 @@ def _draw_chance(ax: Axes, chance: float) -> None:
     fontsize=7,
     color=style.GREY,
   )
-
-
-def _display(model: str) -> str:
-  """Returns 'CIFAR ResNet-32' for 'cifar_resnet32'; keeps unknown names."""
-  if model == 'mobilenet_v2':
-    return 'MobileNetV2'
-  if lite := re.fullmatch(r'efficientnet_lite(\d)', model):
-    return f'EfficientNet-Lite{lite[1]}'
-  match = re.fullmatch(r'(cifar_)?resnet(\d*)', model)
-  if not match:
-    return model
-  cifar, depth = match.groups()
-  return ('CIFAR ' if cifar else '') + 'ResNet' + (f'-{depth}' if depth else '')
 
 
 def _unit_label(column: str) -> str:
