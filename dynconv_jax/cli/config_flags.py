@@ -112,6 +112,23 @@ def read(flag_values: flags.FlagValues = flags.FLAGS) -> Config:
   return Config.make(**values(flag_values))
 
 
+def without_effect(config: Config, argv: Sequence[str]) -> list[str]:
+  """Returns the options in a command line that a configuration does not have.
+
+  Options in flag files are left out, because a flag file may serve several
+  methods.
+
+  Args:
+    config: configuration read from the flags.
+    argv: the command line.
+  """
+  unused = config_lib.all_options().keys() - config.flat().keys()
+  typed = [a.lstrip('-').partition('=')[0] for a in argv if a[:1] == '-']
+  negated = {f'no{name}': name for name in unused}
+  names = (negated.get(name, name) for name in typed)
+  return [name for name in dict.fromkeys(names) if name in unused]
+
+
 def _help(option: Option) -> str:
   """Returns an option's help with its allowed values."""
   allowed = option.allowed

@@ -60,6 +60,14 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   folder = pathlib.Path(_WORKDIR.value).expanduser()
   config = config_flags.read()
+  if unused := config_flags.without_effect(config, sys.argv[1:]):
+    logging.warning(
+      'no effect with --dataset=%s --model=%s --method=%s: --%s',
+      config.data.dataset,
+      config.model.model,
+      config.method.method,
+      ', --'.join(unused),
+    )
   several = distributed.start(
     _COORDINATOR_ADDRESS.value,
     _NUM_PROCESSES.value,

@@ -109,6 +109,18 @@ def test_the_flag_files_here_give_sound_configurations(path):
   assert path.read_text().startswith('# python -m experiments.train ')
 
 
+def test_options_of_other_methods_are_found_on_the_command_line(tmp_path):
+  file = tmp_path / 'base.flags'
+  file.write_text('--skip_weight=0.5\n')
+  arguments = [f'--flagfile={file}', '--method=act', '--budget=0.3', '--seed=1']
+  arguments += ['--nomask_norm', '--ponder_weight', '0.1', '--budget=0.4']
+  config = _parse(*arguments)
+  found = config_flags.without_effect(config, arguments)
+  assert found == ['budget', 'mask_norm']
+  config = _parse('--method=dynconv', '--budget=0.3')
+  assert not config_flags.without_effect(config, ['--budget=0.3'])
+
+
 def test_what_is_no_number_is_an_error():
   with pytest.raises(ValueError, match='milestones must be numbers.*0.5.*x'):
     _parse('--milestones=0.5,x')
