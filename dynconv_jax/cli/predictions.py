@@ -18,8 +18,6 @@ from dynconv_jax.training import workdir
 from dynconv_jax.training.config import read_flags
 from dynconv_jax.training.evaluation import Evaluation
 
-# Folder of predictions in a results folder.
-_KEPT = 'predictions'
 _NUMBERS = ('macs', 'object_share')
 
 
@@ -66,9 +64,9 @@ def predictions_file(split: str) -> str:
 def keep_predictions(
   folder: pathlib.Path, split: str, results: pathlib.Path
 ) -> None:
-  """Copies a run's predictions to a results folder, so that both can be moved.
+  """Copies a run's predictions to a results folder.
 
-  `compare` takes the copy, results/predictions/RUN.csv.gz, like the original.
+  The copy is predictions/RUN.csv.gz. `compare` reads it without the workdir.
 
   Args:
     folder: workdir of the run. Its name is the name of the run.
@@ -79,7 +77,7 @@ def keep_predictions(
     OSError: the predictions do not exist, or the copy cannot be written.
   """
   content = (folder / predictions_file(split)).read_bytes()
-  copy = results / _KEPT / f'{folder.name}.csv.gz'
+  copy = results / 'predictions' / f'{folder.name}.csv.gz'
   # Without a time, the same predictions give the same file.
   write_atomic(copy, gzip.compress(content, mtime=0))
 
@@ -87,9 +85,9 @@ def keep_predictions(
 def read_seed(path: pathlib.Path) -> int | None:
   """Returns the seed of the run that a prediction file belongs to, or None."""
   try:
-    if path.parent.name == _KEPT:
-      run = path.name.removesuffix('.gz').removesuffix('.csv')
-      flags = path.parent.parent / 'flags' / f'{run}.flags'
+    run = path.name.removesuffix('.gz').removesuffix('.csv')
+    flags = path.parent.parent / 'flags' / f'{run}.flags'
+    if flags.exists():  # The file is in a results folder.
       return int(read_flags(flags.read_text())['seed'])
     return int(workdir.read_texts(path.parent)['seed'])
   except (FileNotFoundError, KeyError):

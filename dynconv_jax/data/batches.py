@@ -126,10 +126,6 @@ class TrainBatches:
     self._scene_reader = readers.scene_reader(
       scenes, source, scenes_lib.training_seed(seed), skip_corrupt
     )
-    # Compiled on its own: together with the images, it changes their last bit.
-    self._object_mask = _compile(
-      scenes_lib.object_mask, sharding, image_size=image_size
-    )
     self._key = jax.random.key(seed)
     self._num_workers = num_workers
     self._skip_corrupt = skip_corrupt
@@ -190,13 +186,6 @@ class TrainBatches:
       self._host.close()
       self._host = None
 
-  def _finished(self, function, step, *args):
-    """Returns the result of `_draw` or `_finish`, with the true masks."""
-    batch = function(self._key, step, *args)
-    if self._scene_reader:
-      batch['object_mask'] = self._object_mask(args[-1]['layout'])
-    return batch
-
   def _host_feed(self, source):
     """Returns a function from a step to its batch, read on the host."""
     read = readers.TrainReader(
@@ -217,7 +206,7 @@ class TrainBatches:
         )
       batch = next(self._host)
       _note_skipped(self.skipped, batch.pop('skipped'))
-      return self._finished(finish, step, self._place(batch))
+      return finish(self._key, step, self._place(batch))
 
     return feed
 
@@ -255,7 +244,7 @@ class TrainBatches:
       if self._scene_reader:
         epoch = int(step) // self.steps_per_epoch
         batch |= self._scene_reader.take(indices, epoch, backgrounds, good)
-      return self._finished(draw, step, cache, self._place(batch))
+      return draw(self._key, step, cache, self._place(batch))
 
     return feed
 
@@ -413,7 +402,11 @@ def _finish(key, step, batch, *, scenes, image_size, **static):
   place = scenes and functools.partial(
     scenes.compose, **batch, image_size=image_size
   )
-  return augment.augment(key, images, labels, place=place, **static)
+  result = augment.augment(key, images, labels, place=place, **static)
+  if scenes:
+    mask = scenes_lib.object_mask(batch['layout'], image_size)
+    result['object_mask'] = mask
+  return result
 
 
 @functools.lru_cache(maxsize=64)

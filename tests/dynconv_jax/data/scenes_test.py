@@ -286,9 +286,12 @@ class TrainTest(parameterized.TestCase):
       b = by_example(take(threes, 3))
       self.assertLen(a, 8)
       self.assertLen(b, 9)
-      # XLA may vectorize a batch of another size differently, which changes
-      # the last bit of normalized pixels, of up to 2.7.
-      chex.assert_trees_all_close(a, {i: b[i] for i in a}, rtol=0, atol=3e-7)
+      # The matrix products that resize backgrounds round the last columns of
+      # a batch differently on some CPUs, by the last bit.
+      same = {i: b[i] for i in a}
+      chex.assert_trees_all_close(a, same, rtol=0, atol=3e-7)
+      pixels = [jax.tree.map(augment.denormalize, x) for x in (a, same)]
+      chex.assert_trees_all_equal(*pixels)
       epochs.append(b)
     for i in range(9):
       self.assertFalse(np.array_equal(epochs[0][i], epochs[1][i]))
