@@ -199,7 +199,9 @@ def test_stem_pooled_at_once(
   for pooled in (out, alone):
     np.testing.assert_array_equal(pooled.astype(float), expected.astype(float))
   terms, *_ = unit.squeeze(out, None)
-  np.testing.assert_array_equal(squeezed.terms, terms)
+  # The interpreter multiplies matrices with NumPy's BLAS, whose kernels for some
+  # CPUs round a row differently depending on the number of rows.
+  np.testing.assert_allclose(squeezed.terms, terms, rtol=0, atol=1e-6)
   assert [zero.tolist() for zero in squeezed.zeros] == [[0], [0]]
 
 
