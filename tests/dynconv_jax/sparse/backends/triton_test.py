@@ -199,8 +199,8 @@ def test_stem_pooled_at_once(
   for pooled in (out, alone):
     np.testing.assert_array_equal(pooled.astype(float), expected.astype(float))
   terms, *_ = unit.squeeze(out, None)
-  # The interpreter multiplies matrices with NumPy's BLAS, whose kernels for some
-  # CPUs round a row differently depending on the number of rows.
+  # The interpreter multiplies with NumPy's BLAS. On some CPUs, how it rounds a
+  # row depends on how many rows there are.
   np.testing.assert_allclose(squeezed.terms, terms, rtol=0, atol=1e-6)
   assert [zero.tolist() for zero in squeezed.zeros] == [[0], [0]]
 
