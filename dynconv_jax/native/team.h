@@ -4,22 +4,35 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
 
 namespace {
 
-// The calling thread and helper threads from XLA's pool. Helpers stay for the
-// lifetime of the team, so they need not be woken for each piece of work.
+// The calling thread and helper threads from XLA's pool. Waking a thread takes
+// longer than many pieces of work, so helpers stay while there is work, and
+// until kLinger has passed without any: a network calls the next kernel soon.
 class Team {
  public:
-  explicit Team(xla::ffi::ThreadPool pool) : pool_(pool) {}
+  explicit Team(xla::ffi::ThreadPool pool)
+      : pool_(pool), work_(Exchange(nullptr)) {
+    if (work_ == nullptr || work_->shares.size() != static_cast<size_t>(size()))
+      work_ = std::make_shared<Work>(size());
+  }
   Team(const Team&) = delete;
-  ~Team() { work_->closed.store(true, std::memory_order_relaxed); }
+  // The next team continues with the helpers of this one. Teams that exist at
+  // the same time have their own.
+  ~Team() {
+    if (const auto replaced = Exchange(work_))
+      replaced->closed.store(true, std::memory_order_relaxed);
+  }
 
   int64_t size() const { return std::max<int64_t>(pool_.num_threads(), 1); }
 
@@ -32,15 +45,22 @@ class Team {
   template <typename Function>
   void Run(int64_t units, const Function& run) {
     if (units == 0) return;
-    for (; helpers_ < std::min(size(), units) - 1; ++helpers_)
-      pool_.Schedule([work = work_, own = helpers_ + 1] {
-        for (int64_t idle = 0; !work->closed.load(std::memory_order_relaxed);)
-          if (work->Take(own))
-            idle = 0;
-          else
-            Wait(idle);
-      });
     Work& work = *work_;
+    while (work.helpers.load(std::memory_order_relaxed) <
+           std::min(size(), units) - 1) {
+      const int64_t own =
+          work.helpers.fetch_add(1, std::memory_order_relaxed) + 1;
+      pool_.Schedule([work = work_, own] {
+        Idle idle;
+        while (!work->closed.load(std::memory_order_relaxed) &&
+               idle.time < kLinger)
+          if (work->Take(own))
+            idle = Idle();
+          else
+            idle.Wait();
+        work->helpers.fetch_sub(1, std::memory_order_relaxed);
+      });
+    }
     work.call = [](const void* function, int64_t begin, int64_t end) {
       (*static_cast<const Function*>(function))(begin, end);
     };
@@ -54,11 +74,13 @@ class Team {
           std::memory_order_release);
     while (work.Take(0)) {
     }
-    for (int64_t idle = 0; work.done.load(std::memory_order_acquire) < units;)
-      Wait(idle);
+    for (Idle idle; work.done.load(std::memory_order_acquire) < units;)
+      idle.Wait();
   }
 
  private:
+  static constexpr std::chrono::microseconds kLinger{300};
+
   struct Range {
     uint32_t begin, end;
   };
@@ -73,7 +95,7 @@ class Team {
     void (*call)(const void* function, int64_t begin, int64_t end);
     const void* function;
     std::vector<Share> shares;
-    std::atomic<int64_t> done{0};
+    std::atomic<int64_t> done{0}, helpers{0};
     std::atomic<bool> closed{false};
 
     explicit Work(int64_t size) : shares(size) {}
@@ -106,16 +128,35 @@ class Team {
     }
   };
 
-  static void Wait(int64_t& idle) {
-    if (++idle > 1000) std::this_thread::yield();
+  // How long a thread has had no work. After a while, other threads go first.
+  struct Idle {
+    int64_t waits = 0;
+    std::chrono::steady_clock::time_point since;
+    std::chrono::steady_clock::duration time{0};
+
+    void Wait() {
+      if (++waits > 1000) {
+        std::this_thread::yield();
+        const auto now = std::chrono::steady_clock::now();
+        if (waits == 1001) since = now;
+        time = now - since;
+      }
 #if defined(__x86_64__)
-    __builtin_ia32_pause();
+      __builtin_ia32_pause();
 #endif
+    }
+  };
+
+  // Replaces the work whose helpers wait for the next team.
+  static std::shared_ptr<Work> Exchange(std::shared_ptr<Work> work) {
+    static std::mutex mutex;
+    static std::shared_ptr<Work> waiting;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return std::exchange(waiting, std::move(work));
   }
 
   xla::ffi::ThreadPool pool_;
-  int64_t helpers_ = 0;
-  std::shared_ptr<Work> work_ = std::make_shared<Work>(size());
+  std::shared_ptr<Work> work_;
 };
 
 }  // namespace

@@ -35,6 +35,8 @@ _GROUP_POSITIONS = 3136
 # Minimum size of an expanded map, in bytes, to run an inverted residual in
 # bands.
 _LARGE_MAP = 1 << 20
+# Columns of the products of mask units: a multiple of this, the longest vector.
+_COLUMNS = 16
 # Minimum number of weights for which a linear layer uses the kernels.
 _LARGE = 1 << 16
 
@@ -294,7 +296,7 @@ class CpuSqueeze(nnx.Module):
   def __init__(self, squeeze: Squeeze):
     self.pool = squeeze.pool
     self.size, self.strides, matrix, bias = squeeze_columns(squeeze)
-    self.weights = nnx.Param(jnp.asarray(np.ascontiguousarray(matrix.T)))
+    self.panels = nnx.Param(_panels(matrix, np.zeros(matrix.shape[1])))
     self.bias = nnx.Param(jnp.full(1, bias, jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -303,14 +305,15 @@ class CpuSqueeze(nnx.Module):
     n, height, width, _ = x.shape
     shapes = (
       (n, -(-height // self.strides), -(-width // self.strides)),
-      (self.size**2 + 1, n * height * width),
+      # Whole vectors of columns, one for each tap and one for the average.
+      (n * height * width, -(-(self.size**2 + 1) // _COLUMNS) * _COLUMNS),
     )
     logits, _ = jax.ffi.ffi_call(
       _register().targets['mask_logits'],
       [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes],
     )(
       x,
-      self.weights[...],
+      self.panels[...],
       self.bias[...],
       size=np.int64(self.size),
       strides=np.int64(self.strides),

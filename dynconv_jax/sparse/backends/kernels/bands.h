@@ -116,15 +116,11 @@ inline void RunBands(Team& team, const Layer* expand, const Layer& depthwise,
       Depthwise(
           taps, 0, count,
           [&](int64_t i, const float** reads, int64_t apart) {
-            const int64_t at = numbers[i] - image * out.area();
-            const int64_t top = at / out.width * window.strides - window.top;
-            const int64_t left = at % out.width * window.strides - window.left;
-            for (int64_t y = top; y < top + window.size; ++y)
-              for (int64_t x = left; x < left + window.size;
-                   ++x, reads += apart)
-                *reads = 0 <= y && y < in.height && 0 <= x && x < in.width
-                             ? in_row(y, x)
-                             : zeros;
+            window.ForRows(in, out.place(numbers[i]),
+                           [&](bool inside, int64_t y, int64_t x) {
+                             *reads = inside ? in_row(y, x) : zeros;
+                             reads += apart;
+                           });
           },
           [&](int64_t i) { return rows + i * inner; });
       const int64_t from = (image * out.height + line) * out.width;

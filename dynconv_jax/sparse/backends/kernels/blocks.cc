@@ -12,7 +12,6 @@
 
 #include "bands.h"
 #include "depthwise.h"
-#include "dots.h"
 #include "layer.h"
 #include "positions.h"
 #include "product.h"
@@ -254,43 +253,54 @@ ffi::Error MaxPool(ffi::ThreadPool pool, Floats x, FloatsOut out) {
 
 // Computes the logits of a mask unit: a size x size convolution with one
 // output, plus a linear map of the average over the map, which has the last
-// weights. Because both are linear, one pass over x computes the products of
-// all taps and of the average, each in a separate plane, which are summed
-// afterwards.
-ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats weights,
+// column. Because both are linear, one pass over x computes the products of all
+// taps and of the average, which are summed afterwards. `products` has a row of
+// them for each position.
+ffi::Error MaskLogits(ffi::ThreadPool pool, Floats x, Floats panels,
                       Floats bias, FloatsOut out, FloatsOut products,
                       int64_t size, int64_t strides) {
   const Map in = MapOf(x), end = MapOf(*out);
   const int64_t images = x.dimensions()[0], channels = x.dimensions()[3];
-  const int64_t plane = images * in.area(), taps = size * size;
-  float *outs = out->typed_data(), *planes = products->typed_data();
+  const int64_t columns = products->dimensions()[1], taps = size * size;
+  const float* xs = x.typed_data();
+  float *outs = out->typed_data(), *terms = products->typed_data();
   Team team(pool);
-  MultiplyFew(team, x.typed_data(), plane, weights.typed_data(), channels,
-              taps + 1, planes);
-  const auto sum_image = [=](int64_t image) {
-    const float* average = planes + taps * plane + image * in.area();
-    const double total = std::accumulate(average, average + in.area(), 0.0);
-    float* logits = outs + image * end.area();
-    std::fill_n(logits, end.area(),
+  Multiply(
+      team, {panels.typed_data(), 1, channels, columns, false, kNoRow},
+      images * in.area(),
+      [=](int64_t i, const float** row, int64_t) { *row = xs + i * channels; },
+      [=](int64_t i) { return terms + i * columns; });
+  std::vector<double> totals(images * in.height);  // Of lines.
+  const auto sum_line = [&](int64_t line) {
+    const float* term = terms + line * in.width * columns + taps;
+    for (int64_t x = 0; x < in.width; ++x) totals[line] += term[x * columns];
+  };
+  team.Run(totals.size(), [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) sum_line(line);
+  });
+  const auto write_line = [&](int64_t line) {
+    const int64_t image = line / end.height, row = line % end.height;
+    const double* const first = totals.data() + image * in.height;
+    const double total = std::accumulate(first, first + in.height, 0.0);
+    float* const logits = outs + line * end.width;
+    std::fill_n(logits, end.width,
                 bias.typed_data()[0] +
                     static_cast<float>(total / static_cast<double>(in.area())));
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const float* terms = planes + tap * plane + image * in.area();
+      const int64_t y = row * strides + tap / size - size / 2;
       const int64_t left = tap % size - size / 2;
-      const int64_t first = left < 0 ? Divide(-left, strides) : 0;
+      if (y < 0 || y >= in.height) continue;
+      const float* term =
+          terms + ((image * in.height + y) * in.width + left) * columns + tap;
+      const int64_t start = left < 0 ? Divide(-left, strides) : 0;
       const int64_t stop =
           std::min(end.width, Divide(in.width - left, strides));
-      for (int64_t row = 0; row < end.height; ++row) {
-        const int64_t y = row * strides + tap / size - size / 2;
-        if (y < 0 || y >= in.height) continue;
-        for (int64_t column = first; column < stop; ++column)
-          logits[row * end.width + column] +=
-              terms[y * in.width + column * strides + left];
-      }
+      for (int64_t x = start; x < stop; ++x)
+        logits[x] += term[x * strides * columns];
     }
   };
-  team.Run(images, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin; image < end; ++image) sum_image(image);
+  team.Run(images * end.height, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) write_line(line);
   });
   return ffi::Error::Success();
 }
@@ -337,7 +347,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(dynconv_mask_logits, MaskLogits,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()  // x
-                                  .Arg<Floats>()  // weights
+                                  .Arg<Floats>()  // panels
                                   .Arg<Floats>()  // bias
                                   .Ret<Floats>()  // out
                                   .Ret<Floats>()  // products

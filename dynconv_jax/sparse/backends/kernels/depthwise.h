@@ -9,29 +9,45 @@
 
 namespace {
 
+// Computes V vectors of channels, starting at channel c, of P positions.
+template <int P, int V, typename T>
+void DepthwiseChannels(const Product& product, const float* const* rows,
+                       float* const* outputs, int64_t c) {
+  constexpr int64_t kApart = sizeof(T) / sizeof(float);
+  T sums[P][V], w[V];
+  for (int v = 0; v < V; ++v) {
+    const T bias = Load<T>(product.panels + c + v * kApart);
+    for (int i = 0; i < P; ++i) sums[i][v] = bias;
+  }
+  const float* weights = product.panels + product.columns + c;
+  for (int64_t tap = 0; tap < product.taps;
+       ++tap, rows += P, weights += product.columns) {
+    for (int v = 0; v < V; ++v) w[v] = Load<T>(weights + v * kApart);
+    for (int i = 0; i < P; ++i)
+      for (int v = 0; v < V; ++v)
+        sums[i][v] += Load<T>(rows[i] + c + v * kApart) * w[v];
+  }
+  const bool relu = product.relu_from == kAllRows;
+  for (int i = 0; i < P; ++i)
+    for (int v = 0; v < V; ++v)
+      product.Finish(sums[i][v], outputs[i] + c + v * kApart, relu);
+}
+
 // Computes P positions; rows[tap * P + i] points to the channels that position
 // i reads for a tap. Weights are [1 + taps][channels], with the bias first.
 template <int P>
 void DepthwiseTile(const Product& product, const float* const* rows,
                    float* const* outputs) {
-  const int64_t channels = product.columns, taps = product.taps;
-  const bool relu = product.relu_from == kAllRows;
-  const auto compute = [&](auto zero, int64_t c) {
-    using T = decltype(zero);
-    T sums[P];
-    const T bias = Load<T>(product.panels + c);
-    for (int i = 0; i < P; ++i) sums[i] = bias;
-    const float* weights = product.panels + channels + c;
-    for (int64_t tap = 0; tap < taps; ++tap, weights += channels) {
-      const T w = Load<T>(weights);
-      for (int i = 0; i < P; ++i)
-        sums[i] += Load<T>(rows[tap * P + i] + c) * w;
-    }
-    for (int i = 0; i < P; ++i) product.Finish(sums[i], outputs[i] + c, relu);
-  };
+  // As many vectors as there are registers for their sums and weights.
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;
+  const int64_t channels = product.columns;
   int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) compute(Vector{}, c);
-  for (; c < channels; ++c) compute(0.0f, c);
+  for (; c + kVectors * kLanes <= channels; c += kVectors * kLanes)
+    DepthwiseChannels<P, kVectors, Vector>(product, rows, outputs, c);
+  for (; c + kLanes <= channels; c += kLanes)
+    DepthwiseChannels<P, 1, Vector>(product, rows, outputs, c);
+  for (; c < channels; ++c)
+    DepthwiseChannels<P, 1, float>(product, rows, outputs, c);
 }
 
 // Positions of a tile, which share loaded weights.
