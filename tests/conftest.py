@@ -9,7 +9,10 @@ import pytest
 from absl import flags
 
 # Folders whose tests compile a lot and compute little.
-_COMPILING = ('backends', 'interop', 'layers', 'methods', 'models', 'sparse')
+_COMPILING = (
+  *('backends', 'cli', 'examples', 'interop', 'layers', 'methods', 'models'),
+  *('sparse', 'training'),
+)
 
 
 def pytest_configure(config):
@@ -37,14 +40,13 @@ def _keep_compiled_programs(config):
   }
 
 
-@pytest.fixture(autouse=True)
-def _compile_quickly(request):
-  """Reduces XLA's optimization where compiling dominates the time."""
-  if request.path.parent.name not in _COMPILING:
-    yield
-    return
-  import jax  # Imported only after the cache is set.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+  """Reduces XLA's optimization where compiling dominates the time.
 
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
+  Fixtures of a module and the programs that its tests start do the same.
+  """
+  quick = item.path.parent.name in _COMPILING
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = str(int(quick))
+  if 'jax' in sys.modules:
+    sys.modules['jax'].config.update('jax_disable_most_optimizations', quick)

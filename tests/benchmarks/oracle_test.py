@@ -30,7 +30,7 @@ def test_cells_that_touch_the_object(size):
 
 def test_chosen_blocks_obey_and_others_run_everywhere():
   model = create_model(
-    'efficientnet_lite0', method='dense', num_classes=3, rngs=nnx.Rngs(0)
+    'cifar_resnet14', method='dense', num_classes=3, rngs=nnx.Rngs(0)
   )
   model = nnx.view(model, deterministic=True, use_running_average=True)
   images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
@@ -40,7 +40,7 @@ def test_chosen_blocks_obey_and_others_run_everywhere():
   logits, masks = oracle.make_oracle(model, [])((images, objects))
   assert not masks
   np.testing.assert_allclose(logits, model(images)[0], rtol=1e-5, atol=1e-5)
-  names = ['blocks.1.1', 'blocks.5.1']
+  names = ['layer1.1', 'layer3.1']
   chosen, masks = oracle.make_oracle(model, names)((images, objects))
   assert [mask.name for mask in masks] == names
   for mask in masks:
