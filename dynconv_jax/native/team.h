@@ -149,8 +149,9 @@ class Team {
 
   // Replaces the work whose helpers wait for the next team.
   static std::shared_ptr<Work> Exchange(std::shared_ptr<Work> work) {
-    static std::mutex mutex;
-    static std::shared_ptr<Work> waiting;
+    // Never destroyed, because kernels may still run when the process exits.
+    static std::mutex& mutex = *new std::mutex;
+    static auto& waiting = *new std::shared_ptr<Work>;
     const std::lock_guard<std::mutex> lock(mutex);
     return std::exchange(waiting, std::move(work));
   }
