@@ -116,7 +116,7 @@ inline void RunBands(Team& team, const Layer* expand, const Layer& depthwise,
       Depthwise(
           taps, 0, count,
           [&](int64_t i, const float** reads, int64_t apart) {
-            window.ForRows(in, out.place(numbers[i]),
+            window.ForEach(in, out.place(numbers[i]),
                            [&](bool inside, int64_t y, int64_t x) {
                              *reads = inside ? in_row(y, x) : zeros;
                              reads += apart;

@@ -74,7 +74,7 @@ struct Window {
   // Calls read(inside, y, x) for each position of the map `in` that the output
   // at `place` reads; `inside` is false in the padding.
   template <typename Read>
-  void ForRows(Map in, const Place& place, const Read& read) const {
+  void ForEach(Map in, const Place& place, const Read& read) const {
     const int64_t first_y = place.row * strides - top;
     const int64_t first_x = place.column * strides - left;
     const int64_t end_y = first_y + size, end_x = first_x + size;
@@ -105,7 +105,7 @@ auto Windows(const Window& window, Map in, const Positions& positions,
     }
     const Place place = out.place(position);
     const int64_t first = place.image * in.area();
-    window.ForRows(in, place, [&](bool inside, int64_t y, int64_t x) {
+    window.ForEach(in, place, [&](bool inside, int64_t y, int64_t x) {
       *rows = inside ? row(first + y * in.width + x) : zeros;
       rows += step;
     });
