@@ -54,6 +54,12 @@ class Options(Budget, Warmup, Opening, Gumbel, Dropping):
     'gated_blocks=all.',
     before=False,
   )
+  mask_units: tuple[str, ...] = option(
+    (),
+    'Blocks that have a mask unit if the others inherit their masks, such as '
+    'blocks.1.1. Empty: all blocks with an identity shortcut. Needs '
+    'inherited_masks.',
+  )
   block_bounds_until: float = option(
     _ANNEALED,
     "Fraction of training after which DynConv no longer bounds each block's "
@@ -94,6 +100,33 @@ def stage_granularities(
   return tuple(given) * (stages if len(given) == 1 else 1)
 
 
+def mask_units(options: Options, sites: Sequence[GateSite]) -> list[GateSite]:
+  """Returns the sites whose masks can be inherited, in the network's order.
+
+  Raises:
+    ValueError: `mask_units` is given without `inherited_masks`, or names a block
+      that cannot have a mask unit.
+  """
+  named = options.mask_units
+  if named and not options.inherited_masks:
+    raise ValueError(
+      f'mask_units needs inherited_masks; got {", ".join(named)} without it'
+    )
+  possible = [
+    site
+    for site in sites
+    if site.identity and site.name not in options.dropped_blocks
+  ]
+  names = [site.name for site in possible]
+  unknown = [name for name in named if name not in names]
+  if unknown:
+    raise ValueError(
+      'mask_units must name blocks with an identity shortcut that are not '
+      f'dropped, {", ".join(names)}; got {", ".join(unknown)}'
+    )
+  return [site for site in possible if not named or site.name in named]
+
+
 def make_gates(
   options: Options, sites: Sequence[GateSite], rngs: nnx.Rngs | None
 ) -> MakeGate:
@@ -106,17 +139,12 @@ def make_gates(
       'inherited_masks needs gates in blocks without an identity shortcut, for '
       'example gated_blocks=all; got none'
     )
-  # Indices of the blocks whose masks can be inherited.
-  units = [
-    site.index
-    for site in sites
-    if site.identity and site.name not in options.dropped_blocks
-  ]
+  units = mask_units(options, sites)
   unit = RecordedMaskUnit if inherits else MaskUnit
 
   def make(site: GateSite) -> Gate | None:
-    if inherits and not site.identity:
-      if not units or site.index < units[0]:
+    if inherits and site not in units:
+      if not units or site.index < units[0].index:
         return None
       return InheritedMask(site.strides)
     return unit(

@@ -15,6 +15,7 @@ from dynconv_jax.methods.mask_unit import (
   RecordedMaskUnit,
   union,
 )
+from dynconv_jax.models.gated import gated_blocks
 
 
 def _mask(unit, *args, **kwargs):
@@ -233,12 +234,12 @@ class InheritedMaskTest(parameterized.TestCase):
     # Closing one mask changes the union only if the other one is closed.
     np.testing.assert_array_equal(found, [[1, 0, 1, 0], [1, 1, 0, 0]])
 
-  def _lite0(self, gated_blocks='all', **options):
+  def _lite0(self, gated='all', **options):
     return create_model(
       'efficientnet_lite0',
       method='dynconv',
       num_classes=3,
-      gated_blocks=gated_blocks,
+      gated_blocks=gated,
       inherited_masks=True,
       rngs=nnx.Rngs(1),
       **options,
@@ -282,9 +283,46 @@ class InheritedMaskTest(parameterized.TestCase):
     names = [mask.name for mask in masks]
     self.assertEqual(names[:3], ['blocks.1.1', 'blocks.2.1', 'blocks.3.0'])
 
+  def test_one_mask_unit_for_the_whole_network(self):
+    model = self._lite0(mask_units=('blocks.1.1',))
+    units = [
+      block.name
+      for block in gated_blocks(model)
+      if isinstance(block.masker, MaskUnit)
+    ]
+    self.assertEqual(units, ['blocks.1.1'])
+    images = _images(2, 64, 64, 3)
+    _, masks = model(images, rngs=nnx.Rngs(0))
+    hard = {mask.name: np.asarray(mask.hard) for mask in masks}
+    self.assertBetween(hard['blocks.1.1'].mean(), 0.1, 0.9)
+    corner = jnp.zeros(hard['blocks.1.1'].shape).at[:, :3, :5].set(1)
+    _, masks = model(images, rngs=nnx.Rngs(0), masks={'blocks.1.1': corner})
+    for mask in masks:
+      stride = corner.shape[1] // mask.hard.shape[1]
+      expected = np.zeros(mask.hard.shape)
+      expected[:, : -(-3 // stride), : -(-5 // stride)] = 1
+      np.testing.assert_array_equal(mask.hard, expected, mask.name)
+
+  @parameterized.parameters('blocks.2.0', 'blocks.4.1', 'blocks.9.9')
+  def test_mask_units_of_such_blocks_are_refused(self, name):
+    with self.assertRaisesRegex(ValueError, f'blocks.5.1.*; got {name}'):
+      self._lite0(mask_units=(name,), dropped_blocks=('blocks.4.1',))
+
+  def test_mask_units_need_inherited_masks(self):
+    with self.assertRaisesRegex(
+      ValueError, 'needs inherited_masks; got blocks'
+    ):
+      create_model(
+        'efficientnet_lite0',
+        method='dynconv',
+        num_classes=3,
+        mask_units=('blocks.1.1',),
+        rngs=nnx.Rngs(1),
+      )
+
   def test_networks_without_such_blocks_are_refused(self):
     with self.assertRaisesRegex(ValueError, 'for example gated_blocks=all'):
-      self._lite0(gated_blocks='identity')
+      self._lite0(gated='identity')
 
 
 if __name__ == '__main__':

@@ -61,6 +61,7 @@ VALUES = dict(
   mask_norm=True,
   block_bounds_until=1.5,
   inherited_masks=True,
+  mask_units=('blocks.1.1',),
   pretrained='hf:timm/resnet18.tv_in1k',
   mask_bias=-2.5,
   drop_path=0.1,
