@@ -104,8 +104,8 @@ def mask_units(options: Options, sites: Sequence[GateSite]) -> list[GateSite]:
   """Returns the sites whose masks can be inherited, in the network's order.
 
   Raises:
-    ValueError: `mask_units` is given without `inherited_masks`, or names a block
-      that cannot have a mask unit.
+    ValueError: `mask_units` is given without `inherited_masks`, or names a
+      block that cannot have a mask unit.
   """
   named = options.mask_units
   if named and not options.inherited_masks:

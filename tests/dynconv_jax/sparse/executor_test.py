@@ -55,8 +55,9 @@ def assert_same(got, expected, tolerance=1e-5):
   [
     *((method, {}) for method in METHODS),
     ('dynconv', {'inherited_masks': True}),
+    ('dynconv', {'inherited_masks': True, 'mask_units': ('layer1.1',)}),
   ],
-  ids=[*METHODS, 'inherited'],
+  ids=[*METHODS, 'inherited', 'one_unit'],
 )
 def test_the_executor_equals_the_masked_dense_forward(
   make_network, backend, family, method, options

@@ -41,6 +41,7 @@ VARIANTS = [
   ('dynconv', {'mask_granularity': (3,)}),
   ('dynconv', {'mask_kernel_size': 1}),
   ('dynconv', {'inherited_masks': True}),
+  ('dynconv', {'inherited_masks': True, 'mask_units': ('layer1.1',)}),
   ('convnet_aig', {}),
   ('skipnet', {'skip_gate': 'ff1'}),
   ('skipnet', {'skip_gate': 'ff2'}),
