@@ -56,9 +56,8 @@ class Options(Budget, Warmup, Opening, Gumbel, Dropping):
   )
   mask_units: tuple[str, ...] = option(
     (),
-    'Blocks that have a mask unit if the others inherit their masks, such as '
-    'blocks.1.1. Empty: all blocks with an identity shortcut. Needs '
-    'inherited_masks.',
+    'Blocks that have a mask unit, such as blocks.1.1; the others inherit. '
+    'Empty: all blocks with an identity shortcut. Needs inherited_masks.',
   )
   block_bounds_until: float = option(
     _ANNEALED,
@@ -101,7 +100,11 @@ def stage_granularities(
 
 
 def mask_units(options: Options, sites: Sequence[GateSite]) -> list[GateSite]:
-  """Returns the sites whose masks can be inherited, in the network's order.
+  """Returns the sites of the mask units whose masks can be inherited.
+
+  Args:
+    options: options of the method.
+    sites: all sites of the network, in its order.
 
   Raises:
     ValueError: `mask_units` is given without `inherited_masks`, or names a
@@ -146,7 +149,7 @@ def make_gates(
     if inherits and site not in units:
       if not units or site.index < units[0].index:
         return None
-      return InheritedMask(site.strides)
+      return InheritedMask(site.strides, site.identity)
     return unit(
       site.in_features,
       strides=site.strides,

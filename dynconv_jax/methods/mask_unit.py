@@ -176,24 +176,27 @@ class RecordedMaskUnit(MaskUnit):
 
 
 class InheritedMask(Gate):
-  """A gate that runs its block where the previous stage ran.
+  """A gate that runs its block where the blocks before it ran.
 
-  It is for blocks without an identity shortcut, which lose their input where
-  they are skipped. The mask is the union of the previous stage's masks. In a
-  strided block, an output position runs if one of the strides x strides input
-  positions at its place ran. A stage without mask units passes its own
+  In a block without an identity shortcut, which starts a stage and loses its
+  input where it is skipped, the mask is the union of the previous stage's
+  masks. In a block with one, it is the union of the masks of its stage so far.
+  In a strided block, an output position runs if one of the strides x strides
+  input positions at its place ran. A stage without mask units passes its own
   inherited mask on. An earlier gate must be a `RecordedMaskUnit`.
 
   Args:
     strides: stride of the block.
+    identity: whether the block's shortcut is the identity.
   """
 
-  def __init__(self, strides: int):
+  def __init__(self, strides: int, identity: bool = False):
     super().__init__()
     self.strides = strides
+    self.identity = identity
 
   def record(self, hard, carry):
-    return Ran(hard, inherited=True)
+    return Ran(hard, inherited=carry.inherited or not self.identity)
 
   def __call__(
     self, x, carry=None, *, rngs=None, temperature=1.0, gumbel_noise=True

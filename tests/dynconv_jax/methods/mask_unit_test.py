@@ -228,6 +228,18 @@ class InheritedMaskTest(parameterized.TestCase):
     np.testing.assert_array_equal(carry.mask, either)
     self.assertFalse(carry.inherited)
 
+  def test_a_stage_keeps_its_masks_past_a_block_that_inherits(self):
+    x = _images(1, 2, 2, 5)
+    first, second = jnp.array([[[[1, 0], [0, 0]]], [[[0, 1], [0, 0]]]])
+    decision, carry = InheritedMask(1, identity=True)(x, Ran(first, False))
+    np.testing.assert_array_equal(decision.hard, first)
+    unit = RecordedMaskUnit(5, strides=1, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(
+      unit.record(second, carry).mask, first + second
+    )
+    _, carry = InheritedMask(1)(x, Ran(first, False))
+    np.testing.assert_array_equal(unit.record(second, carry).mask, second)
+
   def test_gradient_of_a_union(self):
     masks = jnp.array([[0, 0, 1, 1], [0, 1, 0, 1]], jnp.float32)
     found = jax.grad(lambda m: jnp.sum(union(m)))(masks)
