@@ -35,7 +35,7 @@ def _keep_compiled_programs(config):
   config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
   os.environ |= {
     'JAX_COMPILATION_CACHE_DIR': folder,
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
   }
 

@@ -71,8 +71,9 @@ class BatchNorm(nnx.BatchNorm):
       y, mean, var = _batch_norm(y, scale, bias, self.epsilon, self.activation)
       count = x.size // x.shape[-1]
       unbiased = var * (count / max(count - 1, 1))
-      self.mean[...] = self._moved(self.mean[...], mean)
-      self.var[...] = self._moved(self.var[...], unbiased)
+      # Not `mean[...] = ...`: see `streams.linear`.
+      self.mean.set_value(self._moved(self.mean[...], mean))
+      self.var.set_value(self._moved(self.var[...], unbiased))
     return y.astype(x.dtype)
 
   def _moved(self, old: jax.Array, new: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dynconv_jax import options as options_lib
+from dynconv_jax.layers import streams
 from dynconv_jax.methods.method import METHODS, Method, load_method
 from dynconv_jax.models import registry
 
@@ -98,7 +99,7 @@ def assemble(
   def no_gate(site):
     del site
 
-  gate = no_gate
+  gate, rngs = no_gate, streams.linear(rngs)
   if method.gated:
     sites = registry.gate_sites(factory, model_options, width_multiplier)
     gate = method.make_gates(method_options, sites, rngs)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
-from dynconv_jax.layers import ACTIVATIONS, BatchNorm, Dropout, conv
+from dynconv_jax.layers import ACTIVATIONS, BatchNorm, Dropout, conv, streams
 from dynconv_jax.masks import ExecutionMask, execution_mask
 from dynconv_jax.methods.gate import Decision, Gate
 from dynconv_jax.options import BELOW_ONE
@@ -55,9 +55,9 @@ class Gating:
     gumbel_noise: bool | jax.Array = True,
     masks: Masks | None = None,
   ):
-    self.rngs = rngs
+    self.rngs = streams.linear(rngs)
     self._kwargs = dict(
-      rngs=rngs, temperature=temperature, gumbel_noise=gumbel_noise
+      rngs=self.rngs, temperature=temperature, gumbel_noise=gumbel_noise
     )
     self._named = dict(masks) if isinstance(masks, Mapping) else {}
     self._ordered = None

@@ -26,6 +26,7 @@ from flax import nnx
 
 from dynconv_jax import references
 from dynconv_jax.checks import check_choice
+from dynconv_jax.layers import streams
 from dynconv_jax.methods.gate import GateSite
 from dynconv_jax.options import make, option, values_of
 
@@ -153,7 +154,7 @@ def gate_sites(
       num_classes=1,
       gate=sites.append,
       width_multiplier=width_multiplier,
-      rngs=nnx.Rngs(0),
+      rngs=streams.linear(nnx.Rngs(0)),
     )
   )
   return tuple(sites)
