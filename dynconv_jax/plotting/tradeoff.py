@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import pathlib
@@ -37,6 +38,8 @@ _X_LABELS = {
 _MAX_INSIDE = 4
 # Characters per line of the notes below a figure.
 _NOTE_WIDTH = 92
+# Characters per line of a legend with one column.
+_LEGEND_WIDTH = 70
 _UNITS = ('us', 'ms', 's', 'mb', 'mib', 'gb', 'gib')
 
 
@@ -73,9 +76,7 @@ def plot_accuracy_against_macs(
   if chance is not None and not 0 <= chance <= 1:
     raise ValueError(f'chance must be in [0, 1]; got {chance}')
   curves = accuracy_curves(rows, x, series)
-  outside = len(curves) > _MAX_INSIDE
-  rows_of_legend = -(-len(curves) // 2) if outside else 0
-  figure = style.new_figure(5.4, 3.8 + 0.2 * rows_of_legend)
+  figure = style.new_figure(5.4, 3.8)
   ax = figure.add_subplot()
   models = {registry.title(curve.model) for curve in curves}
   if len(models) == 1:
@@ -91,11 +92,10 @@ def plot_accuracy_against_macs(
   ax.set_xlabel(_X_LABELS.get(x) or _unit_label(x))
   if chance is not None:
     _draw_chance(ax, chance)
-  legend = (
-    figure.legend(loc='outside upper left', ncols=2)
-    if outside
-    else ax.legend(loc='best')
-  )
+  if len(curves) > _MAX_INSIDE:
+    legend = _outside_legend(ax)
+  else:
+    legend = ax.legend(loc='best')
   notes = _notes(curves)
   if x.startswith('latency'):
     notes += _latency_notes(rows)
@@ -234,6 +234,22 @@ def _point_label(curve: Curve, point: Point) -> str:
   if len(_sizes(curve)) > 1:
     parts.append(f'{point.image_size:g} px')
   return ', '.join(filter(None, parts))
+
+
+def _outside_legend(ax: Axes) -> Legend:
+  """Adds a legend above the axes, in two columns if they fit."""
+  figure = ax.get_figure()
+  handles, labels = ax.get_legend_handles_labels()
+  columns = 2
+  place = functools.partial(figure.legend, handles, loc='outside upper left')
+  legend = place(labels, ncols=columns)
+  if legend.get_window_extent().width > figure.bbox.width:
+    legend.remove()
+    columns, labels = 1, [textwrap.fill(n, _LEGEND_WIDTH) for n in labels]
+    legend = place(labels, ncols=columns)
+  lines = sum(1 + label.count('\n') for label in labels)
+  figure.set_figheight(figure.get_figheight() + 0.2 * -(-lines // columns))
+  return legend
 
 
 def _sizes(curve: Curve) -> set[float]:

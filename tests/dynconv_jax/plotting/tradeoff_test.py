@@ -145,18 +145,26 @@ def test_every_method_looks_different(tmp_path):
   ]
 
 
+@pytest.mark.parametrize('words', (0, 8, 40))
 @pytest.mark.usefixtures('unwritten')
-def test_a_long_legend_covers_no_curve(tmp_path):
+def test_a_long_legend_covers_no_curve_and_is_not_cut_off(tmp_path, words):
+  recipes = [f'{name}{words * " recipe"}' for name in range(6)]
   rows = [
-    _row('dynconv', 0.5, seed, 0.6 + 0.1 * seed, 0.1, recipe=f'{name}')
-    for name in range(6)
+    _row('dynconv', 0.5, seed, 0.6 + 0.1 * seed, 0.1, recipe=name)
+    for name in recipes
     for seed in range(2)
   ]
   figure = plot_accuracy_against_macs(rows, tmp_path / 'f', series='recipe')
   (ax,), (legend,) = figure.axes, figure.legends
   figure.draw_without_rendering()
-  assert not legend.get_window_extent().overlaps(ax.get_window_extent())
-  assert len(legend.get_texts()) == 6
+  extent = legend.get_window_extent()
+  assert not extent.overlaps(ax.get_window_extent())
+  assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
+  assert extent.y1 <= figure.bbox.y1
+  assert ax.get_window_extent().height > 150
+  assert [t.get_text().replace('\n', ' ') for t in legend.get_texts()] == [
+    f'DynConv, {recipe}' for recipe in recipes
+  ]
 
 
 @pytest.mark.usefixtures('unwritten')
