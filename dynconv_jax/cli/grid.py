@@ -199,10 +199,10 @@ def _product(
     chosen = dict(zip((axis.name for axis in used), values, strict=True))
     config = Config.make(**{**base, 'method': method, **chosen})
     flat = config.flat()
-    # Options of other networks or datasets do not apply.
+    # Options of other networks or datasets do not apply. The seed comes last.
     labels = [
       _label(axis.name, chosen[axis.name])
-      for axis in used
+      for axis in sorted(used, key=lambda axis: axis.name == 'seed')
       if axis.named and axis.name in flat
     ]
     recipe = [

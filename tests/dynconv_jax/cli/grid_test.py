@@ -17,6 +17,12 @@ def _names(*grids, base=BASE):
   return [run.name for run in make_runs(base, grids)]
 
 
+def test_the_seed_comes_last_in_a_name():
+  names = ['dynconv_budget0.3_seed0', 'dynconv_budget0.3_seed1']
+  assert _names('seed=0,1', 'method=dynconv', 'budget=0.3') == names
+  assert _names('method=dynconv', 'budget=0.3', 'seed=0,1') == names
+
+
 def test_flags_that_do_not_matter_do_not_multiply():
   runs = make_runs(
     BASE,
