@@ -86,7 +86,11 @@ def run(
   done = subprocess.run(
     [sys.executable, '-m', program, *arguments, *smaller],
     cwd=folder,
-    env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': _QUICK},
+    env={
+      **os.environ,
+      'PYTHONPATH': str(ROOT),
+      'XLA_FLAGS': f'{os.environ.get("XLA_FLAGS", "")} {_QUICK}',
+    },
     capture_output=True,
     text=True,
   )

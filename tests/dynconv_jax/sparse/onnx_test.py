@@ -64,13 +64,12 @@ def test_logits_and_densities_are_those_of_the_model(
   for block in gated_blocks(model):
     if isinstance(block.masker, HaltingUnit):  # halts within a stage
       _sharpen(block.masker)
+  cases = [(images, *run(model, images)) for images in map(make_images, (3, 1))]
   for form in FORMS:
     exported = export_onnx(model, SIZE, form=form)
     session = onnxruntime.InferenceSession(exported.SerializeToString())
     means = []
-    for batch in (3, 1):
-      images = make_images(batch)
-      expected, masks = run(model, images)
+    for images, expected, masks in cases:
       logits, density = session.run(None, {'images': images})
       assert_same(logits, expected)
       np.testing.assert_allclose(

@@ -8,9 +8,9 @@ from dynconv_jax.training import loop
 from dynconv_jax.training.config import Config
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def collected():
-  """Collects garbage, whose warnings would otherwise appear in another test."""
+  """Collects garbage, whose warnings would otherwise appear in another file."""
   yield
   gc.collect()
 

@@ -1,6 +1,7 @@
 """Tests of position lists and mask units, in Triton's interpreter."""
 
 import dataclasses
+import itertools
 from unittest import mock
 
 import jax.numpy as jnp
@@ -43,13 +44,28 @@ def test_dilated_positions(interpreted, shape, strides):
     check_list(found, dilate(mask, strides)[:, :h, :w])
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
-@pytest.mark.parametrize('granularity', (1, 3))
-@pytest.mark.parametrize('kernel_size', (1, 3))
-@pytest.mark.parametrize('strides', (1, 2))
-@pytest.mark.parametrize('size', ((1, 1), (5, 8), (34, 31)))
+@pytest.mark.parametrize(
+  'size,kernel_size,strides,granularity,dtype',
+  (
+    *(
+      ((5, 8), *unit, jnp.float32)
+      for unit in itertools.product((1, 3), (1, 2), (1, 3))
+    ),
+    # Each pair of values occurs with each size and data type.
+    ((1, 1), 1, 1, 3, jnp.bfloat16),
+    ((1, 1), 3, 2, 3, jnp.bfloat16),
+    ((1, 1), 3, 1, 1, jnp.float32),
+    ((1, 1), 1, 2, 1, jnp.float32),
+    ((5, 8), 3, 1, 3, jnp.bfloat16),
+    ((5, 8), 3, 2, 1, jnp.bfloat16),
+    ((34, 31), 1, 1, 3, jnp.float32),
+    ((34, 31), 3, 2, 3, jnp.float32),
+    ((34, 31), 3, 1, 1, jnp.bfloat16),
+    ((34, 31), 1, 2, 1, jnp.bfloat16),
+  ),
+)
 def test_mask_units(
-  interpreted, kernel_size, strides, granularity, size, dtype
+  interpreted, size, kernel_size, strides, granularity, dtype
 ):
   """Checks logits and their nonnegative positions, or a given mask instead.
 

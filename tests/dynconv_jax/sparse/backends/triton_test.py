@@ -171,12 +171,18 @@ def test_stem_and_pooling(interpreted, size, features):
 
 
 @pytest.mark.parametrize(
-  'generation,programs',
-  ((8, triton_stem._PROGRAMS), (9, triton_stem._PROGRAMS), (9, 1)),
-)
-@pytest.mark.parametrize(
-  'shape,features',
-  (((2, 1, 1), 64), ((2, 23, 18), 64), ((9, 40, 31), 40)),
+  'shape,features,generation,programs',
+  (
+    *(
+      (shape, 64, *launch)
+      for shape in ((2, 1, 1), (2, 23, 18))
+      for launch in (
+        *((8, triton_stem._PROGRAMS), (9, triton_stem._PROGRAMS)),
+        (9, 1),
+      )
+    ),
+    ((9, 40, 31), 40, 9, triton_stem._PROGRAMS),
+  ),
 )
 def test_stem_pooled_at_once(
   interpreted, shape, features, generation, programs, monkeypatch
