@@ -8,6 +8,7 @@ process runs at a time.
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class Worker:
       **request: JSON-serializable values.
 
     Raises:
-      OSError: the process has ended; its error is on stderr.
+      OSError: the process has ended. The message says how and on which request.
     """
     try:
       self._process.stdin.write(json.dumps(request) + '\n')
@@ -48,8 +49,17 @@ class Worker:
       pass
     line = self._process.stdout.readline()
     if not line:
-      raise OSError('a timed process ended early; its error is above')
+      raise OSError(
+        f'a timed process ended early, {self._ending()}; it was asked for'
+        f' {json.dumps(request)}'
+      )
     return json.loads(line)
+
+  def _ending(self) -> str:
+    status = self._process.wait()
+    if status < 0:
+      return f'killed by {signal.Signals(-status).name}'
+    return f'with exit code {status} and the error above'
 
   def stop(self) -> None:
     """Kills the process."""

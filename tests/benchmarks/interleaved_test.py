@@ -26,8 +26,19 @@ def test_a_worker_answers_and_stops(tmp_path, monkeypatch):
 def test_a_worker_that_fails(tmp_path, monkeypatch):
   worker = _worker(tmp_path, monkeypatch, 'lambda r: 1 / r["n"]')
   assert worker.ask(n=2) == 0.5
-  with pytest.raises(OSError, match='a timed process ended early'):
+  message = 'ended early, with exit code 1 and the error above; .* for {"n": 0}'
+  with pytest.raises(OSError, match=message):
     worker.ask(n=0)
+  worker.stop()
+
+
+def test_a_worker_that_crashes(tmp_path, monkeypatch):
+  crash = 'lambda r: __import__("os").kill(__import__("os").getpid(), 11)'
+  worker = _worker(tmp_path, monkeypatch, crash)
+  with pytest.raises(
+    OSError, match='killed by SIGSEGV; it was asked for {"kind": "a"}'
+  ):
+    worker.ask(kind='a')
   worker.stop()
 
 
