@@ -10,8 +10,8 @@ from absl import flags
 
 # Folders whose tests compile a lot and compute little.
 _COMPILING = (
-  *('backends', 'cli', 'examples', 'interop', 'layers', 'methods', 'models'),
-  *('sparse', 'training'),
+  *('backends', 'benchmarks', 'cli', 'examples', 'interop', 'layers'),
+  *('methods', 'models', 'sparse', 'training'),
 )
 
 
