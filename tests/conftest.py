@@ -14,8 +14,9 @@ _COMPILING = (
   *('methods', 'models', 'sparse', 'training'),
 )
 
-
-# XLA's older code generation for a CPU, in one piece: compiles half as long.
+# Selects XLA's older code generation for CPUs and does not split programs,
+# which nearly halves the time to compile. `make train` and the programs that
+# helpers/jax_processes starts use the defaults.
 _QUICK = (
   '--xla_cpu_use_fusion_emitters=false',
   '--xla_cpu_parallel_codegen_split_count=1',
