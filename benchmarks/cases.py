@@ -109,6 +109,9 @@ def time_case(
 ) -> dict[str, Any]:
   """Returns the median times of a case, in milliseconds, and their ratios.
 
+  A runtime that ends early, for example because it crashes on the network, is
+  not timed. 'failed' in the result says why.
+
   Args:
     case: 'batch_size', 'mask_granularity', and 'density'.
     workers: processes from `start_workers`.
@@ -122,16 +125,25 @@ def time_case(
   info = workers['jax'].ask(kind='prepare', **case)
   kinds = dict.fromkeys(info.pop('kinds'), 'jax')
   tolerance = _TOLERANCES[info.pop('compute_dtype')]
+  failed = {}
   for runtime in runtimes:
-    kinds[runtime] = RUNTIMES[runtime].worker
+    worker = RUNTIMES[runtime].worker
+    try:
+      logits = workers[worker].ask(kind='logits', of=runtime, **case)
+    except OSError as error:
+      print(f'skipping {runtime}: {error}')
+      failed[runtime] = str(error)
+      continue
     ours = 'dense' if RUNTIMES[runtime].dense else 'sparse'
     check_equal(
       runtime,
-      workers[kinds[runtime]].ask(kind='logits', of=runtime, **case),
+      logits,
       workers['jax'].ask(kind='logits', of=ours, **case),
       # Gates of a trained network may decide close cases differently.
       0.1 if ours == 'sparse' and case['density'] is None else tolerance,
     )
+    kinds[runtime] = worker
+  runtimes = [runtime for runtime in runtimes if runtime not in failed]
   times = interleaved.medians(
     {
       kind: functools.partial(workers[worker].ask, kind=kind, **case)
@@ -148,6 +160,7 @@ def time_case(
     **info,
     **own,
     'runtimes': {runtime: times[runtime] for runtime in runtimes},
+    **({'failed': failed} if failed else {}),
     'fastest_dense': 'jax' if fastest in jax else fastest,
   }
   if 'sparse' not in times:

@@ -20,17 +20,20 @@ from typing import Any
 class Worker:
   """A process that runs a function on request.
 
+  A process that has ended is started again by the next request.
+
   Args:
     module: module whose main program calls `serve`, given `arguments`.
     arguments: command-line arguments.
   """
 
   def __init__(self, module: str, arguments: Sequence[str]):
-    self._process = subprocess.Popen(
-      [sys.executable, '-m', module, *arguments],
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      text=True,
+    self._command = [sys.executable, '-m', module, *arguments]
+    self._process = self._start()
+
+  def _start(self) -> subprocess.Popen:
+    return subprocess.Popen(
+      self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
   def ask(self, **request: Any) -> Any:
@@ -42,6 +45,9 @@ class Worker:
     Raises:
       OSError: the process has ended. The message says how and on which request.
     """
+    if self._process.poll() is not None:
+      self.stop()
+      self._process = self._start()
     try:
       self._process.stdin.write(json.dumps(request) + '\n')
       self._process.stdin.flush()

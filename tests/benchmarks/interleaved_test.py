@@ -29,7 +29,10 @@ def test_a_worker_that_fails(tmp_path, monkeypatch):
   message = 'ended early, with exit code 1 and the error above; .* for {"n": 0}'
   with pytest.raises(OSError, match=message):
     worker.ask(n=0)
+  # The next request starts the process again.
+  assert worker.ask(n=4) == 0.25
   worker.stop()
+  assert worker._process.poll() is not None
 
 
 def test_a_worker_that_crashes(tmp_path, monkeypatch):

@@ -148,6 +148,48 @@ def test_other_runtimes_that_compute_something_else_are_errors():
     cases.check_equal('own', [1.0, 2.0], expected, 1e-4)
 
 
+class _Worker:
+  """Answers as a timed process does; ends early on the given kinds."""
+
+  def __init__(self, times, crashes=()):
+    self.times, self.crashes = times, crashes
+
+  def ask(self, kind, of=None, **case):
+    if kind == 'prepare':
+      info = {'density': 0.4, 'mac_ideal': 0.5, 'compute_dtype': 'float32'}
+      return {**info, 'kinds': ['dense', 'sparse']}
+    if (of or kind) in self.crashes:
+      raise OSError(f'{of or kind} was killed')
+    return [[1.0, 2.0]] if kind == 'logits' else [self.times[kind]]
+
+
+def _time_case(crashes):
+  timed = {
+    'jax': _Worker({'dense': 0.008, 'sparse': 0.003}, crashes),
+    'openvino': _Worker({'openvino': 0.006, 'openvino_sparse': 0.1}, crashes),
+    'litert': _Worker({'litert': 0.005}, crashes),
+  }
+  case = {'batch_size': 1, 'mask_granularity': '1', 'density': None}
+  runtimes = ['openvino', 'litert', 'openvino_sparse']
+  return cases.time_case(case, timed, runtimes, rounds=1)
+
+
+def test_other_runtimes_that_crash_are_left_out(capsys):
+  result = _time_case(crashes=['litert', 'openvino_sparse'])
+  assert result['runtimes'] == {'openvino': 6}
+  assert result['failed'] == {
+    'litert': 'litert was killed',
+    'openvino_sparse': 'openvino_sparse was killed',
+  }
+  assert result['fastest_dense'] == 'openvino'
+  assert result['sparse_over_fastest_dense'] == 0.5
+  assert 'skipping litert: litert was killed' in capsys.readouterr().out
+  complete = _time_case(crashes=[])
+  assert complete['fastest_dense'] == 'litert' and 'failed' not in complete
+  with pytest.raises(OSError, match='dense was killed'):
+    _time_case(crashes=['dense'])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['openvino', 'litert', 'openvino_sparse'])
 def test_other_runtimes_compute_the_same(name):
