@@ -11,9 +11,10 @@ and --mask_granularity are combined.
 Each framework runs in its own process. Timing is interleaved and medians are
 reported. PyTorch, ONNX Runtime, OpenVINO, and LiteRT are timed if installed
 (pip install -e .[benchmark]), after a check that their logits match those of
-JAX. One that crashes is left out; "failed" in the JSON says why. Options of the network are flags, such as --gated_blocks=all. The last line
-is JSON. --output=DIR also writes it to a file, with a figure. Requires a
-checkout, because benchmarks/ is not installed.
+JAX. One that crashes is left out; "failed" in the JSON says why. Options of the
+network are flags, such as --gated_blocks=all. The last line is JSON.
+--output=DIR also writes it to a file, with a figure. Requires a checkout,
+because benchmarks/ is not installed.
 """
 
 from __future__ import annotations
