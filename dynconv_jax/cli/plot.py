@@ -9,6 +9,11 @@ One figure, accuracy against GMACs or against another column:
 dynconv plot --results=results/NAME/results.csv --output=FIG.png \
   [--x=latency_sparse_ms] [--series=recipe] [--chance=0.167]
 
+Accuracy against latency relative to the fastest dense runtime, as measured by
+`dynconv benchmark --workdir=DIR` with a batch size of 8:
+dynconv plot --results=results/NAME/results.csv --output=FIG.png \
+  --latency=FILE.json,... --x=latency_ratio_batch_8
+
 Gains from `dynconv compare` against the fraction of the image that the object
 covers:
 dynconv plot --gains=FILE.csv [--output=FIG.png] [--against=NAME]
@@ -28,6 +33,7 @@ from dynconv_jax.cli import program
 from dynconv_jax.plotting import style
 from dynconv_jax.plotting.curves import plot_learning_curves
 from dynconv_jax.plotting.gains import plot_gains
+from dynconv_jax.plotting.latency import add_latency, read_benchmark
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import (
   plot_accuracy_against_macs,
@@ -39,6 +45,12 @@ _RESULTS = flags.DEFINE_list(
   'results',
   None,
   'One or more results.csv to plot together, separated by commas.',
+)
+_LATENCY = flags.DEFINE_list(
+  'latency',
+  [],
+  'One or more benchmark.json of runs in --results. Adds the columns '
+  'latency_ratio_batch_N.',
 )
 _GAINS = flags.DEFINE_string('gains', None, 'A gains table to plot.')
 _AGAINST = flags.DEFINE_string(
@@ -74,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
   if _AGAINST.value and _GAINS.value is None:
     raise ValueError('--against needs --gains')
   if _RESULTS.value is None:
-    for name in ('x', 'series', 'chance'):
+    for name in ('latency', 'x', 'series', 'chance'):
       if flags.FLAGS[name].present:
         raise ValueError(f'--{name} needs --results')
   if _RESULTS.value is not None:
@@ -85,6 +97,9 @@ def main(argv: Sequence[str]) -> None:
     # Tables may differ in columns, such as `recipe`.
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [{name: row.get(name, '') for name in columns} for row in rows]
+    if _LATENCY.value:
+      files = [pathlib.Path(path).expanduser() for path in _LATENCY.value]
+      rows = add_latency(rows, list(map(read_benchmark, files)))
     if _OUTPUT.value is None:
       if flags.FLAGS['x'].present:
         raise ValueError('--x needs --output=FIG.png')

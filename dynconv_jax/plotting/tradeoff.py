@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 import pathlib
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +18,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import PercentFormatter
 
 from dynconv_jax.models import registry
-from dynconv_jax.plotting import style
+from dynconv_jax.plotting import latency, style
 from dynconv_jax.plotting.results import (
   Curve,
   Point,
@@ -271,8 +272,11 @@ def _draw_chance(ax: Axes, chance: float) -> None:
 
 
 def _unit_label(column: str) -> str:
-  """Returns 'latency sparse (ms)' for 'latency_sparse_ms'."""
+  """Returns a label, such as 'latency sparse (ms)' for 'latency_sparse_ms'."""
   name, _, unit = column.rpartition('_')
+  if match := re.fullmatch(latency.COLUMN.format(r'(\d+)'), column):
+    images = 'one image' if match[1] == '1' else f'{match[1]} images'
+    return f'latency of {images} / that of the fastest dense runtime'
   if name and unit in _UNITS:
     return f'{name.replace("_", " ")} ({unit})'
   return column.replace('_', ' ')

@@ -69,6 +69,18 @@ def test_workdirs_and_errors(tmp_path):
   bad.write_text(_HEADER + 'resnet18,dynconv,0.5,0,high,0.08\n')
   gains = tmp_path / 'gains.csv'
   gains.write_text('share,difference,low,high\n0.1,2,1,3\n')
+  timed = tmp_path / 'timed.csv'
+  timed.write_text(
+    'run,model,method,image_size,accuracy\na_seed0,resnet18,drop,64,0.7\n'
+  )
+  benchmark = tmp_path / 'benchmark.json'
+  times = {'batch_size': 8, 'sparse_ms': 3, 'sparse_over_fastest_dense': 0.5}
+  network = {'workdir': 'a_seed0', 'model': 'resnet18', 'image_size': 64}
+  benchmark.write_text(
+    json.dumps({**network, **times, 'runtimes': {}, 'cpu': 'a CPU'})
+  )
+  latency = [f'--results={timed}', f'--latency={benchmark}']
+  latency += [f'--output={tmp_path / "latency.png"}']
   output = f'--output={tmp_path / "fig.png"}'
   curves = run / 'learning_curves'
   cases = [
@@ -88,6 +100,9 @@ def test_workdirs_and_errors(tmp_path):
     ([f'--gains={bad}'], 'gains need the columns share, difference, low'),
     ([f'--gains={gains}', '--chance=0.1'], '--chance needs --results'),
     ([f'--workdir={run}', '--against=dense'], '--against needs --gains'),
+    ([f'--workdir={run}', '--latency=a.json'], '--latency needs --results'),
+    ([*latency, '--x=latency_ratio_batch_8'], 'wrote'),
+    ([*latency, '--x=latency_ratio_batch_1'], 'latency_ratio_batch_8; got'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
   # One process runs them all, because importing the package takes seconds.
@@ -97,7 +112,8 @@ def test_workdirs_and_errors(tmp_path):
     'from dynconv_jax.cli import plot\n'
     'for arguments in json.loads(sys.argv[1]):\n'
     '  flags.FLAGS.unparse_flags()\n'
-    '  for name in ("results", "gains", "workdir", "output", "x", "chance"):\n'
+    '  for name in ("results", "gains", "workdir", "output", "x", "chance", '
+    '"latency"):\n'
     '    flags.FLAGS[name].unparse()\n'
     '  try:\n'
     '    plot.main(flags.FLAGS(["plot", *arguments]))\n'
@@ -116,3 +132,4 @@ def test_workdirs_and_errors(tmp_path):
     'learning_curves.svg',
   }
   assert not (tmp_path / 'fig.png').exists()
+  assert '8 images' in (tmp_path / 'latency.svg').read_text()
