@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -127,7 +128,8 @@ class Counter(TorchDispatchMode):
     if isinstance(module, torch.fx.GraphModule) and any(
       'nn_module_stack' in node.meta for node in module.graph.nodes
     ):
-      return _Exported(module, self).run(*args, *kwargs.values())
+      inputs = _leaves(module, args, kwargs)
+      return _Exported(module, self).run(*inputs, enable_io_processing=False)
     return module(*args, **kwargs)
 
   @contextlib.contextmanager
@@ -372,6 +374,20 @@ class _Exported(torch.fx.Interpreter):
     with self._counter.in_layer(paths[-1] if paths else '') as outputs:
       outputs.append(super().run_node(node))
       return outputs[0]
+
+
+def _leaves(module: torch.fx.GraphModule, args: Any, kwargs: Any) -> list[Any]:
+  """Returns the inputs of a graph, in the order in which it takes them."""
+  call = inspect.signature(module.forward).bind(*args, **kwargs)
+  call.apply_defaults()
+  try:
+    positional, _ = module._in_spec.children()
+    count = positional.num_children
+    named = dict(list(call.arguments.items())[count:])
+    return module._in_spec.flatten_up_to((call.args[:count], named))
+  except (AttributeError, ValueError):
+    # Not exported, or the inputs have another structure.
+    return module.graph.process_inputs(*call.args)
 
 
 def _times(record: Record, times: int) -> Record:

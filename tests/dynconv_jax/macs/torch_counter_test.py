@@ -195,6 +195,45 @@ class ExportTest(parameterized.TestCase):
       self.assertEqual(report.total, expected.total)
       self.assertEqual(report.parameters, expected.parameters)
 
+  @parameterized.parameters(
+    ((), ('a', 'b', 'c')),
+    ((), ('c', 'b', 'a')),
+    (('a',), ('c', 'b')),
+    (('a', 'b', 'c'), ()),
+  )
+  def test_arguments_in_any_order(self, first, names):
+    class Three(nn.Module):
+      def __init__(self):
+        super().__init__()
+        self.p, self.q = nn.Linear(4, 6), nn.Linear(4, 3)
+
+      def forward(self, x, a=None, b=None, c=None):
+        return x + self.p(a).sum() + self.q(b).sum() + (c['u'] @ c['v']).sum()
+
+    x, a, b = torch.zeros(1), torch.zeros(5, 4), torch.zeros(2, 4)
+    c = {'u': torch.zeros(7, 4), 'v': torch.zeros(4, 9)}
+    given = {'a': a, 'b': b, 'c': dict(reversed(c.items()))}
+    layers, product = 5 * 4 * 6 + 2 * 4 * 3, 7 * 4 * 9
+    rows = {0: torch.export.Dim.DYNAMIC}
+    shapes = {'x': None, 'a': rows, 'b': rows, 'c': {'u': None, 'v': None}}
+    for program in (
+      torch.export.export(
+        Three(), (x,), {'a': a, 'b': b, 'c': c}, dynamic_shapes=shapes
+      ),
+      torch.export.export(Three(), (x, a, b, c), dynamic_shapes=shapes),
+      torch.fx.symbolic_trace(Three()),
+    ):
+      for backward in (False, True):
+        report = count_macs(
+          program,
+          x,
+          *(given[name] for name in first),
+          kwargs={name: given[name] for name in names},
+          backward=backward,
+        )
+        # Only the weights of the layers have a gradient.
+        self.assertEqual(report.total, (1 + backward) * layers + product)
+
   def test_other_shapes_than_it_was_exported_for(self):
     program = torch.export.export(Network(), (torch.zeros(2, 3, 8, 8),))
     with self.assertRaisesRegex(ValueError, 'GraphModule does not run on'):
