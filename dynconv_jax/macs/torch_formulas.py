@@ -125,7 +125,7 @@ def matmul(left: str, bias: str | None = None):
 
 
 def _linear(a) -> formulas.Work:
-  features = a.weight.shape[0]
+  features = math.prod(a.weight.shape[:-1])  # 1 for a vector
   rows = a.output.numel() // max(features, 1)
   return formulas.matmul(
     rows,

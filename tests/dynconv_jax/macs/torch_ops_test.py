@@ -218,6 +218,8 @@ class ConvolutionTest(parameterized.TestCase):
 class MatmulTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ('linear', F.linear, [(2, 5, 4), (3, 4)], 2 * 5 * 4 * 3),
+    ('linear_vector', F.linear, [(4, 3), (3,)], 4 * 3),
+    ('linear_long_vector', F.linear, [(2, 4, 16), (16,)], 2 * 4 * 16),
     ('operator', lambda a, b: a @ b, [(2, 5, 4), (4, 3)], 2 * 5 * 4 * 3),
     ('batched', torch.bmm, [(2, 5, 4), (2, 4, 3)], 2 * 5 * 4 * 3),
     ('vector', torch.mv, [(5, 4), (4,)], 20),
