@@ -211,6 +211,18 @@ def _integer_to_float(bias: int, quantized: bool) -> Writer:
   return expansion
 
 
+def _recurrent(body: Expansion) -> None:
+  """Expands an LSTM with quantized weights, [directions, inputs, outputs]."""
+  body.dequantize(1, 2)
+  for index in (1, 2):
+    body.inputs[index] = body.add(
+      'Transpose', body.inputs[index], perm=[0, 2, 1]
+    )
+  done = body.add('LSTM', *body.inputs[:8], outputs=3, **body.params)
+  for index, name in enumerate((done, f'{done}/1', f'{done}/2')):
+    body.end(name, index)
+
+
 def _biased(activation: str, bias: int = 1) -> Writer:
   """Expands an activation of a sum with a bias."""
 
@@ -265,6 +277,7 @@ _PRODUCTS = {
   'MatMulBnb4': _quantized_weight,
   'MatMulIntegerToFloat': _integer_to_float(6, quantized=True),
   'DynamicQuantizeMatMul': _integer_to_float(4, quantized=False),
+  'DynamicQuantizeLSTM': _recurrent,
   'Attention': onnx_transformers.attention(quantized=False),
   'QAttention': onnx_transformers.attention(quantized=True),
   'MultiHeadAttention': onnx_transformers.multi_head_attention,

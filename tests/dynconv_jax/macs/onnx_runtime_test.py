@@ -142,6 +142,38 @@ class RuntimeTest(parameterized.TestCase):
       self.assertEqual(count_macs(file).total, count_macs(network()).total)
 
 
+class Recurrent(torch.nn.Module):
+  """A recurrent network whose three outputs are all multiplied."""
+
+  def __init__(self):
+    super().__init__()
+    self.lstm = torch.nn.LSTM(4, 8, 2, bidirectional=True, batch_first=True)
+    self.head = torch.nn.Linear(16, 3)
+    self.hidden, self.cell = torch.nn.Linear(8, 3), torch.nn.Linear(8, 3)
+
+  def forward(self, x):
+    y, (hidden, cell) = self.lstm(x)
+    return self.head(y[:, -1]) + self.hidden(hidden[-1]) + self.cell(cell[-1])
+
+
+class RecurrentTest(absltest.TestCase):
+  def test_quantized(self):
+    model = exported(Recurrent(), torch.zeros(2, 7, 4))
+    path = str(pathlib.Path(self.create_tempdir().full_path) / 'n.onnx')
+    onnx.save(model, path)
+    quantized_path = quantized(path, 'dynamic')
+    self.assertIn(
+      'com.microsoft::DynamicQuantizeLSTM', operators(quantized_path)
+    )
+    report = count_macs(quantized_path)
+    first, second = 7 * 2 * 2 * 32 * (4 + 8), 7 * 2 * 2 * 32 * (16 + 8)
+    heads = 2 * (16 + 8 + 8) * 3
+    self.assertEqual(report.total, first + second + heads)
+    self.assertEmpty(report.uncounted)
+    expected = count_macs(model).by_layer['lstm']
+    self.assertEqual(report.by_layer['lstm'], expected)
+
+
 class BlocksTest(parameterized.TestCase):
   def model(self, *nodes, outputs=('y',)):
     for node in nodes:
