@@ -134,6 +134,11 @@ class Report:
     for layer, mask in masked:
       active = np.asarray(mask.maps[layer.level], np.float64)
       size, counted = math.prod(active.shape[1:]), self.by_layer[layer.name]
+      if not size:
+        raise ValueError(
+          f'the mask of {layer.name} has no positions; its shape is'
+          f' {active.shape}'
+        )
       weights = active.sum(axis=tuple(range(1, active.ndim)))
       pairs = getattr(layer, 'kind', 'positions') == 'pairs'
       if pairs:

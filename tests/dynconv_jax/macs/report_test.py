@@ -119,6 +119,10 @@ def test_masked_layers_cost_their_active_positions():
       r'layer1.0.conv2 has 12 output positions, not a multiple of the \(5, 1\)',
     ),
     (
+      [mask(np.ones((2, 0)), np.ones((1, 2, 3)))],
+      r'layer1.0.conv2 has no positions; its shape is \(2, 0\)',
+    ),
+    (
       [mask(np.ones((1, 2, 3)), np.ones((1, 4, 3)))],
       r"different batch sizes: \{'layer1.0.conv1': 1, 'layer1.0.conv2': 2\}",
     ),
