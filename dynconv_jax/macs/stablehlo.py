@@ -75,7 +75,7 @@ def operations(
   exported: Any,
   price: Callable[[list[Operation]], int],
   trips: Callable[[str, int | None], int | None],
-  branch: str | int = 'max',
+  branch: Callable[[str, int], str | int],
 ) -> list[Operation]:
   """Returns the operations of an exported function.
 
@@ -86,8 +86,9 @@ def operations(
     price: returns the count of operations, to compare branches.
     trips: takes a loop's scope and the trip count that the program fixes, or
       None; returns the trip count, or None to leave the loop out.
-    branch: 'max', 'min' or an index. StableHLO has no branch names: any other
-      string means 'max'.
+    branch: takes a conditional's scope and its number of branches; returns
+      'max', 'min' or an index. StableHLO has no branch names: any other string
+      means 'max'.
   """
   with mlir.make_ir_context():
     module = ir.Module.parse(exported.mlir_module())
@@ -198,10 +199,11 @@ class _Walk:
       with self._apart() as found:
         self.block(region.blocks[0], [])
       branches.append(found)
-    if isinstance(self._branch, int):
-      self.found += branches[min(self._branch, len(branches) - 1)]
+    branch = self._branch(_scope(op.location), len(branches))
+    if isinstance(branch, int):
+      self.found += branches[branch]
       return []
-    choose = min if self._branch == 'min' else max
+    choose = min if branch == 'min' else max
     self.found += choose(branches, key=self._price)
     return []
 

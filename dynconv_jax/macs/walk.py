@@ -207,14 +207,9 @@ class Walk:
     platforms = eqn.params.get('branches_platforms')
     if platforms and None in platforms:
       return self._sub(branches[platforms.index(None)], inputs, stacks)
-    layer = scopes.layer_name(*stacks)
-    if isinstance(self._branch, int):
-      if not 0 <= self._branch < len(branches):
-        raise ValueError(
-          f'branch must be in [0, {len(branches)}) for the cond in'
-          f' {layer or "the function"}; got {self._branch}'
-        )
-      return self._sub(branches[self._branch], inputs, stacks)
+    branch = self._chosen(scopes.layer_name(*stacks), len(branches))
+    if isinstance(branch, int):
+      return self._sub(branches[branch], inputs, stacks)
     names = [b.jaxpr.debug_info.func_name for b in branches]
     self._branches_seen.update(names)
     if self._branch in names:
@@ -234,6 +229,15 @@ class Walk:
       if entries is not chosen:
         self._entries += [entry for entry in entries if entry.work is None]
     return outputs
+
+  def _chosen(self, layer: str, branches: int) -> str | int:
+    """Returns the requested branch of a cond with this many branches."""
+    if isinstance(self._branch, int) and not 0 <= self._branch < branches:
+      raise ValueError(
+        f'branch must be in [0, {branches}) for the cond in'
+        f' {layer or "the function"}; got {self._branch}'
+      )
+    return self._branch
 
   def _scan(self, params, inputs, stacks) -> Sequence[Any]:
     body, consts = params['jaxpr'], params['num_consts']
@@ -302,7 +306,7 @@ class Walk:
       eqn.params['exported'],
       price=self._price,
       trips=lambda scope, fixed: self._trips(layer(scope), fixed),
-      branch=self._branch,
+      branch=lambda scope, number: self._chosen(layer(scope), number),
     )
     self._entries += [
       Entry(layer(op.scope), op.name, op.work, op.shape, reason=op.reason)

@@ -105,6 +105,23 @@ def test_branches_are_chosen(branch, products):
   assert counted.total == products * 125
 
 
+@pytest.mark.parametrize('branch', [-1, 3, 7])
+def test_a_branch_that_does_not_exist_is_refused(branch):
+  def f(x):
+    choices = [lambda x: x, lambda x: x @ x, lambda x: x @ x @ x]
+    with jax.named_scope('choice'):
+      return lax.switch(jnp.int32(x[0, 0]), choices, x)
+
+  call = exported(f, _SQUARE)
+  for index in range(3):
+    counted = macs.count_macs(call, _SQUARE, branch=index)
+    assert counted.total == index * 125
+  message = r'branch must be in \[0, 3\) for the cond in choice; got'
+  for function in (f, call):
+    with pytest.raises(ValueError, match=f'{message} {branch}'):
+      macs.count_macs(function, _SQUARE, branch=branch)
+
+
 def test_loops_and_calls_that_are_not_known_are_named():
   def f(x):
     with jax.named_scope('loop'):
