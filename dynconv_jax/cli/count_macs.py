@@ -210,7 +210,7 @@ def _count_torch(options: dict[str, Any]) -> Report:
     raise ValueError(str(error)) from error
   import torch
 
-  module = _load('torch', _TORCH.value)()
+  factory = _load('torch', _TORCH.value)
   args, kwargs = [], {}
   for name, shape, dtype in map(_shape, _INPUT_SHAPE.value):
     torch_dtype = getattr(torch, dtype, None)
@@ -223,7 +223,7 @@ def _count_torch(options: dict[str, Any]) -> Report:
     _add_argument(args, kwargs, name, argument)
   try:
     return count_macs(
-      module,
+      factory(),
       *args,
       kwargs=kwargs,
       trip_counts=_TRIP_COUNT.value,

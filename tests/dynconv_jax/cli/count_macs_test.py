@@ -44,6 +44,9 @@ def modules(tmp_path, monkeypatch):
 
       def number():
         return 3
+
+      def needs(width):
+        return width
       """
     )
   )
@@ -150,6 +153,8 @@ def test_counts_torch_modules(program, modules):
     program('count_macs', '--torch=mine_for_macs:linear', '--input_shape=1:nn')
   with pytest.raises(ValueError, match='--torch=mine_for_macs:number: '):
     program('count_macs', '--torch=mine_for_macs:number')
+  with pytest.raises(ValueError, match="needs: .* argument: 'width'"):
+    program('count_macs', '--torch=mine_for_macs:needs')
 
 
 def test_counts_onnx_files(program, tmp_path):
