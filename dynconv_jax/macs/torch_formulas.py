@@ -193,6 +193,24 @@ def _bilinear(a) -> formulas.Work:
   )
 
 
+def _trilinear(a) -> formulas.Work:
+  """A product of two operands, then of the result and the third."""
+
+  def shape(operand, inserted):
+    sizes = iter(operand.shape)
+    rank = operand.dim() + len(inserted)
+    return [1 if i in inserted else next(sizes) for i in range(rank)]
+
+  pair = torch.broadcast_shapes(shape(a.i1, a.expand1), shape(a.i2, a.expand2))
+  summed = {*a.sumdim} & {*a.expand3}  # not in the third
+  between = [1 if i in summed else size for i, size in enumerate(pair)]
+  every = torch.broadcast_shapes(between, shape(a.i3, a.expand3))
+  inner, outputs = math.prod(between), a.output.numel()
+  return formulas.matmul(
+    inner, math.prod(pair) // max(inner, 1), 1
+  ) + formulas.matmul(outputs, math.prod(every) // max(outputs, 1), 1)
+
+
 def attention(a) -> formulas.Work:
   # Batch dimensions are broadcast and heads repeated; the output has them all.
   *batch, queries, value_size = a.output.shape
@@ -361,6 +379,7 @@ FORMULAS = {
   ),
   'sparse_sampled_addmm': _sampled_matmul,
   'bilinear': _bilinear,
+  '_trilinear': _trilinear,
   **_names(
     'scaled_dot_product_attention _scaled_dot_product_flash_attention'
     ' _scaled_dot_product_flash_attention_for_cpu'

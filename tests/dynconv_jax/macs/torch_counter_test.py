@@ -298,6 +298,22 @@ class GradientTest(parameterized.TestCase):
       3 * count_macs(module, x).total - first,
     )
 
+  def test_bilinear(self):
+    n, i, j, k = 2 * 7, 4, 5, 3
+    module = nn.Bilinear(i, j, k)
+    x, y = (torch.zeros(2, 7, s, requires_grad=True) for s in (i, j))
+    forward = n * i * j * k + n * j * k
+    by_weight = n * i * k + n * i * j * k
+    by_x, by_y = n * i * j * k + n * i * j, n * i * j * k + n * j * k
+    self.assertEqual(count_macs(module, x, y).total, forward)
+    for run in (False, True):
+      report = count_macs(module, x, y, backward=True, run=run)
+      self.assertEqual(report.total, forward + by_weight + by_x + by_y)
+      self.assertEmpty(report.uncounted)
+    report = count_macs(module, x.detach(), y.detach(), backward=True)
+    self.assertEqual(report.total, forward + by_weight)
+    self.assertEqual(report.activations, count_macs(module, x, y).activations)
+
   def test_fused_attention(self):
     q = torch.zeros(2, 3, 7, 16, requires_grad=True)
     k = torch.zeros(2, 3, 9, 16, requires_grad=True)
