@@ -291,9 +291,11 @@ def _shape(text: str) -> tuple[str, tuple[int, ...], str]:
   try:
     shape = tuple(int(size) for size in sizes.split(',') if size)
   except ValueError:
+    shape = (-1,)
+  if min(shape, default=0) < 0:
     raise ValueError(
-      f'input_shape must be integers separated by commas; got {text!r}'
-    ) from None
+      f'input_shape must be integers >= 0 separated by commas; got {text!r}'
+    )
   return name, shape, dtype
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend import core
 
 from dynconv_jax.macs import conventions, report, scopes
@@ -55,8 +56,9 @@ def count_macs(
 
   Raises:
     TypeError: if `f` is not callable.
-    ValueError: if `f` cannot be traced with these arguments, the convention is
-      unknown or needs modules, or an option does not match the program.
+    ValueError: if `f` cannot be traced with these arguments, a size of theirs
+      is not an integer >= 0, the convention is unknown or needs modules, or an
+      option does not match the program.
   """
   convention = conventions.get_convention(convention)
   if convention.name == 'ptflops':
@@ -112,6 +114,11 @@ def _trace(f, args, kwargs) -> core.ClosedJaxpr:
   arrays, arrays_tree = jax.tree.flatten(
     [x if graph is not None or _is_array(x) else None for graph, x in split]
   )
+  for array in filter(_is_array, arrays):
+    if any(not isinstance(n, int | np.integer) or n < 0 for n in array.shape):
+      raise ValueError(
+        f'sizes of arguments must be integers >= 0; got {_describe(array)}'
+      )
 
   def traced(*arrays):
     values = jax.tree.unflatten(arrays_tree, arrays)

@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
+from jax.extend import mlir as extended
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import mlir
@@ -50,7 +52,9 @@ _COMPLEX_STEPS = {'multiply': 6, 'divide': 11, 'abs': 4}
 _ARITHMETIC = {'add': 'add', 'subtract': 'sub', 'multiply': 'mul'}
 
 # Scope names that JAX adds, not users.
-_CONTROL = re.compile(r'while|body|cond|closed_call|branch_\d+_fun|.*\(.*')
+_CONTROL = re.compile(
+  r'|while|body|cond|closed_call|call_exported|branch_\d+_fun|.*\(.*'
+)
 
 
 class Operation(NamedTuple):
@@ -73,6 +77,7 @@ class Operation(NamedTuple):
 
 def operations(
   exported: Any,
+  inputs: Sequence[jax.ShapeDtypeStruct],
   price: Callable[[list[Operation]], int],
   trips: Callable[[str, int | None], int | None],
   branch: Callable[[str, int], str | int],
@@ -83,6 +88,7 @@ def operations(
 
   Args:
     exported: a `jax.export.Exported`.
+    inputs: what it is called with; they set its symbolic sizes.
     price: returns the count of operations, to compare branches.
     trips: takes a loop's scope and the trip count that the program fixes, or
       None; returns the trip count, or None to leave the loop out.
@@ -90,8 +96,13 @@ def operations(
       'max', 'min' or an index. StableHLO has no branch names: any other string
       means 'max'.
   """
+  try:
+    text = _module(exported, inputs)
+  except (ValueError, jax.errors.JaxRuntimeError) as error:
+    reason = f'its symbolic sizes cannot be set: {error}'
+    return [Operation('call_exported', '', None, reason=reason)]
   with mlir.make_ir_context():
-    module = ir.Module.parse(exported.mlir_module())
+    module = ir.Module.parse(text)
     functions = {
       function.attributes['sym_name'].value: function
       for function in module.body.operations
@@ -101,6 +112,18 @@ def operations(
     entry = functions['main'].regions[0].blocks[0]
     walk.block(entry, [None] * len(entry.arguments))
     return walk.found
+
+
+def _module(exported, inputs) -> str | bytes:
+  """Returns the module of an exported function, without symbolic sizes."""
+  sizes = [size for aval in exported.in_avals for size in aval.shape]
+  if all(isinstance(size, int) for size in sizes):
+    return exported.mlir_module()
+  args, kwargs = jax.tree.unflatten(exported.in_tree, inputs)
+  traced = jax.jit(exported.call).trace(*args, **kwargs)
+  lowered = traced.lower(lowering_platforms=exported.platforms)
+  text = lowered.as_text(debug_info=True)
+  return extended.refine_polymorphic_shapes(text.encode())
 
 
 class _Walk:
@@ -359,7 +382,11 @@ def _whole_constant(op) -> int | None:
 
 def _scope(location) -> str:
   """Returns the named scopes of a location, without the operation."""
-  if not isinstance(location, ir.NameLoc):
-    return ''
-  scopes = location.name_str.split('/')[:-1]
+  scopes = _path(location).split('/')[:-1]
   return '.'.join(s for s in scopes if not _CONTROL.fullmatch(s))
+
+
+def _path(location) -> str:
+  if isinstance(location, ir.CallSiteLoc):
+    return f'{_path(location.caller)}/{_path(location.callee)}'
+  return location.name_str if isinstance(location, ir.NameLoc) else ''

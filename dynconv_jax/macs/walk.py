@@ -304,6 +304,7 @@ class Walk:
 
     found = stablehlo.operations(
       eqn.params['exported'],
+      [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars],
       price=self._price,
       trips=lambda scope, fixed: self._trips(layer(scope), fixed),
       branch=lambda scope, number: self._chosen(layer(scope), number),

@@ -198,8 +198,9 @@ def test_counts_onnx_files(program, tmp_path):
     (['--jax=mine_for_macs:constant'], 'must be callable; got int'),
     (
       ['--jax=mine_for_macs:f', '--input_shape=a,b'],
-      "input_shape must be integers separated by commas; got 'a,b'",
+      "input_shape must be integers >= 0 separated by commas; got 'a,b'",
     ),
+    (['--jax=mine_for_macs:f', '--input_shape=2,-4'], ">= 0 .* got '2,-4'"),
     (
       ['--jax=mine_for_macs:f', '--input_shape=2,3:floaty'],
       "dtype of input_shape .* got 'floaty'",

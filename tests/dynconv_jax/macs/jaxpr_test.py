@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import export
 
 import dynconv_jax
 from dynconv_jax import macs
@@ -218,6 +219,20 @@ def test_nothing_is_run_or_allocated():
       ' Attempted boolean conversion',
     ),
     (dense, (np.ones((2, 3)),), 'missing 1 required positional argument'),
+    (
+      dense,
+      (jax.ShapeDtypeStruct((-1, 4), jnp.float32), np.ones((4, 6))),
+      r'^sizes of arguments must be integers >= 0; got float32\[-1, 4\]$',
+    ),
+    (
+      lambda given: given['x'],
+      (
+        {
+          'x': jax.ShapeDtypeStruct(export.symbolic_shape('b, 4'), jnp.bfloat16)
+        },
+      ),
+      r'^sizes of arguments must be integers >= 0; got bfloat16\[b, 4\]$',
+    ),
   ],
 )
 def test_functions_that_cannot_be_traced_are_refused(f, args, message):

@@ -137,3 +137,53 @@ def test_loops_and_calls_that_are_not_known_are_named():
   with pytest.warns(macs.UncountedWarning, match='custom_call'):
     counted = macs.count_macs(call, _SQUARE, trip_counts={'loop': 4})
   assert counted.total == 5 * 125
+
+
+def convolved(x):
+  kernel = jnp.ones((3, 3, 4, 5))
+  with jax.named_scope('stem'):
+    x = lax.conv_general_dilated(
+      x, kernel, (2, 2), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+  return jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))[:, ::2].sum((1, 2))
+
+
+@pytest.mark.parametrize('platforms', [['cpu'], ['tpu'], ['cpu', 'tpu']])
+def test_symbolic_sizes_are_those_of_the_call(platforms):
+  def call(f, *shapes):
+    scope = export.SymbolicScope()
+    args = [
+      jax.ShapeDtypeStruct(export.symbolic_shape(s, scope=scope), jnp.float32)
+      for s in shapes
+    ]
+    return export.export(jax.jit(f), platforms=platforms)(*args).call
+
+  def f(x, w):
+    with jax.named_scope('head'):
+      x = jnp.tanh(x @ w)
+    return lax.fori_loop(0, 5, lambda _, x: x @ x.T @ x, x)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((7, 3), (3, 4)))
+  counted = macs.count_macs(call(f, 'b, 3', '3, 4'), x, w)
+  assert counted.by_layer['head'].macs == 7 * 3 * 4
+  assert counted.total == 7 * 3 * 4 + 5 * 2 * 7 * 7 * 4
+  images = jax.ShapeDtypeStruct((2, 8, 10, 4), jnp.float32)
+  counted = macs.count_macs(
+    call(convolved, 'b, 2*h, w, 4'), images, convention='flops'
+  )
+  macs_of_stem = 2 * (4 * 5 * 5) * (9 * 4)
+  assert counted.by_layer['stem'].macs == 2 * macs_of_stem
+  # Rows: 4, with padding 6, every other one.
+  assert counted.total == 2 * macs_of_stem + 2 * (3 * 5 - 1) * 5
+
+
+def test_symbolic_sizes_that_cannot_be_set_are_named():
+  mesh = jax.sharding.AbstractMesh((2,), ('a',))
+  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('a'))
+  f = jax.jit(lambda x: x @ x.T, in_shardings=sharding)
+  x = jax.ShapeDtypeStruct(export.symbolic_shape('2*b, 3'), jnp.float32)
+  call = export.export(f)(x).call
+  with pytest.warns(macs.UncountedWarning, match='symbolic sizes cannot be se'):
+    counted = macs.count_macs(call, x.update(shape=(4, 3)))
+  assert counted.uncounted == (('call_exported', ''),)
+  assert counted.total == 0
