@@ -215,17 +215,24 @@ class Walk:
     if self._branch in names:
       return self._sub(branches[names.index(self._branch)], inputs, stacks)
 
+    # A branch may add a bias to a product outside of it.
+    products = {known for known in inputs if isinstance(known, Entry)}
+    before = [(product, vars(product).copy()) for product in products]
     walks = []
     for closed in branches:
       with self._apart() as entries:
         outputs = self._sub(closed, inputs, stacks)
-      walks.append((entries, outputs))
+      price = self._price([*entries, *products])
+      after = [(product, vars(product).copy()) for product in products]
+      walks.append((price, entries, after, outputs))
+      _restore(before)
     choose = min if self._branch == 'min' else max
-    chosen, outputs = choose(walks, key=lambda walk: self._price(walk[0]))
+    _, chosen, after, outputs = choose(walks, key=lambda walk: walk[0])
     self._entries += chosen
+    _restore(after)
     # A branch with unknown work has no known price. Report that work even if
     # another branch was chosen.
-    for entries, _ in walks:
+    for _, entries, *_ in walks:
       if entries is not chosen:
         self._entries += [entry for entry in entries if entry.work is None]
     return outputs
@@ -389,6 +396,11 @@ class Walk:
         f"branch must be 'max', 'min', an index or the name of a branch; got"
         f' {asked!r}, and the branches are {sorted(self._branches_seen)}'
       )
+
+
+def _restore(states: Sequence[tuple[Entry, Mapping[str, Any]]]) -> None:
+  for entry, state in states:
+    vars(entry).update(state)
 
 
 def _counter(aval) -> loops.Count | None:

@@ -400,6 +400,53 @@ class TestBias:
   def test_is_not_any_addition(self, f):
     assert self.counted(f, jnp.ones((2, 8, 8, 6))) == (0, 0)
 
+  @pytest.mark.parametrize(
+    'convention,branch,biases',
+    [
+      ('conv', 'max', 1),
+      ('conv', 'min', 0),
+      ('conv', 0, 0),
+      ('conv', 1, 1),
+      ('flops', 'max', 1),
+      ('flops', 'min', 0),
+    ],
+  )
+  @pytest.mark.parametrize('nested', [False, True])
+  def test_is_counted_in_the_branch_that_is_taken(
+    self, convention, branch, biases, nested
+  ):
+    def biased(y, b):
+      if nested:
+        return lax.cond(b[0] > 0, lambda y, b: b + y, lambda y, b: y + b, y, b)
+      return y + b
+
+    def f(x, k, b, p):
+      y = conv(x, k)
+      return lax.cond(p, biased, lambda y, b: y, y, b)
+
+    b = jax.ShapeDtypeStruct((6,), jnp.float32)
+    counted = macs.count_macs(
+      f, _X, _K, b, np.bool_(True), convention=convention, branch=branch
+    )
+    steps = 2 if convention == 'flops' else 1
+    # The inner test is a comparison.
+    test = int(nested and convention == 'flops' and biases)
+    assert counted.total == steps * _CONV + biases * 2 * 8 * 8 * 6 + test
+    parameters = counted.by_layer['conv_0'].parameters
+    assert parameters == 9 * 4 * 6 + biases * 6
+
+  @pytest.mark.parametrize('branch', ['max', 'min'])
+  def test_is_counted_once_if_branches_cost_the_same(self, branch):
+    def f(x, k, b, p):
+      y = conv(x, k)
+      return lax.cond(p, lambda y: y + b, lambda y: y * 2.0, y) + b
+
+    b = jax.ShapeDtypeStruct((6,), jnp.float32)
+    counted = macs.count_macs(
+      f, _X, _K, b, np.bool_(True), convention='flops', branch=branch
+    )
+    assert counted.total == 2 * _CONV + 2 * (2 * 8 * 8 * 6)
+
   def test_counts_the_same_in_flops_as_an_addition_would(self):
     b = jax.ShapeDtypeStruct((6,), jnp.float32)
     flops = functools.partial(macs.count_macs, convention='flops')
