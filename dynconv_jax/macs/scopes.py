@@ -42,21 +42,38 @@ def is_module(value: Any) -> bool:
   return isinstance(value, tuple(_bases())) and _holds_layers(type(value))
 
 
-def layer_name(*stacks: Any) -> str:
+def name_stack(eqn: Any) -> tuple[Any, ...]:
+  """Returns the scopes and transformations around an equation.
+
+  JAX repeats the path of a differentiated `remat`; this does not.
+  """
+  stack = eqn.source_info.name_stack.stack
+  if eqn.params.get('differentiated'):
+    scopes = [i for i, entry in enumerate(stack) if _is_scope(entry)]
+    for start in range(len(scopes) % 2, len(scopes), 2):
+      half = (len(scopes) - start) // 2
+      first, again = scopes[start:-half], scopes[-half:]
+      if [stack[i] for i in first] == [stack[i] for i in again]:
+        return stack[: again[0]]
+  return stack
+
+
+def layer_name(*stacks: tuple[Any, ...]) -> str:
   """Returns the layer name for the name stacks around an operation.
 
   Args:
-    *stacks: `eqn.source_info.name_stack`s, outermost jaxpr first.
+    *stacks: from `name_stack`, outermost jaxpr first.
   """
   scopes = [
     scope
     for stack in stacks
-    for entry in stack.stack
-    # Transformations such as jvp are also entries, of another class.
-    if type(entry).__name__ == 'Scope'
+    for entry in stack
+    if _is_scope(entry)
     for scope in _split(entry.name)
     # Equinox enters the class of its layers, jnp.einsum its equation.
-    if not scope.startswith('eqx.') and '->' not in scope
+    if not scope.startswith('eqx.')
+    and '->' not in scope
+    and scope != 'rematted_computation'
   ]
   before, path, within = [], None, []
   for scope in scopes:
@@ -232,6 +249,11 @@ class Scopes:
     for name, child in children:
       if not str(name).startswith('_pytree__'):
         self._register(f'{path}.{name}' if path else str(name), child)
+
+
+def _is_scope(entry: Any) -> bool:
+  # Transformations such as jvp are also entries, of another class.
+  return type(entry).__name__ == 'Scope'
 
 
 def _split(scope: str) -> list[str]:

@@ -53,7 +53,8 @@ _ARITHMETIC = {'add': 'add', 'subtract': 'sub', 'multiply': 'mul'}
 
 # Scope names that JAX adds, not users.
 _CONTROL = re.compile(
-  r'|while|body|cond|closed_call|call_exported|branch_\d+_fun|.*\(.*'
+  r'|while|body|cond|closed_call|call_exported|checkpoint'
+  r'|rematted_computation|branch_\d+_fun|.*\(.*'
 )
 
 

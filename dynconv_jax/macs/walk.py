@@ -116,7 +116,7 @@ class Walk:
       return known.get(var)
 
     for eqn in jaxpr.eqns:
-      around = (*stacks, eqn.source_info.name_stack)
+      around = (*stacks, scopes.name_stack(eqn))
       outputs = self._equation(eqn, [read(v) for v in eqn.invars], around)
       known.update(zip(eqn.outvars, outputs, strict=False))
     return [read(var) for var in jaxpr.outvars]

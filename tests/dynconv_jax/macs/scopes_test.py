@@ -1,5 +1,6 @@
 """Tests of layer names in unmodified models of four libraries."""
 
+import contextlib
 import functools
 import warnings
 
@@ -182,6 +183,90 @@ def test_copies_made_by_transformations_are_recognised():
     *('rnn.cell.dense_i', 'rnn.cell.dense_h'),
   ]
   assert counted.by_layer['rnn.cell.dense_h'].macs == 2 * 8 * 4 * 4
+
+
+def test_gradients_of_rematerialized_nnx_layers_belong_to_the_layer():
+  class Dense(nnx.Module):
+    def __init__(self, rngs):
+      self.fc = nnx.Linear(4, 4, rngs=rngs)
+
+    @nnx.remat
+    def __call__(self, x):
+      return jnp.tanh(self.fc(x))
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.blocks = nnx.List([Dense(rngs), Dense(rngs)])
+
+    def __call__(self, x):
+      return self.blocks[1](self.blocks[0](x))
+
+  net = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+  x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  counted = count(nnx.grad(lambda net, x: jnp.sum(net(x))), net, x)
+  # Forward, forward again, weights; the first has no gradient of its input.
+  once = 2 * 4 * 4
+  found = {name: layer.macs for name, layer in counted.by_layer.items()}
+  assert found == {'blocks.0.fc': 3 * once, 'blocks.1.fc': 4 * once}
+
+
+def test_gradients_of_rematerialized_linen_layers_belong_to_the_layer():
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      dense = nn.remat(nn.Dense)
+      return dense(4, name='b')(jnp.tanh(dense(4, name='a')(x)))
+
+  net, x = Net(), jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  variables = jax.eval_shape(net.init, jax.random.key(0), x)
+  counted = count(
+    jax.grad(lambda v, x: jnp.sum(net.apply(v, x) ** 2)), variables, x
+  )
+  # A product's gradients do not need its output, so it does not run again.
+  once = 2 * 4 * 4
+  found = {name: layer.macs for name, layer in counted.by_layer.items()}
+  assert found == {'Net.a': 2 * once, 'Net.b': 3 * once}
+
+
+@pytest.mark.parametrize('jit_inside', [False, True])
+@pytest.mark.parametrize('scopes', ['', 'out', 'out/out'])
+@pytest.mark.parametrize('around', ['', 'train'])
+def test_gradients_of_rematerialized_scopes_keep_their_names(
+  around, scopes, jit_inside
+):
+  @jax.checkpoint
+  def layer(x, w):
+    with jax.named_scope('layer'):
+      return jnp.sin(x @ w)
+
+  def loss(w, x):
+    with contextlib.ExitStack() as entered:
+      for scope in filter(None, scopes.split('/')):
+        entered.enter_context(jax.named_scope(scope))
+      return jnp.sum(layer(x, w))
+
+  def gradient(w, x):
+    with jax.named_scope(around) if around else contextlib.nullcontext():
+      return jax.grad(jax.jit(loss) if jit_inside else loss)(w, x)
+
+  x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  counted = count(gradient, _SQUARE.update(dtype=jnp.float32), x)
+  name = '.'.join(filter(None, [around, *scopes.split('/'), 'layer']))
+  found = {name: layer.macs for name, layer in counted.by_layer.items()}
+  # Forward, forward again, weights.
+  assert found == {name: 3 * 2 * 3 * 3}
+
+
+def test_unnamed_rematerialized_products_are_apart():
+  @jax.checkpoint
+  def f(w, x):
+    return jnp.sum(jnp.sin(jnp.sin(x @ w) @ w))
+
+  x = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+  counted = count(jax.grad(f), _SQUARE.update(dtype=jnp.float32), x)
+  # Two forward, two forward again, two for weights, one for an input.
+  assert list(counted.by_layer) == [f'matmul_{i}' for i in range(7)]
+  assert counted.total == 7 * 2 * 3 * 3
 
 
 def test_classes_are_left_as_they_were(model):
