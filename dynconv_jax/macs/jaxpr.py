@@ -171,10 +171,16 @@ def _below_root(
 
 def _named(f, args, kwargs) -> list[tuple[str, Any]]:
   """Returns the modules among the arguments, with the arguments' names."""
+  given = {f'arg{i}': arg for i, arg in enumerate(args)} | kwargs
   try:
-    arguments = inspect.signature(f).bind(*args, **kwargs).arguments
+    bound = inspect.signature(f).bind(*args, **kwargs).arguments
   except (TypeError, ValueError):
-    arguments = {f'arg{i}': arg for i, arg in enumerate(args)} | kwargs
+    bound = given
+  # Functions such as nnx.grad's take *args.
+  return _modules(bound) or _modules(given)
+
+
+def _modules(arguments: Mapping[str, Any]) -> list[tuple[str, Any]]:
   return [(k, v) for k, v in arguments.items() if scopes.is_module(v)]
 
 

@@ -91,6 +91,15 @@ def layer_name(*stacks: tuple[Any, ...]) -> str:
   return '.'.join(filter(None, [*before, path, *within]))
 
 
+def is_transposed(*stacks: tuple[Any, ...]) -> bool:
+  """Returns whether an operation is part of a gradient's backward pass."""
+  return any(
+    entry.name == 'transpose' and not _is_scope(entry)
+    for stack in stacks
+    for entry in stack
+  )
+
+
 def modules_of(f: Callable) -> list[tuple[str, Any]]:
   """Returns the modules that a function refers to, by variable name."""
   while not is_module(f):

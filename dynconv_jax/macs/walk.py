@@ -171,7 +171,8 @@ class Walk:
       operand = weights_operand(eqn, inputs)
       entry.features = primitives.out_features(eqn, operand)
       if isinstance(weights := inputs[operand], Weight):
-        entry.weights = (weights,)
+        # The backward pass has no weights of its own.
+        entry.weights = () if scopes.is_transposed(*stacks) else (weights,)
         if entry.features and not work.positions:
           positions = math.prod(entry.shape) // entry.features
           entry.work = dataclasses.replace(work, positions=positions)

@@ -111,6 +111,16 @@ def test_nnx_gradients_belong_to_the_layer(model):
   assert shapes == [la.output_shape for la in gradient.by_layer.values()]
 
 
+def test_nnx_gradients_of_several_models_are_named_apart(model):
+  def loss(student, teacher, x):
+    return jnp.sum((student(x) - teacher(x)) ** 2)
+
+  counted = count(nnx.grad(loss), model, make_model(), _X)
+  assert sorted(counted.by_layer) == [
+    f'{which}.{name}' for which in ('arg0', 'arg1') for name in sorted(_NAMES)
+  ]
+
+
 def test_nnx_state_functions_are_named(model):
   graphdef, state = nnx.split(model)
 
@@ -357,7 +367,12 @@ def test_parameters_are_all_that_a_model_has():
   tokens = jax.ShapeDtypeStruct((2, 3), jnp.int32)
   model = Tied(nnx.Rngs(0))
   params = jax.tree.leaves(nnx.state(model, nnx.Param))
-  for f, args in ((model, (tokens,)), (lambda m, x: m(x), (model, tokens))):
+  gradient = nnx.grad(lambda m, x: jnp.sum(m(x)))
+  for f, args in (
+    (model, (tokens,)),
+    (lambda m, x: m(x), (model, tokens)),
+    (gradient, (model, tokens)),
+  ):
     counted = count(f, *args)
     assert counted.parameters == sum(leaf.size for leaf in params)
     assert counted.parameters == 44 + 8 + 20 + 35

@@ -471,6 +471,17 @@ def test_weights_are_counted_once():
   )
 
 
+def test_gradients_have_the_weights_of_the_function():
+  def loss(p, x):
+    return jnp.sum(jnp.tanh(x @ p['w'] + p['b']) @ p['v'])
+
+  shapes = {'w': (64, 10), 'b': (10,), 'v': (10, 5)}
+  p = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}
+  x = jax.ShapeDtypeStruct((256, 64), jnp.float32)
+  for f in (loss, jax.grad(loss), jax.grad(jax.jit(jax.checkpoint(loss)))):
+    assert count(f, p, x).parameters == 64 * 10 + 10 + 10 * 5
+
+
 def test_layers_sum_to_the_total_whatever_the_structure():
   def f(x, k, p):
     with jax.named_scope('a'):
