@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.extend import mlir as extended
 from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import stablehlo
+from jax.extend.mlir.dialects import sdy, stablehlo
 from jax.interpreters import mlir
 
 from dynconv_jax.macs import formulas, linalg, loops
@@ -27,12 +27,13 @@ def _names(text: str) -> frozenset[str]:
 
 _FREE = _names(
   """
-  after_all all_gather all_reduce all_to_all bitcast_convert broadcast_in_dim
-  collective_permute complex composite concatenate constant convert
-  count_leading_zeros create_token dynamic_slice dynamic_update_slice gather
-  get_tuple_element imag iota optimization_barrier pad partition_id popcnt real
-  reduce_scatter replica_id reshape return reverse rng_bit_generator select
-  shift_left shift_right_arithmetic shift_right_logical slice transpose tuple
+  after_all all_gather all_reduce all_slice all_to_all bitcast_convert
+  broadcast_in_dim collective_permute complex composite concatenate constant
+  convert count_leading_zeros create_token dynamic_slice dynamic_update_slice
+  gather get_tuple_element imag iota optimization_barrier pad partition_id
+  popcnt real reduce_scatter replica_id reshape return reverse rng_bit_generator
+  select shift_left shift_right_arithmetic shift_right_logical slice transpose
+  tuple
   """
 )
 
@@ -104,13 +105,13 @@ def operations(
     return [Operation('call_exported', '', None, reason=reason)]
   with mlir.make_ir_context():
     module = ir.Module.parse(text)
-    functions = {
-      function.attributes['sym_name'].value: function
-      for function in module.body.operations
-      if 'sym_name' in function.attributes
+    symbols = {
+      op.attributes['sym_name'].value: op
+      for op in module.body.operations
+      if 'sym_name' in op.attributes
     }
-    walk = _Walk(functions, price, trips, branch)
-    entry = functions['main'].regions[0].blocks[0]
+    walk = _Walk(symbols, price, trips, branch)
+    entry = symbols['main'].regions[0].blocks[0]
     walk.block(entry, [None] * len(entry.arguments))
     return walk.found
 
@@ -130,9 +131,9 @@ def _module(exported, inputs) -> str | bytes:
 class _Walk:
   """Collects the operations of a block and its nested blocks."""
 
-  def __init__(self, functions, price, trips, branch):
+  def __init__(self, symbols, price, trips, branch):
     self.found: list[Operation] = []
-    self._functions = functions
+    self._symbols = symbols
     self._price = price
     self._trips = trips
     self._branch = branch
@@ -147,7 +148,7 @@ class _Walk:
     for op in block.operations:
       inputs = [self._known.get(value) for value in op.operands]
       name = op.operation.name
-      if name in ('stablehlo.return', 'func.return'):
+      if name in ('stablehlo.return', 'func.return', 'sdy.return'):
         return inputs
       outputs = self._operation(op, name, inputs)
       for value, known in zip(op.results, outputs, strict=False):
@@ -156,7 +157,7 @@ class _Walk:
 
   def _operation(self, op, name, inputs) -> list[Any]:
     if name == 'func.call':
-      called = self._functions[op.attributes['callee'].value]
+      called = self._symbols[op.attributes['callee'].value]
       return self.block(called.regions[0].blocks[0], inputs)
     dialect, _, name = name.partition('.')
     if name == 'while':
@@ -164,12 +165,17 @@ class _Walk:
     if name in ('case', 'if'):
       return self._case(op)
     if name == 'composite':
-      called = self._functions[op.attributes['decomposition'].value]
+      called = self._symbols[op.attributes['decomposition'].value]
       return self.block(called.regions[0].blocks[0], inputs)
     if name == 'constant':
       return [_whole_constant(op)]
-    if name in ('convert', 'reshape'):
+    if name in ('convert', 'reshape', 'reshard', 'sharding_constraint'):
       return inputs
+    if name == 'manual_computation':
+      with self._apart() as found:
+        outputs = self.block(op.regions[0].blocks[0], inputs)
+      self.found += _repeated(found, self._devices(op))
+      return outputs
     if name in ('add', 'subtract', 'multiply', 'compare') and _is_whole(op):
       if name == 'compare':
         direction = str(op.attributes['comparison_direction'])
@@ -230,6 +236,19 @@ class _Walk:
     choose = min if branch == 'min' else max
     self.found += choose(branches, key=self._price)
     return []
+
+  def _devices(self, op) -> int:
+    """Returns the number of devices that run a manual computation."""
+    given, returned = (
+      sdy.TensorShardingPerValueAttr(op.attributes[name]).shardings
+      for name in ('in_shardings', 'out_shardings')
+    )
+    mesh = sdy.TensorShardingAttr([*given, *returned][0]).mesh_or_ref
+    if isinstance(mesh, ir.FlatSymbolRefAttr):
+      mesh = self._symbols[mesh.value].attributes['mesh']
+    axes = map(sdy.MeshAxisAttr, sdy.MeshAttr(mesh).axes)
+    manual = set(sdy.ManualAxesAttr(op.attributes['manual_axes']))
+    return math.prod(axis.size for axis in axes if axis.name in manual)
 
   @contextlib.contextmanager
   def _apart(self) -> Iterator[list[Operation]]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import export, lax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dynconv_jax import macs
 
@@ -178,8 +179,7 @@ def test_symbolic_sizes_are_those_of_the_call(platforms):
 
 
 def test_symbolic_sizes_that_cannot_be_set_are_named():
-  mesh = jax.sharding.AbstractMesh((2,), ('a',))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('a'))
+  sharding = NamedSharding(AbstractMesh((2,), ('a',)), PartitionSpec('a'))
   f = jax.jit(lambda x: x @ x.T, in_shardings=sharding)
   x = jax.ShapeDtypeStruct(export.symbolic_shape('2*b, 3'), jnp.float32)
   call = export.export(f)(x).call
@@ -187,3 +187,47 @@ def test_symbolic_sizes_that_cannot_be_set_are_named():
     counted = macs.count_macs(call, x.update(shape=(4, 3)))
   assert counted.uncounted == (('call_exported', ''),)
   assert counted.total == 0
+
+
+@pytest.mark.parametrize('axes,devices', [('ab', 6), ('a', 2), ('b', 3)])
+def test_every_shard_counts(axes, devices):
+  mesh = AbstractMesh((2, 3), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+  spec = PartitionSpec(axes[0])
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=(spec, PartitionSpec()),
+    out_specs=spec,
+    axis_names=set(axes),
+  )
+  def f(x, w):
+    x = lax.ppermute(x, axes[0], [(0, 1), (1, 0)])
+    return lax.fori_loop(0, 5, lambda _, y: y + x @ w, x @ w)
+
+  def constrained(x, w):
+    rows = NamedSharding(mesh, PartitionSpec('a'))
+    return f(lax.with_sharding_constraint(x, rows), w)
+
+  x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((12, 4), (4, 6)))
+  counted = macs.count_macs(exported(constrained, x, w), x, w)
+  rows = 12 // dict(a=2, b=3)[axes[0]]
+  assert counted.total == devices * (1 + 5) * rows * 4 * 6
+  assert counted.uncounted == ()
+
+
+def test_sharded_counters_of_loops_are_known():
+  mesh = AbstractMesh((2,), ('a',), axis_types=(AxisType.Explicit,))
+
+  def f(x):
+    def step(c):
+      return lax.with_sharding_constraint(c[0] + 1, everywhere), c[1] @ c[1]
+
+    return lax.while_loop(lambda c: c[0] < 5, step, (0, x))[1]
+
+  everywhere = NamedSharding(mesh, PartitionSpec())
+  with jax.sharding.use_abstract_mesh(mesh):
+    call = exported(f, _SQUARE)
+  counted = macs.count_macs(call, _SQUARE)
+  assert counted.total == 5 * 125
+  assert counted.uncounted == ()
