@@ -38,8 +38,8 @@ class Decision(NamedTuple):
   """The decision of a gate: where its block's branch is executed.
 
   Attributes:
-    hard: float32[N, h, w] of {0, 1} at the block's output resolution, or
-      float32[N, 1, 1] from a per-image gate.
+    hard: [N, h, w] of {0, 1} at the block's output resolution, or [N, 1, 1]
+      from a per-image gate; float, int, or bool. Becomes float32.
     score: the basis of the decision, in the shape of `hard`, if a loss needs
       it: the probability of executing (SkipNet) or the halting score (SACT,
       ACT). Otherwise None.

@@ -93,18 +93,7 @@ class Gating:
       mask = self._named.get(name)
     if mask is None:
       return None
-    mask = jnp.asarray(mask)
-    if mask.shape not in (shape, (shape[0], *(1 for _ in shape[1:]))):
-      raise ValueError(f'the mask of {name} must be {shape}; got {mask.shape}')
-    if not (
-      jnp.issubdtype(mask.dtype, jnp.floating)
-      or jnp.issubdtype(mask.dtype, jnp.integer)
-      or mask.dtype == bool
-    ):
-      raise ValueError(
-        f'the mask of {name} must be float, int or bool; got {mask.dtype}'
-      )
-    return jnp.broadcast_to(mask.astype(jnp.float32), shape)
+    return _as_mask(mask, shape, f'the mask of {name}')
 
   def ask(self, gate: Gate, x: jax.Array, shape: tuple[int, ...]) -> Decision:
     """Returns a gate's decision in the shape of the mask.
@@ -113,10 +102,15 @@ class Gating:
       gate: the gate of the next block.
       x: the block's input.
       shape: shape of the mask.
+
+    Raises:
+      ValueError: the decision has another shape and is not [N, 1, 1].
     """
     decision, self._carry = gate(x, self._carry, **self._kwargs)
     self._gate = gate
-    return jax.tree.map(lambda v: jnp.broadcast_to(v, shape), decision)
+    name = self._asked[-1] if self._asked else type(gate).__name__
+    what = f'the decision of {name}'
+    return jax.tree.map(lambda v: _as_mask(v, shape, what), decision)
 
   def record(self, gate: Gate, hard: jax.Array) -> None:
     """Tells the later gates about a mask that was given instead of decided.
@@ -335,6 +329,27 @@ def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
     stage=block.stage,
     score=decision.score,
   )
+
+
+def _as_mask(mask: Any, shape: tuple[int, ...], what: str) -> jax.Array:
+  """Returns a mask as float32 of the given shape.
+
+  Args:
+    mask: float, int, or bool, in this shape or constant over an image.
+    shape: shape of the result.
+    what: name of the mask in errors.
+  """
+  mask = jnp.asarray(mask)
+  constant = (shape[0], *(1 for _ in shape[1:]))
+  if mask.shape not in (shape, constant):
+    raise ValueError(f'{what} must be {shape} or {constant}; got {mask.shape}')
+  if not (
+    jnp.issubdtype(mask.dtype, jnp.floating)
+    or jnp.issubdtype(mask.dtype, jnp.integer)
+    or mask.dtype == bool
+  ):
+    raise ValueError(f'{what} must be float, int or bool; got {mask.dtype}')
+  return jnp.broadcast_to(mask.astype(jnp.float32), shape)
 
 
 def drop_rate(drop_path: float, index: int, total: int) -> float:

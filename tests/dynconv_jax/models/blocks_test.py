@@ -262,14 +262,36 @@ class BlockTest(parameterized.TestCase):
     expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
 
-  @parameterized.parameters(((2, 6),), ((1, 6, 6),), ((2, 3, 3),))
+  @parameterized.parameters(jnp.bool, jnp.int32, jnp.bfloat16)
+  def test_decisions_of_other_types_count_in_float32(self, dtype):
+    class Positive(Gate):
+      def __call__(self, x, carry=None, **kwargs):
+        return Decision((x[..., 0] > 0).astype(dtype)), carry
+
+    block = _block(BasicBlock, PLANES, 1, Positive())
+    x = _input(PLANES)
+    out, mask = _run(block, x)
+    expected = _run(block, x, x[..., 0] > 0)
+    chex.assert_trees_all_equal((out, mask), expected)
+    self.assertEqual(mask.executed_macs().dtype, jnp.float32)
+
+  @parameterized.parameters(
+    ((2, 6),), ((1, 6, 6),), ((2, 3, 3),), ((2, 6, 6, 1),)
+  )
   def test_mask_of_another_shape(self, shape):
-    block = _block(BasicBlock, PLANES, 1)
-    with self.assertRaisesRegex(
-      ValueError,
-      re.escape(f'the mask of layer2.0 must be (2, 6, 6); got {shape}'),
-    ):
-      _run(block, _input(PLANES), jnp.ones(shape))
+    class Ones(Gate):
+      def __call__(self, x, carry=None, **kwargs):
+        return Decision(jnp.ones(shape)), carry
+
+    block = _block(BasicBlock, PLANES, 1, Ones())
+    for what, masks in ('mask', jnp.ones(shape)), ('decision', None):
+      with self.assertRaisesRegex(
+        ValueError,
+        re.escape(
+          f'the {what} of layer2.0 must be (2, 6, 6) or (2, 1, 1); got {shape}'
+        ),
+      ):
+        _run(block, _input(PLANES), masks)
 
 
 if __name__ == '__main__':

@@ -196,7 +196,10 @@ def test_given_masks(images):
   error('masks must be one per block; got 2, none for after', hard[:2])
   error('masks must be one per block (3); got 4', [*hard, hard[0]])
   error('masks are given for third; the gated blocks are', {'third': hard[0]})
-  error('the mask of down must be (2, 5, 6); got (2, 10, 12)', [hard[0]] * 3)
+  error(
+    'the mask of down must be (2, 5, 6) or (2, 1, 1); got (2, 10, 12)',
+    [hard[0]] * 3,
+  )
   error('must be float, int or bool', [hard[0].astype(complex)] * 3)
   # Without a given mask, the gate decides.
   out, got = model(images, masks=[None, 1 - hard[1], None])
