@@ -43,12 +43,15 @@ class TopKGate(Gate):
   def __call__(self, x, carry=None, **kwargs):
     del kwargs  # Nothing is sampled.
     score = self.score(x.astype(jnp.float32))[..., 0]
-    flat = score.reshape(len(score), -1)
+    flat = score.reshape(score.shape[0], -1)
     k = max(1, round(self.keep * flat.shape[1]))
-    least = jax.lax.top_k(flat, k)[0][:, -1:, None]
-    hard = (score >= least).astype(jnp.float32)
-    soft = nnx.sigmoid(score - jax.lax.stop_gradient(least))
-    return Decision(straight_through(hard, soft)), carry
+    values, indices = jax.lax.top_k(flat, k)
+    least, last = values[:, -1:], indices[:, -1:]
+    # Of equal scores, top_k takes the first.
+    tied = (flat == least) & (jnp.arange(flat.shape[1]) <= last)
+    hard = ((flat > least) | tied).astype(jnp.float32)
+    soft = nnx.sigmoid(flat - jax.lax.stop_gradient(least))
+    return Decision(straight_through(hard, soft).reshape(score.shape)), carry
 
 
 @dataclasses.dataclass(frozen=True)

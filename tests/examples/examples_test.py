@@ -14,7 +14,7 @@ from dynconv_jax.macs import count_macs
 from dynconv_jax.sparse import sparsify
 from dynconv_jax.training import loop, workdir
 from dynconv_jax.training.config import Config
-from examples import unet, vit
+from examples import top_k_gate, unet, vit
 
 
 def test_a_unet_segments_and_runs_sparsely():
@@ -72,6 +72,12 @@ def test_own_gates_and_backbones_run_sparsely(name, method):
       share = np.asarray(mask.density())
       positions = mask.hard[0].size
       np.testing.assert_allclose(share, round(0.3 * positions) / positions)
+
+
+def test_top_k_of_equal_scores_are_k_positions():
+  gate = top_k_gate.TopKGate(2, strides=1, keep=0.3, rngs=nnx.Rngs(0))
+  decision, _ = gate(jnp.zeros((2, 4, 5, 2)))
+  np.testing.assert_array_equal(decision.hard.sum((1, 2)), [6, 6])
 
 
 def test_both_are_trained_by_the_trainer(tmp_path):
