@@ -91,13 +91,6 @@ class PatchNet(nnx.Module):
     x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
     return self.head(x), gating.finish()
 
-  def set_view(self, deterministic: bool | None = None):
-    """Class method used by ``nnx.view``.
-
-    Args:
-      deterministic: unused here; ``nnx.view`` sets it on the gates.
-    """
-
 
 def patch_net(
   *, num_classes, gate, dtype, rngs, width_multiplier=1.0, depth=3

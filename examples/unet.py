@@ -80,13 +80,6 @@ class UNet(nnx.Module):
     x = self.decode1(jnp.concatenate([_upsample(x), full], -1), gating)
     return self.head(x)[..., 0], gating.finish()
 
-  def set_view(self, deterministic: bool | None = None):
-    """Class method used by ``nnx.view``.
-
-    Args:
-      deterministic: unused here; ``nnx.view`` sets it on the gates.
-    """
-
 
 def _upsample(x):
   return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

@@ -301,6 +301,13 @@ class GatedBlock(nnx.Module):
       gating.add(mask)
     return self.execute(x, mask, None if gating is None else gating.rngs)
 
+  def set_view(self, deterministic: bool | None = None):
+    """Accepts `deterministic` of ``nnx.view``, even without a gate.
+
+    Args:
+      deterministic: not used here; ``nnx.view`` passes it to the gate.
+    """
+
 
 def decide(block: Any, x: jax.Array, gating: Gating) -> ExecutionMask | None:
   """Returns where a block's branch runs, or None for everywhere.

@@ -250,10 +250,3 @@ class ResNet(nnx.Module):
         x = block(x, gating)
       x = gating.end_stage(x)
     return self.head(x), gating.finish()
-
-  def set_view(self, deterministic: bool | None = None):
-    """Accepts `deterministic` of ``nnx.view``, even without gates.
-
-    Args:
-      deterministic: not used here; ``nnx.view`` passes it to the gates.
-    """

@@ -262,6 +262,13 @@ class BlockTest(parameterized.TestCase):
     expected = jnp.sum(jnp.where(x + branch > 0, branch, 0), -1)
     np.testing.assert_allclose(grad, expected, rtol=1e-4, atol=1e-4)
 
+  def test_evaluation_views_with_and_without_a_gate(self):
+    for gate in None, Gate():
+      block = _block(BasicBlock, PLANES, 1, gate)
+      view = nnx.view(block, deterministic=True)
+    self.assertTrue(view.masker.deterministic)
+    self.assertFalse(block.masker.deterministic)
+
   @parameterized.parameters(jnp.bool, jnp.int32, jnp.bfloat16)
   def test_decisions_of_other_types_count_in_float32(self, dtype):
     class Positive(Gate):
