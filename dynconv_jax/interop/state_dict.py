@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -176,12 +176,13 @@ class _Match:
 
 
 def _match(model: nnx.Module, state_dict: Mapping[str, Any]) -> _Match:
-  found = _find_weights(state_dict)
   # Try the naming of the network's method and that of torchvision.
   candidates = [
     names_lib.torch_names(model, naming)
     for naming in (names_lib.own_naming(model), names_lib.TORCHVISION)
   ]
+  own = {n for c in candidates for n in (*c, *names_lib.step_counts(c))}
+  found = _find_weights(state_dict, own)
   candidates += mobilenet.published_names(model, candidates[-1], found)
   weights = max(candidates, key=lambda names: len(names.keys() & found.keys()))
   expected = {*weights, *names_lib.step_counts(weights)}
@@ -222,8 +223,15 @@ def _hint(match: _Match) -> str:
   return ''
 
 
-def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns the weights of a checkpoint by name, without wrappers' prefixes."""
+def _find_weights(
+  state_dict: Mapping[str, Any], own: Collection[str] = ()
+) -> dict[str, Any]:
+  """Returns the weights of a checkpoint by name, without wrappers' prefixes.
+
+  Args:
+    state_dict: as in `load_torch_state_dict`.
+    own: names of the network, which keep their prefixes.
+  """
   if not isinstance(state_dict, Mapping):
     raise ValueError(
       'a state_dict must be a mapping of names to arrays; got '
@@ -238,7 +246,7 @@ def _find_weights(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   found = {}
   for key, array in state_dict.items():
     name = str(key)
-    while name.partition('.')[0] in _PREFIXES:
+    while name not in own and name.partition('.')[0] in _PREFIXES:
       name = name.partition('.')[2]
     # Skip epochs, accuracies, arguments, and optimizer state.
     is_number = '.' not in name and np.ndim(array) == 0

@@ -211,6 +211,25 @@ def test_what_wraps_a_state_dict_is_taken_off(wrap):
   _assert_same(other, model)
 
 
+@pytest.mark.parametrize('attribute', ['backbone', 'module'])
+@pytest.mark.parametrize('prefix', ['', 'module.', 'module._orig_mod.'])
+def test_a_networks_own_names_are_no_wrappers(attribute, prefix):
+  def make(seed):
+    model = nnx.Module()
+    layers = [
+      nnx.Linear(3, 3, rngs=nnx.Rngs(seed)),
+      nnx.BatchNorm(3, rngs=nnx.Rngs(0)),
+    ]
+    setattr(model, attribute, nnx.List(layers))
+    return model
+
+  model, other = make(0), make(1)
+  state_dict = interop.to_torch_state_dict(model)
+  wrapped = {f'{prefix}{k}': v for k, v in state_dict.items()}
+  interop.load_torch_state_dict(other, wrapped)
+  _assert_same(other, model)
+
+
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_becomes_the_networks(dtype):
   model, other = _network(), _network(seed=1)
