@@ -8,6 +8,7 @@ with any gate. Requires the package onnx.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -217,7 +218,8 @@ def _with_leaves(model: nnx.Module, form: str) -> nnx.Module:
   for _, module in nnx.iter_modules(model):
     dtype = getattr(module, 'dtype', None)
     if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-      module.dtype = jnp.float32
+      with contextlib.suppress(AttributeError):  # A property.
+        module.dtype = jnp.float32
   fold_pairs(model, _Folding())
 
   def replace(module):

@@ -177,6 +177,10 @@ class UNet(nnx.Module):
     self.decode1 = block('decode1', 16, 8)
     self.head = nnx.Conv(8, 2, (1, 1), rngs=rngs)
 
+  @property
+  def dtype(self):
+    return self.encode1.dtype
+
   def __call__(self, images):
     gating = Gating()
     full = self.encode1(self.bn1(self.conv1(images)), gating)
