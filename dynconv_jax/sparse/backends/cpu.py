@@ -114,7 +114,7 @@ def runs_in_bands(branch: Branch, size: tuple[int, int]) -> bool:
   return (
     _is_depthwise(depthwise)
     and len(expand) <= 1
-    and all(conv.is_pointwise for conv in (*expand, project))
+    and all(c.is_pointwise and c.groups == 1 for c in (*expand, project))
     and branch.activation is None
     and branch.shortcut != 'projection'
     and 4 * height * width * depthwise.in_features >= _LARGE_MAP

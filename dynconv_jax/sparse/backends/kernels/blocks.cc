@@ -23,21 +23,27 @@ namespace {
 
 namespace ffi = xla::ffi;
 
+// A convolution of `count` positions, given the rows of their windows.
+template <typename Reads, typename Writes>
+void Compute(Team& team, const Layer& layer, const Product& product,
+             int64_t count, const Reads& reads, const Writes& writes) {
+  if (!layer.depthwise) {
+    Multiply(team, product, count, reads, writes);
+    return;
+  }
+  const int64_t parts =
+      std::min(Divide(count, 2 * kPositions), 8 * team.size());
+  team.Run(parts, [&](int64_t begin, int64_t end) {
+    Depthwise(product, count * begin / parts, count * end / parts, reads,
+              writes);
+  });
+}
+
 // A convolution at the active positions of a mask.
 template <typename Row, typename Writes>
 void Convolve(Team& team, const Layer& layer, Product product, Map in,
               const Positions& positions, const float* zeros, const Row& row,
               const Writes& writes) {
-  const auto reads = Windows(layer.window, in, positions, zeros, row);
-  if (layer.depthwise) {
-    const int64_t parts =
-        std::min(Divide(positions.active, 2 * kPositions), 8 * team.size());
-    team.Run(parts, [&](int64_t begin, int64_t end) {
-      Depthwise(product, positions.active * begin / parts,
-                positions.active * end / parts, reads, writes);
-    });
-    return;
-  }
   if (layer.winograd != nullptr) {
     const auto found = FindWinogradTiles(positions);
     if (kWinogradStart + kWinogradCost * Divide(found.size(), kTile) <
@@ -47,7 +53,8 @@ void Convolve(Team& team, const Layer& layer, Product product, Map in,
       return;
     }
   }
-  Multiply(team, product, positions.active, reads, writes);
+  Compute(team, layer, product, positions.active,
+          Windows(layer.window, in, positions, zeros, row), writes);
 }
 
 // The shortcut: the input, whose buffer is also the output; the input's
@@ -164,8 +171,8 @@ ffi::Error Block(ffi::ThreadPool pool, Floats x, ffi::RemainingArgs args,
         const float* const before = scratch[i - 1];
         const int64_t width = layer.depth;
         if (layer.level == layers[i - 1].level) {  // Pointwise: row by row.
-          Multiply(
-              team, product, positions.active,
+          Compute(
+              team, layer, product, positions.active,
               [=](int64_t j, const float** read, int64_t) {
                 *read = before + j * width;
               },

@@ -74,6 +74,18 @@ BLOCKS = {
     activation='relu6',
     shortcut='projection',
   ),
+  # Kernels of one tap, which scale each channel.
+  'scaled': chain(
+    Conv('a', 'an', FEATURES, 17, 3, activation='relu'),
+    Conv('b', 'bn', 17, 17, 1, 1, 17),
+    shortcut='projection',
+  ),
+  'scaled_twice': chain(
+    Conv('a', 'an', FEATURES, FEATURES, 1, 1, FEATURES, 'relu'),
+    Conv('b', 'bn', FEATURES, FEATURES, 3, 1, FEATURES, 'relu'),
+    Conv('c', 'cn', FEATURES, FEATURES, 1, 1, FEATURES),
+    activation=None,
+  ),
   'silu': chain(
     Conv('a', 'an', FEATURES, 6, 3, activation='silu'),
     Conv('b', 'bn', 6, FEATURES, 3),
@@ -257,3 +269,8 @@ def test_bands_of_lines_equal_the_masked_dense_block(kind, size):
     assert cpu.runs_in_bands(branch, size)
     # A new function, so that no trace for small maps is reused.
     compare(kind, backend, make_masks(shape), x, lambda *a: backend.run(*a))
+
+
+def test_bands_need_full_products():
+  with mock.patch.object(cpu, '_LARGE_MAP', 0):
+    assert not cpu.runs_in_bands(make_block('scaled_twice').branch, (7, 9))
