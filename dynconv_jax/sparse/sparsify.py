@@ -116,9 +116,10 @@ def sparsify(
     plans: plans by block name, which override `backend`.
 
   Raises:
-    ValueError: the model is not in evaluation or has no gated block; the
-      backend does not exist or supports no block; a plan's backend does not
-      support its block; or a block does not match its description.
+    ValueError: the model is not in evaluation or has no gated block; blocks
+      share a name; the backend does not exist or supports no block; a plan's
+      backend does not support its block; or a block does not match its
+      description.
   """
   check_evaluation(model)
   blocks = gated_blocks(model)
@@ -241,7 +242,16 @@ def choose_plans(
   Args:
     blocks: gated blocks of a network.
     backend: see `sparsify`.
+
+  Raises:
+    ValueError: blocks share a name, or the backend supports no block.
   """
+  names = [block.name for block in blocks]
+  if twice := sorted({name for name in names if names.count(name) > 1}):
+    raise ValueError(
+      'names of gated blocks must be unique; several are named '
+      f'{", ".join(twice)}'
+    )
   platform = jax.default_backend()
   dense = BlockPlan(get_backend('dense'))
   asked = None if backend == 'auto' else get_backend(backend)

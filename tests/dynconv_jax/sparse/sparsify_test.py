@@ -14,7 +14,7 @@ from dynconv_jax.layers import BatchNorm, conv
 from dynconv_jax.methods.mask_unit import MaskUnit
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating, gated_blocks
-from dynconv_jax.sparse import Backend, SparseBlock, sparsify
+from dynconv_jax.sparse import Backend, SparseBlock, SparseExecutor, sparsify
 from dynconv_jax.sparse.backends.dense import run_dense
 from dynconv_jax.sparse.sparsify import trace_blocks
 
@@ -153,6 +153,16 @@ def test_what_cannot_be_described_is_executed_densely(images):
   kinds = [type(sparse.first), type(sparse.down['a']), type(sparse.after)]
   assert kinds == [SparseBlock, SqueezeExciteBlock, SqueezeExciteBlock]
   assert_same(sparse(images)[0], expected)
+
+
+@pytest.mark.parametrize(
+  'convert', [sparsify, lambda model: SparseExecutor(model, (1, 10, 12, 3))]
+)
+def test_names_are_unique(convert):
+  model = make()
+  model.after.name = 'down'
+  with pytest.raises(ValueError, match='must be unique; .* named down$'):
+    convert(model)
 
 
 class Doubling(Backend):
