@@ -173,8 +173,8 @@ class GatedBlock(nnx.Module):
   (Verelst and Tuytelaars, CVPR 2020, section 3.3 and the authors' code).
 
   `branch` describes the branch completely. A subclass that computes something
-  else in `run_branch` cannot run sparsely: it sets `describable = False`, and
-  sparse networks run it densely.
+  else in `run_branch`, or overrides `decide`, cannot run sparsely: it sets
+  `describable = False`, and sparse networks run it densely.
 
   Args:
     branch: description of the branch.

@@ -310,11 +310,23 @@ def check_descriptions(blocks: Sequence[GatedBlock]) -> None:
   """Raises ValueError if a block does not compute what its branch describes.
 
   A block that inherits all of its computation matches its description by
-  construction. Other blocks are compared with it on random inputs.
+  construction. Other blocks are compared with it on random inputs. A block must
+  also inherit `decide`.
 
   Args:
     blocks: gated blocks, in evaluation.
   """
+  deciding = [
+    f'{block.name} ({type(block).__name__})'
+    for block in blocks
+    if block.describable and type(block).decide is not GatedBlock.decide
+  ]
+  if deciding:
+    raise ValueError(
+      'the classes of these blocks override `decide`, which sparse execution '
+      f'does not call: {", ".join(deciding)}. Decide in the gate, or set '
+      'describable = False in the class to run it densely'
+    )
   differing = []
   for block in blocks:
     if not block.describable or _inherits(block):
@@ -345,7 +357,7 @@ _ADVICE = (
 # Tolerance relative to the largest value, by the number of bytes of the compute
 # dtype.
 _TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-3}
-_OWN = ('__call__', 'execute', 'run_branch', 'shortcut', 'decide')
+_OWN = ('__call__', 'execute', 'run_branch', 'shortcut')
 
 
 def _inherits(block: GatedBlock) -> bool:

@@ -169,6 +169,13 @@ class SiluBlock(BasicBlock):
     return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
 
 
+class InvertedGateBlock(BasicBlock):
+  """Its gate reads the negative features."""
+
+  def decide(self, x, gating):
+    return super().decide(-x, gating)
+
+
 class SqueezeExcite(BasicBlock):
   """Weights the channels of the branch, which no description can express."""
 
@@ -201,8 +208,10 @@ def test_own_blocks():
   assert (
     count_nodes(export_onnx(model, SIZE), 'NonZero') == 2
   )  # b1's two levels.
-  with pytest.raises(ValueError, match='b0 .SiluBlock, .*describable = False'):
-    export_onnx(randomize(Network([make(SiluBlock, 0)])), SIZE)
+  for kind in (SiluBlock, InvertedGateBlock):
+    message = f'b0 .{kind.__name__}.*describable = False'
+    with pytest.raises(ValueError, match=message):
+      export_onnx(randomize(Network([make(kind, 0)])), SIZE)
 
 
 @pytest.mark.parametrize('name', BRANCHES)

@@ -28,6 +28,13 @@ class SiluBlock(BasicBlock):
     return self.bn2(self.conv2(nnx.silu(self.conv1(x))))
 
 
+class InvertedGateBlock(BasicBlock):
+  """Its gate reads the negative features."""
+
+  def decide(self, x, gating):
+    return super().decide(-x, gating)
+
+
 class SqueezeExciteBlock(BasicBlock):
   """The result at one position depends on all others."""
 
@@ -126,9 +133,13 @@ def test_the_order_of_execution_is_traced(images):
   assert traces[2].shape == (2, 10, 12, 18)
 
 
-def test_a_block_that_is_not_what_it_says_is_refused():
-  with pytest.raises(ValueError, match='do not compute what') as error:
-    sparsify(make(SiluBlock))
+@pytest.mark.parametrize(
+  ('kind', 'message'),
+  [(SiluBlock, 'do not compute what'), (InvertedGateBlock, 'override')],
+)
+def test_a_block_that_is_not_what_it_says_is_refused(kind, message):
+  with pytest.raises(ValueError, match=message) as error:
+    sparsify(make(kind))
   for name in ('first', 'down', 'after', 'describable = False'):
     assert name in str(error.value)
 
