@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -444,7 +445,7 @@ def fuse_stem(
 def replace_modules(
   model: nnx.Module, replace: Callable[[nnx.Module], nnx.Module | None]
 ) -> None:
-  """Replaces modules in place, at any depth.
+  """Replaces modules in place, at any depth, also in lists, dicts, and tuples.
 
   Args:
     model: the network to modify.
@@ -457,13 +458,27 @@ def replace_modules(
       items = list(enumerate(parent))
     else:
       items = list(vars(parent).items())
-    for key, child in items:
-      if not isinstance(child, nnx.Module):
-        continue
-      new = replace(child)
-      if new is None:
+    for key, value in items:
+      new = _replaced(value, replace)
+      if new is value:
         continue
       if isinstance(parent, nnx.List | nnx.Dict):
-        parent[key] = new
+        parent[key] = nnx.data(new)
       else:
-        setattr(parent, key, new)
+        setattr(parent, key, nnx.data(new))
+
+
+def _replaced(value: Any, replace: Callable) -> Any:
+  """Returns a value with its modules replaced, or the same value if none is."""
+  if isinstance(value, nnx.Module):
+    new = replace(value)
+    return value if new is None else new
+  if type(value) not in (list, tuple, dict):
+    return value
+  old = list(value.values() if type(value) is dict else value)
+  new = [_replaced(v, replace) for v in old]
+  if all(map(operator.is_, old, new)):
+    return value
+  if type(value) is dict:
+    return dict(zip(value, new, strict=True))
+  return type(value)(new)

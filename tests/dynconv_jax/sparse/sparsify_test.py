@@ -126,6 +126,44 @@ def test_a_network_that_is_no_resnet(images, backend):
   assert_same(sparse(images, masks=in_order)[0], expected)
 
 
+class Contained(nnx.Module):
+  """Blocks in a plain container."""
+
+  def __init__(self, container, *, rngs):
+    self.blocks = nnx.data(
+      container(
+        BasicBlock(
+          3, 3, name=name, gate=MaskUnit(3, strides=1, rngs=rngs), rngs=rngs
+        )
+        for name in 'ab'
+      )
+    )
+
+  def __call__(self, x, masks=None):
+    gating = Gating(masks=masks)
+    for block in jax.tree.leaves(self.blocks, is_leaf=callable):
+      x = block(x, gating)
+    return x, gating.finish()
+
+
+@pytest.mark.parametrize(
+  'container',
+  [list, tuple, lambda blocks: {'first': next(blocks), 'rest': [*blocks]}],
+)
+def test_blocks_in_plain_containers(images, container):
+  model = nnx.view(
+    Contained(container, rngs=nnx.Rngs(0)),
+    deterministic=True,
+    use_running_average=True,
+  )
+  sparse = sparsify(model, 'xla')
+  assert not gated_blocks(sparse)
+  assert len(gated_blocks(model)) == 2
+  assert_same(sparse(images)[0], model(images)[0])
+  traces = trace_blocks(model, images.shape)
+  assert [(t.name, t.follows) for t in traces] == [('a', False), ('b', True)]
+
+
 def test_the_order_of_execution_is_traced(images):
   traces = trace_blocks(make(), images.shape)
   assert [t.name for t in traces] == ['first', 'down', 'after']
