@@ -56,8 +56,13 @@ class SparseBlock(nnx.Module):
     """
     backend = self.plan.backend
     mask = None if gating is None else backend.decide(self, x, gating)
+    # As in `GatedBlock`: convolutions cast their input, an identity does not.
+    dtype = self.dtype
+    if self.branch.shortcut == 'identity':
+      dtype = jnp.promote_types(dtype, x.dtype)
+    x = x.astype(self.dtype)
     if mask is None:
-      return backend.run(self.packed.tree(), x, None)
+      return backend.run(self.packed.tree(), x, None).astype(dtype)
     if self.dense is None:
       out, fallback = backend.run_gated(self, x, mask, gating), jnp.int32(0)
     else:
@@ -69,7 +74,7 @@ class SparseBlock(nnx.Module):
         lambda: backend.run(self.packed.tree(), x, mask),
       )
     gating.add(mask.replace(fallback=fallback.astype(jnp.int32)))
-    return out
+    return out.astype(dtype)
 
 
 class _Arrays(nnx.Module):

@@ -365,7 +365,7 @@ def _pack_winograd(conv: FoldedConv) -> jax.Array:
 def _panels(matrix, bias):
   """Packs [rows, columns] as [panels, 1 + rows, width]; see product.h."""
   width = _register().width
-  matrix = np.vstack([np.asarray(bias), np.asarray(matrix)])
+  matrix = np.vstack([np.asarray(bias), np.asarray(matrix)]).astype(np.float32)
   matrix = np.pad(matrix, ((0, 0), (0, -matrix.shape[1] % width)))
   panels = matrix.reshape(len(matrix), -1, width).transpose(1, 0, 2)
   return jnp.asarray(np.ascontiguousarray(panels))

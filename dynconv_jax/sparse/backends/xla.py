@@ -102,7 +102,7 @@ def run_chunks(
       def store(start, size, y, positions=positions, compute=compute):
         indices = lax.dynamic_slice(positions.indices, (start,), (size,))
         indices = jnp.minimum(indices, positions.rows.size - 1)
-        return lax.dynamic_update_slice(y, compute(indices), (start, 0))
+        return lax.dynamic_update_slice_in_dim(y, compute(indices), start, 0)
 
       y = jnp.zeros((capacity, convs[-1].conv.features), dtype)
       table = for_chunks(positions.count, sizes, store, y)

@@ -50,7 +50,7 @@ class UNet(nnx.Module):
 
   foldable = (('stem', 'norm'),)
 
-  def __init__(self, kind=BasicBlock, *, rngs):
+  def __init__(self, kind=BasicBlock, *, dtype=jnp.float32, rngs):
     self.stem = conv(3, FEATURES, 3, rngs=rngs)
     self.norm = BatchNorm(FEATURES, activation='relu', rngs=rngs)
 
@@ -62,6 +62,7 @@ class UNet(nnx.Module):
         strides,
         name=name,
         gate=gate,
+        dtype=dtype,
         rngs=rngs,
         input_activated=True,
       )
@@ -87,8 +88,8 @@ def images():
   return jnp.asarray(x, jnp.float32)
 
 
-def make(kind=BasicBlock):
-  model = UNet(kind, rngs=nnx.Rngs(1))
+def make(kind=BasicBlock, **kwargs):
+  model = UNet(kind, **kwargs, rngs=nnx.Rngs(1))
   rng = np.random.default_rng(0)
   for _, node in nnx.iter_modules(model):
     if isinstance(node, nnx.BatchNorm):
@@ -98,10 +99,10 @@ def make(kind=BasicBlock):
   return nnx.view(model, deterministic=True, use_running_average=True)
 
 
-def assert_same(got, expected):
+def assert_same(got, expected, tolerance=1e-5):
   scale = float(jnp.max(jnp.abs(expected)))
-  assert scale > 0
-  np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
+  assert scale > 0 and got.dtype == expected.dtype
+  np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * scale)
 
 
 def test_a_network_that_is_no_resnet(images, backend):
@@ -162,6 +163,32 @@ def test_blocks_in_plain_containers(images, container):
   assert_same(sparse(images)[0], model(images)[0])
   traces = trace_blocks(model, images.shape)
   assert [(t.name, t.follows) for t in traces] == [('a', False), ('b', True)]
+
+
+@pytest.mark.parametrize('backend', ('auto', 'xla', 'dense'))
+@pytest.mark.parametrize('dtype', (jnp.bfloat16, jnp.float32))
+def test_blocks_with_a_dtype_of_their_own(images, backend, dtype):
+  model = make(dtype=dtype)
+  sparse = sparsify(model, backend)
+  other = jnp.float32 if dtype == jnp.bfloat16 else jnp.bfloat16
+  x = jnp.repeat(jnp.abs(images), 2, -1).astype(other)
+  # An identity and a projection as the shortcut.
+  pairs = ((model.first, sparse.first), (model.down['a'], sparse.down['a']))
+  tolerance = 0.02 if dtype == jnp.bfloat16 else 1e-5
+  for block, own in pairs:
+    hard = jnp.ones((2, 10, 12))[:, :: block.strides, :: block.strides]
+    masks = [hard.at[:, ::3].set(0)]
+    assert_same(own(x), block(x), tolerance)
+    got, expected = (b(x, Gating(masks=masks)) for b in (own, block))
+    assert_same(got, expected, tolerance)
+
+
+def test_with_float64_enabled(images, backend):
+  model = make()
+  with jax.enable_x64(True):
+    sparse = sparsify(model, backend)
+    got, expected = (jax.jit(lambda x, m=m: m(x)[0]) for m in (sparse, model))
+    assert_same(got(images), expected(images))
 
 
 def test_the_order_of_execution_is_traced(images):
