@@ -89,7 +89,12 @@ from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
 from dynconv_jax.training import inputs
 from dynconv_jax.training import workdir as workdir_lib
-from dynconv_jax.training.config import operational_options, to_flags
+from dynconv_jax.training.config import (
+  Config,
+  all_options,
+  operational_options,
+  to_flags,
+)
 
 _GRID = flags.DEFINE_multi_string(
   'grid',
@@ -231,11 +236,53 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
   for run in runs:
     try:
       workdir_lib.check_flags(root / run.name, run.config)
+      _check_kept(run, results)
     except ValueError as error:
       errors.append(str(error))
   if errors:
     raise ValueError('; '.join(errors))
   return runs
+
+
+def _check_kept(run: Run, results: pathlib.Path) -> None:
+  """Raises ValueError if the results have a run of this name that differs.
+
+  Epochs and locations of files may differ.
+  """
+  kept = _kept_flags(results, run)
+  if not kept.exists():
+    return
+  # The kept flags lack locations of files.
+  known, mine = all_options(), run.config.flat()
+  places = {
+    n: option.default for n, option in known.items() if option.operational
+  }
+  places |= {n: mine[n] for n in operational_options(run.config)}
+  try:
+    text = to_flags(places) + kept.read_text()
+    other = _comparable(Config.from_flags(text))
+  except ValueError as error:
+    raise ValueError(f'{kept}: {error}. Choose another --results') from error
+  if differing := _comparable(run.config).differing(other):
+    raise ValueError(
+      f'{results} has another run {run.name}; given, not in the results: '
+      f'{"; ".join(differing)}. Choose another --results, or add a --grid of '
+      'what differs, which names the runs'
+    )
+
+
+def _kept_flags(results: pathlib.Path, run: Run) -> pathlib.Path:
+  return results / 'flags' / f'{run.name}.flags'
+
+
+def _comparable(config: Config) -> Config:
+  """Returns the configuration without epochs and the folders of runs."""
+  start = config.optimization
+  names = {
+    name: os.path.basename(getattr(start, name).rstrip('/'))
+    for name in ('init_from', 'distill_from', 'pretrained')
+  }
+  return config.replace(epochs=1, **names)
 
 
 @contextlib.contextmanager
@@ -331,7 +378,7 @@ def _record(
   # Leave out paths of this machine.
   places = operational_options(run.config)
   kept = {k: v for k, v in run.config.flat().items() if k not in places}
-  write_atomic(table.parent / 'flags' / f'{run.name}.flags', to_flags(kept))
+  write_atomic(_kept_flags(table.parent, run), to_flags(kept))
   keep_predictions(folder, SPLIT, table.parent)
   write_result(table, row)
 

@@ -248,6 +248,33 @@ def test_with_more_epochs_runs_go_on_and_are_measured_again(sweep):
   assert flags.optimization.epochs == 30
 
 
+def test_results_of_another_run_of_the_same_name_stay(sweep):
+  start = sweep.root / 'a' / 'start'
+  workdir.write_flags(start, Config.make())
+  sweep(f'--init_from={start}', '--latency_batch_size=0')
+  files = [p for p in sweep.table.parent.rglob('*') if p.is_file()]
+  before = {path: path.read_bytes() for path in files}
+  sweep.calls()
+  start = start.rename(sweep.root / 'start')
+  elsewhere = f'--workdir={sweep.root / "elsewhere"}', f'--init_from={start}'
+  with pytest.raises(ValueError) as error:
+    sweep(*elsewhere, '--learning_rate=0.2', '--latency_batch_size=0')
+  for text in (
+    f'another run {_NAMES[0]}; given, not in the results: learning_rate: 0.2, '
+    'not 0.05. Choose another --results, or add a --grid',
+    f'another run {_NAMES[3]};',
+  ):
+    assert text in str(error.value)
+  with pytest.raises(ValueError, match="init_from: '', not 'start'"):
+    sweep(elsewhere[0])
+  assert sweep.calls() == []
+  assert {path: path.read_bytes() for path in files} == before
+  # Runs of the same options may be elsewhere, and go on for longer.
+  sweep(*elsewhere, '--epochs=30', '--data_dir=/b', '--latency_batch_size=0')
+  assert f'train {_NAMES[0]}' in sweep.calls()
+  assert list(sweep.rows()) == _NAMES
+
+
 def test_a_failure_is_told_at_the_end_and_ends_nothing_else(sweep, capfd):
   (sweep.root / f'fail_train_{_NAMES[1]}').touch()
   (sweep.root / f'fail_benchmark_{_NAMES[2]}').touch()
