@@ -40,6 +40,7 @@ from dynconv_jax.data.augment import denormalize
 from dynconv_jax.files import check_folder, write_atomic
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods.method import METHODS, load_method
+from dynconv_jax.options import to_text
 from dynconv_jax.plotting import plot_block_density, plot_ponder_grid
 from dynconv_jax.plotting.ponder import ponder_cost_map
 from dynconv_jax.sparse import SparseExecutor
@@ -120,10 +121,12 @@ def main(argv: Sequence[str]) -> None:
     raise ValueError(
       f'--execution={_EXECUTION.value} needs a gated network; the run is dense'
     )
+  target = config.target()
   check_folder(folder)
+  row = _result_row(folder, texts, target)
   if _RESULTS.value:
     results = pathlib.Path(_RESULTS.value).expanduser()
-    check_table(results)
+    check_table(results, row)
   source = inputs.open_split(data, _SPLIT.value)
   run = workdir.load_run(folder, best=_CHECKPOINT.value == 'best')
   if source.class_names != run.class_names:
@@ -155,7 +158,6 @@ def main(argv: Sequence[str]) -> None:
     return predict(params, model_state, images, key)
 
   fallbacks = []
-  target = config.target()
   executor = functools.cache(
     lambda shape: SparseExecutor(
       run.model, shape, mode=_EXECUTION.value, budget=target or None
@@ -207,7 +209,7 @@ def main(argv: Sequence[str]) -> None:
       figures.append(folder / f'ponder_maps_{name}.png')
       _draw_maps(run, data, network, source, indices, report, figures[-1])
   if _RESULTS.value:
-    write_result(results, _result_row(folder, texts, summary))
+    write_result(results, row | _measured(summary))
   for key, value in summary.items():
     if not isinstance(value, Mapping):
       print(
@@ -260,15 +262,21 @@ def _title(label: str, guess: str) -> str:
   return label if label == guess else f'{label}\nnot {guess}'
 
 
-def _result_row(folder, texts, summary) -> dict[str, Any]:
+def _result_row(folder, texts, target) -> dict[str, Any]:
+  """Returns what is known of the row before the evaluation."""
   row = {'run': folder.name, 'model': texts['model'], 'method': texts['method']}
-  row['budget'] = summary.get('budget', '')
+  row['budget'] = '' if target is None else target
   if _RECIPE.value:
     row['recipe'] = _RECIPE.value
   for name in ('width_multiplier', 'image_size', 'epochs', 'seed'):
     row[name] = texts.get(name, '')
+  for flag in (_SPLIT, _CHECKPOINT, _CONVENTION, _STOCHASTIC):
+    row[flag.name] = to_text(flag.value)
+  return row
+
+
+def _measured(summary) -> dict[str, Any]:
   kept = (
-    'split',
     'num_examples',
     'accuracy',
     'accuracy_low',
@@ -279,6 +287,7 @@ def _result_row(folder, texts, summary) -> dict[str, Any]:
     'gmacs_p95',
     'gmacs_dense',
   )
+  row = {}
   for name in kept:
     value = summary.get(name, '')
     row[name] = round(value, 6) if isinstance(value, float) else value

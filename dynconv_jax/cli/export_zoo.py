@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from dynconv_jax.cli import program
+from dynconv_jax.cli.predictions import split_stem
 from dynconv_jax.interop import zoo
 from dynconv_jax.training.published import save_published
 from dynconv_jax.training.workdir import Run, load_run
@@ -114,7 +115,7 @@ def _changed_options(run: Run) -> list[str]:
 
 
 def _read_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
-  path = workdir / f'evaluation_{_SPLIT.value}.json'
+  path = workdir / f'evaluation_{split_stem(_SPLIT.value)}.json'
   if not path.exists():
     raise FileNotFoundError(
       f'no file {path}: run dynconv evaluate --workdir={workdir} '

@@ -19,6 +19,8 @@ from dynconv_jax.training.config import read_flags
 from dynconv_jax.training.evaluation import Evaluation
 
 _NUMBERS = ('macs', 'object_share')
+# Characters of splits that file names and globs do not allow everywhere.
+_FILE_NAMES = str.maketrans({'[': '_', ':': '..', '%': 'pct', ']': '', ' ': ''})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +46,14 @@ class Predictions:
 def split_stem(split: str, stochastic: bool = False) -> str:
   """Returns the part of file names that identifies a split.
 
+  It differs for each split: 'test[:10%]' gives 'test_..10pct'.
+
   Args:
     split: a split, such as 'test' or 'train[:3]'.
     stochastic: whether gates sampled their decisions.
   """
-  stem = ''.join(c if c.isalnum() else '_' for c in split)
+  stem = split.translate(_FILE_NAMES)
+  stem = ''.join(c if c.isalnum() or c in '_.+-' else '_' for c in stem)
   return stem + '_stochastic' * stochastic
 
 

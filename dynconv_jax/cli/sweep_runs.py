@@ -51,6 +51,7 @@ def train_and_evaluate(
     write_atomic(marker, json.dumps({'commit': _commit()}) + '\n')
   # Use a separate table. Only the sweep's process writes the common one.
   own = folder / TABLE
+  own.unlink(missing_ok=True)  # May be of another checkpoint.
   yield _command(
     'evaluate', workdir=folder, split=SPLIT, checkpoint=checkpoint, results=own
   )

@@ -28,7 +28,7 @@ _LINEAR = 4 + 4 + 8 + 16 * 6
 
 _OLD_ROWS = (
   'run,split,accuracy,model,method,recipe\n'
-  'moved,test,0.99,old,old,mine\n'
+  'moved,test,0.99,cifar_resnet8,dynconv,mine\n'
   'other,test,0.125,resnet18,dense,theirs\n'
 )
 _KEYS = {
@@ -329,8 +329,10 @@ def test_row_of_the_table_of_runs(evaluated, summary):
   assert (other['recipe'], other['gmacs_mean']) == ('theirs', '')
   assert row['recipe'] == 'mine'
   names = ('run', 'split', 'model', 'method', 'budget', 'seed', 'image_size')
+  names += ('checkpoint', 'convention', 'stochastic_gates')
   assert [row[name] for name in names] == [
-    *('moved', 'test', 'cifar_resnet8', 'dynconv', '0.5', '0', '24')
+    *('moved', 'test', 'cifar_resnet8', 'dynconv', '0.5', '0', '24'),
+    *('best', 'conv', 'false'),
   ]
   for name in ('accuracy', 'gmacs_mean', 'executed_fraction', 'gmacs_p95'):
     assert float(row[name]) == pytest.approx(summary[name], abs=1e-6)
@@ -358,7 +360,7 @@ def test_from_the_workdir_itself_with_another_data_dir(
   (row,) = read_results('results.csv')
   assert (row['run'], row['split']) == ('run', 'train[:3]+test[:2]')
   written = {path.name for path in folder.glob('*train*')}
-  stem = 'train__3__test__2_'
+  stem = 'train_..3+test_..2'
   assert written == {
     f'evaluation_{stem}.json',
     f'predictions_{stem}.csv',
@@ -426,6 +428,30 @@ def test_bad_arguments_end_it_before_any_compute(
       '--split=test',
       *(argument.format(dynconv_run) for argument in arguments),
     )
+
+
+def test_the_row_of_another_run_or_kind_of_evaluation_stays(
+  program, dynconv_run, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(workdir, 'build_model', None)
+  table = tmp_path / 'results.csv'
+  text = (
+    'run,split,seed,width_multiplier,checkpoint,convention,stochastic_gates\n'
+    'dynconv,test,1,.25,best,,\ndynconv,train,0,1,latest,conv+linear,true\n'
+  )
+  table.write_text(text)
+  for split, message in {
+    'test': 'the split test; given, not in the table: seed: 0, not 1. Choose',
+    'train': 'table: width_multiplier: 0.25, not 1; checkpoint: best, not '
+    'latest; convention: conv, not conv.linear; stochastic_gates: false, not '
+    'true. Choose another table, or rename the folder',
+  }.items():
+    with pytest.raises(ValueError, match=message):
+      program(
+        *('evaluate', f'--workdir={dynconv_run}', f'--split={split}'),
+        f'--results={table}',
+      )
+  assert table.read_text() == text
 
 
 def test_runs_that_cannot_be_evaluated(
