@@ -13,7 +13,8 @@ p-value from a paired bootstrap over examples and seeds. For single runs, also
 prints McNemar's exact test. The last line is JSON. Seeds are paired if both
 sides have the same seeds. --gains=FILE.csv adds the difference to a table for
 `dynconv plot`, at the fraction of the image that the object covers. --bins=N
-splits the examples into N equal groups by that fraction.
+splits the examples into N equal groups by that fraction. Earlier rows of the
+same --label are replaced; with --share, only those of that share.
 
 To compare many settings with a baseline, as CSV and Markdown (p-values are not
 corrected for multiple comparisons):
@@ -249,7 +250,8 @@ def _compare_pair(runs: Group, against: Group) -> None:
   if gains:
     path = pathlib.Path(_GAINS.value).expanduser()
     old = read_results(path) if path.exists() else []
-    _write_csv(path, [r for r in old if r['label'] != _LABEL.value] + gains)
+    kept = [row for row in old if not _replaced(row)]
+    _write_csv(path, kept + gains)
     print(f'wrote {path}')
   print(json.dumps(result))
 
@@ -289,6 +291,14 @@ def _gain_rows(runs: Group, against: Group) -> list[dict[str, Any]]:
     )
     rows.append(dict(zip(_GAIN_COLUMNS, values, strict=True)))
   return rows
+
+
+def _replaced(row: Mapping[str, str]) -> bool:
+  """Returns whether a row of a gains table has the given label and share."""
+  share = _SHARE.value
+  return row['label'] == _LABEL.value and (
+    share is None or row['share'] == f'{share:.6g}'
+  )
 
 
 def _compare_many(patterns: Mapping[str, Sequence[str]], name: str) -> None:

@@ -7,7 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
-from dynconv_jax.cli.predictions import keep_predictions
+from dynconv_jax.cli.predictions import (
+  keep_predictions,
+  predictions_file,
+  split_stem,
+)
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.statistics import paired_bootstrap
 
@@ -139,13 +143,16 @@ def test_gains_by_the_share_of_the_object(program, tmp_path, runs):
   a, b, shares = runs
   table = tmp_path / 'gains.csv'
   pair = (f'--runs={tmp_path}/a*', f'--against={tmp_path}/b*')
-  for more in (['--label=x', '--bins=4'], ['--label=y', '--share=1']) * 2:
-    program('compare', *pair, f'--gains={table}', *more)
+  shared = [['--label=y', f'--share={share}'] for share in (0.1, 1)]
+  for more in (['--label=x', '--bins=4'], *shared) * 2:
+    program('compare', *pair, f'--gains={table}', '--resamples=99', *more)
   rows = read_results(table)
-  assert [row['label'] for row in rows] == ['x'] * 4 + ['y']
+  assert [row['label'] for row in rows] == ['x'] * 4 + ['y'] * 2
   for i, row in enumerate(rows[:4]):
     some = slice(10 * i, 10 * i + 10)
-    expected = paired_bootstrap(a[:, some], b[:, some], paired_seeds=True)
+    expected = paired_bootstrap(
+      a[:, some], b[:, some], paired_seeds=True, resamples=99
+    )
     values = [float(row[name]) for name in ('share', 'difference', 'low')]
     assert values == pytest.approx(
       [shares[some].mean(), 100 * expected.value, 100 * expected.low], rel=1e-4
@@ -153,7 +160,26 @@ def test_gains_by_the_share_of_the_object(program, tmp_path, runs):
     assert row['examples'] == '10'
     gmacs = [float(row[name]) for name in ('gmacs', 'gmacs_against')]
     assert gmacs == pytest.approx([2.5 + 0.01 * (10 * i + 4.5), 4.5])
-  assert (rows[4]['share'], rows[4]['examples']) == ('1', '40')
+  assert [row['share'] for row in rows[4:]] == ['0.1', '1']
+  assert rows[4]['examples'] == '40'
+
+
+@pytest.mark.parametrize(
+  'split, stem',
+  [
+    ('test', 'test'),
+    ('validation', 'validation'),
+    ('my_own-split', 'my_own-split'),
+    ('test_stochastic', 'test_stochastic'),
+    ('test[-10:]', 'test_-10..'),
+    ('test[:10%]', 'test_..10pct'),
+    ('test[:10]', 'test_..10'),
+    ('train[1:3] + test', 'train_1..3+test'),
+  ],
+)
+def test_each_split_has_its_own_files(split, stem):
+  assert split_stem(split) == stem
+  assert predictions_file(split) == predictions_file(stem)
 
 
 def _others(folder):
