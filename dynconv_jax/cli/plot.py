@@ -3,7 +3,7 @@ r"""Plots results, gains, or learning curves.
 Accuracy against GMACs, and against latency if it was measured, next to the
 table, as in `dynconv sweep`:
 dynconv plot --results=results/NAME/results.csv \
-  [--series=recipe] [--chance=0.167]
+  [--series=recipe] [--split=test] [--chance=0.167]
 
 One figure, accuracy against GMACs or against another column:
 dynconv plot --results=results/NAME/results.csv --output=FIG.png \
@@ -69,6 +69,9 @@ _X = flags.DEFINE_string(
 _SERIES = flags.DEFINE_string(
   'series', None, 'Column of --results that separates curves.'
 )
+_SPLIT = flags.DEFINE_string(
+  'split', None, 'Draw only rows of --results of this split, such as test.'
+)
 _CHANCE = flags.DEFINE_float(
   'chance', None, 'Chance accuracy in [0, 1], drawn as a line for --results.'
 )
@@ -86,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
   if _AGAINST.value and _GAINS.value is None:
     raise ValueError('--against needs --gains')
   if _RESULTS.value is None:
-    for name in ('latency', 'x', 'series', 'chance'):
+    for name in ('latency', 'x', 'series', 'split', 'chance'):
       if flags.FLAGS[name].present:
         raise ValueError(f'--{name} needs --results')
   if _RESULTS.value is not None:
@@ -97,6 +100,14 @@ def main(argv: Sequence[str]) -> None:
     # Tables may differ in columns, such as `recipe`.
     columns = dict.fromkeys(name for row in rows for name in row)
     rows = [{name: row.get(name, '') for name in columns} for row in rows]
+    if _SPLIT.value is not None:
+      splits = sorted({row.get('split', '') for row in rows} - {''})
+      rows = [row for row in rows if row.get('split') == _SPLIT.value]
+      if not rows:
+        raise ValueError(
+          f'--split must be one of {", ".join(splits) or "none"} in --results; '
+          f'got {_SPLIT.value!r}'
+        )
     if _LATENCY.value:
       files = [pathlib.Path(path).expanduser() for path in _LATENCY.value]
       rows = add_latency(rows, list(map(read_benchmark, files)))

@@ -155,7 +155,8 @@ def accuracy_curves(
   Raises:
     ValueError: there are no rows, columns are missing, `x` is not a numeric
       column, a cell is not a number, an accuracy is outside [0, 1] or its
-      interval, or two rows are the same run.
+      interval, two rows are the same run, or rows are of different splits that
+      `series` does not separate.
   """
   _check_columns(rows, x, series)
   parsed = []
@@ -323,6 +324,12 @@ def _check_columns(
   if series is not None and series not in columns:
     raise ValueError(
       f'series must be one of the columns {", ".join(columns)}; got {series!r}'
+    )
+  splits = {str(row.get('split') or '') for row in rows} - {''}
+  if len(splits) > 1 and series != 'split':
+    raise ValueError(
+      f'the rows are of the splits {", ".join(sorted(splits))}; keep those of '
+      'one split, as with `dynconv plot --split=NAME`'
     )
 
 

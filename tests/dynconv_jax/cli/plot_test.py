@@ -81,6 +81,14 @@ def test_workdirs_and_errors(tmp_path):
   )
   latency = [f'--results={timed}', f'--latency={benchmark}']
   latency += [f'--output={tmp_path / "latency.png"}']
+  splits = tmp_path / 'splits.csv'
+  row = 'resnet18,dynconv,0.5,0,0.7,0.07,'
+  splits.write_text(
+    _HEADER.replace('\n', ',split\n')
+    + f'{row}test\n{row.replace(",0,", ",1,")}validation\n'
+  )
+  both = f'--results={splits}'
+  drawn = f'--output={tmp_path / "splits.png"}'
   output = f'--output={tmp_path / "fig.png"}'
   curves = run / 'learning_curves'
   cases = [
@@ -103,6 +111,14 @@ def test_workdirs_and_errors(tmp_path):
     ([f'--workdir={run}', '--latency=a.json'], '--latency needs --results'),
     ([*latency, '--x=latency_ratio_batch_8'], 'wrote'),
     ([*latency, '--x=latency_ratio_batch_1'], 'latency_ratio_batch_8; got'),
+    ([both, output], 'are of the splits test, validation; keep those of'),
+    (
+      [both, output, '--split=val'],
+      'one of test, validation in --results; got',
+    ),
+    ([both, drawn, '--split=test'], 'wrote'),
+    ([both, drawn, '--series=split'], 'wrote'),
+    ([f'--workdir={run}', '--split=test'], '--split needs --results'),
     (['fig.png'], 'unknown arguments: fig.png'),
   ]
   # One process runs them all, because importing the package takes seconds.
@@ -113,7 +129,7 @@ def test_workdirs_and_errors(tmp_path):
     'for arguments in json.loads(sys.argv[1]):\n'
     '  flags.FLAGS.unparse_flags()\n'
     '  for name in ("results", "gains", "workdir", "output", "x", "chance", '
-    '"latency"):\n'
+    '"latency", "split", "series"):\n'
     '    flags.FLAGS[name].unparse()\n'
     '  try:\n'
     '    plot.main(flags.FLAGS(["plot", *arguments]))\n'
