@@ -17,9 +17,9 @@ another run of the sweep (--grid=dynconv:distill_from=,WORKDIR/dense_seed0) wait
 for it.
 
 Each run has its own workdir with a sweep.log. The same command resumes the
-sweep and skips runs that are trained and have a row in the table. A failed run
-does not end the sweep; its error is reported at the end. Latency is measured
-after all training.
+sweep and skips runs that are trained and have a row in the table. With another
+--checkpoint, it evaluates them again. A failed run does not end the sweep; its
+error is reported at the end. Latency is measured after all training.
 
 --engine=ray runs the sweep on a Ray cluster whose nodes share a file system. A
 run whose node is lost resumes on another node.
@@ -74,7 +74,7 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from absl import flags, logging
 
@@ -190,7 +190,9 @@ def main(argv: Sequence[str]) -> None:
     sys.exit(128 + interrupted.signal)
   if table.exists():
     print(f'wrote {table}')
-    for png, svg in plot_results(read_results(table), results):
+    rows = read_results(table)
+    rows = [row for row in rows if row.get('split') in (None, '', SPLIT)]
+    for png, svg in plot_results(rows, results) if rows else ():
       print(f'wrote {png} and {svg}')
   if failures:
     for name, error in failures.items():
@@ -239,9 +241,29 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
       _check_kept(run, results)
     except ValueError as error:
       errors.append(str(error))
+  errors += _check_starts(runs, root)
   if errors:
     raise ValueError('; '.join(errors))
   return runs
+
+
+def _check_starts(runs: Sequence[Run], root: pathlib.Path) -> list[str]:
+  """Returns an error for each folder to start from that is not a run's.
+
+  Runs that have started, and folders of runs of the sweep, are not checked.
+  """
+  places, errors = {_place(root / run.name) for run in runs}, {}
+  for run in runs:
+    if (root / run.name / workdir_lib.FLAGS_FILE).exists():
+      continue
+    for name in ('init_from', 'distill_from'):
+      source = getattr(run.config.optimization, name)
+      if source and _place(source) not in places:
+        try:
+          workdir_lib.read_texts(source)
+        except (FileNotFoundError, ValueError) as error:
+          errors.setdefault(f'{name}: {error}', run.name)
+  return [f'{error} ({name})' for error, name in errors.items()]
 
 
 def _check_kept(run: Run, results: pathlib.Path) -> None:
@@ -316,22 +338,27 @@ def _train(
 ) -> dict[str, str]:
   """Trains and evaluates unfinished runs and returns the errors by run."""
   rows = read_rows(table)
+  left = [run for run in runs if not _finished(run, root, rows)]
+  # Processes that prepare the same dataset at the same time would conflict.
+  for data in dict.fromkeys(run.config.data for run in left):
+    if inputs.open_splits(data).test is None:
+      raise ValueError(
+        'a sweep evaluates its runs on the test split, and '
+        f'{data.dataset} with test_split={data.test_split} has none; set '
+        '--test_split'
+      )
   for run in runs:
-    folder, epochs = root / run.name, run.config.optimization.epochs
-    if (folder / TRAINED).exists() and (
-      epochs != workdir_lib.read_config(folder).optimization.epochs
-    ):
-      # The run resumes and is measured again. The marker is removed last, in
+    row = {'run': run.name, 'split': SPLIT}
+    if run not in left:
+      if _RECIPE.present and _recipe(run) != rows[run.name].get('recipe', ''):
+        write_result(table, {**row, 'recipe': _recipe(run)})
+    elif (root / run.name / TRAINED).exists():
+      # The run is measured again. If it resumes, the marker is removed last, in
       # case the sweep is interrupted here.
       if run.name in rows:
-        again = {'run': run.name, 'split': SPLIT, 'latency_ms': ''}
-        write_result(table, again)
-      (folder / TRAINED).unlink()
-  left = [
-    run
-    for run in runs
-    if run.name not in rows or not (root / run.name / TRAINED).exists()
-  ]
+        write_result(table, {**row, 'latency_ms': ''})
+      if _other_epochs(run, root):
+        (root / run.name / TRAINED).unlink()
   places = {_place(root / run.name): run.name for run in runs}
   jobs = {}
   for run in left:
@@ -339,7 +366,7 @@ def _train(
     sources = (start.init_from, start.distill_from)
     needs = {places.get(_place(source)) for source in sources if source}
     columns = dict(run.settings)
-    if recipe := ', '.join(filter(None, (_RECIPE.value, run.recipe))):
+    if recipe := _recipe(run):
       columns['recipe'] = recipe
     jobs[run.name] = processes.Job(
       functools.partial(
@@ -356,15 +383,34 @@ def _train(
   logging.info(
     '%d runs, %d of them already finished', len(runs), len(runs) - len(left)
   )
-  if _ENGINE.value != 'local' or _PARALLEL.value > 1:
-    # Processes that prepare the same dataset at the same time would conflict.
-    parts = [run.config.data for run in left]
-    for data in {part.dataset: part for part in parts}.values():
-      inputs.open_splits(data)
   configs = {root / run.name: run.config for run in left}
   with Progress('trained', configs, len(runs) - len(left)) as progress:
     ended = run_jobs(jobs, progress.show)
   return {name: error for name, error in ended.items() if error}
+
+
+def _finished(
+  run: Run, root: pathlib.Path, rows: Mapping[str, Mapping[str, str]]
+) -> bool:
+  """Returns whether a run is trained, and its row is of this checkpoint."""
+  if run.name not in rows or not (root / run.name / TRAINED).exists():
+    return False
+  # Tables of earlier versions do not name the checkpoint.
+  checkpoint = rows[run.name].get('checkpoint') or _CHECKPOINT.value
+  return checkpoint == _CHECKPOINT.value and not _other_epochs(run, root)
+
+
+def _other_epochs(run: Run, root: pathlib.Path) -> bool:
+  """Returns whether a run is trained for another number of epochs."""
+  folder = root / run.name
+  return (folder / TRAINED).exists() and (
+    run.config.optimization.epochs
+    != workdir_lib.read_config(folder).optimization.epochs
+  )
+
+
+def _recipe(run: Run) -> str:
+  return ', '.join(filter(None, (_RECIPE.value, run.recipe)))
 
 
 def _place(folder: str | os.PathLike) -> str:

@@ -14,7 +14,9 @@ import time
 import pytest
 
 from dynconv_jax.cli import processes, sweep_runs
+from dynconv_jax.cli.results_table import write_result
 from dynconv_jax.cli.sweep_progress import Progress
+from dynconv_jax.data import sources
 from dynconv_jax.files import locked
 from dynconv_jax.plotting.results import read_results
 from dynconv_jax.training import inputs, workdir
@@ -53,10 +55,13 @@ flags = dict(
 dense = flags['method'] == 'dense'
 width = float(flags['width_multiplier'])
 if program == 'evaluate':
-  assert (given['split'], given['checkpoint']) == ('test', 'latest')
+  assert given['split'] == 'test'
+  # A row of another checkpoint would be an error.
+  assert not pathlib.Path(given['results']).exists()
   row = dict(run=folder.name, model=flags['model'], method=flags['method'])
   row |= dict(budget='' if dense else flags['budget'], seed=flags['seed'])
   row |= dict(width_multiplier=width, split='test', num_examples=10)
+  row |= dict(checkpoint=given['checkpoint'])
   row |= dict(accuracy=0.6, accuracy_low=0.5, accuracy_high=0.7)
   row |= dict(executed_fraction='' if dense else 0.4, gmacs_mean=width**2)
   row |= dict(gmacs_p50=width**2, gmacs_p95=width**2)
@@ -68,7 +73,7 @@ if program == 'evaluate':
   (folder / 'predictions_test.csv').write_text(predictions)
 if program == 'benchmark':
   assert (given['split'], given['runtimes']) == ('test', 'none')
-  assert given['checkpoint'] == 'latest'
+  assert given['checkpoint'] in ('best', 'latest')
   output = pathlib.Path(given['output'])
   output.mkdir(exist_ok=True)
   times = dict(dense_ms=8 * width) | ({{}} if dense else dict(sparse_ms=5.0))
@@ -120,7 +125,8 @@ def sweep(tmp_path, program, monkeypatch):
   fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
   monkeypatch.setattr(sys, 'executable', str(fake))
   # The script does not need data.
-  monkeypatch.setattr(inputs, 'open_splits', lambda data: None)
+  splits = sources.Splits(*['some'] * 3)
+  monkeypatch.setattr(inputs, 'open_splits', lambda data: splits)
   return _Sweep(tmp_path, program)
 
 
@@ -248,6 +254,36 @@ def test_with_more_epochs_runs_go_on_and_are_measured_again(sweep):
   assert flags.optimization.epochs == 30
 
 
+def test_another_checkpoint_or_recipe(sweep):
+  sweep('--recipe=short')
+  sweep.calls()
+  sweep('--recipe=long')
+  assert sweep.calls() == []
+  assert {row['recipe'] for row in sweep.rows().values()} == {'long'}
+  assert {row['checkpoint'] for row in sweep.rows().values()} == {'latest'}
+  sweep('--checkpoint=best')
+  programs = ('evaluate', 'benchmark')
+  again = [f'{p} {name}' for p in programs for name in _NAMES]
+  assert sweep.calls() == again
+  assert {row['recipe'] for row in sweep.rows().values()} == {'long'}
+  assert {row['checkpoint'] for row in sweep.rows().values()} == {'best'}
+  sweep('--checkpoint=best')
+  # Without the column, the checkpoint is not known.
+  sweep.table.write_text(sweep.table.read_text().replace('checkpoint', 'other'))
+  sweep()
+  assert sweep.calls() == []
+
+
+def test_only_the_test_split_is_drawn(sweep, tmp_path):
+  sweep('--latency_batch_size=0')
+  row = {**sweep.rows()[_NAMES[2]], 'split': 'validation', 'accuracy': 0.1}
+  svg = sweep.table.parent / 'accuracy_against_macs.svg'
+  before = svg.read_text()
+  write_result(sweep.table, {**row, 'accuracy_low': 0})
+  sweep('--latency_batch_size=0')
+  assert svg.read_text() == before
+
+
 def test_results_of_another_run_of_the_same_name_stay(sweep):
   start = sweep.root / 'a' / 'start'
   workdir.write_flags(start, Config.make())
@@ -351,7 +387,7 @@ def test_runs_wait_for_the_run_that_they_start_from(sweep):
   assert recipes == {'', 'distill_from none', f'distill_from {_NAMES[1]}'}
 
 
-def test_errors_come_before_anything_runs(sweep):
+def test_errors_come_before_anything_runs(sweep, monkeypatch):
   workdir.write_flags(sweep.runs / _NAMES[0], Config.make(batch_size=30))
   with pytest.raises(ValueError) as error:
     sweep('--grid=bugdet=0.3', '--grid=dynconv:seed=a')
@@ -369,6 +405,17 @@ def test_errors_come_before_anything_runs(sweep):
   sweep.table.write_text('run\na,b\n')
   with pytest.raises(ValueError, match='row 1: 2 cells for 1 columns'):
     sweep(f'--workdir={sweep.root / "others"}')
+  none = sweep.root / 'none'
+  for source in ('init_from', 'distill_from'):
+    message = f'{source}: {none} is not the workdir of a run: .*flags.txt .dyn'
+    with pytest.raises(ValueError, match=message):
+      sweep(f'--workdir={none}', f'--grid=dynconv:{source}=,{none}')
+  (sweep.runs / _NAMES[0] / 'flags.txt').unlink()
+  sweep.table.unlink()
+  splits = sources.Splits('some', 'some', None)
+  monkeypatch.setattr(inputs, 'open_splits', lambda data: splits)
+  with pytest.raises(ValueError, match='spots with test_split=none has none'):
+    sweep('--test_split=none')
   assert sweep.calls() == []
 
 
