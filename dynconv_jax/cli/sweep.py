@@ -32,7 +32,7 @@ dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px_from_dense \
   --grid=skipnet:budget_warmup=0.6 --grid=sact:ponder_weight=0.01,0.05,0.2 \
   --grid=act:ponder_weight=0.02,0.1,0.2 --grid=seed=0,1 --checkpoint=latest \
   --parallel=2 --results=results/food101_6_resnet18_64px
-dynconv sweep --food101_dir=DIR --epochs=36 --flagfile=food101_6_resnet18_64px \
+dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px --epochs=36 \
   --grid=method=dense --grid=width_multiplier=0.55,0.71 --grid=seed=0,1 \
   --checkpoint=latest --parallel=2 --results=results/food101_6_resnet18_64px
 
@@ -54,8 +54,8 @@ dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px \
   --grid=seed=0 --checkpoint=latest --results=results/food101_6_resnet50_224px
 
 The student project's experiment, which varies MACs through the input size:
-dynconv sweep --food101_dir=DIR --epochs=4 --cache_size=112 \
-  --flagfile=food101_6_resnet18_64px_from_dense \
+dynconv sweep --food101_dir=DIR \
+  --flagfile=food101_6_resnet18_64px_from_dense --epochs=4 --cache_size=112 \
   --budget=0.5 --grid=method=dense,dynconv --grid=image_size=64,80,96 \
   --grid=seed=0 --checkpoint=latest --parallel=2 --latency_batch_size=0 \
   --results=results/food101_6_input_size
@@ -281,11 +281,13 @@ def _check_kept(run: Run, results: pathlib.Path) -> None:
   }
   places |= {n: mine[n] for n in operational_options(run.config)}
   try:
-    text = to_flags(places) + kept.read_text()
-    other = _comparable(Config.from_flags(text))
+    other = Config.from_flags(to_flags(places) + kept.read_text())
   except ValueError as error:
     raise ValueError(f'{kept}: {error}. Choose another --results') from error
-  if differing := _comparable(run.config).differing(other):
+  config = run.config
+  if config.data.normalization == 'auto':
+    config = config.replace(normalization=other.data.normalization)
+  if differing := _comparable(config).differing(_comparable(other)):
     raise ValueError(
       f'{results} has another run {run.name}; given, not in the results: '
       f'{"; ".join(differing)}. Choose another --results, or add a --grid of '
@@ -423,7 +425,8 @@ def _record(
   """Adds a run to the table, and its flags and predictions next to it."""
   # Leave out paths of this machine.
   places = operational_options(run.config)
-  kept = {k: v for k, v in run.config.flat().items() if k not in places}
+  config = workdir_lib.resolve(run.config, folder)
+  kept = {k: v for k, v in config.flat().items() if k not in places}
   write_atomic(_kept_flags(table.parent, run), to_flags(kept))
   keep_predictions(folder, SPLIT, table.parent)
   write_result(table, row)
