@@ -71,7 +71,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +81,12 @@ from dynconv_jax.cli import config_flags, processes, program, sweep_runs
 from dynconv_jax.cli.grid import Run, make_runs
 from dynconv_jax.cli.predictions import keep_predictions
 from dynconv_jax.cli.results_table import check_table, write_result
+from dynconv_jax.cli.sweep_checks import (
+  check_kept,
+  check_starts,
+  kept_flags,
+  place,
+)
 from dynconv_jax.cli.sweep_progress import Progress
 from dynconv_jax.cli.sweep_runs import SPLIT, TABLE, TRAINED, read_rows
 from dynconv_jax.files import locked, write_atomic
@@ -89,12 +94,7 @@ from dynconv_jax.plotting.results import read_results
 from dynconv_jax.plotting.tradeoff import plot_results
 from dynconv_jax.training import inputs
 from dynconv_jax.training import workdir as workdir_lib
-from dynconv_jax.training.config import (
-  Config,
-  all_options,
-  operational_options,
-  to_flags,
-)
+from dynconv_jax.training.config import operational_options, to_flags
 
 _GRID = flags.DEFINE_multi_string(
   'grid',
@@ -238,75 +238,13 @@ def _check(results: pathlib.Path, root: pathlib.Path) -> list[Run]:
   for run in runs:
     try:
       workdir_lib.check_flags(root / run.name, run.config)
-      _check_kept(run, results)
+      check_kept(run, results)
     except ValueError as error:
       errors.append(str(error))
-  errors += _check_starts(runs, root)
+  errors += check_starts(runs, root)
   if errors:
     raise ValueError('; '.join(errors))
   return runs
-
-
-def _check_starts(runs: Sequence[Run], root: pathlib.Path) -> list[str]:
-  """Returns an error for each folder to start from that is not a run's.
-
-  Runs that have started, and folders of runs of the sweep, are not checked.
-  """
-  places, errors = {_place(root / run.name) for run in runs}, {}
-  for run in runs:
-    if (root / run.name / workdir_lib.FLAGS_FILE).exists():
-      continue
-    for name in ('init_from', 'distill_from'):
-      source = getattr(run.config.optimization, name)
-      if source and _place(source) not in places:
-        try:
-          workdir_lib.read_texts(source)
-        except (FileNotFoundError, ValueError) as error:
-          errors.setdefault(f'{name}: {error}', run.name)
-  return [f'{error} ({name})' for error, name in errors.items()]
-
-
-def _check_kept(run: Run, results: pathlib.Path) -> None:
-  """Raises ValueError if the results have a run of this name that differs.
-
-  Epochs and locations of files may differ.
-  """
-  kept = _kept_flags(results, run)
-  if not kept.exists():
-    return
-  # The kept flags lack locations of files.
-  known, mine = all_options(), run.config.flat()
-  places = {
-    n: option.default for n, option in known.items() if option.operational
-  }
-  places |= {n: mine[n] for n in operational_options(run.config)}
-  try:
-    other = Config.from_flags(to_flags(places) + kept.read_text())
-  except ValueError as error:
-    raise ValueError(f'{kept}: {error}. Choose another --results') from error
-  config = run.config
-  if config.data.normalization == 'auto':
-    config = config.replace(normalization=other.data.normalization)
-  if differing := _comparable(config).differing(_comparable(other)):
-    raise ValueError(
-      f'{results} has another run {run.name}; given, not in the results: '
-      f'{"; ".join(differing)}. Choose another --results, or add a --grid of '
-      'what differs, which names the runs'
-    )
-
-
-def _kept_flags(results: pathlib.Path, run: Run) -> pathlib.Path:
-  return results / 'flags' / f'{run.name}.flags'
-
-
-def _comparable(config: Config) -> Config:
-  """Returns the configuration without epochs and the folders of runs."""
-  start = config.optimization
-  names = {
-    name: os.path.basename(getattr(start, name).rstrip('/'))
-    for name in ('init_from', 'distill_from', 'pretrained')
-  }
-  return config.replace(epochs=1, **names)
 
 
 @contextlib.contextmanager
@@ -361,12 +299,12 @@ def _train(
         write_result(table, {**row, 'latency_ms': ''})
       if _other_epochs(run, root):
         (root / run.name / TRAINED).unlink()
-  places = {_place(root / run.name): run.name for run in runs}
+  places = {place(root / run.name): run.name for run in runs}
   jobs = {}
   for run in left:
     start, folder = run.config.optimization, root / run.name
     sources = (start.init_from, start.distill_from)
-    needs = {places.get(_place(source)) for source in sources if source}
+    needs = {places.get(place(source)) for source in sources if source}
     columns = dict(run.settings)
     if recipe := _recipe(run):
       columns['recipe'] = recipe
@@ -415,10 +353,6 @@ def _recipe(run: Run) -> str:
   return ', '.join(filter(None, (_RECIPE.value, run.recipe)))
 
 
-def _place(folder: str | os.PathLike) -> str:
-  return os.path.realpath(os.path.expanduser(folder))
-
-
 def _record(
   run: Run, folder: pathlib.Path, table: pathlib.Path, row: sweep_runs.Row
 ) -> None:
@@ -427,7 +361,7 @@ def _record(
   places = operational_options(run.config)
   config = workdir_lib.resolve(run.config, folder)
   kept = {k: v for k, v in config.flat().items() if k not in places}
-  write_atomic(_kept_flags(table.parent, run), to_flags(kept))
+  write_atomic(kept_flags(table.parent, run), to_flags(kept))
   keep_predictions(folder, SPLIT, table.parent)
   write_result(table, row)
 
