@@ -3,9 +3,11 @@
 #
 #   benchmarks/gpu_figure.sh OUT --food101_dir=DIR [flags of a training run]
 #
-# Sweeps in the order of their importance. Each resumes where it stopped, and
-# OUT/results holds the table and the figures of what is done, OUT/runs the runs
-# with their predictions. Two steps a run on a CPU, with drawn images:
+# Dense networks of three widths from scratch, then all methods from them, in
+# order of importance. The same command resumes. Tables, flags, and predictions
+# are in OUT/results, workdirs in OUT/runs. LANES runs train at a time (default:
+# 3), so that some compile while others compute. Two steps a run on a CPU, with
+# drawn images:
 #
 #   benchmarks/gpu_figure.sh OUT --dataset=spots --classes= --spots_train=8 \
 #     --spots_test=4 --spots_size=64 --image_size=64 --cache_size=64 \
@@ -14,17 +16,47 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1
 shift
-sweep() {
-  "${PYTHON:-.venv/bin/python}" -m experiments.sweep --checkpoint=latest \
-    --flagfile=experiments/flags/food101_6_resnet50_224px.flags "${flags[@]}" \
-    --latency_batch_size=0 --workdir="$out/runs" --results="$out/results" "$@"
-}
 flags=("$@")
-sweep --grid=method=dense --grid=seed=0
-sweep --grid=method=dynconv --grid=budget=0.5,0.3,0.7 --grid=seed=0
-sweep --grid=method=dense --grid=width_multiplier=0.71,0.5 --grid=seed=0
-sweep --grid=method=skipnet --grid=skip_weight=0.5,1 --grid=skipnet:mask_bias=2 \
-  --grid=skipnet:budget_warmup=0.6 --grid=seed=0
-sweep --grid=method=convnet_aig --grid=budget=0.5,0.7 --grid=seed=0
-sweep --grid=method=sact,act --grid=ponder_weight=0.003,0.01 --grid=seed=0
-sweep --grid=method=dense,dynconv --grid=budget=0.5 --grid=seed=1,2
+# NAME FLAGFILE: a sweep with workdir OUT/runs/NAME and table OUT/results/NAME.
+sweep() {
+  local name=$1 base=$2
+  shift 2
+  "${PYTHON:-.venv/bin/python}" -m experiments.sweep --checkpoint=latest \
+    --flagfile="experiments/flags/$base.flags" "${flags[@]}" \
+    --latency_batch_size=0 --checkpoint_every_epochs=20 --keep_checkpoints=1 \
+    --log_every_steps=100 --workdir="$out/runs/$name" \
+    --results="$out/results/$name" "$@"
+}
+base=food101_6_resnet50_224px
+start=$out/runs/from_scratch
+sweep from_scratch $base --grid=method=dense --grid=seed=0 &
+started=$!
+# XLA times kernels when it compiles, undisturbed by another run's compilation.
+while kill -0 $started 2>/dev/null &&
+  ! grep -qs 'step [0-9]*/' "$start"/*/sweep.log; do
+  sleep 1
+done
+narrow() {
+  sweep narrow_from_scratch $base --parallel=2 --grid=method=dense \
+    --grid=width_multiplier=0.71,0.5 --grid=seed=0
+  for width in 0.71 0.5; do
+    sweep "width_$width" ${base}_from_dense --grid=method=dense \
+      --grid=width_multiplier=$width --grid=seed=0 \
+      --init_from="$out/runs/narrow_from_scratch/dense_width_multiplier${width}_seed0"
+  done
+}
+gated() {
+  sweep from_dense ${base}_from_dense --parallel="${LANES:-3}" \
+    --init_from="$start/dense_seed0" "$@"
+}
+narrow &
+wait $started
+gated --grid=method=dense,dynconv,skipnet,convnet_aig,sact,act \
+  --grid=budget=0.5,0.3,0.7 --grid=convnet_aig:budget=0.3,0.5 \
+  --grid=skip_weight=0.3,0.6 --grid=skipnet:budget_warmup=0.6 \
+  --grid=ponder_weight=0.05,0.2 --grid=seed=0 --grid=dense:seed=0,1,2 \
+  --grid=dynconv:seed=0,1,2
+gated --grid=method=skipnet,convnet_aig,sact,act --grid=budget=0.3,0.5 \
+  --grid=skip_weight=0.3,0.6 --grid=skipnet:budget_warmup=0.6 \
+  --grid=ponder_weight=0.05,0.2 --grid=seed=1
+wait
