@@ -51,12 +51,14 @@ gated() {
 }
 narrow &
 wait $started
+failed=0  # One failed run does not end the others.
 gated --grid=method=dense,dynconv,skipnet,convnet_aig,sact,act \
   --grid=budget=0.5,0.3,0.7 --grid=convnet_aig:budget=0.3,0.5 \
   --grid=skip_weight=0.3,0.6 --grid=skipnet:budget_warmup=0.6 \
   --grid=ponder_weight=0.05,0.2 --grid=seed=0 --grid=dense:seed=0,1,2 \
-  --grid=dynconv:seed=0,1,2
+  --grid=dynconv:seed=0,1,2 || failed=1
 gated --grid=method=skipnet,convnet_aig,sact,act --grid=budget=0.3,0.5 \
   --grid=skip_weight=0.3,0.6 --grid=skipnet:budget_warmup=0.6 \
-  --grid=ponder_weight=0.05,0.2 --grid=seed=1
+  --grid=ponder_weight=0.05,0.2 --grid=seed=1 || failed=1
 wait
+exit $failed
