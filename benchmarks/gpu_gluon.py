@@ -63,18 +63,31 @@ def _masks(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
   return {'none': 0 * one, 'one': one, 'all': one * 0 + 1} | some
 
 
-def _compare(name, hard, features, kernel_size):
-  rng = np.random.default_rng(1)
-  lookup = kernel_size == 3
-  inputs = features if lookup else 4 * features
-  padding = kernel_size // 2
-  conv = Conv('conv', 'norm', inputs, features, kernel_size, 1, padding, 'relu')
+def make_layer(
+  rng: np.random.Generator, features: int, kernel_size: int
+) -> FoldedConv:
+  """Returns a bottleneck's first 1x1 or its 3x3 convolution, in bfloat16.
+
+  Args:
+    rng: source of the weights.
+    features: number of output channels.
+    kernel_size: 1 or 3.
+  """
+  inputs = features if kernel_size == 3 else 4 * features
+  conv = Conv('conv', 'norm', inputs, features, kernel_size, activation='relu')
   kernel = rng.normal(size=conv.kernel_shape) / (kernel_size * inputs**0.5)
-  layer = FoldedConv(
+  return FoldedConv(
     jnp.asarray(kernel, jnp.bfloat16),
     jnp.asarray(rng.normal(size=features), jnp.float32),
     conv,
   )
+
+
+def _compare(name, hard, features, kernel_size):
+  rng = np.random.default_rng(1)
+  lookup = kernel_size == 3
+  layer = make_layer(rng, features, kernel_size)
+  inputs = layer.conv.in_features
   active = list_positions(jnp.asarray(hard))
   needed = list_positions(dilate(jnp.asarray(hard), 1))
   rows = (hard.size,) if lookup else hard.shape  # Listed rows, or the map.
