@@ -5,9 +5,9 @@
 #
 # Dense networks of three widths from scratch, then all methods from them, in
 # order of importance. The same command resumes. Tables, flags, and predictions
-# are in OUT/results, workdirs in OUT/runs. LANES runs train at a time (default:
-# 3), so that some compile while others compute. Two steps a run on a CPU, with
-# drawn images:
+# are in OUT/results, workdirs in OUT/runs. LANES gated runs train at a time
+# (default: 3) beside one or two dense ones, so that some compile while others
+# compute. Two steps a run on a CPU, with drawn images:
 #
 #   benchmarks/gpu_figure.sh OUT --dataset=spots --classes= --spots_train=8 \
 #     --spots_test=4 --spots_size=64 --image_size=64 --cache_size=64 \
@@ -17,6 +17,10 @@ cd "$(dirname "$0")/.."
 out=$1
 shift
 flags=("$@")
+# Programs and choices of kernels are compiled once for all runs. No run reserves
+# memory that others need.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
 # NAME FLAGFILE: a sweep with workdir OUT/runs/NAME and table OUT/results/NAME.
 sweep() {
   local name=$1 base=$2

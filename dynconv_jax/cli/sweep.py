@@ -43,15 +43,13 @@ dynconv sweep --food101_dir=DIR --recipe=distilled \
   --grid=distill_from=workdir/food/dense --grid=seed=0 --checkpoint=latest \
   --parallel=2 --results=results/food101_6_resnet18_64px
 
-ResNet-50 at 224 pixels from scratch, on a GPU:
-dynconv sweep --food101_dir=DIR --flagfile=food101_6_resnet18_64px \
-  --model=resnet50 --image_size=224 --cache_size=256 \
-  --compute_dtype=bfloat16 --epochs=100 \
-  --grid=method=dense,dynconv,convnet_aig,skipnet,sact,act \
-  --grid=dense:model=resnet18,resnet34,resnet50 --grid=budget=0.3,0.5,0.7 \
-  --grid=skip_weight=0.5,1,1.5 --grid=skipnet:mask_bias=2 \
-  --grid=skipnet:budget_warmup=0.6 --grid=ponder_weight=0.001,0.003,0.01 \
-  --grid=seed=0 --checkpoint=latest --results=results/food101_6_resnet50_224px
+ResNet-50 at 224 pixels on a GPU, from the dense run
+workdir/food101_6_resnet50_224px (benchmarks/gpu_figure.sh trains all methods):
+dynconv sweep --food101_dir=DIR \
+  --flagfile=food101_6_resnet50_224px_from_dense \
+  --grid=method=dense,dynconv --grid=budget=0.3,0.5,0.7 --grid=seed=0,1,2 \
+  --checkpoint=latest --latency_batch_size=0 \
+  --results=results/food101_6_resnet50_224px
 
 The student project's experiment, which varies MACs through the input size:
 dynconv sweep --food101_dir=DIR \
