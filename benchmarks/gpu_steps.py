@@ -108,7 +108,12 @@ def steps(dry_run: bool) -> dict[str, Step]:
 
 
 def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
-  """Runs a step; returns its status and the last line of its output."""
+  """Runs a step; returns its status and the last line of its output.
+
+  Steps share compiled programs, unless JAX_COMPILATION_CACHE_DIR says where
+  they are.
+  """
+  shared = {'JAX_COMPILATION_CACHE_DIR': f'{log.parent.resolve()}/compiled'}
   start, failure, tool = time.monotonic(), None, []
   sanitizer = shutil.which('compute-sanitizer')
   if step.races and sanitizer:
@@ -117,7 +122,7 @@ def run_step(step: Step, log: pathlib.Path) -> dict[str, Any]:
     try:
       code = subprocess.run(
         [*tool, sys.executable, '-m', *step.command],
-        env=os.environ | step.environment,
+        env=shared | os.environ | step.environment,
         stdout=printed,
         stderr=subprocess.STDOUT,
         timeout=120 * step.minutes + 60,

@@ -46,6 +46,18 @@ def test_steps_are_done_once_and_failures_are_noted(run, tmp_path):
     assert not run('--steps=good')['steps']['good']['ok']
 
 
+@pytest.mark.parametrize('own', (None, '/own'))
+def test_steps_share_compiled_programs(own, tmp_path, monkeypatch):
+  name = 'JAX_COMPILATION_CACHE_DIR'
+  monkeypatch.delenv(name)
+  if own:
+    monkeypatch.setenv(name, own)
+  code = f'import json, os; print(json.dumps([os.environ["{name}"]]))'
+  step = gpu_steps.Step(1, ('timeit', '-n1', '-r1', code))
+  found = gpu_steps.run_step(step, tmp_path / 'gpu_run.log')
+  assert found['result'] == [own or str(tmp_path / 'compiled')]
+
+
 def test_errors(run, tmp_path):
   with pytest.raises(ValueError, match="unknown step 'all'"):
     run('--steps=all')
