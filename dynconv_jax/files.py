@@ -14,6 +14,8 @@ from absl import logging
 
 # Errors raised by file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+# NFS cannot lock what is open for reading only, as folders are.
+_NO_FOLDER_LOCKS = (*_NO_LOCKS, errno.EBADF)
 
 
 @contextlib.contextmanager
@@ -79,6 +81,31 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     raise OSError(
       f'cannot write to the folder {folder}: {error.strerror}'
     ) from error
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | os.PathLike[str]) -> Iterator[None]:
+  """Waits until no other process or thread is in this block for a folder.
+
+  Use it to read and replace a file. Unlike `locked`, it leaves no file behind.
+  It cannot be nested. On file systems without locks for folders, such as NFS,
+  it has no effect.
+
+  Args:
+    folder: an existing folder.
+  """
+  import fcntl
+
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+      if error.errno not in _NO_FOLDER_LOCKS:
+        raise
+    yield
+  finally:
+    os.close(descriptor)  # Releases the lock.
 
 
 @contextlib.contextmanager

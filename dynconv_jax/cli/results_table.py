@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from dynconv_jax.files import check_folder, write_atomic
+from dynconv_jax.files import check_folder, exclusive, write_atomic
 from dynconv_jax.plotting.results import read_results
 
 # Columns whose values stay when a row is updated.
@@ -58,7 +58,8 @@ def write_result(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
   """Adds a run's row to a table of runs or updates it.
 
   When a row is updated, columns that the new row lacks are kept, such as a
-  latency measured elsewhere or a note. The file is replaced atomically.
+  latency measured elsewhere or a note. The file is replaced atomically. Several
+  processes may write to one table.
 
   Args:
     path: path of the CSV file, created if necessary.
@@ -69,21 +70,23 @@ def write_result(path: str | os.PathLike, row: Mapping[str, Any]) -> None:
     OSError: the file cannot be written. An existing file is kept.
   """
   path = pathlib.Path(path)
-  rows = _read(path)
-  columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
-  key = _key(row)
-  new = {}
-  for old in rows:
-    if _key(old) == key:
-      new |= old
-  new |= {name: str(value) for name, value in row.items()}
-  rows = [old for old in rows if _key(old) != key] + [new]
-  rows.sort(key=_key)
-  text = io.StringIO(newline='')
-  writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
-  writer.writeheader()
-  writer.writerows(rows)
-  write_atomic(path, text.getvalue())
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with exclusive(path.parent):  # Several sweeps may share a table.
+    rows = _read(path)
+    columns = list(dict.fromkeys([*(rows[0] if rows else ()), *row]))
+    key = _key(row)
+    new = {}
+    for old in rows:
+      if _key(old) == key:
+        new |= old
+    new |= {name: str(value) for name, value in row.items()}
+    rows = [old for old in rows if _key(old) != key] + [new]
+    rows.sort(key=_key)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns, restval='', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue())
 
 
 def _read(path: pathlib.Path) -> list[dict[str, str]]:

@@ -354,7 +354,12 @@ def _recipe(run: Run) -> str:
 def _record(
   run: Run, folder: pathlib.Path, table: pathlib.Path, row: sweep_runs.Row
 ) -> None:
-  """Adds a run to the table, and its flags and predictions next to it."""
+  """Adds a run to the table, and its flags and predictions next to it.
+
+  Raises:
+    ValueError: another sweep has added a run of this name that differs.
+  """
+  check_kept(run, table.parent)
   # Leave out paths of this machine.
   places = operational_options(run.config)
   config = workdir_lib.resolve(run.config, folder)

@@ -2,6 +2,8 @@
 
 import csv
 import pathlib
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -53,6 +55,23 @@ def test_columns_that_others_have_added_stay_in_their_place(tmp_path):
     'long,b,test,3.5,0.5,1,',
     'short,c,test,4,0,,',
   ]
+
+
+def test_rows_of_processes_that_write_at_the_same_time_stay(tmp_path):
+  path = tmp_path / 'results.csv'
+  code = (
+    'import sys\nfrom dynconv_jax.cli.results_table import write_result\n'
+    'for i in range(20):\n'
+    '  row = {"run": f"{sys.argv[2]}{i}", "split": "test"}\n'
+    '  write_result(sys.argv[1], row)\n'
+  )
+  processes = [
+    subprocess.Popen([sys.executable, '-c', code, path, name])
+    for name in 'abcd'
+  ]
+  assert [process.wait() for process in processes] == [0] * 4
+  expected = {f'{name}{i}' for name in 'abcd' for i in range(20)}
+  assert {row['run'] for row in _read(path)} == expected
 
 
 def test_rows_without_names_stay(tmp_path):

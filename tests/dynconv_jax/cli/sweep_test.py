@@ -44,6 +44,9 @@ if program == 'train':
   (folder / 'flags.txt').write_text(text)
   rows = [{{'step': 7, 'epoch': 1, 'split': 'train', 'seconds': 61.4}}]
   (folder / 'metrics.jsonl').write_text(json.dumps(rows[0]))
+  other = root / 'other.flags'
+  if other.exists():  # Another sweep adds a run of this name.
+    other.rename(root / f'results/some/flags/{{folder.name}}.flags')
   if (root / 'hang').exists():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     (root / 'up').touch()
@@ -312,6 +315,20 @@ def test_results_of_another_run_of_the_same_name_stay(sweep):
   sweep(*elsewhere, '--epochs=30', '--data_dir=/b', '--latency_batch_size=0')
   assert f'train {_NAMES[0]}' in sweep.calls()
   assert list(sweep.rows()) == _NAMES
+
+
+def test_a_run_that_another_sweep_adds_meanwhile_stays(sweep, capfd):
+  sweep('--latency_batch_size=0')
+  kept = sweep.table.parent / 'flags' / f'{_NAMES[0]}.flags'
+  other = kept.read_text().replace('learning_rate=0.05', 'learning_rate=0.2')
+  kept.unlink()
+  (sweep.root / 'other.flags').write_text(other)
+  sweep.table.unlink()
+  with pytest.raises(SystemExit):
+    sweep(f'--workdir={sweep.root / "elsewhere"}', '--latency_batch_size=0')
+  assert f'has another run {_NAMES[0]}' in capfd.readouterr().err
+  assert kept.read_text() == other
+  assert list(sweep.rows()) == _NAMES[1:]
 
 
 def test_a_failure_is_told_at_the_end_and_ends_nothing_else(sweep, capfd):
