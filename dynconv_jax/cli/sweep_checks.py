@@ -1,4 +1,4 @@
-"""Checks of a sweep's runs before any of them starts."""
+"""Checks of a sweep's runs against their sources and earlier results."""
 
 from __future__ import annotations
 
