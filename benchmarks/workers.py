@@ -26,7 +26,8 @@ from dynconv_jax.models.gated import gated_blocks
 from dynconv_jax.sparse import SparseExecutor
 from dynconv_jax.sparse.backend import get_backend
 from dynconv_jax.sparse.fold import fold_block
-from dynconv_jax.sparse.sparsify import choose_plans, trace_blocks
+from dynconv_jax.sparse.plan import choose_plans
+from dynconv_jax.sparse.sparsify import trace_blocks
 
 Step = Callable[[], None]
 # Disables CUDA graphs: the host launches each kernel.

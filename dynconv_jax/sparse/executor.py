@@ -18,12 +18,8 @@ from dynconv_jax.masks import ExecutionMask, has_values
 from dynconv_jax.models.gated import Masks, gated_blocks
 from dynconv_jax.sparse.backend import Backend
 from dynconv_jax.sparse.calibrate import calibrate
-from dynconv_jax.sparse.sparsify import (
-  BlockPlan,
-  choose_plans,
-  sparsify,
-  trace_blocks,
-)
+from dynconv_jax.sparse.plan import BlockPlan, choose_plans
+from dynconv_jax.sparse.sparsify import sparsify, trace_blocks
 
 MODES = ('auto', 'sparse', 'dense')
 

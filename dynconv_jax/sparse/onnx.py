@@ -23,16 +23,13 @@ from dynconv_jax.checks import check_choice
 from dynconv_jax.layers import MaxPool
 from dynconv_jax.methods.mask_unit import Squeeze
 from dynconv_jax.models.gated import GatedBlock, decide, gated_blocks
+from dynconv_jax.sparse.descriptions import check_descriptions
 from dynconv_jax.sparse.fold import (
   FoldedConv,
   check_evaluation,
   fold_block,
 )
-from dynconv_jax.sparse.sparsify import (
-  check_descriptions,
-  fold_pairs,
-  replace_modules,
-)
+from dynconv_jax.sparse.sparsify import fold_pairs, replace_modules
 from dynconv_jax.sparse.stablehlo import (
   for_any_batch,
   image_type,

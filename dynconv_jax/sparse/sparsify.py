@@ -9,22 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from absl import logging
 from flax import nnx
 
-from dynconv_jax.layers import BatchNorm
-from dynconv_jax.masks import execution_mask
 from dynconv_jax.models.gated import GatedBlock, Gating, gated_blocks
-from dynconv_jax.sparse.backend import Backend, auto_backends, get_backend
-from dynconv_jax.sparse.backends.dense import run_dense
+from dynconv_jax.sparse.backend import Backend, get_backend
+from dynconv_jax.sparse.descriptions import check_descriptions
 from dynconv_jax.sparse.fold import (
   check_evaluation,
   describe_conv,
   fold_block,
   fold_conv,
 )
-from dynconv_jax.sparse.plan import BlockPlan
+from dynconv_jax.sparse.plan import BlockPlan, check_support, choose_plans
 
 
 class SparseBlock(nnx.Module):
@@ -142,7 +138,7 @@ def sparsify(
       f'plans name {", ".join(sorted(unknown))}; the gated blocks are '
       f'{", ".join(chosen)}'
     )
-  _check_support(blocks, plans or {})
+  check_support(blocks, plans or {})
   chosen |= plans or {}
   traces = () if image_shape is None else trace_blocks(model, image_shape)
   model = nnx.clone(model)
@@ -238,173 +234,6 @@ def _chains(
     before = trace.name
   known = {trace.name for trace in traces}
   return chains + [[b] for name, b in blocks.items() if name not in known]
-
-
-def choose_plans(
-  blocks: Sequence[GatedBlock], backend: str | Backend
-) -> dict[str, BlockPlan]:
-  """Returns the plan of each block, by name.
-
-  Args:
-    blocks: gated blocks of a network.
-    backend: see `sparsify`.
-
-  Raises:
-    ValueError: blocks share a name, or the backend supports no block.
-  """
-  names = [block.name for block in blocks]
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise ValueError(
-      'names of gated blocks must be unique; several are named '
-      f'{", ".join(twice)}'
-    )
-  platform = jax.default_backend()
-  dense = BlockPlan(get_backend('dense'))
-  asked = None if backend == 'auto' else get_backend(backend)
-  plans, refused = {}, []
-  for block in blocks:
-    if not block.describable:
-      plans[block.name] = dense
-      logging.info('%s has no description, so it runs densely', block.name)
-      continue
-    if asked is None:
-      candidates = auto_backends(block.dtype, platform)
-    else:
-      candidates = [asked]
-    for candidate in candidates:
-      if candidate.supports(block.branch, block.dtype, platform):
-        plans[block.name] = BlockPlan(candidate)
-        break
-    else:
-      refused.append(block.name)
-      plans[block.name] = BlockPlan(get_backend('xla'))
-  if refused:
-    if len(refused) == len(blocks):
-      raise ValueError(
-        f'backend {asked.name} cannot execute this network on {platform} in '
-        f'{blocks[0].dtype}: it supports none of the gated blocks'
-      )
-    logging.warning(
-      'backend %s does not support these blocks; using xla instead: %s',
-      asked.name,
-      ', '.join(refused),
-    )
-  return plans
-
-
-def _check_support(
-  blocks: Sequence[GatedBlock], plans: Mapping[str, BlockPlan]
-) -> None:
-  """Raises ValueError if a plan's backend cannot execute its block."""
-  platform = jax.default_backend()
-  refused = [
-    f'{plans[block.name].backend.name} for {block.name}'
-    for block in blocks
-    if block.name in plans
-    and not plans[block.name].backend.supports(
-      block.branch, block.dtype, platform
-    )
-  ]
-  if refused:
-    raise ValueError(
-      f'plans name backends that cannot execute these blocks on {platform} in '
-      f'{blocks[0].dtype}: {", ".join(refused)}'
-    )
-
-
-def check_descriptions(blocks: Sequence[GatedBlock]) -> None:
-  """Raises ValueError if a block does not compute what its branch describes.
-
-  A block that inherits all of its computation matches its description by
-  construction. Other blocks are compared with it on random inputs. A block must
-  also inherit `decide`.
-
-  Args:
-    blocks: gated blocks, in evaluation.
-  """
-  deciding = [
-    f'{block.name} ({type(block).__name__})'
-    for block in blocks
-    if block.describable and type(block).decide is not GatedBlock.decide
-  ]
-  if deciding:
-    raise ValueError(
-      'the classes of these blocks override `decide`, which sparse execution '
-      f'does not call: {", ".join(deciding)}. Decide in the gate, or set '
-      'describable = False in the class to run it densely'
-    )
-  differing = []
-  for block in blocks:
-    if not block.describable or _inherits(block):
-      continue
-    try:
-      difference = _difference(block)
-    except (AttributeError, TypeError) as error:
-      raise ValueError(
-        f'{block.name} ({type(block).__name__}) does not match its branch: '
-        f'{error}. {_ADVICE}'
-      ) from error
-    if difference > _TOLERANCE[jnp.dtype(block.dtype).itemsize]:
-      differing.append(
-        f'{block.name} ({type(block).__name__}, by {difference:.2g} relative '
-        'to its largest value)'
-      )
-  if differing:
-    raise ValueError(
-      'these blocks do not compute what their branch describes: '
-      f'{", ".join(differing)}. {_ADVICE}'
-    )
-
-
-_ADVICE = (
-  'Describe what the block computes (activation, kernel sizes, groups), or set '
-  'describable = False in its class to run it densely'
-)
-# Tolerance relative to the largest value, by the number of bytes of the compute
-# dtype.
-_TOLERANCE = {2: 0.05, 4: 1e-3, 8: 1e-3}
-_OWN = ('__call__', 'execute', 'run_branch', 'shortcut')
-
-
-def _inherits(block: GatedBlock) -> bool:
-  kind = type(block)
-  if any(getattr(kind, name) is not getattr(GatedBlock, name) for name in _OWN):
-    return False
-  pairs = [
-    (getattr(block, c.name), getattr(block, c.norm), c)
-    for c in block.branch.convs
-  ]
-  if block.downsample is not None:
-    pairs.append((*block.downsample, block.branch.projection))
-  return all(_is_described(*pair) for pair in pairs)
-
-
-def _is_described(conv, norm, what) -> bool:
-  if type(conv) is not nnx.Conv or type(norm) is not BatchNorm:
-    return False
-  found = describe_conv(conv, norm)
-  return found == dataclasses.replace(what, name='conv', norm='norm')
-
-
-def _difference(block: GatedBlock) -> float:
-  """Returns the largest error of the description, relative to the output."""
-  rng, branch = np.random.default_rng(0), block.branch
-  size = (7, 7)
-  x = rng.standard_normal((2, *size, branch.in_features)).astype(np.float32)
-  if branch.input_activated:
-    x = np.maximum(x, 0)
-  x = jnp.asarray(x, block.dtype)
-  hard = rng.integers(0, 2, (2, *branch.sizes(size)[-1]))
-  mask = execution_mask(
-    branch, jnp.asarray(hard, jnp.float32), size, name=block.name
-  )
-  ours = run_dense(fold_block(block), x, mask.hard)
-  theirs = block(x, Gating(masks=[mask.hard]))
-  if ours.shape != theirs.shape:
-    return float('inf')
-  ours, theirs = (np.asarray(y, np.float32) for y in (ours, theirs))
-  difference = np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6)
-  return float(np.nan_to_num(difference, nan=np.inf))
 
 
 def fold_pairs(model: nnx.Module, backend: Backend) -> None:

@@ -229,7 +229,7 @@ def test_every_mode_gives_the_same(make_network):
 def test_auto_measures_what_may_be_slower_than_dense(make_network):
   model, images = make_network('basic', 'dynconv'), make_images((1, 13, 9, 3))
   xla = [get_backend('xla')]
-  with mock.patch('dynconv_jax.sparse.sparsify.auto_backends', lambda *_: xla):
+  with mock.patch('dynconv_jax.sparse.plan.auto_backends', lambda *_: xla):
     executor = SparseExecutor(model, images.shape, density=0.1)
   limits = [plan.limit for plan in executor.plans.values()]
   assert all(0 < limit <= 1 for limit in limits)
