@@ -211,6 +211,13 @@ def _trilinear(a) -> formulas.Work:
   ) + formulas.matmul(outputs, math.prod(every) // max(outputs, 1), 1)
 
 
+def _affine_grid(a) -> formulas.Work:
+  """A product of each position and the matrix of its image."""
+  batch, rows, inner = a.theta.shape
+  positions = a.output.numel() // max(batch * rows, 1)
+  return formulas.matmul(positions, inner, rows, batch=batch)
+
+
 def attention(a) -> formulas.Work:
   # Batch dimensions are broadcast and heads repeated; the output has them all.
   *batch, queries, value_size = a.output.shape
@@ -380,6 +387,7 @@ FORMULAS = {
   'sparse_sampled_addmm': _sampled_matmul,
   'bilinear': _bilinear,
   '_trilinear': _trilinear,
+  'affine_grid_generator': _affine_grid,
   **_names(
     'scaled_dot_product_attention _scaled_dot_product_flash_attention'
     ' _scaled_dot_product_flash_attention_for_cpu'

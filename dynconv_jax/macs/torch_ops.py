@@ -344,12 +344,12 @@ _FREE_NAMES = """
   _linalg_check_errors _local_scalar_dense _pack_padded_sequence _pin_memory
   _reshape_copy _sparse_coo_tensor_with_dims_and_tensors _to_copy _to_dense
   _to_sparse _to_sparse_csr _unique2 _unsafe_index _unsafe_index_put
-  _unsafe_masked_index _unsafe_view _values affine_grid_generator alias_copy
-  arange as_strided as_strided_copy as_strided_scatter bernoulli block_diag
-  bucketize cat channel_shuffle coalesce complex constant_pad_nd copy detach
-  diag_embed diagonal_copy diagonal_scatter embedding empty_like expand_copy
-  fill flip full_like gather histc im2col index index_copy index_fill
-  index_put index_select is_same_size isin lift lift_fresh lift_fresh_copy
+  _unsafe_masked_index _unsafe_view _values alias_copy arange as_strided
+  as_strided_copy as_strided_scatter bernoulli block_diag bucketize cat
+  channel_shuffle coalesce complex constant_pad_nd copy detach diag_embed
+  diagonal_copy diagonal_scatter embedding empty_like expand_copy fill flip
+  full_like gather histc im2col index index_copy index_fill index_put
+  index_select is_same_size isin lift lift_fresh lift_fresh_copy
   masked_scatter masked_select multinomial narrow_copy native_dropout
   new_empty new_empty_strided new_full new_ones new_zeros nonzero
   nonzero_static normal one_hot ones_like permute_copy pixel_shuffle

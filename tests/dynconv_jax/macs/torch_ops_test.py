@@ -235,6 +235,12 @@ class MatmulTest(parameterized.TestCase):
     ('bilinear', F.bilinear, [(7, 4), (7, 5), (3, 4, 5)], 7 * 3 * 5 * (4 + 1)),
     ('vmap', torch.vmap(lambda a: a @ a.T), [(2, 5, 4)], 2 * 5 * 5 * 4),
     (
+      'affine_grid',
+      lambda a: F.affine_grid(a, [2, 3, 5, 6], align_corners=False),
+      [(2, 2, 3)],
+      2 * 5 * 6 * 2 * 3,
+    ),
+    (
       'multi_dot',
       lambda *a: torch.linalg.multi_dot(a),
       [(2, 9), (9, 3), (3, 4)],
