@@ -186,12 +186,22 @@ class Counter(TorchDispatchMode):
       seen.add(node)
       if node not in self._owned:
         self._owned.add(node)
-        node.register_prehook(functools.partial(self._run_gradient, running))
+        node.register_prehook(functools.partial(self._start_gradient, running))
+        node.register_hook(self._stop_gradient)
       nodes += [parent for parent, _ in node.next_functions]
 
-  def _run_gradient(self, running, gradients):
+  def _start_gradient(self, running, gradients):
     del gradients
-    self._running[:] = [running]
+    if self._differentiating:
+      # The sums between two nodes belong to the layer of the first one.
+      self._running.pop()
+    self._running.append(running)
+
+  def _stop_gradient(self, gradients, outputs):
+    del gradients, outputs
+    # A forward pass that computes gradients goes on in its own layer.
+    if not self._differentiating:
+      self._running.pop()
 
   def __torch_dispatch__(self, func, types, args=(), kwargs=None):
     del types

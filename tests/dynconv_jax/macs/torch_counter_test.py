@@ -379,6 +379,25 @@ class GradientTest(parameterized.TestCase):
     for name, layer in forward.by_layer.items():
       self.assertEqual(report.by_layer[name].macs, 3 * layer.macs)
 
+  def test_a_forward_pass_that_computes_gradients(self):
+    class Force(nn.Module):
+      def __init__(self):
+        super().__init__()
+        self.energy, self.out = nn.Linear(8, 1), nn.Linear(8, 4)
+
+      def forward(self, x):
+        energy = self.energy(x).sum()
+        (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return self.out(x), force @ force.mT
+
+    x = torch.zeros(2, 8, requires_grad=True)
+    report = count_macs(Force(), x, backward=True)
+    # The energy and the force. The force is a product of ones and the weight;
+    # its gradient by the weight belongs to the module that computed it.
+    self.assertEqual(report.by_layer['energy'].macs, 2 * 2 * 8)
+    self.assertEqual(report.by_layer['out'].macs, 3 * 2 * 8 * 4)
+    self.assertEqual(report.by_layer['Force'].macs, 3 * 2 * 8 * 2 + 2 * 8)
+
   def test_checkpoints_are_computed_twice(self):
     class Checkpointed(nn.Module):
       def __init__(self):
