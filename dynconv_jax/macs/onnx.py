@@ -126,8 +126,9 @@ def _inlined(model: onnx.ModelProto) -> onnx.GraphProto:
     opset_import=model.opset_import,
     functions=model.functions,
   )
+  kept = ('node', 'input', 'output', 'value_info', 'sparse_initializer')
   for field, _ in model.graph.ListFields():
-    if field.name in ('node', 'input', 'output', 'value_info'):
+    if field.name in kept:
       getattr(slim.graph, field.name).extend(getattr(model.graph, field.name))
   slim.graph.name = model.graph.name
   for tensor in model.graph.initializer:

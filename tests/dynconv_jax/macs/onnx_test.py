@@ -347,6 +347,17 @@ class ModelTest(absltest.TestCase):
     model.functions.append(function)
     report = count_macs(model, convention='conv+linear')
     self.assertEqual(report.total, 2 * 2 * 16)
+    # A sparse weight is not among the initializers.
+    del model.graph.initializer[:]
+    model.graph.sparse_initializer.append(
+      helper.make_sparse_tensor(
+        helper.make_tensor('w', TensorProto.FLOAT, [1], [1.0]),
+        helper.make_tensor('indices', TensorProto.INT64, [1], [3]),
+        [4, 4],
+      )
+    )
+    report = count_macs(model, convention='conv+linear')
+    self.assertEqual(report.total, 2 * 2 * 16)
 
   def test_names_of_exporters(self):
     nodes = [
