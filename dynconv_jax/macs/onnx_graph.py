@@ -390,7 +390,8 @@ def layer_name(node: onnx.NodeProto) -> str:
     return weight.removesuffix('.weight')
   for entry in node.metadata_props:
     if entry.key == 'pkg.torch.onnx.name_scopes':
-      return ast.literal_eval(entry.value)[-2]
+      # The last name is the node's own; outside of modules, the only one.
+      return ['', *ast.literal_eval(entry.value)][-2]
   if not node.name.startswith('/'):
     return node.name
   path: list[str] = []

@@ -367,10 +367,12 @@ class ModelTest(absltest.TestCase):
       helper.make_node('Relu', ['c'], ['d']),
       helper.make_node('Gemm', ['d', 'head.fc.weight'], ['y'], 'node_gemm'),
     ]
-    nodes[2].metadata_props.add(
-      key='pkg.torch.onnx.name_scopes',
-      value="['', 'layer2', 'layer2.1', 'relu_1']",
-    )
+    # A node that no module recorded has only its own name.
+    scopes = {2: ['', 'layer2', 'layer2.1', 'relu_1'], 3: ['relu_2']}
+    for index, names in scopes.items():
+      nodes[index].metadata_props.add(
+        key='pkg.torch.onnx.name_scopes', value=str(names)
+      )
     model = model_of(nodes, {'x': (2, 4)}, [ones('head.fc.weight', 4, 3)])
     self.assertEqual(
       list(count_macs(model, convention='flops').by_layer),
