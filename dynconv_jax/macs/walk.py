@@ -236,7 +236,15 @@ class Walk:
     for _, entries, *_ in walks:
       if entries is not chosen:
         self._entries += [entry for entry in entries if entry.work is None]
-    return outputs
+    # Which number it is depends on data if the branches return different ones.
+    return [
+      known
+      if isinstance(known, Weight | Entry) or len(set(every)) == 1
+      else None
+      for known, *every in zip(
+        outputs, *(walk[3] for walk in walks), strict=True
+      )
+    ]
 
   def _chosen(self, layer: str, branches: int) -> str | int:
     """Returns the requested branch of a cond with this many branches."""

@@ -198,6 +198,10 @@ def test_fori_loop_to_a_number_that_is_carried():
     (lambda i, x: (i < 10) & (x[0, 0] < 3), lambda i, x: i + 1),
     (lambda i, x: i != 10, lambda i, x: i + 3),
     (lambda i, x: i < 10, lambda i, x: i - 1),
+    (
+      lambda i, x: i < 10,
+      lambda i, x: lax.cond(x[0, 0] < 3, lambda: i + 1, lambda: i + 2),
+    ),
   ],
 )
 def test_while_that_may_stop_elsewhere_is_left_out(goes_on, step):
