@@ -42,6 +42,16 @@ def _pair(a) -> int:
   return a.query.shape[-1] + a.value.shape[-1]
 
 
+def _distances(a) -> formulas.Work:
+  """Differences, weighted and summed, as for the distances themselves."""
+  done = a.pdist if hasattr(a, 'pdist') else a.cdist
+  work = torch_formulas.distances(
+    types.SimpleNamespace(**(vars(a) | {'output': done}))
+  )
+  # A distance of `pdist` is part of the gradients of two rows.
+  return work * (1 + hasattr(a, 'pdist'))
+
+
 def _onednn_recurrent(a) -> formulas.Work:
   a.weight0, a.weight1 = a.weight1, a.weight2
   return _gradients(torch_recurrent.onednn_recurrent(a), 2)
@@ -96,6 +106,7 @@ FORMULAS = {
     ),
     _attention,
   ),
+  **dict.fromkeys(('_cdist_backward', '_pdist_backward'), _distances),
   'mkldnn_rnn_layer_backward': _onednn_recurrent,
   '_cudnn_rnn_backward': _cudnn_recurrent,
   **dict.fromkeys(

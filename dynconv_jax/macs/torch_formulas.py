@@ -228,7 +228,7 @@ def attention(a) -> formulas.Work:
   return done
 
 
-def _distances(a) -> formulas.Work:
+def distances(a) -> formulas.Work:
   """Norms of the differences between all pairs of rows."""
   features = (a.x1 if hasattr(a, 'x1') else a.self).shape[-1]
   outputs = a.output.numel()
@@ -396,7 +396,7 @@ FORMULAS = {
     ' _scaled_dot_product_fused_attention_overrideable',
     attention,
   ),
-  **_names('_cdist_forward _euclidean_dist _pdist_forward', _distances),
+  **_names('_cdist_forward _euclidean_dist _pdist_forward', distances),
   **torch_recurrent.FORMULAS,
   **_names(
     'batch_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm'

@@ -314,6 +314,18 @@ class GradientTest(parameterized.TestCase):
     self.assertEqual(report.total, forward + by_weight)
     self.assertEqual(report.activations, count_macs(module, x, y).activations)
 
+  @parameterized.parameters(False, True)
+  def test_distances(self, run):
+    x, y, z = (
+      torch.rand(*shape, requires_grad=True)
+      for shape in ((2, 4, 3), (2, 5, 3), (4, 3))
+    )
+    report = count_macs(Functional(torch.cdist), x, y, backward=True, run=run)
+    self.assertEqual(report.total, 3 * 2 * 4 * 5 * 3)
+    # 6 pairs of 4 rows; each is part of the gradients of two rows.
+    report = count_macs(Functional(F.pdist), z, backward=True, run=run)
+    self.assertEqual(report.total, 3 * 6 * 3)
+
   def test_fused_attention(self):
     q = torch.zeros(2, 3, 7, 16, requires_grad=True)
     k = torch.zeros(2, 3, 9, 16, requires_grad=True)
