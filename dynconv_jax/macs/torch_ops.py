@@ -280,6 +280,7 @@ _STEPS = {
   'addcmul': 2,
   'addcdiv': 2,
   'lerp': 3,
+  'linalg_cross': 3,
   'clamp': 2,
   'clone': 0,
   'where': 0,

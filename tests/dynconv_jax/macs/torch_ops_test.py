@@ -468,6 +468,11 @@ class FlopsTest(parameterized.TestCase):
     ('views', Functional(lambda x: x.flatten(1).T[:3].clone()), 0),
     ('dropout', nn.Dropout(), 0),
     ('choice', Functional(lambda x: torch.where(x > 0, x, -1.0)), 288),
+    (
+      'cross',
+      Functional(lambda x: torch.cross(x[:, 1:], x[:, 1:], 1)),
+      3 * 216,
+    ),
   )
   def test_elementwise(self, module, flops):
     report = count_macs(module, (2, 4, 6, 6), convention='flops')
