@@ -160,6 +160,10 @@ class Walk:
       return ()
     name = eqn.primitive.name
     output = eqn.outvars[0].aval if eqn.outvars else None
+    is_backward = scopes.is_transposed(*stacks)
+    if is_backward:
+      # Masks and activation memory do not apply to gradients.
+      work = dataclasses.replace(work, positions=0, outputs=0)
     entry = Entry(
       scopes.layer_name(*stacks),
       name,
@@ -170,9 +174,9 @@ class Walk:
     if name in _PRODUCTS:
       operand = weights_operand(eqn, inputs)
       entry.features = primitives.out_features(eqn, operand)
-      if isinstance(weights := inputs[operand], Weight):
-        # The backward pass has no weights of its own.
-        entry.weights = () if scopes.is_transposed(*stacks) else (weights,)
+      # The backward pass has no weights of its own.
+      if isinstance(weights := inputs[operand], Weight) and not is_backward:
+        entry.weights = (weights,)
         if entry.features and not work.positions:
           positions = math.prod(entry.shape) // entry.features
           entry.work = dataclasses.replace(work, positions=positions)

@@ -107,8 +107,12 @@ def test_nnx_gradients_belong_to_the_layer(model):
     for name in _NAMES
   ]
   assert times == [2, 3, 3, 3, 3]
-  shapes = [layer.output_shape for layer in forward.by_layer.values()]
-  assert shapes == [la.output_shape for la in gradient.by_layer.values()]
+  for field in ('output_shape', 'positions', 'activations'):
+    before, after = (
+      [getattr(layer, field) for layer in counted.by_layer.values()]
+      for counted in (forward, gradient)
+    )
+    assert before == after
 
 
 def test_nnx_gradients_of_several_models_are_named_apart(model):
