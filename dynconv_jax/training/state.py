@@ -23,6 +23,10 @@ Batch = Mapping[str, jax.Array]
 QUANTITIES = ('cross_entropy', 'distillation', 'gating', 'gradient_norm')
 CHECKED = (*QUANTITIES, 'an updated weight', 'a batch statistic')
 
+# Separates the keys of a run's network from those of its batches, which have
+# the same seed and are numbered by step.
+_STREAM = 2**32 - 1
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -79,7 +83,7 @@ def create_state(
     model_state=model_state,
     opt_state=tx.init(params),
     ema=ema,
-    key=jax.random.key(config.run.seed),
+    key=jax.random.fold_in(jax.random.key(config.run.seed), _STREAM),
     sums={name: jnp.zeros((), jnp.float32) for name in names},
     first_bad=jnp.full((2,), -1, jnp.int32),
   )

@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from dynconv_jax.data import decode
+from dynconv_jax.data.augment import Augmentation
+from dynconv_jax.data.batches import TrainBatches
+from dynconv_jax.layers import Dropout
 from dynconv_jax.masks import ExecutionMask, MaskedLayer
+from dynconv_jax.methods.gumbel import binary_gumbel
 from dynconv_jax.training import schedules
 from dynconv_jax.training import state as state_lib
 from dynconv_jax.training.config import Config
@@ -281,6 +286,68 @@ def test_the_state_is_fresh_arrays():
   step(state, _batch())
   # The step donates its state; the model's own weights remain usable.
   np.testing.assert_array_equal(model.kernel[...], np.ones((3, 4)))
+
+
+class Drawing(nnx.Module):
+  """A classifier that keeps what five drops and five gates drew per image."""
+
+  def __init__(self, n):
+    self.kernel = nnx.Param(jnp.zeros((3, 2)))
+    self.drawn = nnx.BatchStat(jnp.zeros((10, n)))
+    self.drop = Dropout(0.5, broadcast_dims=(1, 2, 3), deterministic=False)
+
+  def __call__(self, images, *, rngs, **unused):
+    ones = jnp.ones((len(images), 1, 1, 1))
+    drawn = [self.drop(ones, rngs=rngs)[:, 0, 0, 0] > 0 for _ in range(5)]
+    zeros = jnp.zeros(len(images))
+    drawn += [binary_gumbel(zeros, rngs['gumbel']()) for _ in range(5)]
+    self.drawn[...] = jnp.stack(drawn)
+    return images[:, 0, 0, :] @ self.kernel[...], []
+
+
+class Halves:
+  """Images with a white left half."""
+
+  class_names = ('a', 'b')
+
+  def __len__(self):
+    return 128
+
+  def __getitem__(self, index):
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4] = 255
+    name = f'{index}.png'
+    return {'image': decode.to_png(image), 'label': index % 2, 'name': name}
+
+
+def test_drops_and_gates_do_not_depend_on_the_augmentation():
+  config = _config(method='dense', seed=3)
+  batches = TrainBatches(
+    Halves(),
+    image_size=8,
+    batch_size=128,
+    augmentation=Augmentation(crop='none'),
+    seed=3,
+  )
+  model = Drawing(128)
+  tx = schedules.optimizer(
+    config.optimization,
+    schedules.learning_rate(config.optimization, _STEPS),
+  )
+  step = state_lib.make_train_step(
+    state_lib.split(model)[0], tx, config, _STEPS
+  )
+  state = state_lib.create_state(model, tx, config)
+  same = []
+  for _ in range(8):
+    batch = next(batches)
+    flipped = np.asarray(batch['image'][:, 0, 0, 0] < 0)
+    state = step(state, batch)
+    same.append(np.asarray(state.model_state['drawn'] > 0) == flipped)
+  batches.close()
+  # Five standard deviations of a fair coin, thrown 1024 times.
+  share = np.concatenate(same, axis=1).mean(1)
+  np.testing.assert_allclose(share, 0.5, atol=5 * 0.5 / 32)
 
 
 @pytest.mark.parametrize('parts', [2, 3])
