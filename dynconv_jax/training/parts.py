@@ -325,19 +325,24 @@ class OptimizationConfig:
     Raises:
       ValueError: a factor is not PATTERN:FACTOR.
     """
-    factors = {}
+    pairs = []
     for entry in self.learning_rate_factors:
-      pattern, _, factor = entry.rpartition(':')
+      pattern, _, text = entry.rpartition(':')
       try:
-        factors[pattern] = float(factor)
+        factor = float(text)
       except ValueError:
-        factors[pattern] = math.nan
-      if not pattern or not 0 <= factors[pattern] < math.inf:
+        factor = math.nan
+      if not pattern or not 0 <= factor < math.inf:
         raise ValueError(
           'learning_rate_factors must be PATTERN:FACTOR with a factor >= 0; '
           f'got {entry}'
         )
-    return factors | dict.fromkeys(self.frozen, 0.0)
+      pairs.append((pattern, factor))
+    factors = {}
+    for pattern, factor in [*pairs, *((p, 0.0) for p in self.frozen)]:
+      factors.pop(pattern, None)  # A dict would keep the earlier place.
+      factors[pattern] = factor
+    return factors
 
 
 @dataclasses.dataclass(frozen=True)

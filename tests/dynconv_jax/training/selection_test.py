@@ -103,6 +103,16 @@ def test_a_factor_scales_the_update():
     np.testing.assert_allclose(got, factor * expected, rtol=1e-3, atol=1e-7)
 
 
+def test_a_repeated_pattern_counts_where_it_is_last():
+  config = Config.make(
+    learning_rate_factors=('fc:2', 'conv1:2', '*:3', 'fc:4'),
+    frozen=('conv1',),
+  )
+  params = {name: jnp.zeros(()) for name in ('bn1', 'conv1', 'fc')}
+  factors = selection.factors_of(params, config.optimization.factors)
+  assert factors == {'bn1': 3, 'conv1': 0, 'fc': 4}
+
+
 def test_bad_input():
   with pytest.raises(ValueError, match='PATTERN:FACTOR.*got fc'):
     Config.make(learning_rate_factors=('fc',)).check()
