@@ -119,22 +119,9 @@ def _train(config, workdir, model, data, masks, start) -> dict[str, Any]:
       splits = inputs.open_splits(config.data, data)
   if splits.train is None:
     raise ValueError('train_split must name examples; got none')
-  batches = inputs.train_batches(config, splits.train, split)
-  validation = None
-  if splits.validation is not None:
-    validation = inputs.eval_batches(
-      config.data,
-      splits.validation,
-      split,
-      image_size=config.model.image_size,
-      batch_size=config.run.eval_batch_size,
-    )
-    shown = next(iter(validation))['image'][:8]
   class_names = splits.train.class_names
-  steps_per_epoch = batches.steps_per_epoch
-  total_steps = config.optimization.epochs * steps_per_epoch
 
-  # Model and optimizer.
+  # Model.
   resumed = bool(distributed.gather(checkpoints.exists(workdir))[0])
   network = workdir_lib.build_model(
     config, len(class_names), seed=config.run.seed, factory=model
@@ -146,7 +133,9 @@ def _train(config, workdir, model, data, masks, start) -> dict[str, Any]:
       'frozen': start_from.frozen,
       'frozen_statistics': start_from.frozen_statistics,
       'learning_rate_factors': [
-        pattern for pattern, factor in start_from.factors.items() if factor
+        pattern
+        for pattern in start_from.factors
+        if pattern not in start_from.frozen
       ],
     },
   )
@@ -163,6 +152,23 @@ def _train(config, workdir, model, data, masks, start) -> dict[str, Any]:
     teacher = workdir_lib.load_teacher(
       config, class_names, distributed.replicated(split)
     )
+
+  # Batches, which may decode the whole dataset.
+  batches = inputs.train_batches(config, splits.train, split)
+  validation = None
+  if splits.validation is not None:
+    validation = inputs.eval_batches(
+      config.data,
+      splits.validation,
+      split,
+      image_size=config.model.image_size,
+      batch_size=config.run.eval_batch_size,
+    )
+    shown = next(iter(validation))['image'][:8]
+  steps_per_epoch = batches.steps_per_epoch
+  total_steps = config.optimization.epochs * steps_per_epoch
+
+  # Optimizer.
   schedule = schedules.learning_rate(config.optimization, steps_per_epoch)
   tx = schedules.optimizer(config.optimization, schedule)
   view = nnx.view(network, deterministic=True, use_running_average=True)

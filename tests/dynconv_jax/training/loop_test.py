@@ -126,6 +126,26 @@ def test_the_summary_and_what_lies_in_the_workdir(config, finished):
   assert workdir.read_metrics(finished) == rows
 
 
+@pytest.mark.parametrize(
+  ('name', 'value'),
+  [
+    ('frozen', 'layer9'),
+    ('learning_rate_factors', 'layer9:2'),
+    ('learning_rate_factors', 'layer9:0'),
+  ],
+)
+def test_a_pattern_without_a_match_is_an_error_before_decoding(
+  config, tmp_path, name, value
+):
+  config = config.replace(**{name: (value,)})
+  with (
+    mock.patch.object(loop.inputs, 'train_batches') as decoding,
+    pytest.raises(ValueError, match=f'matches {name}: layer9'),
+  ):
+    loop.train(config, tmp_path / 'run')
+  decoding.assert_not_called()
+
+
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows')
 def test_hanging_up_saves_unless_it_is_ignored():
   old = signal.getsignal(signal.SIGHUP)
