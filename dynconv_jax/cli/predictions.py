@@ -110,7 +110,7 @@ def write_predictions(
   The columns are name, label and prediction (class names), correct (0 or 1),
   and cross_entropy. If known, there are also macs, object_share, and
   `Evaluation.localization`. Cells are empty for images without a visible
-  object.
+  object or background.
 
   Args:
     path: path of the CSV file.

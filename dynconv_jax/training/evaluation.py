@@ -38,7 +38,8 @@ class Evaluation:
       positions; NaN for images without an object. Empty if the data has no
       object masks.
     background_density: float64[n, blocks], fraction of background pixels at
-      active positions. Empty if the data has no object masks.
+      active positions; NaN for images without background. Empty if the data has
+      no object masks.
     object_share: float64[n], fraction of the image covered by its object. Empty
       if the data has no object masks.
   """
@@ -108,10 +109,11 @@ class Evaluation:
       result['gmacs_mean'] = float(gmacs.mean())
       result['gmacs_p50'] = float(np.percentile(gmacs, 50))
       result['gmacs_p95'] = float(np.percentile(gmacs, 95))
-    recall, background = self.localization
-    if recall.size and not np.isnan(recall).all():
-      result['object_recall'] = float(np.nanmean(recall))
-      result['background_density'] = float(background.mean())
+    for name, values in zip(
+      ('object_recall', 'background_density'), self.localization, strict=True
+    ):
+      if not np.isnan(values).all():
+        result[name] = float(np.nanmean(values))
     return result
 
 
@@ -225,9 +227,10 @@ def _object_shares(hard: np.ndarray, objects: np.ndarray):
   outside = np.prod(objects.shape[1:]) - inside
   hits = (active * objects).sum((1, 2))
   rest = (active * ~objects).sum((1, 2))
-  # The evaluation crop may cut off the object.
+  # The evaluation crop may cut off the object, or keep nothing else.
   recall = np.where(inside > 0, hits / np.maximum(inside, 1), np.nan)
-  return recall, rest / np.maximum(outside, 1)
+  background = np.where(outside > 0, rest / np.maximum(outside, 1), np.nan)
+  return recall, background
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

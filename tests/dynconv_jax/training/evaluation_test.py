@@ -179,6 +179,23 @@ class EvaluateTest(parameterized.TestCase):
       result.object_share, np.where(np.arange(13) < 6, 16 / 64, 0)
     )
 
+  def test_an_object_that_fills_the_image_has_no_background(self):
+    def batches(large):
+      for batch in _batches(5, with_objects=True):
+        whole = batch['image'][:, 0, 0, 0] < large
+        batch['object_mask'] |= whole[:, None, None]
+        yield batch
+
+    def predict(images):
+      return _logits(images), [_mask(jnp.ones((len(images), 4, 4)))]
+
+    result = evaluation.evaluate(predict, batches(large=6))
+    self.assertEqual(result.summary()['background_density'], 1.0)
+    self.assertEqual(np.isnan(result.background_density[:, 0]).sum(), 6)
+    summary = evaluation.evaluate(predict, batches(large=13)).summary()
+    self.assertEqual(summary['object_recall'], 1.0)
+    self.assertNotIn('background_density', summary)
+
   def test_examples_left_out_leave_gaps_in_the_index(self):
     def batches():
       for batch in _batches(5):
