@@ -70,10 +70,14 @@ class DataConfig(Chosen):
     (), 'Classes to use, numbered in this order; empty: all.'
   )
   train_split: str = option(
-    'default', 'In TFDS notation; default means train[:90%].'
+    'default',
+    'In TFDS notation; default means train, or train[:90%] if the dataset has '
+    'no validation split.',
   )
   validation_split: str = option(
-    'default', 'In TFDS notation, or none; default means train[90%:].'
+    'default',
+    "In TFDS notation, or none; default means the dataset's validation split, "
+    'or train[90%:] if it has none.',
   )
   test_split: str = option(
     'default', "In TFDS notation; default means the dataset's test split."
