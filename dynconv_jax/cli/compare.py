@@ -6,12 +6,13 @@ in RESULTS/predictions.
 
 To compare two settings, each with one run or several seeds:
 dynconv compare --split=test \
-  --runs='workdir/NAME/dynconv_b0.5_seed*' --against='workdir/NAME/dense_seed*'
+  --runs='workdir/NAME/dynconv_budget0.5_*' --against='workdir/NAME/dense_*'
 
 Prints both accuracies and their difference in points, with a 95 % interval and
 p-value from a paired bootstrap over examples and seeds. For single runs, also
 prints McNemar's exact test. The last line is JSON. Seeds are paired if both
-sides have the same seeds. --gains=FILE.csv adds the difference to a table for
+sides have the same seeds. Several runs of one seed count as runs of one
+setting, with a warning. --gains=FILE.csv adds the difference to a table for
 `dynconv plot`, at the fraction of the image that the object covers. --bins=N
 splits the examples into N equal groups by that fraction. Earlier rows of the
 same --label are replaced; with --share, only those of that share.
@@ -19,7 +20,7 @@ same --label are replaced; with --share, only those of that share.
 To compare many settings with a baseline, as CSV and Markdown (p-values are not
 corrected for multiple comparisons):
 dynconv compare --split=test --baseline=dense --table=FILE.csv \
-  --groups='dense=workdir/NAME/dense_*;dynconv=workdir/NAME/dynconv_*'
+  --groups='dense=workdir/NAME/dense_*;half=workdir/NAME/dynconv_budget0.5_*'
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from dynconv_jax import statistics
 from dynconv_jax.cli import program
@@ -120,6 +121,13 @@ class Group:
     if None not in seeds and len(set(seeds)) == len(seeds):
       seeds, paths = zip(*sorted(zip(seeds, paths, strict=True)), strict=True)
       self.seeds = seeds
+    elif None not in seeds:
+      twice = next(seed for seed in seeds if seeds.count(seed) > 1)
+      same = [p for p, seed in zip(paths, seeds, strict=True) if seed == twice]
+      logging.warning(
+        '%s counts several runs of seed %d as runs of one setting: %s',
+        *(name, twice, ', '.join(map(str, same))),
+      )
     self.runs = [read_predictions(path) for path in paths]
 
   def align(self, first: Predictions) -> None:

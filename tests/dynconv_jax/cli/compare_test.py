@@ -115,6 +115,16 @@ def test_single_runs_have_mcnemar(program, tmp_path, runs):
   assert not _last(stdout)['paired_seeds']
 
 
+def test_runs_of_one_seed_have_a_warning(program, tmp_path, runs, caplog):
+  program('compare', f'--runs={tmp_path}/a*', f'--against={tmp_path}/b0')
+  assert not caplog.messages
+  # A pattern that matches two settings.
+  program('compare', f'--runs={tmp_path}/?0', f'--against={tmp_path}/b1')
+  (warning,) = caplog.messages
+  assert warning.startswith('runs counts several runs of seed 0')
+  assert f'{tmp_path}/a0' in warning and f'{tmp_path}/b0' in warning
+
+
 def test_groups_against_a_baseline(program, tmp_path, runs):
   a, b, _ = runs
   table = tmp_path / 'new' / 'table.csv'
