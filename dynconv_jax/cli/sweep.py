@@ -294,7 +294,8 @@ def _train(
       # The run is measured again. If it resumes, the marker is removed last, in
       # case the sweep is interrupted here.
       if run.name in rows:
-        write_result(table, {**row, 'latency_ms': ''})
+        latency = [n for n in rows[run.name] if n.startswith('latency_')]
+        write_result(table, row | dict.fromkeys(latency, ''))
       if _other_epochs(run, root):
         (root / run.name / TRAINED).unlink()
   places = {place(root / run.name): run.name for run in runs}

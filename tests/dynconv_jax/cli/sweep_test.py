@@ -255,6 +255,11 @@ def test_with_more_epochs_runs_go_on_and_are_measured_again(sweep):
   assert sweep.rows() == known
   flags = workdir.read_config(sweep.runs / _NAMES[0])
   assert flags.optimization.epochs == 30
+  # Without new latencies, none of the old ones remain.
+  sweep('--epochs=40', '--latency_batch_size=0')
+  columns = {n for n in known[_NAMES[2]] if n.startswith('latency_')}
+  assert len(columns) == 5
+  assert {row[n] for row in sweep.rows().values() for n in columns} == {''}
 
 
 def test_another_checkpoint_or_recipe(sweep):
