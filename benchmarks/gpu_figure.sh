@@ -40,13 +40,16 @@ while kill -0 $started 2>/dev/null &&
   sleep 1
 done
 narrow() {
+  local failed=0
   sweep narrow_from_scratch $base --parallel=2 --grid=method=dense \
-    --grid=width_multiplier=0.71,0.5 --grid=seed=0
+    --grid=width_multiplier=0.71,0.5 --grid=seed=0 || failed=1
   for width in 0.71 0.5; do
     sweep "width_$width" ${base}_from_dense --grid=method=dense \
       --grid=width_multiplier=$width --grid=seed=0 \
-      --init_from="$out/runs/narrow_from_scratch/dense_width_multiplier${width}_seed0"
+      --init_from="$out/runs/narrow_from_scratch/dense_width_multiplier${width}_seed0" \
+      || failed=1
   done
+  return $failed
 }
 gated() {
   sweep from_dense ${base}_from_dense --parallel="${LANES:-3}" \
@@ -54,10 +57,11 @@ gated() {
     --grid=skip_weight=0.3,0.6 --grid=skipnet:budget_warmup=0.6 \
     --grid=ponder_weight=0.05,0.2
 }
+# One failed run does not end the others.
 narrow &
 narrowed=$!
 wait $started
-failed=0  # One failed run does not end the others.
+failed=0
 gated --grid=method=dense,dynconv,skipnet,convnet_aig,sact,act \
   --grid=budget=0.5,0.3,0.7 --grid=seed=0 --grid=dense:seed=0,1,2 \
   --grid=dynconv:seed=0,1,2 || failed=1
