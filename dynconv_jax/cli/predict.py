@@ -69,6 +69,11 @@ def main(argv: Sequence[str]) -> None:
       'set either --workdir or --pretrained; got '
       f'{"neither" if _WORKDIR.value is None else "both"}'
     )
+  other = 'workdir' if _WORKDIR.value is None else 'pretrained'
+  needs = {'model': 'pretrained', 'data_dir': 'pretrained'}
+  for name, needed in (needs | {'checkpoint': 'workdir'}).items():
+    if flags.FLAGS[name].present and needed == other:
+      raise ValueError(f'--{name} needs --{needed}')
   paths = [path for arg in argv[1:] for path in _expand(arg)]
   if not paths:
     raise ValueError('specify at least one image: JPEG, PNG, or WebP')

