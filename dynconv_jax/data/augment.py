@@ -119,12 +119,38 @@ class Augmentation:
     if errors:
       raise ValueError('; '.join(errors))
 
-  def check_cache(self, cache: str) -> None:
-    """Raises ValueError if a cache does not support the augmentation."""
+  def check_cache(
+    self, cache: str, cache_size: int | None, size: int, name: str
+  ) -> None:
+    """Raises ValueError if a cache or a size does not fit the augmentation.
+
+    Args:
+      cache: 'none' or 'device'.
+      cache_size: side of the cached images, in pixels; None for the default.
+      size: side of the crops, in pixels.
+      name: name of the option that sets `size`, for errors.
+    """
     if self.randaugment and cache == 'device':
       raise ValueError(
         'randaugment runs on the host after decoding, so it needs cache=none; '
         f'got cache={cache}'
+      )
+    if self.crop == 'pad' and self.crop_padding >= size:
+      raise ValueError(
+        f'crop_padding must be less than {name}, {size}; got '
+        f'{self.crop_padding}'
+      )
+    if cache_size is None:
+      return
+    if cache != 'device' or self.crop != 'resized':
+      raise ValueError(
+        'cache_size needs cache=device and crop=resized; got cache='
+        f'{cache}, crop={self.crop}'
+      )
+    if not size <= cache_size <= MAX_IMAGE_SIZE:
+      raise ValueError(
+        f'cache_size must be in [{size}, {MAX_IMAGE_SIZE}], at least {name}; '
+        f'got {cache_size}'
       )
 
 

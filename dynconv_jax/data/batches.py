@@ -82,32 +82,15 @@ class TrainBatches:
     """
     _check(source, image_size, batch_size, cache, num_workers, sharding)
     augmentation = augmentation or augment.Augmentation()
-    augmentation.check_cache(cache)
-    resized = augmentation.crop == 'resized'
     name = 'object_size' if scenes else 'image_size'
     size = scenes.crop_size if scenes else image_size
-    largest = decode.MAX_IMAGE_SIZE
+    augmentation.check_cache(cache, cache_size, size, name)
     _require(
       (
         batch_size <= len(source),
         f'batch_size {batch_size} exceeds the {len(source)} training examples',
       ),
       (0 <= seed < 2**63, f'seed must be in [0, 2**63); got {seed}'),
-      (
-        augmentation.crop != 'pad' or augmentation.crop_padding < size,
-        f'crop_padding must be less than {name}, {size}; got '
-        f'{augmentation.crop_padding}',
-      ),
-      (
-        cache_size is None or (cache == 'device' and resized),
-        'cache_size needs cache=device and crop=resized; got cache='
-        f'{cache}, crop={augmentation.crop}',
-      ),
-      (
-        cache_size is None or size <= cache_size <= largest,
-        f'cache_size must be in [{size}, {largest}], at least {name}; got '
-        f'{cache_size}',
-      ),
     )
 
     self.step = 0

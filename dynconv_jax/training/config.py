@@ -99,8 +99,9 @@ class Config:
       errors += options_lib.errors_of(part)
     errors += options_lib.errors(
       [
-        lambda: self.data.augmentation().check_cache(self.data.cache),
+        self.data.augmentation,
         self.data.scenes,
+        lambda: self.data.check_cache(self.model.image_size),
         lambda: optimization.factors,
       ]
     )

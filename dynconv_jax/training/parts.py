@@ -162,6 +162,18 @@ class DataConfig(Chosen):
       return None
     return Scenes(self.scene_size, self.object_size)
 
+  def check_cache(self, image_size: int) -> None:
+    """Raises ValueError if augmentation, scenes, cache, or sizes do not fit.
+
+    Args:
+      image_size: side of the network input in pixels.
+    """
+    augmentation, scenes = self.augmentation(), self.scenes()
+    name, size = 'image_size', image_size
+    if scenes:
+      name, size = 'object_size', scenes.crop_size
+    augmentation.check_cache(self.cache, self.cache_size or None, size, name)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Chosen):

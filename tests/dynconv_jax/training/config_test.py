@@ -283,7 +283,12 @@ class CheckTest(parameterized.TestCase):
   @parameterized.parameters(
     Config(),
     OTHER.replace(
-      milestones=(0.5,), init_from='', fsdp=1, randaugment=(), wandb=''
+      milestones=(0.5,),
+      init_from='',
+      fsdp=1,
+      crop='resized',
+      randaugment=(),
+      wandb='',
     ),
     Config.make(milestones=()),
     Config.make(budget=0.0, gumbel_noise_until=0.0, step_decay=0.0),
@@ -323,6 +328,21 @@ class CheckTest(parameterized.TestCase):
       'image_size must be at least 64 for resnet50.*32; got 63',
     ),
     ({'image_size': 7}, 'image_size must be at least 8 for cifar_resnet8'),
+    # Before a sweep starts, not when it comes to the largest size.
+    (
+      {'image_size': 128, 'cache': 'device', 'cache_size': 96},
+      r'cache_size must be in \[128, 4096\], at least image_size; got 96',
+    ),
+    (
+      {'cache': 'device', 'cache_size': 96}
+      | {'object_size': (112,), 'scene_size': (192,)},
+      r'cache_size must be in \[112, 4096\], at least object_size; got 96',
+    ),
+    ({'cache_size': 96}, 'needs cache=device .*; got cache=none, crop=resized'),
+    (
+      {'crop': 'pad', 'crop_padding': 32},
+      'crop_padding must be less than image_size, 32; got 32',
+    ),
     *(
       ({name: 0}, f'{name} must be > 0; got 0')
       for name in (
