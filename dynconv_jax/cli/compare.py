@@ -317,6 +317,8 @@ def _compare_many(patterns: Mapping[str, Sequence[str]], name: str) -> None:
   path = pathlib.Path(_TABLE.value).expanduser()
   if path.suffix != '.csv':
     raise ValueError(f'--table must end in .csv; got {path}')
+  if path.exists() and 'group' not in read_results(path)[0]:
+    raise ValueError(f'{path} is not a table of groups; choose another --table')
   groups = _aligned(patterns)
   baseline = next(group for group in groups if group.name == name)
   rows = [g.row(None if g is baseline else baseline) for g in groups]

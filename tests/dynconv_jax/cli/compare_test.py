@@ -147,6 +147,11 @@ def test_groups_against_a_baseline(program, tmp_path, runs):
   markdown = table.with_suffix('.md').read_text()
   assert markdown in stdout
   assert f'| A | 2 | {100 * a.mean():.1f} [' in markdown
+  # A table is replaced.
+  program(
+    'compare', f'--groups=C={tmp_path}/a1', '--baseline=C', f'--table={table}'
+  )
+  assert [row['group'] for row in read_results(table)] == ['C']
 
 
 def test_gains_by_the_share_of_the_object(program, tmp_path, runs):
@@ -234,6 +239,10 @@ def _others(folder):
     ('--groups=a={}/a0 --baseline=b --table=t.csv', "one of a; got 'b'"),
     ('--groups=a --baseline=a --table=t.csv', "NAME=RUNS;...; got 'a'"),
     ('--groups=a={}/a0 --baseline=a --table=t.md', 'must end in .csv'),
+    (
+      '--groups=a={}/a0 --baseline=a --table={}/table.csv',
+      'table.csv is not a table of groups',
+    ),
   ],
 )
 def test_bad_arguments(program, tmp_path, runs, arguments, message):
