@@ -142,6 +142,13 @@ def _train(config, workdir, model, data, masks, start) -> dict[str, Any]:
   initialization.open_gates(network, method)
   if start_from.init_from and not resumed:
     source = workdir_lib.load_run(start_from.init_from, factory=model)
+    names = source.class_names
+    if names != class_names and len(names) == len(class_names):
+      logging.warning(
+        'init_from %s has a classifier of as many other classes, which is '
+        'kept: %s, not %s',
+        *(start_from.init_from, ', '.join(names), ', '.join(class_names)),
+      )
     initialization.initialize_from(network, source.model)
   if start_from.pretrained and not resumed:
     path = interop.find_pretrained(start_from.pretrained, config.data.data_dir)

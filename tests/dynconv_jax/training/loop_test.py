@@ -146,6 +146,24 @@ def test_a_pattern_without_a_match_is_an_error_before_decoding(
   decoding.assert_not_called()
 
 
+@pytest.mark.parametrize('reverse', [False, True])
+def test_a_start_from_other_classes_has_a_warning(
+  config, finished, tmp_path, reverse
+):
+  names = spots.CLASS_NAMES[::-1] if reverse else spots.CLASS_NAMES
+  config = config.replace(init_from=str(finished), classes=names)
+  with (
+    mock.patch.object(loop.inputs, 'train_batches', side_effect=KeyError),
+    mock.patch.object(loop.logging, 'warning') as warning,
+    pytest.raises(KeyError),
+  ):
+    loop.train(config, tmp_path / 'run')
+  calls = [call.args for call in warning.call_args_list]
+  found = [args[1:] for args in calls if args[0].startswith('init_from')]
+  expected = (str(finished), ', '.join(spots.CLASS_NAMES), ', '.join(names))
+  assert found == ([expected] if reverse else [])
+
+
 @pytest.mark.skipif(not hasattr(signal, 'SIGHUP'), reason='Windows')
 def test_hanging_up_saves_unless_it_is_ignored():
   old = signal.getsignal(signal.SIGHUP)
