@@ -5,16 +5,17 @@
 #
 # Dense networks of three widths from scratch, then all methods from them, in
 # order of importance. The same command resumes. Tables, flags, and predictions
-# are in OUT/results, workdirs in OUT/runs. LANES gated runs train at a time
-# (default: 3) beside one or two dense ones, so that some compile while others
-# compute. A dry run on a CPU, with two steps per run and drawn images:
+# are in OUT/results, workdirs in OUT/runs. DIR is absolute, or relative to the
+# repository. LANES gated runs train at a time (default: 3) beside one or two
+# dense ones, so that some compile while others compute. A dry run on a CPU, with
+# two steps per run and drawn images:
 #
 #   benchmarks/gpu_figure.sh OUT --dataset=spots --classes= --spots_train=8 \
 #     --spots_test=4 --spots_size=64 --image_size=64 --cache_size=64 \
 #     --batch_size=4 --epochs=1 --warmup_epochs=0 --model=resnet18
 set -euo pipefail
+out=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
-out=$1
 shift
 flags=("$@")
 # Runs share compiled programs, and do not reserve GPU memory.
@@ -60,7 +61,7 @@ gated() {
 # One failed run does not end the others.
 narrow &
 narrowed=$!
-wait $started
+wait $started || { wait $narrowed; exit 1; }
 failed=0
 gated --grid=method=dense,dynconv,skipnet,convnet_aig,sact,act \
   --grid=budget=0.5,0.3,0.7 --grid=seed=0 --grid=dense:seed=0,1,2 \
