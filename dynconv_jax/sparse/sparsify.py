@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dynconv_jax.masks import executed_fractions
 from dynconv_jax.models.gated import GatedBlock, Gating, gated_blocks
 from dynconv_jax.sparse.backend import Backend, get_backend
 from dynconv_jax.sparse.descriptions import check_descriptions
@@ -62,7 +63,7 @@ class SparseBlock(nnx.Module):
     if self.dense is None:
       out, fallback = backend.run_gated(self, x, mask, gating), jnp.int32(0)
     else:
-      fraction = jnp.sum(mask.executed_macs()) / (mask.dense_macs() * len(x))
+      fraction, _ = executed_fractions([mask])
       fallback = fraction > self.plan.limit
       out = jax.lax.cond(
         fallback,

@@ -182,6 +182,16 @@ def test_what_is_above_the_limit_is_exact_and_counted(make_network, backend):
   assert_same(logits, masked_dense(model, images, masks)[0])
 
 
+def test_the_limit_holds_for_any_number_of_macs(make_network, backend):
+  model, shape = make_network('basic', 'dynconv'), (1024, 512, 512, 3)
+  block = model.layer1[0].branch
+  assert block.executed_macs((512**2,) * 2) * shape[0] > 2**31
+  executor = SparseExecutor(model, shape, limit=0.5, backend=backend)
+  images = jax.ShapeDtypeStruct(shape, jnp.float32)
+  logits, stats = jax.eval_shape(executor, images)
+  assert (logits.shape, stats.counts.shape) == ((1024, 5), (4, 3))
+
+
 @pytest.mark.parametrize('limit', (0.5, 1.0))
 def test_only_weights_that_are_read_are_kept(make_network, backend, limit):
   """A block's weights count once; twice if it may also run densely."""
