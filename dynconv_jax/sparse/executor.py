@@ -127,7 +127,7 @@ class ExecutionStats:
 def _unpack(packed, layout):
   treedef, kinds = layout
   sizes = [math.prod(shape) for shape, _ in kinds]
-  parts = jnp.split(packed, np.cumsum(sizes)[:-1])
+  *parts, _ = jnp.split(packed, np.cumsum(sizes))
   return treedef.unflatten(
     part.reshape(shape).astype(dtype)
     for part, (shape, dtype) in zip(parts, kinds, strict=True)

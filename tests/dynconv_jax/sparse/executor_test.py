@@ -224,6 +224,15 @@ def test_statistics_pass_a_jitted_function(make_network):
     np.testing.assert_array_equal(got.dilated, mask.dilated)
 
 
+def test_a_network_without_gates_returns_no_masks(make_network):
+  model, images = make_network('basic', 'dense'), make_images((1, 13, 9, 3))
+  executor = SparseExecutor(model, images.shape, mode='sparse')
+  logits, stats = executor(images, return_masks=True)
+  assert_same(logits, masked_dense(model, images)[0])
+  assert stats.masks == []
+  assert stats.counts.shape == (0, 3)
+
+
 def test_every_mode_gives_the_same(make_network):
   model, images = make_network('basic', 'dynconv'), make_images((1, 13, 9, 3))
   expected, _ = masked_dense(model, images)
