@@ -217,6 +217,10 @@ class RecurrentGate(SkipGate):
     logits, state = control(x, state)
     return logits, (control, state)
 
+  def record(self, hard, carry):
+    # The LSTM makes no step for this block.
+    return carry or (self.control, None)
+
 
 def _halve(x: jax.Array) -> jax.Array:
   """Returns the 2x2 max pooling at stride 2; an extent of 1 stays.

@@ -10,6 +10,7 @@ from flax import nnx
 from dynconv_jax.macs import count_macs
 from dynconv_jax.methods import skipnet as skip_gate
 from dynconv_jax.models.create import create_model
+from dynconv_jax.models.gated import Gating
 
 
 def _images(*shape, seed=1):
@@ -329,6 +330,24 @@ class NetworkTest(parameterized.TestCase):
     x = nnx.relu(second.shortcut(x))
     x = nnx.relu(third.shortcut(x))
     np.testing.assert_allclose(logits, model.head(x), rtol=1e-6, atol=1e-6)
+
+  @parameterized.parameters(*skip_gate.SKIP_GATES)
+  def test_later_gates_decide_after_a_given_mask(self, kind):
+    model, images = _evaluation(_network(kind)), _images(6, 8, 8, 3)
+    given = np.arange(6)[:, None, None] % 2
+    logits, masks = model(images, masks={'layer2.0': given})
+    np.testing.assert_array_equal(masks[0].density(), given[:, 0, 0])
+    # The last gate is then the first that decides.
+    x, (*blocks, last) = model.stem(images), model.blocks
+    for block, hard in zip(blocks, (None, given), strict=True):
+      x = block(x, Gating(masks=[hard]))
+    gate, carry = last.masker, None
+    if kind == 'recurrent':
+      carry = (blocks[-1].masker.control, None)
+    decision, _ = gate(x, carry)
+    np.testing.assert_array_equal(masks[1].score[:, :1, :1], decision.score)
+    x = last(x, Gating(masks=[decision.hard]))
+    np.testing.assert_array_equal(logits, model.head(x))
 
   @parameterized.parameters(*skip_gate.SKIP_GATES)
   def test_macs_of_gates_in_full_and_of_blocks_by_masks(self, kind):
