@@ -29,7 +29,11 @@ from dynconv_jax.sparse.fold import (
   check_evaluation,
   fold_block,
 )
-from dynconv_jax.sparse.sparsify import fold_pairs, replace_modules
+from dynconv_jax.sparse.sparsify import (
+  Replacement,
+  fold_pairs,
+  replace_modules,
+)
 from dynconv_jax.sparse.stablehlo import (
   for_any_batch,
   image_type,
@@ -161,13 +165,12 @@ class _Leaf(nnx.Module):
     return _bind(self.write, self.like, x)
 
 
-class _BlockLeaf(nnx.Module):
+class _BlockLeaf(Replacement):
   """Replaces a gated block. The block's gate is traced normally."""
 
   def __init__(self, block: GatedBlock, form: str):
-    self.branch, self.name = block.branch, block.name
-    self.stage, self.masker = block.stage, block.masker
-    self.dtype = block.dtype
+    super().__init__(block)
+    self.masker = block.masker
     folded, self.form = fold_block(block, jnp.float32), form
 
     def write(w, values, out):

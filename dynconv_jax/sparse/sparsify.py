@@ -24,7 +24,26 @@ from dynconv_jax.sparse.fold import (
 from dynconv_jax.sparse.plan import BlockPlan, check_support, choose_plans
 
 
-class SparseBlock(nnx.Module):
+class Replacement(nnx.Module):
+  """A module in the place of a gated block.
+
+  Has the attributes that a network's `__call__` may read.
+
+  Args:
+    block: the block to replace.
+  """
+
+  def __init__(self, block: GatedBlock):
+    self.branch, self.name = block.branch, block.name
+    self.stage, self.dtype = block.stage, block.dtype
+
+  @property
+  def strides(self) -> int:
+    """Stride of the block."""
+    return self.branch.strides
+
+
+class SparseBlock(Replacement):
   """A gated block that executes its branch only where its mask is set.
 
   Args:
@@ -33,8 +52,7 @@ class SparseBlock(nnx.Module):
   """
 
   def __init__(self, block: GatedBlock, plan: BlockPlan):
-    self.branch, self.name = block.branch, block.name
-    self.stage, self.dtype = block.stage, block.dtype
+    super().__init__(block)
     self.masker = block.masker
     self.plan = plan
     folded = fold_block(block)
@@ -180,11 +198,16 @@ class BlockTrace:
   follows: bool
 
 
-class _Recorder(nnx.Module):
+class _Recorder(Replacement):
   """Records the calls of a block."""
 
   def __init__(self, block: GatedBlock, note: Callable[..., None]):
+    super().__init__(block)
     self.block, self.note = block, note
+
+  @property
+  def masker(self):
+    return self.block.masker
 
   def __call__(self, x, gating=None):
     out = self.block(x, gating)

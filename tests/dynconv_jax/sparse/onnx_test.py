@@ -183,6 +183,7 @@ class UNet(nnx.Module):
 
   def __call__(self, images):
     gating = Gating()
+    assert self.encode2.strides == 2  # Networks may read their blocks.
     full = self.encode1(self.bn1(self.conv1(images)), gating)
     half = self.decode2(self.encode2(full, gating), gating)
     up = jax.image.resize(half, full.shape[:3] + (8,), 'nearest')

@@ -198,6 +198,26 @@ def test_the_order_of_execution_is_traced(images):
   assert traces[2].shape == (2, 10, 12, 18)
 
 
+class Reading(UNet):
+  """Reads the attributes of its blocks."""
+
+  def __call__(self, images, **kwargs):
+    for block in (self.first, self.down['a'], self.after):
+      assert block.strides == block.branch.strides
+      assert (block.name == 'down') == (block.strides > 1)
+      assert block.stage == 0 and block.masker is not None
+      images = images.astype(block.dtype)
+    return super().__call__(images, **kwargs)
+
+
+def test_a_network_that_reads_its_blocks(images):
+  model = nnx.view(
+    Reading(rngs=nnx.Rngs(0)), deterministic=True, use_running_average=True
+  )
+  executor = SparseExecutor(model, images.shape, backend='xla')
+  assert_same(executor(images)[0], model(images)[0])
+
+
 @pytest.mark.parametrize(
   ('kind', 'message'),
   [(SiluBlock, 'do not compute what'), (InvertedGateBlock, 'override')],
