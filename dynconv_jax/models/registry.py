@@ -6,8 +6,10 @@ package.module:factory. A factory is called as
 and returns an nnx.Module whose
   __call__(images, *, rngs, temperature, gumbel_noise, masks)
 returns logits and execution masks. The factory's other keyword arguments must
-have defaults; they are the options of the network. The annotation
-Annotated[kind, {...}] passes arguments of `options.option`, such as a help
+have defaults; they are the options of the network. An option has the type in
+its annotation if that is bool, float, int, str, one of these or None, or a
+tuple such as tuple[int, ...]; otherwise, that of its default. The annotation
+Annotated[kind, {...}] also passes arguments of `options.option`, such as a help
 text. If the flag file of an older run lacks an option, the default applies.
 """
 
@@ -33,6 +35,12 @@ from dynconv_jax.options import make, option, values_of
 # Modules of this package. ARCHITECTURES is a dict of factories by name; TITLES
 # contains the display names of networks and families.
 _FAMILIES = ('resnet', 'mobilenet', 'efficientnet_lite')
+# Annotations and types of options, as pairs: some annotations have no hash.
+_KINDS = [
+  pair
+  for kind in (bool, float, int, str)
+  for pair in ((kind, kind), (kind | None, kind), (tuple[kind, ...],) * 2)
+]
 _GIVEN = ('num_classes', 'gate', 'dtype', 'rngs', 'width_multiplier')
 
 Factory = Callable[..., nnx.Module]
@@ -90,10 +98,13 @@ def options_type(factory: Factory) -> type:
     default = parameter.default
     if name in _GIVEN or default is parameter.empty:
       continue
-    kind = type(default)
+    kind = str if default is None else type(default)
     if isinstance(default, tuple):
       kind = tuple[type(default[0]) if default else str, ...]
-    (extra,) = getattr(parameter.annotation, '__metadata__', ({},))
+    given = parameter.annotation
+    (extra,) = getattr(given, '__metadata__', ({},))
+    given = given.__origin__ if extra else given
+    kind = next((own for form, own in _KINDS if form == given), kind)
     extra = {'help': f'{name} of the network.', 'before': default, **extra}
     fields.append((name, kind, option(default, **extra)))
   return dataclasses.make_dataclass('Options', fields, frozen=True)

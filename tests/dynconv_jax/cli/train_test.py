@@ -77,6 +77,39 @@ def test_options_from_outside_are_flags(tmp_path, monkeypatch):
       config_flags.define(flags.FlagValues(), ['program', argument])
 
 
+@pytest.mark.parametrize(
+  ('parameter', 'text', 'value'),
+  [
+    ('given: float = 0', '0.5', 0.5),
+    ('given: float | None = None', '0.5', 0.5),
+    ('given: Optional[int] = None', '3', 3),
+    ('given: tuple[int, ...] = ()', '1,2', (1, 2)),
+    ('given: Annotated[float, {"help": "A share."}] = 1', '0.5', 0.5),
+    ('given: Sequence[str] = ("a",)', 'b,c', ('b', 'c')),
+    ('given=None', 'big', 'big'),
+    ('given=(1, 2)', '3', (3,)),
+  ],
+)
+def test_options_of_a_network_have_their_annotated_type(
+  tmp_path, monkeypatch, parameter, text, value
+):
+  (tmp_path / 'annotated.py').write_text(
+    'from collections.abc import Sequence\n'
+    'from typing import Annotated, Optional\n'
+    f'def network(*, {parameter}, **kwargs):\n'
+    '  return None\n'
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.delitem(sys.modules, 'annotated', raising=False)
+  argv = ['program', '--model=annotated:network', f'--given={text}']
+  values = flags.FlagValues()
+  config_flags.define(values, argv)
+  values(argv)
+  config = config_flags.read(values)
+  assert config.model.options.given == value
+  assert Config.from_flags(config.to_flags()) == config
+
+
 def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
   path = tmp_path / 'some.flags'
   path.write_text(
