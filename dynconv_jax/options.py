@@ -217,7 +217,7 @@ def _parse(kind: Any, text: str) -> Any:
   if typing.get_origin(kind) is tuple:
     part, _ = typing.get_args(kind)
     # Empty entries are rejected by later checks.
-    return tuple(map(part, text.split(','))) if text else ()
+    return tuple(_parse(part, t) for t in text.split(',')) if text else ()
   if kind == float | None:
     return float(text) if text else None
   return kind(text)

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from dynconv_jax.cli.flag_help import GROUP
-from dynconv_jax.options import Option, Range, options_of
+from dynconv_jax.options import Option, Range, options_of, to_text
 from dynconv_jax.training import config as config_lib
 from dynconv_jax.training.config import Config
 
@@ -49,7 +49,7 @@ def define(
       define_one = flags.DEFINE_string
     else:
       define_one = flags.DEFINE_list
-      default = None if default is None else [str(v) for v in default]
+      default = None if default is None else [to_text(v) for v in default]
     define_one(name, default, _help(option), flag_values=flag_values)
   for title, names in _groups(**outside):
     for name in names:

@@ -88,6 +88,7 @@ def test_options_from_outside_are_flags(tmp_path, monkeypatch):
     ('given: Sequence[str] = ("a",)', 'b,c', ('b', 'c')),
     ('given=None', 'big', 'big'),
     ('given=(1, 2)', '3', (3,)),
+    ('given=(True, False)', 'false,true,false', (False, True, False)),
   ],
 )
 def test_options_of_a_network_have_their_annotated_type(
@@ -102,12 +103,13 @@ def test_options_of_a_network_have_their_annotated_type(
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, 'annotated', raising=False)
   argv = ['program', '--model=annotated:network', f'--given={text}']
-  values = flags.FlagValues()
-  config_flags.define(values, argv)
-  values(argv)
-  config = config_flags.read(values)
-  assert config.model.options.given == value
-  assert Config.from_flags(config.to_flags()) == config
+  for given in (argv, argv[:2]):
+    values = flags.FlagValues()
+    config_flags.define(values, given)
+    values(given)
+    config = config_flags.read(values)
+    assert (config.model.options.given == value) == (given is argv)
+    assert Config.from_flags(config.to_flags()) == config
 
 
 def test_a_flag_file_with_comments_and_a_later_flag_wins(tmp_path):
