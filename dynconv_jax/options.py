@@ -111,7 +111,12 @@ class Option:
       raise ValueError(f'{self.name} must be {kind}; got {text!r}') from None
 
   def check(self, value: Any) -> None:
-    """Raises ValueError unless a value is finite and allowed."""
+    """Raises ValueError unless a value is finite, allowed, and of the type."""
+    if value is not None and not _fits(self.kind, value):
+      is_tuple = typing.get_origin(self.kind) is tuple
+      kind = None if is_tuple else _KINDS.get(self.kind)
+      kind = kind or f'of type {self.kind}'
+      raise ValueError(f'{self.name} must be {kind}; got {value!r}')
     numbers = value if isinstance(value, tuple) else (value,)
     if any(isinstance(n, float) and not math.isfinite(n) for n in numbers):
       raise ValueError(f'{self.name} must be finite; got {value}')
@@ -209,6 +214,16 @@ def to_text(value: Any) -> str:
   if isinstance(value, bool):
     return str(value).lower()
   return '' if value is None else str(value)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+  """Returns False for text or a list where a number is needed, and so on."""
+  if typing.get_origin(kind) is tuple:
+    part, _ = typing.get_args(kind)
+    return isinstance(value, list | tuple) and all(
+      _fits(part, v) for v in value
+    )
+  return kind not in _KINDS or not isinstance(value, list | str | tuple)
 
 
 def _parse(kind: Any, text: str) -> Any:

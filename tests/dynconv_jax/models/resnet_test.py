@@ -403,6 +403,26 @@ class ErrorsTest(parameterized.TestCase):
       {'method': 'dynconv', 'mask_kernel_size': 5},
       'mask_kernel_size must be 1 or 3; got 5',
     ),
+    (
+      {'method': 'dynconv', 'mask_granularity': 2},
+      r'mask_granularity must be of type tuple\[int, ...\]; got 2',
+    ),
+    (
+      {'method': 'dynconv', 'gumbel_temperatures': ('5', '1')},
+      r"gumbel_temperatures must be of type .*; got \('5', '1'\)",
+    ),
+    (
+      {'method': 'drop', 'dropped_blocks': 'layer1.0'},
+      r"dropped_blocks must be of type tuple\[str, ...\]; got 'layer1.0'",
+    ),
+    (
+      {'method': 'dynconv', 'budget': '0.5'},
+      "budget must be a number; got '0.5'",
+    ),
+    (
+      {'method': 'dynconv', 'mask_bias': '2'},
+      "mask_bias must be a number or empty; got '2'",
+    ),
   )
   def test_create_model(self, arguments, message):
     arguments = {'name': 'cifar_resnet8', 'rngs': nnx.Rngs(0)} | arguments
