@@ -11,7 +11,11 @@ import pytest
 from flax import nnx
 
 from dynconv_jax.layers import BatchNorm, conv
-from dynconv_jax.methods.mask_unit import MaskUnit
+from dynconv_jax.methods.mask_unit import (
+  InheritedMask,
+  MaskUnit,
+  RecordedMaskUnit,
+)
 from dynconv_jax.models.blocks import BasicBlock
 from dynconv_jax.models.gated import Gating, gated_blocks
 from dynconv_jax.sparse import Backend, SparseBlock, SparseExecutor, sparsify
@@ -227,6 +231,42 @@ def test_a_block_that_is_not_what_it_says_is_refused(kind, message):
     sparsify(make(kind))
   for name in ('first', 'down', 'after', 'describable = False'):
     assert name in str(error.value)
+
+
+class WrittenOut(BasicBlock):
+  """Computes in its own words what its inherited branch describes."""
+
+  def run_branch(self, x):
+    return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+class Inheriting(nnx.Module):
+  """Its second gate needs the carry of the first."""
+
+  def __init__(self, kind, *, rngs):
+    gate = RecordedMaskUnit(3, strides=1, rngs=rngs)
+    self.first = kind(3, 3, name='first', gate=gate, rngs=rngs)
+    gate = InheritedMask(2)
+    self.second = kind(3, FEATURES, 2, name='second', gate=gate, rngs=rngs)
+
+  def __call__(self, images, **kwargs):
+    gating = Gating(**kwargs)
+    x = self.second(self.first(images, gating), gating)
+    return x, gating.finish()
+
+
+def test_blocks_are_compared_without_their_gates(images):
+  model = nnx.view(
+    Inheriting(WrittenOut, rngs=nnx.Rngs(0)),
+    deterministic=True,
+    use_running_average=True,
+  )
+  sparse = sparsify(model, 'xla')
+  assert_same(sparse(images)[0], model(images)[0])
+  assert isinstance(model.second.masker, InheritedMask)
+  model.second.bn1.activation = 'silu'
+  with pytest.raises(ValueError, match=r'second \(WrittenOut, by'):
+    sparsify(model, 'xla')
 
 
 def test_a_layer_that_was_exchanged_is_noticed():
