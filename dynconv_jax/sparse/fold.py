@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -93,15 +95,17 @@ def fold_block(block: GatedBlock, dtype=None) -> FoldedBlock:
   )
 
 
-def describe_conv(conv: nnx.Conv, norm: BatchNorm) -> Conv | None:
+def describe_conv(conv: Any, norm: Any) -> Conv | None:
   """Returns the description of a convolution and its batch norm.
 
   Returns None if a `Conv` cannot describe them.
 
   Args:
-    conv: any convolution.
+    conv: any convolution; other modules have no description.
     norm: the batch norm after it.
   """
+  if type(conv) is not nnx.Conv or type(norm) is not BatchNorm:
+    return None
   k, strides = conv.kernel_size, conv.strides
   strides = (strides,) * 2 if isinstance(strides, int) else tuple(strides)
   low = k[0] // 2
@@ -111,9 +115,7 @@ def describe_conv(conv: nnx.Conv, norm: BatchNorm) -> Conv | None:
   }
   padding = [name for name, pads in paddings.items() if pads == conv.padding]
   if (
-    type(conv) is not nnx.Conv
-    or type(norm) is not BatchNorm
-    or conv.bias is not None
+    conv.bias is not None
     or conv.mask is not None
     or len(k) != 2
     or k[0] != k[1]

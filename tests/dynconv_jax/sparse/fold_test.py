@@ -59,6 +59,8 @@ def test_what_a_description_says_and_what_it_cannot():
     norm = BatchNorm(6, activation=what.activation, rngs=rngs)
     assert describe_conv(layer, norm) == what
   norm = BatchNorm(6, rngs=rngs)
+  assert describe_conv(nnx.Linear(4, 6, rngs=rngs), norm) is None
+  assert describe_conv(None, None) is None
   for kwargs in (
     {'use_bias': True},
     {'padding': 'VALID', 'use_bias': False},

@@ -269,6 +269,15 @@ def test_blocks_are_compared_without_their_gates(images):
     sparsify(model, 'xla')
 
 
+def test_what_cannot_be_folded_stays(images):
+  model = make()
+  model.stem = nnx.Linear(3, FEATURES, rngs=nnx.Rngs(0))
+  expected, _ = model(images)
+  sparse = sparsify(model, 'xla')
+  assert isinstance(sparse.norm, BatchNorm)
+  assert_same(sparse(images)[0], expected)
+
+
 def test_a_layer_that_was_exchanged_is_noticed():
   model = make()
   model.first.bn1 = nnx.view(
