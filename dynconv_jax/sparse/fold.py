@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from dynconv_jax.branch import Branch, Conv
-from dynconv_jax.layers import BatchNorm
+from dynconv_jax.layers import BatchNorm, conv_general_dilated
 from dynconv_jax.models.gated import GatedBlock
 
 
@@ -117,6 +117,8 @@ def describe_conv(conv: Any, norm: Any) -> Conv | None:
   if (
     conv.bias is not None
     or conv.mask is not None
+    or conv.conv_general_dilated
+    not in (conv_general_dilated, jax.lax.conv_general_dilated)
     or len(k) != 2
     or k[0] != k[1]
     or not k[0] % 2

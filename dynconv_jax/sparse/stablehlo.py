@@ -14,6 +14,7 @@ from flax import nnx
 from jax import export
 
 from dynconv_jax.checks import check_choice
+from dynconv_jax.layers import conv_general_dilated
 from dynconv_jax.sparse.fold import check_evaluation
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -64,7 +65,8 @@ def _portable(model: nnx.Module) -> nnx.Module:
   """Returns a copy whose convolutions do not use this package's kernels."""
   model = nnx.clone(model)
   for _, module in nnx.iter_modules(model):
-    if isinstance(module, nnx.Conv):
+    own = getattr(module, 'conv_general_dilated', None)
+    if own is conv_general_dilated:
       module.conv_general_dilated = jax.lax.conv_general_dilated
   return model
 

@@ -67,6 +67,7 @@ def test_what_a_description_says_and_what_it_cannot():
     {'kernel_dilation': 2, 'use_bias': False},
     {'strides': (1, 2), 'use_bias': False},
     {'mask': jnp.zeros((3, 3, 4, 6)), 'use_bias': False},
+    {'conv_general_dilated': lambda *_, **__: None, 'use_bias': False},
   ):
     kwargs = {'padding': ((1, 1), (1, 1))} | kwargs
     assert (

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 
 from dynconv_jax import create_model
 from dynconv_jax.sparse.stablehlo import export_stablehlo
@@ -65,6 +66,17 @@ def test_jax_alone_gives_the_same_logits(name, method, batch_size, tmp_path):
     shares = np.stack([mask.density() for mask in masks], 1)
     assert 0 < shares.mean() < 1
     np.testing.assert_allclose(got, shares, rtol=1e-6)
+
+
+def test_a_convolution_of_your_own_is_kept():
+  def halved(x, kernel, *args, **kwargs):
+    return lax.conv_general_dilated(x, kernel / 2, *args, **kwargs)
+
+  model = nnx.Conv(3, 4, (3, 3), conv_general_dilated=halved, rngs=nnx.Rngs(0))
+  (got,) = export_stablehlo(model, (5, 6)).call(np.ones((2, 5, 6, 3), 'f4'))
+  np.testing.assert_allclose(
+    got, model(np.ones((2, 5, 6, 3), 'f4')), rtol=1e-6, atol=1e-6
+  )
 
 
 def test_what_is_refused():
