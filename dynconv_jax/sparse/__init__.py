@@ -2,6 +2,7 @@
 
 from dynconv_jax.sparse.backend import BACKENDS as BACKENDS
 from dynconv_jax.sparse.backend import Backend as Backend
+from dynconv_jax.sparse.backend import get_backend as get_backend
 from dynconv_jax.sparse.executor import ExecutionStats as ExecutionStats
 from dynconv_jax.sparse.executor import SparseExecutor as SparseExecutor
 from dynconv_jax.sparse.plan import BlockPlan as BlockPlan
@@ -15,5 +16,6 @@ __all__ = [
   'ExecutionStats',
   'SparseBlock',
   'SparseExecutor',
+  'get_backend',
   'sparsify',
 ]

@@ -17,13 +17,27 @@ class BlockPlan:
   """The execution plan of a gated block. All plans compute the same result.
 
   Attributes:
-    backend: the backend that executes the block.
+    backend: the backend that executes the block, see `get_backend`.
     limit: executed fraction of the branch's dense MACs, in (0, 1], above which
       a batch uses the dense fallback.
+
+  Raises:
+    ValueError: the backend is only a name, or the limit is out of range.
   """
 
   backend: Backend
   limit: float = 1.0
+
+  def __post_init__(self):
+    if not isinstance(self.backend, Backend):
+      raise ValueError(
+        'the backend of a plan must be a Backend, such as '
+        f"sparse.get_backend('xla'); got {self.backend!r}"
+      )
+    if not 0 < self.limit <= 1:
+      raise ValueError(
+        f'the limit of a plan must be in (0, 1]; got {self.limit}'
+      )
 
 
 def choose_plans(

@@ -11,8 +11,12 @@ import pytest
 from flax import nnx
 
 from dynconv_jax.masks import ExecutionMask
-from dynconv_jax.sparse import BlockPlan, ExecutionStats, SparseExecutor
-from dynconv_jax.sparse.backend import get_backend
+from dynconv_jax.sparse import (
+  BlockPlan,
+  ExecutionStats,
+  SparseExecutor,
+  get_backend,
+)
 from dynconv_jax.sparse.calibrate import clustered_masks
 
 # Odd sizes in every stage; numbers of positions that no chunk size divides.
@@ -308,6 +312,11 @@ def test_what_cannot_be_executed_is_an_error(make_network):
   error("unknown mode 'fast'", model, shape, mode='fast')
   error('limit must be in (0, 1]; got 0', model, shape, limit=0)
   error('density must be in (0, 1]; got 1.5', model, shape, density=1.5)
+  with pytest.raises(ValueError, match=r"must be a Backend, .* got 'dense'"):
+    BlockPlan('dense')
+  for limit in (0, 1.5):
+    with pytest.raises(ValueError, match=rf'in \(0, 1\]; got {limit}'):
+      BlockPlan(get_backend('dense'), limit)
   plans = {'layer3.0': BlockPlan(get_backend('dense'))}
   error('plans name layer3.0; the gated blocks are', model, shape, plans=plans)
   error('backend must be auto, cpu, triton', model, shape, backend='fast')
