@@ -101,10 +101,11 @@ def find_zoo(source: str, folder: str | os.PathLike = FOLDER) -> pathlib.Path:
       ):
         shutil.copyfileobj(response, file)
       check_hash(partial, known['sha256'], known['url'])
-  except urllib.error.URLError as error:
+  # The second and third are raised if a download stops.
+  except (urllib.error.URLError, ConnectionError, TimeoutError) as error:
+    reason = getattr(error, 'reason', error)
     raise FileNotFoundError(
-      f'cannot download {known["url"]} ({error.reason}). Without a network, '
-      f'{advice}'
+      f'cannot download {known["url"]} ({reason}). Without a network, {advice}'
     ) from error
   return path
 

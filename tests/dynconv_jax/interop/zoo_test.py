@@ -1,6 +1,7 @@
 """Tests of the zoo's index, its search path, and its errors."""
 
 import hashlib
+import io
 import json
 import re
 
@@ -116,6 +117,22 @@ def test_downloads_once(entry, tmp_path):
     FileNotFoundError, match='cannot download file:.*No such file.*put the'
   ):
     find_pretrained('zoo:small', tmp_path)
+
+
+@pytest.mark.parametrize('error', [ConnectionResetError, TimeoutError])
+def test_a_download_that_stops(entry, tmp_path, monkeypatch, error):
+  class Response(io.BytesIO):
+    def read(self, size=-1):
+      raise error('it stopped')
+
+  monkeypatch.setattr(
+    zoo.urllib.request, 'urlopen', lambda *_, **__: Response()
+  )
+  entry['url'] = 'https://example.org/small.safetensors'
+  message = r'cannot download https:.* \(it stopped\).*put the file'
+  with pytest.raises(FileNotFoundError, match=message):
+    find_pretrained('zoo:small', tmp_path)
+  assert list((tmp_path / 'zoo').iterdir()) == []
 
 
 def test_an_unknown_name(entry):
