@@ -88,7 +88,12 @@ class CpuBackend(Backend):
       return CpuMaxPool()
     if type(module) is Squeeze:
       return CpuSqueeze(module)
-    if type(module) is nnx.Linear and module.kernel.size >= _LARGE:
+    if (
+      type(module) is nnx.Linear
+      and module.kernel.size >= _LARGE
+      and module.dtype in (None, jnp.float32)
+      and module.dot_general is jax.lax.dot_general
+    ):
       return CpuLinear(module)
     return None
 

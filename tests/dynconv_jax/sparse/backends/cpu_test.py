@@ -240,6 +240,10 @@ def test_a_linear_layer(use_bias):
   assert isinstance(kernels, cpu.CpuLinear)
   assert_near(kernels(jnp.asarray(x)), linear(jnp.asarray(x)))
   assert BACKEND.replacement(nnx.Linear(7, 10, rngs=nnx.Rngs(0))) is None
+  # Of another dtype, or with a product of its own.
+  for kwargs in ({'dtype': jnp.bfloat16}, {'dot_general': lambda *_, **__: 0}):
+    other = nnx.Linear(700, 100, rngs=nnx.Rngs(0), **kwargs)
+    assert BACKEND.replacement(other) is None
 
 
 @pytest.mark.parametrize('size', ((1, 1), (6, 9), (7, 4)))
