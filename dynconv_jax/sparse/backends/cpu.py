@@ -254,7 +254,7 @@ class CpuMaxPool(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns float[N, h, w, C] for float[N, H, W, C]."""
-    return max_pool(x)
+    return max_pool(x.astype(jnp.float32)).astype(x.dtype)
 
 
 def convolve(x: jax.Array, panels: jax.Array, conv: Conv) -> jax.Array:

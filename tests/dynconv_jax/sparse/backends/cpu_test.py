@@ -247,12 +247,17 @@ def test_a_linear_layer(use_bias):
 
 
 @pytest.mark.parametrize('size', ((1, 1), (6, 9), (7, 4)))
-def test_max_pool(size):
-  x = np.random.default_rng(0).normal(size=(2, *size, 20)).astype(np.float32)
+@pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16))
+def test_max_pool(size, dtype):
+  x = np.random.default_rng(0).normal(size=(2, *size, 20))
   x[0, 0, 0, 3] = np.nan
   x[1, -1, -1] = -np.inf
-  pool = BACKEND.replacement(layers.MaxPool())
-  np.testing.assert_array_equal(pool(x), layers.max_pool(x))
+  x = jnp.asarray(x, dtype)
+  got = BACKEND.replacement(layers.MaxPool())(x)
+  assert got.dtype == dtype
+  # NumPy compares no bfloat16 that is no number.
+  got, expected = (np.float32(y) for y in (got, layers.max_pool(x)))
+  np.testing.assert_array_equal(got, expected)
 
 
 def test_what_is_no_number_stays_so():
