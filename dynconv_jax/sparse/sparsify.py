@@ -75,7 +75,7 @@ class SparseBlock(Replacement):
     dtype = self.dtype
     if self.branch.shortcut == 'identity':
       dtype = jnp.promote_types(dtype, x.dtype)
-    x = x.astype(self.dtype)
+    x = jnp.asarray(x, self.dtype)  # It may be a NumPy array.
     if mask is None:
       return backend.run(self.packed.tree(), x, None).astype(dtype)
     if self.dense is None:

@@ -263,6 +263,7 @@ def test_blocks_are_compared_without_their_gates(images):
   )
   sparse = sparsify(model, 'xla')
   assert_same(sparse(images)[0], model(images)[0])
+  assert_same(sparse(np.asarray(images))[0], model(images)[0])
   assert isinstance(model.second.masker, InheritedMask)
   model.second.bn1.activation = 'silu'
   with pytest.raises(ValueError, match=r'second \(WrittenOut, by'):
