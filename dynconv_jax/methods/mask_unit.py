@@ -124,7 +124,13 @@ class MaskUnit(Gate):
     )
 
   def open(self, logit: float) -> None:
-    """Sets the logit of all positions; above 0, the block runs everywhere."""
+    """Sets the logit to which the convolution adds; its kernel is kept.
+
+    Far above 0, the block runs nearly everywhere.
+
+    Args:
+      logit: the logit without the convolution's products.
+    """
     unit = self.maskconv
     unit.fc.kernel[...] = jnp.zeros_like(unit.fc.kernel[...])
     unit.fc.bias[...] = jnp.zeros_like(unit.fc.bias[...])
