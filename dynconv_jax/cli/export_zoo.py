@@ -121,7 +121,13 @@ def _read_evaluation(workdir: pathlib.Path) -> dict[str, Any]:
       f'no file {path}: run dynconv evaluate --workdir={workdir} '
       f'--split={_SPLIT.value}'
     )
-  return json.loads(path.read_text())
+  evaluation = json.loads(path.read_text())
+  if (convention := evaluation.get('convention', 'conv')) != 'conv':
+    raise ValueError(
+      f'networks of the zoo are compared by --convention=conv; {path} has '
+      f'--convention={convention}. Evaluate again'
+    )
+  return evaluation
 
 
 def model_card(

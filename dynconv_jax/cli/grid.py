@@ -221,7 +221,9 @@ def _product(
 def _text(value: Any) -> str:
   """Returns a value as in a flag, without '.0' in whole numbers."""
   parts = value if isinstance(value, tuple) else (value,)
-  return ','.join(to_text(part).removesuffix('.0') for part in parts)
+  ends = ['.0' if isinstance(part, float) else '' for part in parts]
+  texts = map(to_text, parts)
+  return ','.join(map(str.removesuffix, texts, ends))
 
 
 def _short(value: Any) -> str:

@@ -45,7 +45,7 @@ class DecodedImages:
 def default_cache_size(
   image_size: int, augmentation: augment.Augmentation
 ) -> int:
-  """Returns the smallest side at which no crop is enlarged."""
+  """Returns the smallest side at which no square crop is enlarged."""
   if augmentation.crop != 'resized':
     return image_size
   return math.ceil(image_size / math.sqrt(augmentation.crop_scale[0]))

@@ -133,6 +133,7 @@ def test_the_card(packed):
     ('none', '--name=Small one', 'name must consist of lowercase letters'),
     ('unlink', '--name=small', 'evaluation_test.json: run dynconv evaluate'),
     ('step', '--name=small', 'best checkpoint is of step 3, but .* step 2'),
+    ('linear', '--name=small', 'has --convention=conv.linear. Evaluate again'),
   ],
 )
 def test_errors_leave_nothing(program, run, tmp_path, change, more, message):
@@ -141,6 +142,9 @@ def test_errors_leave_nothing(program, run, tmp_path, change, more, message):
     path.unlink()
   elif change == 'step':
     path.write_text(path.read_text().replace('"step": 3', '"step": 2'))
+  elif change == 'linear':
+    evaluation = json.loads(path.read_text()) | {'convention': 'conv+linear'}
+    path.write_text(json.dumps(evaluation))
   index = tmp_path / 'index.json'
   with pytest.raises((ValueError, FileNotFoundError), match=message):
     program(

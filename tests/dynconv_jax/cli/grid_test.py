@@ -117,6 +117,7 @@ def test_names_of_text_lists_and_paths():
     'mask_granularity-4-2-1_flip-true',
     'mask_granularity-4-2-1_flip-false',
   ]
+  assert _names('init_from=x/v1.0,x/v1') == ['init_from-v1.0', 'init_from-v1']
   # Different, although equal as file names.
   assert _names('init_from=,x/a b,y/a-b/') == [
     'init_from-none',
