@@ -33,6 +33,10 @@ class Programs:
     self.help = {}
     # Used from now on: no program changes the devices of the other tests.
     jax.devices()
+    # They define flags when they are imported. A program that imported them
+    # first would take these flags away when it ends.
+    for name in 'grain.python', 'array_record.python.array_record_data_source':
+      importlib.import_module(name)
 
   def __call__(self, name: str, *arguments, stdout=None) -> str:
     """Returns what a program prints to stdout; raises its errors.
