@@ -3,29 +3,28 @@
 source "$(dirname "$0")/common.sh"
 
 train food101_6_lite0_scenes $scenes
-# NAME RECIPE [flags]
+# NAME SEEDS RECIPE [flags]
 ablation() {
   sweep food101_6_lite0_scenes_inherited ablation --dropped_blocks=$late \
-    --grid=method=dynconv --grid=budget=0.22 --grid=seed=0,1 --recipe="$2" \
-    --workdir="${scenes}_ablation_$1" "${@:3}"
+    --grid=method=dynconv --grid=budget=0.22 --grid=seed="$2" --recipe="$3" \
+    --workdir="${scenes}_ablation_$1" "${@:4}"
 }
-ablation all all
-ablation init 'no dense start' --grid=init_from= \
+ablation all 0,1 all
+ablation init 0,1 'no dense start' --grid=init_from= \
   --pretrained=pypi:efficientnet-lite0
-ablation distill 'no distillation' --grid=distill_from=
-ablation warmup 'no falling target' --grid=budget_warmup=0
-ablation bias 'no open bias' --grid=mask_bias=
-ablation noise 'noise until the end' --grid=gumbel_noise_until=1
-ablation norm 'no standardized inputs' --grid=mask_norm=false
-ablation rate 'no higher bias rate' --grid=learning_rate_factors=
+ablation distill 0 'no distillation' --grid=distill_from=
+ablation warmup 0 'no falling target' --grid=budget_warmup=0
+ablation bias 0 'no open bias' --grid=mask_bias=
+ablation noise 0,1 'noise until the end' --grid=gumbel_noise_until=1
+ablation norm 0 'no standardized inputs' --grid=mask_norm=false
+ablation rate 0 'no higher bias rate' --grid=learning_rate_factors=
 
+# The difference from all of it with the same seeds.
 runs=$results/ablation/predictions/dynconv_budget0.22
-table ablation 'all of it' "
-  all of it=${runs}_seed*
-  no dense start=${runs}_init_from*
-  no distillation=${runs}_distill*
-  no falling target=${runs}_budget_warmup*
-  no open bias=${runs}_mask_bias*
-  noise until the end=${runs}_gumbel*
-  no standardized inputs=${runs}_mask_norm*
-  no higher rate for mask biases=${runs}_learning*"
+for left_out in init_from-none gumbel_noise_until1; do
+  compare "${runs}_${left_out}_seed[01]*" "${runs}_seed[01]*"
+done
+for left_out in distill_from-none budget_warmup0 mask_bias-none mask_norm-false \
+  learning_rate_factors-none; do
+  compare "${runs}_${left_out}_seed0*" "${runs}_seed0*"
+done

@@ -11,13 +11,10 @@ from_dense() {
 from_dense drop160 drop --grid=dropped_blocks=$late --grid=seed=0,1,2,3
 from_dense drop drop --dropped_blocks=$late --grid=image_size=144,128 \
   --grid=seed=0,1,2
-from_dense dense160 dense --grid=image_size=160 --grid=seed=0,1,2
+from_dense dense160 dense --grid=image_size=160,128 --grid=seed=0,1,2
 from_dense one_mask dynconv --dropped_blocks=$late --gated_blocks=all \
   --inherited_masks --mask_units=blocks.1.1 --grid="dynconv:$bias_rate" \
   --grid=budget=0.3,0.45,0.6 --grid=seed=0,1,2 --recipe='one mask'
-from_dense inherited dynconv --dropped_blocks=$late --gated_blocks=all \
-  --inherited_masks --grid="dynconv:$bias_rate" --grid=budget=0.42 \
-  --grid=seed=0,1,2 --recipe='inherited masks'
 from_dense identity dynconv --grid=budget=0.5 --grid="dynconv:$bias_rate" \
   --grid=seed=0,1,2 --recipe='identity blocks'
 from_dense convnet_aig convnet_aig --grid=budget=0.2,0.3,0.4 \
@@ -29,31 +26,23 @@ from_dense skipnet skipnet --grid=skip_weight=0.1,0.2,0.8 \
 from_dense sact sact --grid=ponder_weight=0.1,0.3,1 --grid=seed=0,1
 from_dense act act --grid=ponder_weight=0.1,0.3,1 --grid=seed=0,1
 
-# Earlier runs with one seed; predictions were not kept.
-earlier() {
-  sweep food101_6_lite0_from_dense "$2" --grid=seed=0 \
-    --workdir="${photographs}_$1_sweep" "${@:3}"
-}
-earlier drop photographs_dropped --dropped_blocks=$late --grid=method=drop \
-  --recipe='5 dropped'
-earlier drop photographs_dropped --dropped_blocks=$late --grid=method=drop \
-  --grid=image_size=144,128 --recipe='5 dropped'
-earlier earlier photographs --grid=method=dynconv --grid=budget=0.5 \
-  --grid="dynconv:$bias_rate" --recipe='identity blocks'
-earlier inherited_drop photographs_inherited_dropped --dropped_blocks=$late \
-  --gated_blocks=all --inherited_masks "--$bias_rate" --grid=method=dynconv \
-  --grid=budget=0.3,0.42 --recipe='inherited masks, 5 dropped'
+# Earlier runs; predictions were not kept.
+sweep food101_6_lite0_from_dense photographs_inherited_dropped \
+  --dropped_blocks=$late --gated_blocks=all --inherited_masks "--$bias_rate" \
+  --grid=method=dynconv --grid=budget=0.3,0.42 --grid=seed=0 \
+  --recipe='inherited masks, 5 dropped' \
+  --workdir=${photographs}_inherited_drop_sweep
 
 runs=$results/photographs_methods/predictions
 table photographs_methods 'five blocks dropped' "
   five blocks dropped=$runs/drop_dropped*
-  dense=$runs/dense_*
+  dense=$runs/dense_image_size160_*
+  dense, 128 pixels=$runs/dense_image_size128_*
   five blocks dropped, 144 pixels=$runs/drop_image_size144_*
   five blocks dropped, 128 pixels=$runs/drop_image_size128_*
   DynConv, one mask, five blocks dropped, budget 0.6=$runs/dynconv_budget0.6_*
   DynConv, one mask, five blocks dropped, budget 0.45=$runs/dynconv_budget0.45_*
   DynConv, one mask, five blocks dropped, budget 0.3=$runs/dynconv_budget0.3_*
-  DynConv, inherited masks, five blocks dropped, budget 0.42=$runs/dynconv_budget0.42_*
   DynConv, identity blocks, budget 0.5=$runs/dynconv_budget0.5_*
   ConvNet-AIG, budget 0.4=$runs/convnet_aig_budget0.4_*
   ConvNet-AIG, budget 0.3=$runs/convnet_aig_budget0.3_*
@@ -69,5 +58,4 @@ table photographs_methods 'five blocks dropped' "
   ACT, weight 1=$runs/act_ponder_weight1_*"
 compare "$runs/dynconv_budget0.3_*" "$runs/drop_image_size144_*"
 compare "$runs/dynconv_budget0.5_*" "$runs/drop_image_size144_*"
-compare "$runs/dynconv_budget0.42_*" "$runs/drop_image_size144_*"
 figure photographs_methods photographs_methods
