@@ -22,9 +22,9 @@ dense() {
 dense drop144 --grid=method=drop --dropped_blocks=$late \
   --grid=image_size=144 --grid=seed=0,1,2
 dense drop160 --grid=method=drop --dropped_blocks=$late --image_size=160 \
-  --grid=seed=0,1,2
+  --grid=seed=0
 dense drop9_176 --grid=method=drop --dropped_blocks=$nine \
-  --grid=image_size=176 --grid=seed=0,1,2
+  --grid=image_size=176 --grid=seed=0
 dense drop9 --grid=method=drop --grid=dropped_blocks=$nine --grid=seed=0,1,2
 dense dense192 --grid=method=dense --grid=image_size=192 --grid=seed=0,1,2
 sweep food101_6_lite0_scenes_from_dense fast_gates --grid=method=drop \

@@ -58,4 +58,8 @@ table photographs_methods 'five blocks dropped' "
   ACT, weight 1=$runs/act_ponder_weight1_*"
 compare "$runs/dynconv_budget0.3_*" "$runs/drop_image_size144_*"
 compare "$runs/dynconv_budget0.5_*" "$runs/drop_image_size144_*"
+for other in skipnet_skip_weight0.8 convnet_aig_budget0.3 convnet_aig_budget0.2 \
+  sact_ponder_weight1 dynconv_budget0.3 dense_image_size128; do
+  compare "$runs/${other}_*" "$runs/drop_image_size128_*"
+done
 figure photographs_methods photographs_methods
