@@ -35,4 +35,7 @@ table other_methods 'five blocks dropped' "
   nine blocks dropped=$equal/drop_dropped*
   five blocks dropped, 160 pixels=$equal/drop_seed*
   DynConv, one mask, five blocks dropped, budget 0.2=$equal/dynconv_budget0.2_seed*"
+for other in convnet_aig_budget0.3 skipnet_skip_weight0.8; do
+  compare "$fast/${other}_*" "$equal/drop_dropped*"
+done
 figure methods fast_gates other_methods first_attempts equal_macs
