@@ -83,7 +83,8 @@ def _site_uri(name: str) -> str:
   if name.startswith('docs/'):
     return name.removeprefix('docs/')
   path = ROOT / name
-  if name.startswith('results/') and path.suffix != '.flags' and path.is_file():
+  shown = path.suffix in ('.flags', '.sh') or not path.is_file()
+  if name.startswith('results/') and not shown:
     return name
   return f'source/{name}.md'
 
