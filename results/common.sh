@@ -11,9 +11,12 @@ food101=${1:+$(realpath "$1")}
 results=results/$(basename "$(dirname "$(dirname "$(realpath "$0")")")")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+python() {
+  "${PYTHON:-.venv/bin/python}" "$@"
+}
 # PROGRAM [flags]
 run() {
-  "${PYTHON:-.venv/bin/python}" -m "experiments.$1" "${@:2}"
+  python -m "experiments.$1" "${@:2}"
 }
 # FLAGFILE WORKDIR [flags]: trains one network.
 train() {

@@ -25,9 +25,7 @@ dynconv compare --split=test --baseline=dense --table=FILE.csv \
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -38,6 +36,14 @@ from absl import flags, logging
 
 from dynconv_jax import statistics
 from dynconv_jax.cli import program
+from dynconv_jax.cli.compare_table import (
+  accuracy_text,
+  difference_text,
+  gmacs_text,
+  p_text,
+  to_markdown,
+  write_csv,
+)
 from dynconv_jax.cli.predictions import (
   Predictions,
   predictions_file,
@@ -232,8 +238,8 @@ def _compare_pair(runs: Group, against: Group) -> None:
   for group in ('runs', 'against'):
     row = result[group]
     print(
-      f'{group:10} {row["runs"]:4}  {_accuracy(row):26} '
-      f'{_text(row["gmacs_mean"], ".4f"):>8}'
+      f'{group:10} {row["runs"]:4}  {accuracy_text(row):26} '
+      f'{gmacs_text(row):>8}'
     )
   resampled = (
     f'{_RESAMPLES.value} resamples of {result["num_examples"]} examples'
@@ -241,7 +247,7 @@ def _compare_pair(runs: Group, against: Group) -> None:
   if len(runs.runs) + len(against.runs) > 2:
     resampled += ' and ' + 'paired ' * result['paired_seeds'] + 'seeds'
   print(
-    f'difference {_difference(result)} points, p = {_p(result["p"])} '
+    f'difference {difference_text(result)} points, p = {p_text(result["p"])} '
     f'({resampled})'
   )
   if len(runs.runs) == len(against.runs) == 1:
@@ -253,13 +259,13 @@ def _compare_pair(runs: Group, against: Group) -> None:
     }
     print(
       f'McNemar    {test.only_a} right only in runs, {test.only_b} only in '
-      f'against, exact p = {_p(test.p)}; other seeds may differ by more'
+      f'against, exact p = {p_text(test.p)}; other seeds may differ by more'
     )
   if gains:
     path = pathlib.Path(_GAINS.value).expanduser()
     old = read_results(path) if path.exists() else []
     kept = [row for row in old if not _replaced(row)]
-    _write_csv(path, kept + gains)
+    write_csv(path, kept + gains)
     print(f'wrote {path}')
   print(json.dumps(result))
 
@@ -323,8 +329,13 @@ def _compare_many(patterns: Mapping[str, Sequence[str]], name: str) -> None:
   baseline = next(group for group in groups if group.name == name)
   rows = [g.row(None if g is baseline else baseline) for g in groups]
   columns = max((list(row) for row in rows), key=len)
-  _write_csv(path, [{c: row.get(c) for c in columns} for row in rows])
-  markdown = _markdown(rows, name, baseline.correct.shape[1])
+  write_csv(path, [{c: row.get(c) for c in columns} for row in rows])
+  markdown = to_markdown(
+    rows,
+    baseline=name,
+    num_examples=baseline.correct.shape[1],
+    resamples=_RESAMPLES.value,
+  )
   write_atomic(path.with_suffix('.md'), markdown)
   print(markdown)
   print(f'wrote {path} and {path.with_suffix(".md")}')
@@ -388,65 +399,6 @@ def _check_same(first: Predictions, other: Predictions) -> None:
       f'{first.path}, {b[name]} in {other.path}'
     ]
   raise ValueError(f'runs must have the same examples: {"; ".join(parts)}')
-
-
-def _write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-  text = io.StringIO(newline='')
-  writer = csv.DictWriter(text, list(rows[0]), lineterminator='\n')
-  writer.writeheader()
-  for row in rows:
-    writer.writerow(
-      {k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()}
-    )
-  write_atomic(path, text.getvalue())
-
-
-def _markdown(rows, baseline: str, num_examples: int) -> str:
-  lines = [
-    '| | runs | accuracy, % | GMACs | '
-    f'difference from {baseline}, points | p |',
-    '|---|---|---|---|---|---|',
-  ]
-  for row in rows:
-    compared = 'difference' in row
-    cells = (
-      row['group'],
-      row['runs'],
-      _accuracy(row),
-      _text(row['gmacs_mean'], '.4f'),
-      _difference(row) if compared else '',
-      _p(row['p']) if compared else '',
-    )
-    lines.append(f'| {" | ".join(map(str, cells))} |')
-  return '\n'.join(
-    [
-      *lines,
-      '',
-      f'{num_examples} examples. Brackets are 95 % intervals of a paired '
-      f'bootstrap with {_RESAMPLES.value} resamples of examples and seeds. '
-      'Intervals of a single run apply to that network only. p is not '
-      'corrected for the number of rows.',
-      '',
-    ]
-  )
-
-
-def _accuracy(row: Mapping[str, Any]) -> str:
-  mean, low, high = (100 * row[f'accuracy{e}'] for e in ('', '_low', '_high'))
-  return f'{mean:.1f} [{low:.1f}, {high:.1f}]'
-
-
-def _difference(row: Mapping[str, Any]) -> str:
-  mean, low, high = (row[f'difference{e}'] for e in ('', '_low', '_high'))
-  return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
-
-
-def _p(p: float) -> str:
-  return f'{p:.2g}' if p < 0.1 else f'{p:.2f}'
-
-
-def _text(value: float | None, form: str) -> str:
-  return '' if value is None else format(value, form)
 
 
 if __name__ == '__main__':

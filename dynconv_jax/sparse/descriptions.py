@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dynconv_jax.layers import BatchNorm
 from dynconv_jax.masks import execution_mask
 from dynconv_jax.models.gated import GatedBlock, Gating
 from dynconv_jax.sparse.backends.dense import run_dense
@@ -83,8 +82,6 @@ def _inherits(block: GatedBlock) -> bool:
 
 
 def _is_described(conv, norm, what) -> bool:
-  if type(conv) is not nnx.Conv or type(norm) is not BatchNorm:
-    return False
   found = describe_conv(conv, norm)
   return found == dataclasses.replace(what, name='conv', norm='norm')
 

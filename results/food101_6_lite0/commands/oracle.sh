@@ -9,8 +9,8 @@ dropped=drop_dropped_blocks-${late//,/-}_seed0
 sweep food101_6_lite0_scenes_from_dense fast_gates --grid=method=drop \
   --grid=dropped_blocks=$late --grid=seed=0,1,2,3 --workdir=$runs
 oracle() {
-  "${PYTHON:-.venv/bin/python}" -m benchmarks.oracle --split=test \
-    --food101_dir="$food101" --workdir="$@"
+  python -m benchmarks.oracle --split=test --food101_dir="$food101" \
+    --workdir="$@"
 }
 oracle $scenes
 oracle ${scenes}_sweep/$dropped

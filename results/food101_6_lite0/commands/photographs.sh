@@ -3,28 +3,27 @@
 source "$(dirname "$0")/common.sh"
 
 train food101_6_lite0 workdir/food101_6_lite0
-# NAME METHOD [flags]
+# NAME [flags]
 from_dense() {
-  sweep food101_6_lite0_from_dense photographs_methods --grid=method="$2" \
-    --workdir="${photographs}_$1_sweep" "${@:3}"
+  sweep food101_6_lite0_from_dense photographs_methods \
+    --workdir="${photographs}_$1_sweep" "${@:2}"
 }
-from_dense drop160 drop --grid=dropped_blocks=$late --grid=seed=0,1,2,3
-from_dense drop drop --dropped_blocks=$late --grid=image_size=144,128 \
+from_dense drop160 --grid=method=drop --grid=dropped_blocks=$late \
+  --grid=seed=0,1,2,3
+from_dense drop --grid=method=drop --dropped_blocks=$late \
+  --grid=image_size=144,128 --grid=seed=0,1,2
+from_dense dense160 --grid=method=dense --grid=image_size=160,128 \
   --grid=seed=0,1,2
-from_dense dense160 dense --grid=image_size=160,128 --grid=seed=0,1,2
-from_dense one_mask dynconv --dropped_blocks=$late --gated_blocks=all \
-  --inherited_masks --mask_units=blocks.1.1 --grid="dynconv:$bias_rate" \
-  --grid=budget=0.3,0.45,0.6 --grid=seed=0,1,2 --recipe='one mask'
-from_dense identity dynconv --grid=budget=0.5 --grid="dynconv:$bias_rate" \
-  --grid=seed=0,1,2 --recipe='identity blocks'
-from_dense convnet_aig convnet_aig --grid=budget=0.2,0.3,0.4 \
-  --grid='convnet_aig:learning_rate_factors=*.masker.fc2.bias:20' \
-  --grid=seed=0,1 --recipe='gates x20'
-from_dense skipnet skipnet --grid=skip_weight=0.1,0.2,0.8 \
-  --grid='skipnet:learning_rate_factors=*.masker.*:20' --grid=seed=0,1 \
-  --recipe='gates x20'
-from_dense sact sact --grid=ponder_weight=0.1,0.3,1 --grid=seed=0,1
-from_dense act act --grid=ponder_weight=0.1,0.3,1 --grid=seed=0,1
+from_dense one_mask --grid=method=dynconv --dropped_blocks=$late \
+  --gated_blocks=all --inherited_masks --mask_units=blocks.1.1 \
+  --grid="dynconv:$bias_rate" --grid=budget=0.3,0.45,0.6 --grid=seed=0,1,2 \
+  --recipe='one mask'
+from_dense identity --grid=method=dynconv --grid="dynconv:$bias_rate" \
+  --grid=budget=0.5 --grid=seed=0,1,2 --recipe='identity blocks'
+from_dense convnet_aig "${convnet_aig[@]}"
+from_dense skipnet "${skipnet[@]}"
+from_dense sact "${sact[@]}"
+from_dense act "${act[@]}"
 
 # Earlier runs; predictions were not kept.
 sweep food101_6_lite0_from_dense photographs_inherited_dropped \
@@ -44,18 +43,7 @@ table photographs_methods 'five blocks dropped' "
   DynConv, one mask, five blocks dropped, budget 0.45=$runs/dynconv_budget0.45_*
   DynConv, one mask, five blocks dropped, budget 0.3=$runs/dynconv_budget0.3_*
   DynConv, identity blocks, budget 0.5=$runs/dynconv_budget0.5_*
-  ConvNet-AIG, budget 0.4=$runs/convnet_aig_budget0.4_*
-  ConvNet-AIG, budget 0.3=$runs/convnet_aig_budget0.3_*
-  ConvNet-AIG, budget 0.2=$runs/convnet_aig_budget0.2_*
-  SkipNet, weight 0.1=$runs/skipnet_skip_weight0.1_*
-  SkipNet, weight 0.2=$runs/skipnet_skip_weight0.2_*
-  SkipNet, weight 0.8=$runs/skipnet_skip_weight0.8_*
-  SACT, weight 0.1=$runs/sact_ponder_weight0.1_*
-  SACT, weight 0.3=$runs/sact_ponder_weight0.3_*
-  SACT, weight 1=$runs/sact_ponder_weight1_*
-  ACT, weight 0.1=$runs/act_ponder_weight0.1_*
-  ACT, weight 0.3=$runs/act_ponder_weight0.3_*
-  ACT, weight 1=$runs/act_ponder_weight1_*"
+  $(others $runs $runs)"
 compare "$runs/dynconv_budget0.3_*" "$runs/drop_image_size144_*"
 compare "$runs/dynconv_budget0.5_*" "$runs/drop_image_size144_*"
 for other in skipnet_skip_weight0.8 convnet_aig_budget0.3 convnet_aig_budget0.2 \

@@ -7,7 +7,7 @@ export JAX_DEFAULT_MATMUL_PRECISION=float32
 sweep food101_6_resnet18_64px ten_seeds --grid=method=dense \
   --grid=seed=0,1,2,3,4,5,6,7,8,9 --train_split=train --validation_split=none \
   --cache_size=128 --parallel=7 --workdir=workdir/food_ten_seeds
-"${PYTHON:-.venv/bin/python}" - $results/ten_seeds/results.csv <<'END'
+python - $results/ten_seeds/results.csv <<'END'
 import csv
 import sys
 
